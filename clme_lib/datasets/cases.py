@@ -1,0 +1,65 @@
+"""A case: one edit record ``m = (x, y, C, U)``, and how cases are sampled and folded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..prompts import DatasetName, prompt_text
+from ..seeds import seeded_order
+
+
+@dataclass(frozen=True)
+class Case:
+    """One edit record (paper section III-C); prompts carry their template.
+
+    Attributes:
+        case_id: number within its data set.
+        prompt: x, the edit prompt.
+        target: y, what the edited model should write after it.
+        rephrased: C, prompts of the same meaning (same target).
+        unrelated: U, prompts of nearest non-targeted inputs, whose answers should not change.
+    """
+
+    case_id: int
+    dataset: DatasetName
+    prompt: str
+    target: str
+    rephrased: tuple[str, ...]
+    unrelated: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """The edit input without its template."""
+        return prompt_text(self.dataset, self.prompt)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of everything a result depends on; records carry it, so that a changed case is never mistaken for the old."""
+        content = [self.dataset, self.prompt, self.target, self.rephrased, self.unrelated]
+        return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
+
+
+def dataset_sha256(cases: Sequence[Case]) -> str:
+    """Hash of a whole data set, independent of the cases' order."""
+    lines = [f"{case.case_id}:{case.sha256}" for case in sorted(cases, key=lambda case: case.case_id)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def sample_cases(cases: Sequence[Case], count: int | None, seed: int) -> list[Case]:
+    """The first ``count`` cases in seeded order (all when None): a larger sample contains every smaller one."""
+    by_id = {case.case_id: case for case in cases}
+    if not cases:
+        return []
+    order = seeded_order(by_id, "sample", seed, cases[0].dataset)
+    return [by_id[one] for one in order[:count]]
+
+
+def folds(cases: Sequence[Case], seed: int) -> tuple[list[int], list[int]]:
+    """Case ids of the two halves (paper: even split). Trained editors learn on one and edit the other."""
+    ids = [case.case_id for case in cases]
+    order = seeded_order(ids, "fold", seed, cases[0].dataset if cases else "")
+    half = (len(order) + 1) // 2
+    return sorted(order[:half]), sorted(order[half:])

@@ -1,0 +1,58 @@
+"""The editors by name. Registering a new one is one line in ``EDITORS``."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from ..errors import StudyError
+from ..hyperparameters import PAPER_SUBJECT, load_settings, parse, registered_subjects, transfer_layers
+from ..seeds import DEFAULT_SEED
+from ..subjects import Subject
+from .base import Editor
+from .ft_l import FTL
+from .grace import GRACE
+from .none import NoEditor
+
+# the order of every table: the unedited baseline first, then as in the paper
+EDITORS: dict[str, type[Editor]] = {
+    "none": NoEditor,
+    "ft-l": FTL,
+    "grace": GRACE,
+}
+
+
+def list_editors() -> list[str]:
+    """Names of all editors, the unedited baseline first."""
+    return list(EDITORS)
+
+
+def load_editor(
+    name: str,
+    subject: Subject,
+    *,
+    values: Literal["subject", "transferred"] = "subject",
+    seed: int = DEFAULT_SEED,
+    **overrides: Any,
+) -> Editor:
+    """An editor of ``subject`` with the hyper-parameters of the subject's YAML.
+
+    Args:
+        name: one of :func:`list_editors`.
+        values: ``subject`` for the subject's own values, ``transferred`` for the paper's carried over to it.
+        seed: the study's seed.
+        **overrides: single hyper-parameters to change, such as ``layer=20``.
+
+    Raises:
+        StudyError: unknown editor, unknown or ill-typed hyper-parameter, or a layer the subject does not have.
+    """
+    if name not in EDITORS:
+        raise StudyError(f"unknown editor {name!r}; known: {', '.join(EDITORS)}")
+    own = values == "subject" and subject.name in registered_subjects()
+    source = subject.name if own else PAPER_SUBJECT
+    chosen = load_settings(source).editors.get(name)
+    if chosen is None:
+        raise StudyError(f"{source}.yaml: editors: no values for {name!r}")
+    if not own:
+        chosen = transfer_layers(chosen, len(subject.blocks))
+    editor = EDITORS[name]
+    return editor(subject, parse(editor.Hyperparameters, {**chosen, **overrides}, f"{source}.yaml: editors.{name}"), seed)

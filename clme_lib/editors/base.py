@@ -1,0 +1,111 @@
+"""What an editor is: hyper-parameters, ``edit`` from cases to edits, and ``fit`` for those that learn.
+
+A new editor is one file with a subclass of :class:`Editor` and one line in ``clme_lib.editors.EDITORS``.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar, Generic, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from ..datasets.cases import Case
+from ..edits import Edit
+from ..errors import StudyError
+from ..memory import peak_memory_mib, reset_peak_memory
+from ..prompts import Tokenized, tokenize
+from ..seeds import DEFAULT_SEED
+from ..subjects import Subject
+from ..hyperparameters import Schema
+
+Values = TypeVar("Values", bound=Schema)
+
+
+class Editor(ABC, Generic[Values]):
+    """Turns cases into edits of one subject, without ever changing the subject.
+
+    Args:
+        subject: the model to edit.
+        values: hyper-parameters, an instance of the class's ``Hyperparameters``.
+        seed: the study's seed; each case draws from its own generator.
+    """
+
+    name: ClassVar[str]
+    Hyperparameters: ClassVar[type[Schema]]
+    needs_training: ClassVar[bool] = False
+    default_batch: ClassVar[int] = 8
+
+    def __init__(self, subject: Subject, values: Values, seed: int = DEFAULT_SEED) -> None:
+        self.subject = subject
+        self.values = values
+        self.seed = seed
+        for layer in {getattr(values, "layer", 0), *getattr(values, "layers", ())}:
+            subject.down_proj(layer)  # raises when the layer does not exist
+
+    def fit(self, cases: Sequence[Case]) -> None:  # noqa: B027 (a default, not a forgotten abstract method)
+        """Learn from training cases. Only trained editors (MALMEN, A-GRACE) have anything to learn."""
+
+    def edit(self, cases: Sequence[Case], batch_size: int | None = None, progress: bool = False) -> list[Edit]:
+        """One edit per case, in the cases' order.
+
+        Cases of similar length are optimised together; each has its own loss, stop and random draws, so the batch a
+        case lands in does not matter beyond float rounding.
+
+        Raises:
+            StudyError: a case cannot be edited (empty target, loss not finite); the message names it.
+        """
+        size = batch_size or self.default_batch
+        tokenized = [self._tokenize(case) for case in cases]
+        by_length = sorted(range(len(cases)), key=lambda n: (len(tokenized[n].inputs), n))
+        edits: dict[int, Edit] = {}
+        with tqdm(total=len(cases), desc=f"{self.name}: edit", unit="case", disable=not progress) as bar:
+            for first in range(0, len(cases), size):
+                batch = by_length[first : first + size]
+                done = self._timed([cases[n] for n in batch], [tokenized[n] for n in batch])
+                edits.update(zip(batch, done))
+                bar.update(len(batch))
+        return [edits[n] for n in range(len(cases))]
+
+    @abstractmethod
+    def _edit_batch(self, cases: Sequence[Case], tokenized: Sequence[Tokenized]) -> list[Edit]:
+        """Edit a batch of cases; gradients are enabled."""
+
+    def _tokenize(self, case: Case) -> Tokenized:
+        try:
+            return tokenize(self.subject.tokenizer, case.prompt, case.target)
+        except StudyError as error:
+            raise StudyError(f"case {case.case_id} of {case.dataset}: {error}") from error
+
+    def _timed(self, cases: Sequence[Case], tokenized: Sequence[Tokenized]) -> list[Edit]:
+        reset_peak_memory(self.subject.device)
+        synchronize(self.subject.device)
+        started = time.perf_counter()
+        with torch.enable_grad():
+            edits = self._edit_batch(cases, tokenized)
+        synchronize(self.subject.device)
+        seconds = (time.perf_counter() - started) / len(cases)
+        peak = peak_memory_mib(self.subject.device)
+        for edit in edits:
+            if edit.log.losses and not all(map(_finite, edit.log.losses)):
+                raise StudyError(
+                    f"case {edit.case_id}: the loss of {self.name} is not finite; lower its learning rate or use float32"
+                )
+        return [
+            replace(edit, log=replace(edit.log, seconds=seconds, batch=len(cases), peak_memory_mib=peak))
+            for edit in edits
+        ]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device is idle, so that wall-clock seconds mean something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0

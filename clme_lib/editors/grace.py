@@ -1,0 +1,73 @@
+"""GRACE: a codebook beside one layer (paper section III-B; Hartvigsen et al. 2023, "cold" initial values).
+
+Algorithm, for one case: the key is the input of ``W_l`` at the prompt's last token; a value ``v`` drawn from
+U[0, 1)^d replaces the output of ``W_l`` there; `steps` Adam updates of ``v`` alone minimise the mean cross-entropy of the
+target's tokens. No weight changes. A query within ``radius`` (Euclidean) of the key gets the value.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from pydantic import Field
+
+from ..edits import Codebook, EditLog
+from ..partial import PartialForward
+from ..seeds import generator
+from .base import Editor
+from ..hyperparameters import Schema
+
+
+class GRACEHyperparameters(Schema):
+    """``radius`` is epsilon, in units of the key space."""
+
+    layer: int = Field(ge=0)
+    steps: int = Field(gt=0)
+    lr: float = Field(gt=0)
+    radius: float = Field(gt=0)
+
+
+class GRACE(Editor[GRACEHyperparameters]):
+    """One key and one learnt value a case."""
+
+    name = "grace"
+    Hyperparameters = GRACEHyperparameters
+
+    def _edit_batch(self, cases, tokenized):
+        values = self.values
+        forward = PartialForward(self.subject, tokenized, values.layer, from_lookup=True)
+        initial = torch.stack([self._initial_value(case) for case in cases])
+        learnt = initial.to(self.subject.device, copy=True).requires_grad_(True)
+        # Adam is element-wise: one optimiser over the stacked values is one optimiser a case
+        optimizer = torch.optim.Adam([learnt], lr=values.lr)
+        losses = []
+        for _ in range(values.steps):
+            outputs = torch.cat([learnt[:, None].to(forward.outputs.dtype), forward.outputs[:, 1:]], dim=1)
+            current = forward.losses(outputs)
+            losses.append(current.detach())
+            optimizer.zero_grad(set_to_none=True)
+            current.sum().backward()
+            optimizer.step()
+        per_case = torch.stack(losses, dim=1).tolist()
+        radii = torch.full((1,), values.radius, device=self.subject.device)
+        return [
+            Codebook(
+                case.case_id,
+                self.name,
+                layer=values.layer,
+                keys=forward.keys[n, :1].float().clone(),
+                values=learnt[n : n + 1].detach().clone(),
+                radii=radii,
+                log=EditLog(
+                    steps=values.steps,
+                    losses=tuple(per_case[n]),
+                    initial_sha256=hashlib.sha256(initial[n].numpy().tobytes()).hexdigest(),
+                ),
+            )
+            for n, case in enumerate(cases)
+        ]
+
+    def _initial_value(self, case) -> torch.Tensor:
+        draw = generator(self.seed, self.subject.name, case.dataset, self.name, case.case_id)
+        return torch.rand(self.subject.hidden_size, generator=draw)

@@ -1,0 +1,21 @@
+"""``none``: the model as it is. The baseline row; its specificity measures the noise of generating twice."""
+
+from __future__ import annotations
+
+from ..edits import Unedited
+from .base import Editor
+from ..hyperparameters import Schema
+
+
+class NoneHyperparameters(Schema):
+    """Nothing to choose."""
+
+
+class NoEditor(Editor[NoneHyperparameters]):
+    """Changes nothing."""
+
+    name = "none"
+    Hyperparameters = NoneHyperparameters
+
+    def _edit_batch(self, cases, tokenized):
+        return [Unedited(case.case_id, self.name) for case in cases]

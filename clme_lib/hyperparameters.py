@@ -1,0 +1,95 @@
+"""Hyper-parameters: one YAML per subject, read with a typed schema.
+
+A subject without a YAML of its own (any hub id or folder) gets the paper's values, which are those of
+``codellama-7b``; a layer that the smaller model does not have is moved to its last block (:func:`transfer_layers`).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import StudyError
+
+PAPER_SUBJECT = "codellama-7b"
+_FOLDER = resources.files("clme_lib") / "editors" / "hyperparameters"
+
+
+class Schema(BaseModel):
+    """Base of every typed piece of configuration: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SubjectSource(Schema):
+    """Where a subject's weights come from."""
+
+    source: Literal["embedded", "hub"]
+    id: str | None = None
+    revision: str = "main"
+    blocks: int | None = Field(default=None, gt=0)
+
+
+class SubjectSettings(Schema):
+    """The content of one subject's YAML: its source and each editor's values (checked when the editor is loaded)."""
+
+    subject: SubjectSource
+    editors: dict[str, dict[str, Any]]
+
+
+Values = TypeVar("Values", bound=BaseModel)
+
+
+def parse(schema: type[Values], values: Any, where: str) -> Values:
+    """Validate ``values`` against ``schema``; on failure name the place, the field and the known fields."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "(top level)"
+        reason = first["msg"].replace("Extra inputs are not permitted", "unknown key")
+        known = ", ".join(schema.model_fields)
+        raise StudyError(f"{where}: {field}: {reason} (got {first.get('input')!r}); known: {known}") from None
+
+
+@cache
+def registered_subjects() -> list[str]:
+    """Names of the YAML files in ``clme_lib/editors/hyperparameters``."""
+    return sorted(Path(entry.name).stem for entry in _FOLDER.iterdir() if entry.name.endswith(".yaml"))
+
+
+@cache
+def load_settings(name: str) -> SubjectSettings:
+    """Settings of a registered subject, or the paper's for any other.
+
+    Raises:
+        StudyError: the YAML is malformed; the message names the file and the field.
+    """
+    registered = name in registered_subjects()
+    file = _FOLDER / f"{name if registered else PAPER_SUBJECT}.yaml"
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise StudyError(f"{file}: not valid YAML: {error}") from error
+    settings = parse(SubjectSettings, content, str(file))
+    return settings if registered else settings.model_copy(update={"subject": SubjectSource(source="hub", id=name)})
+
+
+def transfer_layers(values: dict[str, Any], blocks: int) -> dict[str, Any]:
+    """Carry the paper's values over to a model with ``blocks`` blocks.
+
+    A layer transfers by its index; one the model does not have becomes the last block, and a window of layers is
+    shifted as a whole so that it ends there.
+    """
+    moved = dict(values)
+    if "layer" in moved:
+        moved["layer"] = min(moved["layer"], blocks - 1)
+    if "layers" in moved:
+        shift = min(0, blocks - 1 - max(moved["layers"]))
+        moved["layers"] = [layer + shift for layer in moved["layers"]]
+    return moved

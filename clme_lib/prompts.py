@@ -1,0 +1,94 @@
+"""Prompt templates, joining prompt and target, and which columns carry labels (paper section III-C; one template a data set).
+
+Every prompt ends in a colon. The colon is the *lookup token*: the token at which all editors read their key
+and, because the next token is the target's first, the first column that predicts a label. With a prompt of
+``P`` tokens and a target of ``T`` tokens joined by one space, the labels ``y_1..y_T`` are predicted by the columns
+``P-1 .. P+T-2`` (zero-based).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+from .errors import StudyError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DatasetName = Literal["cnle", "csne"]
+DATASETS: tuple[str, ...] = get_args(DatasetName)
+Preset = Literal["clean", "compat"]
+PRESETS: tuple[str, ...] = get_args(Preset)
+
+_TEMPLATES = {"cnle": ("Intent: ", "\nCode:"), "csne": ("Code: ", "\nDescription:")}
+
+
+def make_prompt(dataset: DatasetName, text: str) -> str:
+    """Wrap an intent (CNLE) or a function (CSNE) in its data set's template.
+
+    Plain concatenation: code is full of braces, which any kind of format string would trip over.
+    """
+    before, after = _TEMPLATES[dataset]
+    return before + text + after
+
+
+def prompt_text(dataset: DatasetName, prompt: str) -> str:
+    """The intent or function inside a prompt: the inverse of :func:`make_prompt`."""
+    before, after = _TEMPLATES[dataset]
+    return prompt.removeprefix(before).removesuffix(after)
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """One prompt and target as token ids, the target *as tokenised in context*."""
+
+    prompt_ids: tuple[int, ...]
+    target_ids: tuple[int, ...]
+
+    @property
+    def lookup(self) -> int:
+        """Column of the lookup token (the prompt's final colon)."""
+        return len(self.prompt_ids) - 1
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """What the model reads to predict every label: prompt and target without its last token."""
+        return self.prompt_ids + self.target_ids[:-1]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids without special tokens (the study never adds BOS or EOS)."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> Tokenized:
+    """Tokenise ``prompt + " " + target`` once and slice it at the prompt's own length.
+
+    Raises:
+        StudyError: the target is empty, the prompt does not end in a colon token, or the prompt's tokens are not
+            a prefix of the joined tokens (then no column could be called the lookup token).
+    """
+    prompt_ids = encode(tokenizer, prompt)
+    joined = encode(tokenizer, prompt + " " + target)
+    if not target.strip() or len(joined) <= len(prompt_ids):
+        raise StudyError(f"the target of prompt {prompt[-60:]!r} is empty: an edit needs at least one target token")
+    if joined[: len(prompt_ids)] != prompt_ids:
+        raise StudyError(
+            f"the tokenizer merges the end of the prompt {prompt[-60:]!r} with the target {target[:30]!r}: "
+            "no column separates the two. Use a tokenizer that splits at the space after a colon."
+        )
+    if not tokenizer.decode(prompt_ids[-1:]).endswith(":"):
+        raise StudyError(f"the last token of the prompt {prompt[-60:]!r} does not decode to a colon")
+    return Tokenized(tuple(prompt_ids), tuple(joined[len(prompt_ids) :]))
+
+
+def token_budget(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, preset: Preset) -> int:
+    """How many new tokens the target's generation may use.
+
+    ``clean`` counts the target as tokenised in context, which is what a perfect edit emits. ``compat`` counts it
+    tokenised alone, as the paper's released program does: too short or too long for some targets.
+    """
+    if preset == "compat":
+        return len(encode(tokenizer, target))
+    return len(tokenize(tokenizer, prompt, target).target_ids)

@@ -1,0 +1,200 @@
+"""Subjects: the models under edit. Their registry, loading, and how their layers are addressed.
+
+A subject is any causal language model laid out like Llama, Qwen2 or StableLM: ``model.layers[i]`` blocks that end
+in ``residual + mlp.down_proj(...)``, then ``model.norm`` and ``lm_head``. Loading never runs remote code and
+reads safetensors only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from . import embedded_subject
+from .errors import StudyError
+from .hyperparameters import SubjectSettings, load_settings, registered_subjects
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .edits import Applied, Edit
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A loaded model, its tokenizer and its settings.
+
+    Attributes:
+        name: registry name, Hugging Face id or folder it was loaded by.
+        fingerprint: what the weights are (a file hash or a hub commit); part of every cache key and record.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    settings: SubjectSettings
+    fingerprint: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def decoder(self) -> torch.nn.Module:
+        """The stack of blocks without the head."""
+        return self.model.model
+
+    @property
+    def blocks(self) -> torch.nn.ModuleList:
+        return self.model.model.layers
+
+    @property
+    def hidden_size(self) -> int:
+        """d, the width of the residual stream."""
+        return self.model.config.hidden_size
+
+    @property
+    def inner_size(self) -> int:
+        """d_f, the input width of ``down_proj``."""
+        return self.down_proj(0).in_features
+
+    def down_proj(self, layer: int) -> torch.nn.Linear:
+        """The matrix every editor works on: W_l of shape (d, d_f), zero-based layer."""
+        if not 0 <= layer < len(self.blocks):
+            raise StudyError(f"layer {layer} is out of range: {self.name} has blocks 0 to {len(self.blocks) - 1}")
+        return self.blocks[layer].mlp.down_proj
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Vocabulary logits in float32 of last-block states ``(..., d)``: ``lm_head(norm(h))``."""
+        return self.model.lm_head(self.decoder.norm(hidden)).float()
+
+    @contextlib.contextmanager
+    def applying(self, edits: Sequence[Edit], rows: Sequence[int] | None = None) -> Iterator[Applied]:
+        """Run the model *as edited* inside the block; see :func:`clme_lib.edits.applying`."""
+        from .edits import applying
+
+        with applying(self, edits, rows) as applied:
+            yield applied
+
+
+def list_subjects() -> list[str]:
+    """Names in the registry (one YAML each)."""
+    return registered_subjects()
+
+
+def load_subject(name: str, device: str = "auto", dtype: str = "auto") -> Subject:
+    """Load a model by registry name, Hugging Face id, or local folder.
+
+    Args:
+        name: ``smollm2-135m`` (embedded, no account needed), ``codellama-7b``, ``codeqwen1.5-7b``,
+            ``stablecode-3b``, any hub id such as ``owner/model``, or a folder with safetensors weights.
+        device: ``auto`` (CUDA when there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: ``auto`` (float32 on every device), ``float32``, ``bfloat16`` or ``float16``.
+
+    Raises:
+        StudyError: unknown name, failed download, unsupported architecture, or no such device or dtype.
+    """
+    torch_device = _device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise StudyError(f"dtype={dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    torch_dtype = DTYPES["float32" if dtype == "auto" else dtype]
+    settings = load_settings(name)
+    if settings.subject.source == "embedded":
+        location: str = str(embedded_subject.ensure())
+    elif Path(name).is_dir():
+        location = name
+    elif name in registered_subjects() or ("/" in name and not name.startswith((".", "/"))):
+        location = settings.subject.id or name
+    else:
+        raise StudyError(
+            f"unknown subject {name!r}: neither a registered one ({', '.join(registered_subjects())}), nor a folder, "
+            "nor a Hugging Face id of the form owner/model"
+        )
+    options = {"trust_remote_code": False, "revision": settings.subject.revision}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            location, dtype=torch_dtype, use_safetensors=True, attn_implementation="sdpa", **options
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise StudyError(
+            f"subject {name!r} could not be loaded from {location!r}: {_first_line(error)}. Check the name and the "
+            "network (or log in for gated models); weights must be safetensors, code from the hub is never run."
+        ) from error
+    _require_layout(name, model)
+    return prepare(name, model.to(torch_device), tokenizer, settings, _fingerprint(location, model, settings))
+
+
+def prepare(
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: SubjectSettings, fingerprint: str
+) -> Subject:
+    """Put model and tokenizer into the study's fixed state: frozen weights, greedy decoding, left padding with EOS."""
+    model.eval().requires_grad_(False)
+    if tokenizer.eos_token_id is None:
+        raise StudyError(f"the tokenizer of {name!r} has no EOS token, which the study pads with")
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.eos_token
+    # a checkpoint's own generation config may sample, penalise repetition or cap lengths; the protocol does none of it
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id
+    )
+    return Subject(name, model, tokenizer, settings, fingerprint)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name != "cpu" and not name.startswith("cuda"):
+        raise StudyError(f"device={name!r} is not one of auto, cpu, cuda, cuda:N")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise StudyError(f"device={name!r} was asked for, but torch {torch.__version__} sees no CUDA device")
+    return torch.device(name)
+
+
+def _require_layout(name: str, model: PreTrainedModel) -> None:
+    try:
+        block = model.model.layers[0]
+        supported = isinstance(block.mlp.down_proj, torch.nn.Linear) and model.lm_head is not None
+        supported = supported and block.post_attention_layernorm is not None and model.model.norm is not None
+    except AttributeError:
+        supported = False
+    if not supported:
+        raise StudyError(
+            f"subject {name!r} is a {type(model).__name__}; the editors need blocks laid out like Llama, Qwen2 or "
+            "StableLM (model.layers[i].mlp.down_proj on a sequential residual stream, model.norm, lm_head)"
+        )
+
+
+def _fingerprint(location: str, model: PreTrainedModel, settings: SubjectSettings) -> str:
+    if settings.subject.source == "embedded":
+        return f"gguf-sha256:{embedded_subject.GGUF_SHA256}"
+    folder = Path(location)
+    if folder.is_dir():
+        digest = hashlib.sha256()
+        for file in sorted(folder.glob("*.safetensors")):
+            with file.open("rb") as stream:
+                for chunk in iter(lambda: stream.read(1 << 24), b""):
+                    digest.update(chunk)
+        return f"safetensors-sha256:{digest.hexdigest()}"
+    return f"hub-commit:{getattr(model.config, '_commit_hash', None)}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
