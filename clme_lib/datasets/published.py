@@ -1,0 +1,159 @@
+"""CLMEEval as its authors publish it: their JSON layout, and the Zenodo record it comes from.
+
+A file is a JSON list of records::
+
+    {"case_id": 7,
+     "edit_request": {"intent": ..., "snippet": ..., "rewritten_intent": ...},        CNLE
+                     {"code": ..., "code_doc": ..., "code_rewrite": ...},             CSNE
+     "neighborhoods": {"items": [{"intent": ...} x 5], "answers": {model: [5 strings]}}}
+
+``answers`` may be missing: the study compares with the subject's own answers, generated in the dtype of the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+
+from ..embedded_subject import cache_dir
+from ..errors import StudyError
+from ..prompts import DatasetName, make_prompt
+from .cases import Case
+from .neighbours import NEIGHBOURS
+
+ZENODO_RECORD = "12818365"
+ZENODO_DOI = "10.5281/zenodo.12818365"
+_FIELDS = {"cnle": ("intent", "snippet", "rewritten_intent"), "csne": ("code", "code_doc", "code_rewrite")}
+_FILES = {"cnle": "EditConala", "csne": "EditCodeSearchNet"}
+
+
+def read(path: str | os.PathLike, dataset: DatasetName) -> list[Case]:
+    """Read a file in the published layout.
+
+    Raises:
+        StudyError: the file cannot be read, or a record is malformed (the message names record and field).
+    """
+    path = Path(path)
+    try:
+        records = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise StudyError(f"{path}: cannot be read as UTF-8 JSON: {error}") from error
+    if not isinstance(records, list) or not records:
+        raise StudyError(f"{path}: expected a JSON list of records, found {type(records).__name__} of no records")
+    cases = [_case(record, f"{path}, record {n}", dataset) for n, record in enumerate(records)]
+    ids: set[int] = set()
+    for case in cases:
+        if case.case_id in ids:
+            raise StudyError(f"{path}: case_id {case.case_id} occurs twice")
+        ids.add(case.case_id)
+    return cases
+
+
+def _case(record: object, where: str, dataset: DatasetName) -> Case:
+    prompt, target, rephrased = _FIELDS[dataset]
+    case_id = _field(record, "case_id", int, where)
+    request = _field(record, "edit_request", dict, where)
+    texts = [_field(request, name, str, f"{where}, edit_request") for name in (prompt, target, rephrased)]
+    for name, text in zip((prompt, target, rephrased), texts):
+        if not text.strip():
+            raise StudyError(f"{where}, edit_request: {name} is empty")
+    neighbourhood = _field(record, "neighborhoods", dict, where)
+    items = _field(neighbourhood, "items", list, f"{where}, neighborhoods")
+    if len(items) != NEIGHBOURS:
+        raise StudyError(f"{where}, neighborhoods: items has {len(items)} entries, expected {NEIGHBOURS}")
+    answers = neighbourhood.get("answers") or {}
+    if not isinstance(answers, dict) or any(len(given) != NEIGHBOURS for given in answers.values()):
+        raise StudyError(f"{where}, neighborhoods: answers must map each model to {NEIGHBOURS} strings")
+    unrelated = [_field(item, prompt, str, f"{where}, neighborhoods, items[{n}]") for n, item in enumerate(items)]
+    return Case(
+        case_id,
+        dataset,
+        make_prompt(dataset, texts[0]),
+        texts[1],
+        (make_prompt(dataset, texts[2]),),
+        tuple(make_prompt(dataset, text) for text in unrelated),
+    )
+
+
+def _field(record: object, name: str, kind: type, where: str):
+    if not isinstance(record, dict):
+        raise StudyError(f"{where}: expected an object, found {type(record).__name__}")
+    if name not in record:
+        raise StudyError(f"{where}: field {name!r} is missing; found {', '.join(map(repr, record)) or 'none'}")
+    if not isinstance(record[name], kind) or isinstance(record[name], bool):
+        raise StudyError(f"{where}: field {name!r} is {type(record[name]).__name__}, expected {kind.__name__}")
+    return record[name]
+
+
+def write(path: str | os.PathLike, cases: list[Case]) -> None:
+    """Write cases in the published layout (without answers)."""
+    prompt, target, rephrased = _FIELDS[cases[0].dataset]
+    from ..prompts import prompt_text
+
+    def text(value: str) -> str:
+        return prompt_text(cases[0].dataset, value)
+
+    records = [
+        {
+            "case_id": case.case_id,
+            "edit_request": {prompt: case.text, target: case.target, rephrased: text(case.rephrased[0])},
+            "neighborhoods": {"items": [{prompt: text(one)} for one in case.unrelated], "answers": {}},
+        }
+        for case in cases
+    ]
+    Path(path).write_text(json.dumps(records, indent=1), encoding="utf-8")
+
+
+def fetch(dataset: DatasetName, api: str = "https://zenodo.org/api") -> Path:
+    """Download the record's files into the cache (once) and return the data set's ``all.json`` or named file.
+
+    Every file is checked against the record's own MD5 before it gets its name in the cache.
+
+    Raises:
+        StudyError: no network, a checksum that does not match, or no file of this data set in the record.
+    """
+    folder = cache_dir() / "clmeeval" / ZENODO_RECORD
+    if not folder.is_dir():
+        _download(folder, api)
+    wanted = _FILES[dataset].lower()
+    found = [file for file in sorted(folder.rglob("*.json")) if wanted in str(file.relative_to(folder)).lower()]
+    # two-fold layout: <fold>/<data set>/{train,test}.json beside one all.json
+    whole = [file for file in found if file.stem.lower() in ("all", wanted)] or found
+    if not whole:
+        names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*.json"))
+        raise StudyError(f"record {ZENODO_DOI} in {folder}: no JSON file named like {_FILES[dataset]}; it has {names}")
+    return whole[0]
+
+
+def _download(folder: Path, api: str) -> None:
+    import requests
+
+    advice = f"get it by hand from https://doi.org/{ZENODO_DOI} and pass the file's path as the source"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".clmeeval-") as scratch:
+        unfinished = Path(scratch) / "files"
+        unfinished.mkdir()
+        try:
+            answer = requests.get(f"{api}/records/{ZENODO_RECORD}", timeout=60)
+            answer.raise_for_status()
+            for entry in answer.json()["files"]:
+                file = unfinished / Path(entry["key"]).name
+                digest = hashlib.md5(usedforsecurity=False)
+                with requests.get(entry["links"]["self"], stream=True, timeout=60) as body, file.open("wb") as out:
+                    body.raise_for_status()
+                    for chunk in body.iter_content(1 << 20):
+                        digest.update(chunk)
+                        out.write(chunk)
+                if entry["checksum"].removeprefix("md5:") != digest.hexdigest():
+                    raise StudyError(f"{file.name} of {ZENODO_DOI}: MD5 differs from the record's; try again or {advice}")
+                if zipfile.is_zipfile(file):
+                    with zipfile.ZipFile(file) as archive:
+                        archive.extractall(unfinished / file.stem)  # members are kept inside the folder by zipfile
+        except (requests.RequestException, KeyError, ValueError, OSError) as error:
+            raise StudyError(f"could not download {ZENODO_DOI}: {error}; {advice}") from error
+        shutil.move(unfinished, folder)

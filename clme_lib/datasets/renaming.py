@@ -1,0 +1,242 @@
+"""Meaning-preserving renaming of a function's variables: CSNE's generalization input (in the spirit of ALERT).
+
+Which names may change is decided conservatively on the syntax tree; what they become is chosen by distributional
+similarity in a corpus of functions, with integer arithmetic only, so that every machine chooses alike; the
+edit is made by source position, so layout stays; and every variant is verified.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import keyword
+import symtable
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+
+MIN_OCCURRENCES = 12
+_INTROSPECTION = {"locals", "eval", "exec", "vars", "globals", "dir"}
+_FORBIDDEN = set(keyword.kwlist) | set(keyword.softkwlist) | set(dir(builtins)) | {"self", "cls", "mcs"}
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def eligible_names(function: Function) -> list[str]:
+    """Names that can be renamed throughout ``function`` without changing what it does, in order of appearance.
+
+    A name qualifies when the function's own scope binds it (parameter or assignment): every occurrence in nested
+    scopes then refers to it or rebinds it, and one uniform renaming is alpha-conversion. Everything that is reached by its
+    spelling from elsewhere is excluded: imports, ``global``/``nonlocal``, ``except ... as``, ``match`` captures,
+    class bodies, keyword calls of local functions and of the function itself, names inside f-strings (their positions
+    are wrong before Python 3.12) and names that default values or annotations share.
+    """
+    nodes = list(ast.walk(function))
+    used_names = [node.id for node in nodes if isinstance(node, ast.Name)]
+    if _INTROSPECTION & set(used_names) or any(isinstance(node, ast.Match) for node in nodes):
+        return []
+    own = _parameters(function.args)
+    bound = dict.fromkeys(own)
+    bound.update(dict.fromkeys(_bound_in_scope(function.body)))
+    excluded = set(_FORBIDDEN)
+    nested_parameters: set[str] = set()
+    for node in nodes:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            excluded |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, (ast.Global, ast.Nonlocal)):
+            excluded |= set(node.names)
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            excluded.add(node.name)
+        elif isinstance(node, ast.ClassDef):
+            excluded |= {node.name, *_bound_in_scope(node.body)}
+        elif isinstance(node, ast.JoinedStr):
+            excluded |= {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) and node is not function:
+            nested_parameters |= set(_parameters(node.args))
+            if not isinstance(node, ast.Lambda):
+                excluded.add(node.name)
+        elif isinstance(node, ast.Call):
+            callee = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", None)
+            if callee == function.name:
+                excluded |= {word.arg for word in node.keywords if word.arg}
+    keywords = {word.arg for node in nodes if isinstance(node, ast.Call) for word in node.keywords}
+    excluded |= nested_parameters & keywords
+    outside = [*function.args.defaults, *filter(None, function.args.kw_defaults), *filter(None, [function.returns])]
+    outside += [arg.annotation for arg in _arguments(function.args) if arg.annotation]
+    excluded |= {node.id for part in outside for node in ast.walk(part) if isinstance(node, ast.Name)}
+    return [name for name in bound if name not in excluded and not name.startswith("_")]
+
+
+def rename(code: str, mapping: dict[str, str]) -> str:
+    """Replace names by source position; ``code`` is one ASCII function definition."""
+    places = []
+    for node in ast.walk(ast.parse(code)):
+        name = node.id if isinstance(node, ast.Name) else node.arg if isinstance(node, ast.arg) else None
+        if name in mapping:
+            places.append((node.lineno, node.col_offset, name))  # type: ignore[attr-defined]
+    lines = code.split("\n")
+    for line, column, name in sorted(places, reverse=True):
+        text = lines[line - 1]
+        lines[line - 1] = text[:column] + mapping[name] + text[column + len(name) :]
+    return "\n".join(lines)
+
+
+def verified(code: str, variant: str, mapping: dict[str, str]) -> bool:
+    """Whether ``variant`` is ``code`` up to ``mapping``: trees equal in both directions, symbol tables isomorphic."""
+    if not mapping or len(set(mapping.values())) != len(mapping):
+        return False
+    try:
+        there = _mapped(ast.parse(code), mapping) == ast.dump(ast.parse(variant))
+        back = _mapped(ast.parse(variant), {new: old for old, new in mapping.items()}) == ast.dump(ast.parse(code))
+        tables = [symtable.symtable(text, "function", "exec") for text in (code, variant)]
+    except (SyntaxError, ValueError):
+        return False
+    return there and back and _isomorphic(tables[0], tables[1], mapping)
+
+
+class Substitutes:
+    """Names ranked by how alike they are used in a corpus.
+
+    Each name is the set of syntactic contexts it occurs in (argument of which call, attribute taken, iterated,
+    compared, ...). A context weighs the more the rarer it is; likeness is the weighted share in common. All of it
+    is integer arithmetic, and ties are broken alphabetically.
+    """
+
+    def __init__(self, functions: Iterable[Function]) -> None:
+        contexts: dict[str, set] = defaultdict(set)
+        counts: Counter[str] = Counter()
+        total = 0
+        for function in functions:
+            total += 1
+            names = set(eligible_names(function))
+            for name, context in _contexts(function):
+                if name in names:
+                    contexts[name].add(context)
+            counts.update(names)
+        self._contexts = {name: found for name, found in contexts.items() if counts[name] >= MIN_OCCURRENCES}
+        frequency = Counter(context for found in self._contexts.values() for context in found)
+        size = len(self._contexts)
+        self._weight = {context: (size // seen).bit_length() for context, seen in frequency.items()}
+        self._mass = {n: sum(self._weight[c] for c in found) for n, found in self._contexts.items()}
+        self._ranked: dict[str, list[str]] = {}
+
+    def ranked(self, name: str) -> list[str]:
+        """Other names, most alike first; empty for a name the corpus hardly knows. One letter stays one letter."""
+        if name not in self._contexts:
+            return []
+        if name not in self._ranked:
+            own = self._contexts[name]
+
+            def likeness(other: str) -> int:
+                shared = sum(self._weight[context] for context in own & self._contexts[other])
+                return 2_000_000 * shared // (self._mass[name] + self._mass[other] or 1)
+
+            others = [n for n in self._contexts if n != name and (len(n) == 1) == (len(name) == 1)]
+            scores = {other: likeness(other) for other in others}
+            self._ranked[name] = sorted(others, key=lambda other: (-scores[other], other))[:40]
+        return self._ranked[name]
+
+    def choose(self, function: Function) -> dict[str, str]:
+        """A new name for each eligible name that has an unused substitute."""
+        taken = {n.id for n in ast.walk(function) if isinstance(n, ast.Name)} | _FORBIDDEN
+        taken |= {n.arg for n in ast.walk(function) if isinstance(n, (ast.arg, ast.keyword)) and n.arg}
+        taken |= {n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute)}
+        mapping = {}
+        for name in eligible_names(function):
+            new = next((other for other in self.ranked(name) if other not in taken), None)
+            if new:
+                mapping[name] = new
+                taken.add(new)
+        return mapping
+
+
+def _arguments(args: ast.arguments) -> list[ast.arg]:
+    return [*args.posonlyargs, *args.args, *filter(None, [args.vararg]), *args.kwonlyargs, *filter(None, [args.kwarg])]
+
+
+def _parameters(args: ast.arguments) -> list[str]:
+    return [argument.arg for argument in _arguments(args)]
+
+
+def _bound_in_scope(body: list[ast.stmt]) -> list[str]:
+    """Names assigned by the statements of one scope, not of scopes nested in it, in order of appearance."""
+    names = []
+    waiting: list[ast.AST] = list(body)
+    while waiting:
+        node = waiting.pop(0)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.append(node.id)
+        nested = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda,
+                  ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)  # fmt: skip
+        if not isinstance(node, nested):
+            waiting[:0] = list(ast.iter_child_nodes(node))
+    return names
+
+
+def _contexts(function: Function) -> Iterable[tuple[str, tuple]]:
+    """(name, context) for every use of a variable that says something about its role."""
+    for position, name in enumerate(_parameters(function.args)):
+        yield name, ("parameter", min(position, 4))
+    for node in ast.walk(function):
+        if isinstance(node, ast.Call):
+            callee = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "?")
+            for position, argument in enumerate(node.args):
+                if isinstance(argument, ast.Name):
+                    yield argument.id, ("argument", callee, position)
+            for word in node.keywords:
+                if isinstance(word.value, ast.Name) and word.arg:
+                    yield word.value.id, ("keyword", word.arg)
+            if isinstance(node.func, ast.Name):
+                yield node.func.id, ("called",)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            yield node.value.id, ("attribute", node.attr)
+        elif isinstance(node, ast.Subscript):
+            if isinstance(node.value, ast.Name):
+                yield node.value.id, ("subscripted",)
+            if isinstance(node.slice, ast.Name):
+                yield node.slice.id, ("index",)
+        elif isinstance(node, (ast.For, ast.comprehension)):
+            if isinstance(node.iter, ast.Name):
+                yield node.iter.id, ("iterated",)
+            if isinstance(node.target, ast.Name):
+                yield node.target.id, ("loop variable",)
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+            callee = node.value.func
+            name = callee.id if isinstance(callee, ast.Name) else getattr(callee, "attr", "?")
+            for target in node.targets:
+                if isinstance(target, ast.Name):
+                    yield target.id, ("assigned from", name)
+        elif isinstance(node, ast.Compare) and isinstance(node.left, ast.Name):
+            for operator, other in zip(node.ops, node.comparators):
+                constant = type(other.value).__name__ if isinstance(other, ast.Constant) else "expression"
+                yield node.left.id, ("compared", type(operator).__name__, constant)
+        elif isinstance(node, ast.BinOp):
+            for side in (node.left, node.right):
+                if isinstance(side, ast.Name):
+                    yield side.id, ("operand", type(node.op).__name__)
+        elif isinstance(node, ast.Return) and isinstance(node.value, ast.Name):
+            yield node.value.id, ("returned",)
+
+
+def _mapped(tree: ast.AST, mapping: dict[str, str]) -> str:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            node.id = mapping.get(node.id, node.id)
+        elif isinstance(node, ast.arg):
+            node.arg = mapping.get(node.arg, node.arg)
+    return ast.dump(tree)
+
+
+def _isomorphic(one: symtable.SymbolTable, other: symtable.SymbolTable, mapping: dict[str, str]) -> bool:
+    def facts(table: symtable.SymbolTable, names: dict[str, str]) -> dict[str, tuple]:
+        return {
+            names.get(s.get_name(), s.get_name()): (
+                s.is_local(), s.is_global(), s.is_free(), s.is_parameter(), s.is_assigned(), s.is_referenced()
+            )
+            for s in table.get_symbols()
+        }  # fmt: skip
+
+    children = one.get_children(), other.get_children()
+    return (
+        facts(one, mapping) == facts(other, {})
+        and len(children[0]) == len(children[1])
+        and all(_isomorphic(a, b, mapping) for a, b in zip(*children))
+    )

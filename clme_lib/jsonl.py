@@ -1,0 +1,58 @@
+"""Append-only JSON Lines files that survive being killed.
+
+Rows are appended in one write and synced. A process killed in the middle can leave at most one torn last line; reading
+ignores it, and the next append cuts it off first. Nothing that was complete is ever rewritten.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from .errors import StudyError
+
+
+def read_rows(path: Path) -> list[dict]:
+    """All complete rows; an absent file has none.
+
+    Raises:
+        StudyError: a line other than a torn last one is not JSON.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn or empty
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise StudyError(f"{path}, line {number}: not JSON ({error}); move the file away and start again") from error
+    return rows
+
+
+def append_rows(path: Path, rows: Iterable[dict]) -> None:
+    """Append rows durably; StudyError when the disk does not take them (what was there stays readable)."""
+    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("ab+") as file:
+            _cut_torn_line(file)
+            file.write(text.encode("utf-8", "surrogatepass"))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise StudyError(f"{path}: could not append {len(text)} characters: {error}. Is the disk full?") from error
+
+
+def _cut_torn_line(file) -> None:
+    end = file.seek(0, os.SEEK_END)
+    if end == 0:
+        return
+    file.seek(end - 1)
+    if file.read(1) == b"\n":
+        return
+    file.seek(0)
+    file.truncate(file.read().rfind(b"\n") + 1)
+    file.seek(0, os.SEEK_END)

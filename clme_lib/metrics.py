@@ -1,0 +1,108 @@
+"""The four measures (paper section III-D): exact match, BLEU and ROUGE-L of what is written, and fluency.
+
+All take parallel lists, because specificity pools the five neighbours of a case. Per-case exact match, BLEU and
+ROUGE-L are rounded to three decimals before they are averaged, as in the released program.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+
+from sacrebleu.metrics import BLEU
+
+_DECIMALS = 3
+
+
+@cache
+def _bleu() -> BLEU:
+    # textbook BLEU-4: a text of fewer than four 13a tokens scores 0 even against itself
+    return BLEU(tokenize="13a", smooth_method="none", effective_order=False, lowercase=False)
+
+
+@cache
+def _rouge():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=False)
+
+
+def _same_length(generated: Sequence[str], references: Sequence[str]) -> None:
+    if len(generated) != len(references) or not generated:
+        raise ValueError(f"{len(generated)} generated texts meet {len(references)} references")
+
+
+def exact_match(generated: Sequence[str], references: Sequence[str]) -> float:
+    """1 if every text equals its reference, else 0 (all or nothing over the list)."""
+    _same_length(generated, references)
+    return float(all(text == reference for text, reference in zip(generated, references)))
+
+
+def exact_match_rate(generated: Sequence[str], references: Sequence[str]) -> float:
+    """Share of texts that equal their reference."""
+    _same_length(generated, references)
+    return sum(text == reference for text, reference in zip(generated, references)) / len(generated)
+
+
+def bleu(generated: Sequence[str], references: Sequence[str]) -> float:
+    """Corpus BLEU-4 over the list in [0, 1]: 13a tokens, case kept, no smoothing."""
+    _same_length(generated, references)
+    if not any(reference.strip() for reference in references):
+        return 0.0
+    return round(_bleu().corpus_score(list(generated), [list(references)]).score / 100, _DECIMALS)
+
+
+def rouge_l(generated: Sequence[str], references: Sequence[str]) -> float:
+    """Mean ROUGE-L F-measure over the list in [0, 1]: no stemmer, lower-cased alphanumeric tokens.
+
+    A target without letters or digits scores 0 even against itself.
+    """
+    _same_length(generated, references)
+    scores = [_rouge().score(reference, text)["rougeL"].fmeasure for text, reference in zip(generated, references)]
+    return round(sum(scores) / len(scores), _DECIMALS)
+
+
+def target_scores(generated: str, target: str) -> dict[str, float]:
+    """Exact match, BLEU and ROUGE-L of one generation against the target, as for effectiveness and generalization.
+
+    Surrounding white space is stripped from the generation only; an empty generation scores 0 throughout.
+    """
+    text = generated.strip()
+    if not text:
+        return {"em": 0.0, "bleu": 0.0, "rouge_l": 0.0}
+    return {
+        "em": exact_match([text], [target]),
+        "bleu": bleu([text], [target]),
+        "rouge_l": rouge_l([text], [target]),
+    }
+
+
+def preserved_scores(generated: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
+    """Specificity: raw continuations against the unedited subject's; ``em`` is 1 only if all are unchanged."""
+    return {
+        "em": exact_match(generated, answers),
+        "bleu": bleu(generated, answers),
+        "rouge_l": rouge_l(generated, answers),
+    }
+
+
+def ngram_entropy(tokens: Sequence[str], n: int) -> float:
+    """Entropy in bits of the relative frequencies of a text's n-grams; 0 for fewer than n tokens."""
+    counts = Counter(tuple(tokens[k : k + n]) for k in range(len(tokens) - n + 1))
+    total = counts.total()
+    return -sum(c / total * math.log2(c / total) for c in counts.values()) + 0.0 if total else 0.0
+
+
+def fluency(texts: Sequence[str]) -> float:
+    """Generation entropy, mean over texts: ``(2/3 H_2 + 4/3 H_3) / 2`` on NLTK word tokens, in bits."""
+    from nltk.tokenize import word_tokenize
+
+    if not texts:
+        raise ValueError("fluency of no texts")
+    total = 0.0
+    for text in texts:
+        tokens = word_tokenize(text, preserve_line=True)  # needs no punkt data; differs at sentence-final stops only
+        total += (2 / 3 * ngram_entropy(tokens, 2) + 4 / 3 * ngram_entropy(tokens, 3)) / 2
+    return total / len(texts)
