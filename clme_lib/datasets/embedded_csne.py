@@ -9,6 +9,7 @@ out of the code, first sentence as the description, at most 256 tokens, near-dup
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import importlib.metadata
 import inspect
@@ -76,28 +77,36 @@ def load() -> list[Case]:
         StudyError: a package is missing or differs from its pin, so the set would not be the committed one.
     """
     committed = json.loads((_resource() / "csne.json").read_text(encoding="utf-8"))
+    cached = embedded_subject.cache_dir() / "datasets" / f"csne-{committed['sha256'][:16]}.json"
+    if cached.is_file():
+        with contextlib.suppress(OSError, ValueError):
+            content = json.loads(cached.read_text(encoding="utf-8"))
+            if content_sha256(content) == committed["sha256"]:
+                return _cases(content)
+        # damaged or edited: mined anew below
+    _require_pinned(committed["packages"])
+    content = build()
+    if content_sha256(content) != committed["sha256"]:
+        raise StudyError(
+            f"the mined CSNE set has SHA-256 {content_sha256(content)}, committed is {committed['sha256']}: "
+            "an installed package was modified; reinstall with `pip install --force-reinstall -c constraints.txt -e .`"
+        )
+    _write_atomically(cached, json.dumps(content))
+    return _cases(content)
+
+
+def _require_pinned(pinned: dict[str, str]) -> None:
     installed = installed_versions()
-    different = {
-        name: f"{installed.get(name, 'not installed')} (pinned: {version})"
-        for name, version in committed["packages"].items()
+    different = [
+        f"{name} {installed.get(name, 'not installed')} (pinned: {version})"
+        for name, version in sorted(pinned.items())
         if installed.get(name) != version
-    }
+    ]
     if different:
         raise StudyError(
-            "embedded CSNE is mined from pinned packages, and these differ: "
-            + ", ".join(f"{name} {what}" for name, what in sorted(different.items()))
-            + ". Install with `pip install -c constraints.txt -e .`, or use source='published' or a file."
+            f"embedded CSNE is mined from pinned packages, and these differ: {', '.join(different)}. "
+            "Install with `pip install -c constraints.txt -e .`, or use source='published' or a file."
         )
-    cached = embedded_subject.cache_dir() / "datasets" / f"csne-{committed['sha256'][:16]}.json"
-    if not cached.is_file():
-        content = build()
-        if content_sha256(content) != committed["sha256"]:
-            raise StudyError(
-                f"the mined CSNE set has SHA-256 {content_sha256(content)}, committed is {committed['sha256']}: "
-                "an installed package was modified; reinstall with `pip install --force-reinstall -c constraints.txt -e .`"
-            )
-        _write_atomically(cached, json.dumps(content))
-    return _cases(json.loads(cached.read_text(encoding="utf-8")))
 
 
 def build() -> dict:

@@ -59,17 +59,28 @@ class Editor(ABC, Generic[Values]):
         Raises:
             StudyError: a case cannot be edited (empty target, loss not finite); the message names it.
         """
-        size = batch_size or self.default_batch
         tokenized = [self._tokenize(case) for case in cases]
-        by_length = sorted(range(len(cases)), key=lambda n: (len(tokenized[n].inputs), n))
+        costs = [self._cost(one) for one in tokenized]
+        batches: list[list[int]] = []
+        for n in sorted(range(len(cases)), key=lambda n: (costs[n], n)):
+            # a batch is padded to its longest case: start a new one rather than compute more than a third for nothing
+            if not batches or len(batches[-1]) == (batch_size or self.default_batch) or costs[n] > 1.5 * costs[batches[-1][0]]:
+                batches.append([])
+            batches[-1].append(n)
         edits: dict[int, Edit] = {}
         with tqdm(total=len(cases), desc=f"{self.name}: edit", unit="case", disable=not progress) as bar:
-            for first in range(0, len(cases), size):
-                batch = by_length[first : first + size]
+            for batch in batches:
                 done = self._timed([cases[n] for n in batch], [tokenized[n] for n in batch])
                 edits.update(zip(batch, done))
                 bar.update(len(batch))
         return [edits[n] for n in range(len(cases))]
+
+    def cost(self, case: Case) -> int:
+        """Columns that every optimisation step touches; cases of equal cost make batches without padding."""
+        return self._cost(self._tokenize(case))
+
+    def _cost(self, tokenized: Tokenized) -> int:
+        return len(tokenized.inputs)
 
     @abstractmethod
     def _edit_batch(self, cases: Sequence[Case], tokenized: Sequence[Tokenized]) -> list[Edit]:

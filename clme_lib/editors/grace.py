@@ -68,6 +68,9 @@ class GRACE(Editor[GRACEHyperparameters]):
             for n, case in enumerate(cases)
         ]
 
+    def _cost(self, tokenized):
+        return len(tokenized.target_ids)
+
     def _initial_value(self, case) -> torch.Tensor:
         draw = generator(self.seed, self.subject.name, case.dataset, self.name, case.case_id)
         return torch.rand(self.subject.hidden_size, generator=draw)

