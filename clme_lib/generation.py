@@ -22,8 +22,10 @@ from .subjects import Subject
 SPECIFICITY_TOKENS = 16
 FLUENCY_TOKENS = 64
 FLUENCY_TOP_K = 5
-DEFAULT_ROWS = 64
-_PREFILL_TOKENS = {"cpu": 2_048, "cuda": 32_768}  # tokens, padding included, read in one pass
+# prompts worked on side by side, and tokens (padding included) read in one pass: small enough to stay in a CPU's
+# caches, large enough to keep a GPU busy
+_ROWS = {"cpu": 64, "cuda": 512}
+_PREFILL_TOKENS = {"cpu": 2_048, "cuda": 32_768}
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,14 @@ def gumbel(texts: int, draw: torch.Generator) -> torch.Tensor:
 
 @torch.no_grad()
 def generate(
-    subject: Subject, requests: Sequence[Request], edits: Sequence[Edit] = (), max_rows: int = DEFAULT_ROWS
+    subject: Subject, requests: Sequence[Request], edits: Sequence[Edit] = (), max_rows: int | None = None
 ) -> list[Generated]:
     """Generate every request.
 
     Args:
         edits: what ``Request.edit`` indexes.
-        max_rows: prompts worked on side by side; memory grows with it, results do not change.
+        max_rows: prompts worked on side by side (default: 64 on CPU, 512 on CUDA); memory grows with it, results do
+            not change.
     """
     sources: dict[tuple[str, int], list[int]] = {}
     for n, request in enumerate(requests):
@@ -76,6 +79,7 @@ def generate(
         raise StudyError("cannot generate from an empty prompt")
     order = sorted(sources, key=lambda key: (len(encoded[key]), sources[key][0]))
     results: dict[int, Generated] = {}
+    max_rows = max_rows or _ROWS[subject.device.type]
     for first in range(0, len(order), max_rows):
         keys = order[first : first + max_rows]
         read = _prefill(subject, [(encoded[key], key[1]) for key in keys], edits)
@@ -100,7 +104,7 @@ class _Prompt:
 
 def _prefill(subject: Subject, prompts: Sequence[tuple[list[int], int]], edits: Sequence[Edit]) -> list[_Prompt]:
     """Read prompts (sorted by length) in left-padded passes of like length."""
-    limit = _PREFILL_TOKENS.get(subject.device.type, 2_048)
+    limit = _PREFILL_TOKENS[subject.device.type]
     passes: list[list[tuple[list[int], int]]] = [[]]
     for prompt in prompts:
         if passes[-1] and (len(passes[-1]) + 1) * len(prompt[0]) > limit:

@@ -1,7 +1,8 @@
 """Selection of a subject's hyper-parameters on the fixed selection cases, which no published table contains.
 
 The criterion is the harmonic mean of effectiveness and specificity: exact match of the target, and the share of
-neighbours left unchanged, each averaged over both data sets. Ties go to the earlier entry of the grid.
+neighbours left unchanged, each averaged over both data sets. A grid is ordered by distance from the paper's setting, and
+the first entry whose criterion reaches 0.95 is chosen: no further from the paper than it takes. If none does, the best is.
 """
 
 from __future__ import annotations
@@ -20,22 +21,23 @@ from .evaluation import evaluate
 from .prompts import DATASETS
 from .subjects import Subject
 
-# every combination is tried; the paper's own setting, transferred, is always the first
+GOOD_ENOUGH = 0.95
+# every combination is tried; the paper's own setting, transferred, is the first
 GRIDS: dict[str, list[dict[str, Any]]] = {
     # the paper's ratio of learning rate to bound is kept: the search is over how wide the box is, and where
     "ft-l": [
         {"layer": layer, "bound": bound, "lr": 5 * bound}
-        for layer, bound in product((21, 14, 27), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2))
+        for layer, bound in product((21, 14), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2))
     ],
     "grace": [
         {"layer": layer, "steps": steps, "lr": lr} for layer, steps, lr in product((27, 24, 20, 16), (30, 50), (1.0, 0.5))
     ],
 }
-COLUMNS = ["editor", "setting", "effectiveness_em", "generalization_em", "specificity_rate", "loss", "seconds", "criterion"]
+COLUMNS = ["editor", "setting", "effectiveness_em", "generalization_em", "specificity_rate", "loss", "seconds", "criterion", "chosen"]
 
 
 def select(subject: Subject, editor: str, file: Path, batch_size: int = 30) -> pd.DataFrame:
-    """Try an editor's grid and write the table ``file`` (CSV, one row a setting, best first); returns it.
+    """Try an editor's grid and write the table ``file`` (CSV, one row a setting, in the grid's order); returns it.
 
     Raises:
         StudyError: the editor has no grid.
@@ -63,7 +65,9 @@ def select(subject: Subject, editor: str, file: Path, batch_size: int = 30) -> p
                 "criterion": harmonic_mean(mean["effectiveness_em"], mean["specificity_rate"]),
             }
         )
-    table = pd.DataFrame(rows, columns=COLUMNS).sort_values("criterion", ascending=False, kind="stable")
+    reached = [n for n, row in enumerate(rows) if row["criterion"] >= GOOD_ENOUGH]
+    best = reached[0] if reached else max(range(len(rows)), key=lambda n: rows[n]["criterion"])
+    table = pd.DataFrame([{**row, "chosen": n == best} for n, row in enumerate(rows)], columns=COLUMNS)
     file.parent.mkdir(parents=True, exist_ok=True)
     table.round(4).to_csv(file, index=False)
     return table
