@@ -67,6 +67,17 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("published", type=Path, help="the published run's folder")
     check.set_defaults(act=_check)
 
+    notebook = commands.add_parser("notebook", help="execute a text notebook with papermill")
+    notebook.add_argument("source", type=Path, help="notebooks/NAME.py")
+    notebook.add_argument("target", type=Path, help="executed .ipynb to write")
+    notebook.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    notebook.set_defaults(act=_notebook)
+
+    publish = commands.add_parser("publish", help="copy a finished run to where the repository keeps it")
+    publish.add_argument("run", type=Path, help="the run's folder")
+    publish.add_argument("target", type=Path, help="results/runs/NAME")
+    publish.set_defaults(act=_publish)
+
     prepare = commands.add_parser("prepare", help="fetch the embedded model and mine embedded CSNE now rather than on first use")
     prepare.set_defaults(act=_prepare)
     return parser
@@ -133,6 +144,21 @@ def _check(options: argparse.Namespace) -> int:
     comparison = compare(load_run(options.run), load_run(options.published))
     print(describe(comparison))
     return 0 if comparison.passed else 1
+
+
+def _notebook(options: argparse.Namespace) -> int:
+    from .notebook import execute
+
+    execute(options.source, options.target, dict(options.parameters))
+    print(options.target)
+    return 0
+
+
+def _publish(options: argparse.Namespace) -> int:
+    from .publish import publish
+
+    print(f"{publish(options.run, options.target)} records in {options.target}")
+    return 0
 
 
 def _prepare(_options: argparse.Namespace) -> int:

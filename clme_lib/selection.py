@@ -65,12 +65,17 @@ def select(subject: Subject, editor: str, file: Path, batch_size: int = 30) -> p
                 "criterion": harmonic_mean(mean["effectiveness_em"], mean["specificity_rate"]),
             }
         )
-    reached = [n for n, row in enumerate(rows) if row["criterion"] >= GOOD_ENOUGH]
-    best = reached[0] if reached else max(range(len(rows)), key=lambda n: rows[n]["criterion"])
-    table = pd.DataFrame([{**row, "chosen": n == best} for n, row in enumerate(rows)], columns=COLUMNS)
+    table = choose(pd.DataFrame(rows))
     file.parent.mkdir(parents=True, exist_ok=True)
     table.round(4).to_csv(file, index=False)
     return table
+
+
+def choose(measured: pd.DataFrame) -> pd.DataFrame:
+    """Mark the chosen setting of a grid in its order: the first good enough, else the best."""
+    reached = measured.index[measured["criterion"] >= GOOD_ENOUGH]
+    best = reached[0] if len(reached) else measured["criterion"].idxmax()
+    return measured.assign(chosen=measured.index == best)[COLUMNS]
 
 
 def harmonic_mean(one: float, other: float) -> float:

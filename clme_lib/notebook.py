@@ -1,0 +1,75 @@
+"""Notebooks: checked parameters inside one, and executing one with papermill from its text form.
+
+Text notebooks (jupytext ``py:percent``) are the source; papermill executes them; the book renders what was executed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import StudyError
+from .runs import RunConfig, make_config
+
+# names IPython puts into a notebook's namespace
+_IPYTHON = {"In", "Out", "exit", "quit", "open", "get_ipython", "clme", "display"}
+
+
+def config_from_notebook(namespace: Mapping[str, Any]) -> RunConfig:
+    """The run configuration from a notebook's parameters: call it first thing after them, with ``globals()``.
+
+    Papermill only logs a parameter that the notebook does not have, so the check is made here.
+
+    Raises:
+        StudyError: an unknown name (the message lists the known ones) or a value of the wrong type.
+    """
+    names = {k for k in namespace if not k.startswith("_") and k not in _IPYTHON}
+    known = list(RunConfig.model_fields)
+    if unknown := sorted(names - set(known)):
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise StudyError(f"unknown parameter {unknown[0]!r}{hint}; known: {', '.join(known)}")
+    values = {name: namespace[name] for name in names}
+    if values.get("within") == "":  # papermill's -p has no way to pass None
+        values["within"] = None
+    return make_config(**values)
+
+
+def execute(source: Path, target: Path, parameters: Mapping[str, Any]) -> None:
+    """Execute a text notebook; ``target`` appears only when every cell has succeeded.
+
+    Two equal executions give equal bytes: time stamps are dropped and cell ids numbered.
+
+    Raises:
+        StudyError: an unknown parameter, or a cell that failed (the partial notebook's path is named).
+    """
+    import jupytext
+    import nbformat
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(target.name + ".part")
+    with tempfile.TemporaryDirectory() as scratch:
+        ipynb = Path(scratch) / f"{source.stem}.ipynb"
+        jupytext.write(jupytext.read(source), ipynb)
+        known = papermill.inspect_notebook(str(ipynb))
+        if unknown := sorted(set(parameters) - set(known)):
+            raise StudyError(f"{source}: unknown parameter {unknown[0]!r}; known: {', '.join(known)}")
+        try:
+            notebook = papermill.execute_notebook(str(ipynb), str(unfinished), dict(parameters), cwd=".")
+        except PapermillExecutionError as error:
+            raise StudyError(f"{source}: a cell failed, see {unfinished}: {error.ename}: {error.evalue}") from error
+    notebook.metadata.papermill = {"input_path": str(source), "parameters": dict(parameters)}
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number}"
+        cell.metadata = {k: v for k, v in cell.metadata.items() if k not in ("papermill", "execution")}
+        if cell.cell_type == "code":
+            # progress bars and download notices differ from run to run
+            cell.outputs = [one for one in cell.outputs if one.output_type != "stream"]
+    nbformat.write(notebook, unfinished)
+    os.replace(unfinished, target)

@@ -1,0 +1,47 @@
+"""Publishing a run: what the repository keeps of it.
+
+CNLE texts are published. CSNE is mined from packages whose text is not ours to publish, so its records keep scores and
+hashes only; whoever re-runs a case can still compare every string by its hash.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from .errors import StudyError
+from .jsonl import append_rows
+from .records import read_records, without_texts
+from .runs import load_manifest
+
+
+def publish(run: Path, target: Path) -> int:
+    """Copy a finished run to ``target`` for the repository; returns the number of records.
+
+    Raises:
+        StudyError: the target exists, or a case failed in the run.
+    """
+    if target.exists():
+        raise StudyError(f"{target} exists already: published records are never changed; choose another name or remove it")
+    files = sorted((run / "records").glob("*.jsonl"))
+    manifest = load_manifest(run)
+    contents = {file.name: read_records([file]) for file in files}
+    if not contents:
+        raise StudyError(f"{run}: no records to publish")
+    failures = [record for records in contents.values() for record in records if record.error]
+    if failures:
+        raise StudyError(f"{run}: case {failures[0].case_id} by {failures[0].editor} failed: {failures[0].error}")
+    unfinished = target.with_name(target.name + ".part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    for name, records in contents.items():
+        rows = [record.model_dump() for record in sorted(records, key=lambda record: record.case_id)]
+        append_rows(
+            unfinished / "records" / name,
+            [without_texts(row) if row["dataset"] == "csne" else row for row in rows],
+        )
+    (unfinished / "run.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    if (run / "folds.json").is_file():
+        shutil.copy(run / "folds.json", unfinished / "folds.json")
+    unfinished.rename(target)
+    return sum(map(len, contents.values()))

@@ -1,0 +1,239 @@
+"""Tables, intervals and figures, all computed from records.
+
+Scores are shown times 100, as in the paper (fluency too, which is in bits). Intervals are 95 %: Wilson's for
+exact match, percentile bootstrap over cases for everything else.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from .datasets.cases import Case
+from .editors import EDITORS
+from .prompts import prompt_text
+from .records import MEASURES, METRICS, SCORES
+
+LEVEL = 0.95
+RESAMPLES = 2_000
+BINARY = ("effectiveness_em", "generalization_em", "specificity_em")
+_METRIC_NAMES = {"em": "EM", "bleu": "BLEU", "rouge_l": "ROUGE-L"}
+_EDITOR_NAMES = {"none": "unedited", "ft-l": "FT-L", "grace": "GRACE"}
+_DATASET_NAMES = {"cnle": "CNLE", "csne": "CSNE"}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95 % interval, on the scale of the values."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def interval(values: Sequence[float], binary: bool) -> Interval:
+    """Mean of per-case values: Wilson's interval for 0/1 values, else percentile bootstrap over cases."""
+    data = np.asarray(values, dtype=float)
+    mean, n = float(data.mean()), len(data)
+    if binary:
+        bounds = stats.binomtest(round(data.sum()), n).proportion_ci(LEVEL, method="wilson")
+        return Interval(mean, float(bounds.low), float(bounds.high), n)
+    if n < 2:
+        return Interval(mean, float("nan"), float("nan"), n)
+    drawn = stats.bootstrap(
+        (data,), np.mean, confidence_level=LEVEL, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    return Interval(mean, float(drawn.low), float(drawn.high), n)
+
+
+def scored(records: pd.DataFrame) -> pd.DataFrame:
+    """Records that have scores (a case that failed has a reason instead)."""
+    return records[records["error"].isna()]
+
+
+def summary(records: pd.DataFrame) -> pd.DataFrame:
+    """Mean scores times 100 and the number of cases, a row per data set and editor."""
+    groups = scored(records).groupby(["dataset", "editor"], sort=False)
+    table = (groups[list(SCORES)].mean() * 100).round(2)
+    table.insert(0, "n", groups.size())
+    return table
+
+
+class Table:
+    """A table that shows itself: HTML in a notebook, a numbered MyST table in the book.
+
+    Attributes:
+        data: cells as (possibly HTML) text.
+    """
+
+    def __init__(self, data: pd.DataFrame, caption: str, name: str) -> None:
+        self.data, self.caption, self.name = data, caption, name
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
+        return {
+            "text/html": f"<p><em>{html.escape(self.caption)}</em></p>" + self.data.to_html(escape=False, index=False),
+            "text/markdown": self.to_myst(),
+            "text/plain": f"{self.caption}\n{self.data.to_string(index=False)}",
+        }
+
+    def to_myst(self) -> str:
+        """The table as a captioned, labelled MyST directive."""
+        rows = [list(self.data.columns), ["---"] * self.data.shape[1], *self.data.to_numpy().tolist()]
+        body = "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
+        return f"```{{table}} {self.caption}\n:name: {self.name}\n\n{body}\n```"
+
+
+def proficiency_table(records: pd.DataFrame) -> Table:
+    """The paper's Table IV: ten scores for every editor and data set, with n and 95 % intervals, best in bold."""
+    rows = []
+    for dataset, mine in scored(records).groupby("dataset", sort=False):
+        cells = {
+            editor: {score: interval(own[score], score in BINARY) for score in SCORES}
+            for editor, own in mine.groupby("editor", sort=False)
+        }
+        best = {s: max((c[s].mean for editor, c in cells.items() if editor != "none"), default=None) for s in SCORES}
+        for editor, intervals in cells.items():
+            row = {
+                "Data": _DATASET_NAMES[str(dataset)],
+                "Editor": editor_name(str(editor)),
+                "n": str(next(iter(intervals.values())).n),
+            }
+            for score in SCORES:
+                bold = editor != "none" and intervals[score].mean == best[score]
+                row[_column(score)] = _cell(intervals[score], bold)
+            rows.append(row)
+    subject = ", ".join(records["subject"].unique())
+    caption = (
+        f"Proficiency on {subject} (the paper's Table IV): effectiveness (Eff.), generalization (Gen.), specificity "
+        "(Spec.) and fluency (FL.), times 100, with 95 % intervals below; best edited row in bold."
+    )
+    return Table(pd.DataFrame(rows), caption, "tab-rq1-proficiency")
+
+
+def transfer_table(records: pd.DataFrame) -> Table:
+    """The paper's Table V: change of effectiveness from CSNE to CNLE, in points."""
+    means = scored(records).groupby(["editor", "dataset"], sort=False)[list(SCORES)].mean() * 100
+    rows = []
+    for editor in records["editor"].unique():
+        if editor == "none" or any((editor, dataset) not in means.index for dataset in _DATASET_NAMES):
+            continue
+        row = {"Editor": editor_name(editor)}
+        for metric in METRICS:
+            score = f"effectiveness_{metric}"
+            csne, cnle = means.loc[(editor, "csne"), score], means.loc[(editor, "cnle"), score]
+            row[_METRIC_NAMES[metric]] = f"{csne:.2f} → {cnle:.2f} ({cnle - csne:+.2f})"
+        rows.append(row)
+    return Table(
+        pd.DataFrame(rows), "Effectiveness from CSNE to CNLE, in points (the paper's Table V).", "tab-rq1-transfer"
+    )
+
+
+def proficiency_figure(records: pd.DataFrame):
+    """Exact match of the three measures by editor, one panel a data set, with 95 % intervals (a matplotlib figure)."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    sns.set_theme(style="whitegrid", context="paper")
+    data = scored(records)
+    datasets = list(data["dataset"].unique())
+    editors = list(data["editor"].unique())
+    colours = sns.color_palette("colorblind", len(editors))
+    figure, axes = plt.subplots(1, len(datasets), figsize=(4.2 * len(datasets), 3.1), sharey=True, squeeze=False)
+    width = 0.8 / len(editors)
+    for axis, dataset in zip(axes[0], datasets):
+        for k, editor in enumerate(editors):
+            mine = data[(data["dataset"] == dataset) & (data["editor"] == editor)]
+            found = [interval(mine[f"{measure}_em"], binary=True) for measure in MEASURES]
+            means = np.array([one.mean for one in found]) * 100
+            # rounding can put a bound a hair inside the mean
+            low = np.maximum(means - np.array([one.low for one in found]) * 100, 0)
+            high = np.maximum(np.array([one.high for one in found]) * 100 - means, 0)
+            places = np.arange(len(MEASURES)) + (k - (len(editors) - 1) / 2) * width
+            axis.bar(places, means, width, color=colours[k], label=editor_name(editor))
+            axis.errorbar(places, means, yerr=[low, high], fmt="none", ecolor="0.2", elinewidth=0.8, capsize=2)
+        axis.set_xticks(range(len(MEASURES)), [measure.capitalize() for measure in MEASURES])
+        axis.set_title(_DATASET_NAMES[dataset])
+        axis.set_ylim(0, 105)
+        axis.grid(axis="x", visible=False)
+    axes[0][0].set_ylabel("exact match (%)")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 1.07), ncol=len(editors))
+    figure.tight_layout()
+    return figure
+
+
+def examples(records: pd.DataFrame, cases: Sequence[Case], count: int = 3) -> str:
+    """Markdown: for the first cases that have texts in every editor's record, what each edited model wrote."""
+    by_id = {case.case_id: case for case in cases}
+    texts = scored(records)
+    texts = texts[texts["generated_effectiveness"].notna() & texts["case_id"].isin(by_id)]
+    texts = texts[texts["dataset"] == cases[0].dataset] if cases else texts
+    editors = list(texts["editor"].unique())
+    complete = [one for one, rows in texts.groupby("case_id", sort=True) if len(rows) == len(editors)][:count]
+    parts = []
+    for number, case_id in enumerate(complete, 1):
+        case, rows = by_id[case_id], texts[texts["case_id"] == case_id]
+        parts.append(f"**Example {number}** (case {case_id})\n")
+        parts.append(_code("edit prompt", case.prompt) + _code("target", case.target))
+        parts.append(f"rephrased: {_inline(prompt_text(case.dataset, case.rephrased[0]))}; "
+                     f"a neighbour: {_inline(prompt_text(case.dataset, case.unrelated[0]))}\n")  # fmt: skip
+        parts.append("| Editor | writes after the edit prompt | after the rephrased prompt | after the neighbour |\n|---|---|---|---|")
+        for _, row in rows.iterrows():
+            written = [row[f"generated_{measure}"][0] for measure in MEASURES]
+            parts.append(f"| {editor_name(row['editor'])} | " + " | ".join(map(_inline, written)) + " |")
+        parts.append("")
+    return "\n".join(parts) if parts else "_These records keep no texts to show._"
+
+
+def reading(records: pd.DataFrame) -> str:
+    """A paragraph of Markdown that says what the numbers show; every figure is computed here."""
+    sentences = []
+    for dataset, mine in scored(records).groupby("dataset", sort=False):
+        edited = [name for name in mine["editor"].unique() if name != "none"]
+        for editor in edited:
+            own = mine[mine["editor"] == editor]
+            found = {measure: interval(own[f"{measure}_em"], binary=True) for measure in MEASURES}
+            sentences.append(
+                f"On {_DATASET_NAMES[str(dataset)]}, {editor_name(editor)} makes {_percent(found['effectiveness'])} of {len(own)} "
+                f"edits hold exactly and carries {_percent(found['generalization'])} of them over to the rephrased prompt; "
+                f"all five neighbours stay unchanged for {_percent(found['specificity'])} of the cases."
+            )
+    return " ".join(sentences)
+
+
+def editor_name(name: str) -> str:
+    """An editor's name as the paper writes it."""
+    return _EDITOR_NAMES.get(name, name if name in EDITORS else name.upper())
+
+
+def _column(score: str) -> str:
+    if score == "fluency":
+        return "FL."
+    measure, metric = score.split("_", 1)
+    return {"effectiveness": "Eff.", "generalization": "Gen.", "specificity": "Spec."}[measure] + " " + _METRIC_NAMES[metric]
+
+
+def _cell(found: Interval, bold: bool) -> str:
+    mean = f"<strong>{100 * found.mean:.2f}</strong>" if bold else f"{100 * found.mean:.2f}"
+    return mean if np.isnan(found.low) else f"{mean}<br><small>{100 * found.low:.1f}–{100 * found.high:.1f}</small>"
+
+
+def _percent(found: Interval) -> str:
+    return f"{100 * found.mean:.1f} % ({100 * found.low:.1f}–{100 * found.high:.1f})"
+
+
+def _inline(text: str) -> str:
+    """Generated text inside a table cell: nothing of it is taken for markup."""
+    shown = html.escape(text.strip() or "(nothing)").replace("\n", "⏎").replace("|", "&#124;")
+    shown = shown.replace("`", "&#96;").replace("$", "&#36;").replace("*", "&#42;").replace("_", "&#95;")
+    shown = shown.replace("[", "&#91;").replace("{", "&#123;").replace("\\", "&#92;")
+    return f"<code>{shown}</code>"
+
+
+def _code(title: str, text: str) -> str:
+    return f"{title}:\n\n````text\n{text}\n````\n\n"
