@@ -47,6 +47,16 @@ def commit() -> str:
         return "unknown"
 
 
+def library_sha256() -> str:
+    """Hash of the library's own files, which says what ran even where there is no repository."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in (".py", ".yaml", ".json", ".jsonl"):
+            digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
 def hyperparameters(editor: Editor) -> dict:
     """An editor's values and their hash."""
     values = editor.values.model_dump()

@@ -44,4 +44,18 @@ def publish(run: Path, target: Path) -> int:
     if (run / "folds.json").is_file():
         shutil.copy(run / "folds.json", unfinished / "folds.json")
     unfinished.rename(target)
+    draw(target)
     return sum(map(len, contents.values()))
+
+
+def draw(published: Path) -> Path:
+    """Draw the headline figure of a published run beside its records, from them; returns its path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from .report import proficiency_figure
+    from .runs import load_run
+
+    file = published / "proficiency.png"
+    proficiency_figure(load_run(published)).savefig(file, dpi=160, bbox_inches="tight", metadata={"Software": None})
+    return file

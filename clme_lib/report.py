@@ -22,7 +22,7 @@ from .records import MEASURES, METRICS, SCORES
 LEVEL = 0.95
 RESAMPLES = 2_000
 BINARY = ("effectiveness_em", "generalization_em", "specificity_em")
-_METRIC_NAMES = {"em": "EM", "bleu": "BLEU", "rouge_l": "ROUGE-L"}
+_METRIC_NAMES = {"em": "EM", "bleu": "BLEU", "rouge_l": "R-L"}
 _EDITOR_NAMES = {"none": "unedited", "ft-l": "FT-L", "grace": "GRACE"}
 _DATASET_NAMES = {"cnle": "CNLE", "csne": "CSNE"}
 
@@ -111,7 +111,8 @@ def proficiency_table(records: pd.DataFrame) -> Table:
     subject = ", ".join(records["subject"].unique())
     caption = (
         f"Proficiency on {subject} (the paper's Table IV): effectiveness (Eff.), generalization (Gen.), specificity "
-        "(Spec.) and fluency (FL.), times 100, with 95 % intervals below; best edited row in bold."
+        "(Spec.) and fluency (FL.) by exact match, BLEU and ROUGE-L (R-L), times 100, with 95 % intervals below; best edited "
+        "row in bold."
     )
     return Table(pd.DataFrame(rows), caption, "tab-rq1-proficiency")
 

@@ -228,6 +228,7 @@ def _start(config: RunConfig, subject: Subject, editors: dict[str, Editor], chos
     start = {
         "started": provenance.now(),
         "commit": provenance.commit(),
+        "library": provenance.library_sha256(),
         "versions": provenance.versions(),
         "hardware": provenance.hardware(subject),
         "dtype": subject.dtype_name,

@@ -1,0 +1,62 @@
+# make book   everything: environment, a real run on this machine, its comparison with the published run, the site
+# make site   render the book without running anything
+# make test   the test suite
+# Variables: PYTHON (3.11 to 3.13), CASES (per data set), SAMPLE (which random cases are checked), TORCH_INDEX
+#            (e.g. https://download.pytorch.org/whl/cpu for the small CPU build of torch)
+SHELL := /bin/bash
+PYTHON ?= python3
+CASES ?= 6
+SAMPLE ?= 1
+TORCH_INDEX ?=
+PUBLISHED := results/runs/smollm2-135m-h100
+OWN := runs/book-$(SAMPLE)-$(CASES)
+BIN := .venv/bin
+
+.PHONY: setup book site test lint bench check publish clean
+
+setup: .venv/.ready
+
+.venv/.ready: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3,11) <= sys.version_info < (3,14) else "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + "; set PYTHON=")'
+	@test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e ".[book,dev]"
+	$(BIN)/jupytext --quiet --sync notebooks/*.py
+	@touch $@
+
+book: $(OWN)/rq1_proficiency.ipynb
+	$(BIN)/clme check $(OWN) $(PUBLISHED)
+	@$(BIN)/python book/build.py $<
+
+# the notebook's own cell runs or resumes the cases; it is executed again only when it, the library or the records change
+$(OWN)/rq1_proficiency.ipynb: .venv/.ready notebooks/rq1_proficiency.py $(shell find clme_lib -name '*.py' -o -name '*.yaml' -o -name '*.json*') $(shell find $(PUBLISHED) -type f)
+	@$(BIN)/clme prepare
+	$(BIN)/clme notebook notebooks/rq1_proficiency.py $@ -p cases $(CASES) -p sample $(SAMPLE) -p within $(PUBLISHED) -p name h100 -p out $(OWN)
+
+site: .venv/.ready
+	@$(BIN)/python book/build.py $(wildcard $(OWN)/rq1_proficiency.ipynb)
+
+test: .venv/.ready
+	$(BIN)/python -m pytest
+
+lint: .venv/.ready
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: .venv/.ready
+	$(BIN)/python benchmarks/fast_path.py
+
+# more cases, or other editors: make check EDITOR=grace CASES=50
+EDITOR ?= none,ft-l,grace
+check: .venv/.ready
+	$(BIN)/clme run --editor $(EDITOR) --cases $(CASES) --sample $(SAMPLE) --within $(PUBLISHED) --name h100 --out runs/check
+	$(BIN)/clme check runs/check $(PUBLISHED)
+
+# the only target that writes results/: all steps resume, and published records are never overwritten
+publish: .venv/.ready
+	for editor in ft-l grace; do test -f results/selection/smollm2-135m.$$editor.csv || \
+	  $(BIN)/clme select --editor $$editor --out results/selection/smollm2-135m.$$editor.csv; done
+	test -d $(PUBLISHED) || { $(BIN)/clme run --cases 400 --batch-size 96 --name h100 --out runs/publish && \
+	  $(BIN)/clme publish runs/publish $(PUBLISHED); }
+	$(BIN)/clme notebook notebooks/rq1_proficiency.py results/notebooks/rq1_proficiency.ipynb -p cases 400 -p name h100 -p out $(PUBLISHED)
+
+clean:
+	rm -rf _build .venv

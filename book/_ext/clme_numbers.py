@@ -1,0 +1,50 @@
+"""Sphinx extension: numbers in the prose are computed from the published records, never typed."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+
+def _numbers(root: Path) -> dict[str, str]:
+    from clme_lib.datasets import embedded_cnle
+    from clme_lib.report import editor_name, interval
+    from clme_lib.runs import load_run
+
+    numbers = {}
+    targets, pool = embedded_cnle.read_rows("cnle-targets"), embedded_cnle.read_rows("cnle-pool")
+    lengths = sorted(len(row["snippet"]) for row in targets)
+    numbers["cnle_targets"], numbers["cnle_pool"] = str(len(targets)), str(len(pool))
+    numbers["cnle_median"] = str(lengths[len(lengths) // 2])
+    numbers["cnle_calls"] = str(len(set().union(*(embedded_cnle.calls(row["snippet"]) for row in targets))))
+    runs = sorted((root / "results" / "runs").glob("*/run.json"))
+    records = load_run(runs[0].parent)
+    start = json.loads(runs[0].read_text())["starts"][-1]
+    numbers["run_hardware"] = start["hardware"]["name"]
+    numbers["run_versions"] = ", ".join(f"{name} {start['versions'][name]}" for name in ("torch", "transformers"))
+    numbers["run_cases"] = str(records.groupby("dataset")["case_id"].nunique().min())
+    numbers["run_folder"] = f"results/runs/{runs[0].parent.name}"
+    for (dataset, editor), mine in records.groupby(["dataset", "editor"]):
+        for measure in ("effectiveness", "generalization", "specificity"):
+            numbers[f"{dataset}_{editor.replace('-', '_')}_{measure}"] = (
+                f"{100 * interval(mine[f'{measure}_em'], binary=True).mean:.1f} %"
+            )
+    grace = records[(records["editor"] == "grace")]
+    for dataset, mine in grace.groupby("dataset"):
+        distances = pd.DataFrame(mine["distances"].tolist())
+        numbers[f"{dataset}_rephrased_distance"] = f"{distances[1].median():.1f}"
+        numbers[f"{dataset}_nearest_neighbour"] = f"{distances.iloc[:, 2:].min().min():.1f}"
+        numbers[f"{dataset}_rephrased_fired"] = f"{100 * (distances[1] <= 1).mean():.1f} %"
+    numbers["editors"] = ", ".join(editor_name(name) for name in records["editor"].unique())
+    return numbers
+
+
+def load_numbers(app, config):
+    """Make every number available as ``{{ name }}``."""
+    root = Path(app.srcdir)
+    config.myst_substitutions = {**config.myst_substitutions, **_numbers(root)}
+
+
+def setup(app):
+    app.connect("config-inited", load_numbers)
+    return {"parallel_read_safe": True, "version": "1"}

@@ -1,0 +1,82 @@
+"""Tiny random subjects of the three architectures, hand-made cases, and the real small subject."""
+
+import os
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, StableLmConfig
+
+from clme_lib.datasets.cases import Case
+from clme_lib.hyperparameters import load_settings
+from clme_lib.prompts import make_prompt
+from clme_lib.subjects import Subject, load_subject, prepare
+
+# `make gpu-test`-style runs set this; every test then runs on that device
+DEVICE = os.environ.get("CLME_TEST_DEVICE", "cpu")
+ARCHITECTURES = ("llama", "qwen2", "stablelm")
+
+ROWS = [
+    ("sort list `xs` in place", "xs.sort()", "put `xs` in order"),
+    ("open file `a.txt` for reading", "open('a.txt')", "how do I read `a.txt`"),
+    ("sum of squares of numbers in `values`", "sum(v * v for v in values)", "add up every `values` entry squared"),
+    ("get the last element of `items`", "items[-1]", "which element of `items` comes last"),
+    ("lower case `name`", "name.lower()", "`name` without capitals"),
+]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE trained on a few lines, with the colon a token of its own."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([f"Intent: {a}\nCode: {b} {c}" for a, b, c in ROWS], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+def make_subject(architecture: str, blocks: int = 4) -> Subject:
+    """A random model with 4 narrow blocks; weights are large enough for outputs to depend on inputs."""
+    tokenizer = make_tokenizer()
+    common = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=blocks,
+                  num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, eos_token_id=0,
+                  bos_token_id=None, pad_token_id=None)  # fmt: skip
+    config = {
+        "llama": lambda: LlamaConfig(**common),
+        "qwen2": lambda: Qwen2Config(**common),
+        "stablelm": lambda: StableLmConfig(**common, use_parallel_residual=False, partial_rotary_factor=0.25),
+    }[architecture]()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.12)
+    name = f"tiny-{architecture}"
+    return prepare(name, model.to(DEVICE), tokenizer, load_settings(name), "random-seed-0")
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def subject(request) -> Subject:
+    return make_subject(request.param)
+
+
+@pytest.fixture(scope="session")
+def llama() -> Subject:
+    return make_subject("llama")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Subject:
+    return load_subject("smollm2-135m", DEVICE)
+
+
+@pytest.fixture(scope="session")
+def cases() -> list[Case]:
+    return [
+        Case(n, "cnle", make_prompt("cnle", intent), snippet, (make_prompt("cnle", other),),
+             tuple(make_prompt("cnle", ROWS[(n + k) % len(ROWS)][0]) for k in (1, 2)))
+        for n, (intent, snippet, other) in enumerate(ROWS)
+    ]  # fmt: skip
