@@ -338,3 +338,15 @@ def _write_atomically(path: Path, text: str) -> None:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
         file.write(text)
     os.replace(file.name, path)
+
+
+def commit_hash() -> str:
+    """Mine anew and record the set's hash and the packages it came from in ``embedded/csne.json`` (after a pin changed)."""
+    digest = content_sha256(build())
+    content = json.dumps({"sha256": digest, "packages": installed_versions()}, indent=1)
+    _write_atomically(Path(str(_resource() / "csne.json")), content + "\n")
+    return digest
+
+
+if __name__ == "__main__":
+    print(commit_hash())

@@ -1,0 +1,121 @@
+"""The project as its users meet it: versions, notebooks, the command line, imports."""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import jupytext
+import papermill
+import pytest
+import yaml
+
+from clme_lib.cli import main
+from clme_lib.errors import StudyError
+from clme_lib.notebook import execute
+from clme_lib.runs import RunConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    found = (line.split("==") for line in lines if line and not line.startswith("#"))
+    return {normal(name): version for name, version in found}
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_one_source_of_versions():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    direct = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
+    pinned = pins()
+    for name in direct:
+        assert re.fullmatch(r"[\w.-]+", name), f"{name}: versions belong in constraints.txt"
+        assert normal(name) in pinned, f"{name} is not pinned"
+        assert importlib.metadata.version(name).split("+")[0] == pinned[normal(name)]
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    (pip,) = [entry["pip"] for entry in environment if isinstance(entry, dict)]
+    assert pip == ["--constraint constraints.txt", "--editable .[book,dev]"]
+    assert "python=3.11" in environment and project["requires-python"] == ">=3.11,<3.14"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_well_formed(path):
+    notebook = jupytext.read(path)
+    assert jupytext.writes(notebook, fmt="py:percent") == jupytext.writes(
+        jupytext.reads(jupytext.writes(notebook, fmt="py:percent"), fmt="py:percent"), fmt="py:percent"
+    )
+    assert notebook.metadata.kernelspec.name == "python3"
+    tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    for line in tagged[0].source.splitlines():
+        assert re.fullmatch(r"\w+: \w+ = .+  # .+", line), f"parameter without type or comment: {line}"
+    names = [line.split(":")[0] for line in tagged[0].source.splitlines()]
+    assert set(names) == set(RunConfig.model_fields)
+
+
+def test_runner_refuses_unknown_parameters(tmp_path):
+    with pytest.raises(StudyError, match="unknown parameter 'editor'; known: .*editors"):
+        execute(NOTEBOOKS[0], tmp_path / "out.ipynb", {"editor": "grace"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failing_cell_leaves_no_finished_notebook(tmp_path):
+    with pytest.raises(StudyError, match="a cell failed.*unknown editor 'rome2'"):
+        execute(NOTEBOOKS[0], tmp_path / "out.ipynb", {"editors": "rome2"})
+    assert not (tmp_path / "out.ipynb").exists()
+
+
+def test_papermill_as_the_readme_says(tmp_path):
+    """The literal call works on the paired .ipynb, and a misspelt parameter stops it with the known ones."""
+    ipynb = tmp_path / "rq1_proficiency.ipynb"
+    jupytext.write(jupytext.read(ROOT / "notebooks" / "rq1_proficiency.py"), ipynb)
+    known = papermill.inspect_notebook(str(ipynb))
+    assert known["cases"]["help"] == "per data set" and known["cases"]["inferred_type_name"] == "int"
+    command = [sys.executable, "-m", "papermill", str(ipynb), str(tmp_path / "out.ipynb"), "-p", "editor", "grace"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0 and "did you mean 'editors'" in done.stderr
+
+
+def test_published_run_renders_twice_the_same(tmp_path):
+    """The RQ1 notebook on the published records: no model is needed, and two executions give equal bytes."""
+    folder = next((ROOT / "results" / "runs").iterdir())
+    outputs = []
+    for name in ("a", "b"):
+        out = tmp_path / name / "rq1.ipynb"
+        parameters = {"out": str(folder), "name": "h100", "cases": 400, "dataset": "cnle"}
+        execute(ROOT / "notebooks" / "rq1_proficiency.py", out, parameters)
+        outputs.append(out.read_bytes())
+    assert outputs[0] == outputs[1]
+    assert b"tab-rq1-proficiency" in outputs[0]
+
+
+def test_command_line(capsys):
+    assert main(["list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("smollm2-135m", "codellama-7b", "cnle", "csne", "grace", "ft-l"))
+    assert main(["run", "--subject", "nonsense", "--out", "unused", "--cases", "1", "--dataset", "cnle"]) == 1
+    assert "unknown subject 'nonsense'" in capsys.readouterr().err
+    assert main(["run", "--out", "unused", "--editor", "gracy"]) == 1
+    assert "unknown editor 'gracy'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "--help"])
+    assert stop.value.code == 0
+
+
+def test_importing_is_light():
+    code = "import clme_lib, sys; assert 'torch' not in sys.modules and 'requests' not in sys.modules; clme_lib.cases"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "AttributeError: module 'clme_lib' has no attribute 'cases'" in done.stderr
+
+
+def test_no_unsafe_loading():
+    for path in (ROOT / "clme_lib").rglob("*.py"):
+        text = path.read_text()
+        assert not re.search(r"torch\.load\(|pickle\.load|trust_remote_code\W+True", text), path

