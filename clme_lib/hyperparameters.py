@@ -33,6 +33,7 @@ class SubjectSource(Schema):
     id: str | None = None
     revision: str = "main"
     blocks: int | None = Field(default=None, gt=0)
+    eos_token: str | None = None  # where a checkpoint's own depends on who reads it
 
 
 class SubjectSettings(Schema):

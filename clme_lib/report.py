@@ -150,6 +150,8 @@ def proficiency_figure(records: pd.DataFrame):
     for axis, dataset in zip(axes[0], datasets):
         for k, editor in enumerate(editors):
             mine = data[(data["dataset"] == dataset) & (data["editor"] == editor)]
+            if mine.empty:
+                continue
             found = [interval(mine[f"{measure}_em"], binary=True) for measure in MEASURES]
             means = np.array([one.mean for one in found]) * 100
             # rounding can put a bound a hair inside the mean

@@ -147,6 +147,8 @@ def prepare(
 ) -> Subject:
     """Put model and tokenizer into the study's fixed state: frozen weights, greedy decoding, left padding with EOS."""
     model.eval().requires_grad_(False)
+    if settings.subject.eos_token:
+        tokenizer.eos_token = settings.subject.eos_token
     if tokenizer.eos_token_id is None:
         raise StudyError(f"the tokenizer of {name!r} has no EOS token, which the study pads with")
     tokenizer.padding_side = "left"

@@ -179,3 +179,9 @@ def test_a_malformed_yaml_names_the_file(tmp_path, monkeypatch):
     finally:
         hyperparameters.registered_subjects.cache_clear()
         hyperparameters.load_settings.cache_clear()
+
+
+@pytest.mark.subject
+def test_the_embedded_subject_ends_turns_with_im_end(smollm2):
+    assert smollm2.tokenizer.eos_token == "<|im_end|>" == smollm2.tokenizer.pad_token
+    assert smollm2.model.generation_config.eos_token_id == smollm2.tokenizer.convert_tokens_to_ids("<|im_end|>")
