@@ -54,9 +54,9 @@ check: .venv/.ready
 publish: .venv/.ready
 	for editor in ft-l grace; do test -f results/selection/smollm2-135m.$$editor.csv || \
 	  $(BIN)/clme select --editor $$editor --out results/selection/smollm2-135m.$$editor.csv; done
-	test -d $(PUBLISHED) || { $(BIN)/clme run --cases 400 --batch-size 96 --name h100 --out runs/publish && \
+	test -d $(PUBLISHED) || { $(BIN)/clme run --cases 100 --batch-size 100 --name h100 --out runs/publish && \
 	  $(BIN)/clme publish runs/publish $(PUBLISHED); }
-	$(BIN)/clme notebook notebooks/rq1_proficiency.py results/notebooks/rq1_proficiency.ipynb -p cases 400 -p name h100 -p out $(PUBLISHED)
+	$(BIN)/clme notebook notebooks/rq1_proficiency.py results/notebooks/rq1_proficiency.ipynb -p cases 100 -p name h100 -p out $(PUBLISHED)
 
 clean:
 	rm -rf _build .venv

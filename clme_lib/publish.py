@@ -13,17 +13,21 @@ from pathlib import Path
 from .errors import StudyError
 from .jsonl import append_rows
 from .records import read_records, without_texts
-from .runs import load_manifest
+from .runs import load_manifest, load_run
 
 
 def publish(run: Path, target: Path) -> int:
-    """Copy a finished run to ``target`` for the repository; returns the number of records.
+    """Copy a run to ``target`` for the repository; returns the number of records.
+
+    Only cases that every editor has done are published: a run that was stopped while growing has more of some.
 
     Raises:
         StudyError: the target exists, or a case failed in the run.
     """
     if target.exists():
-        raise StudyError(f"{target} exists already: published records are never changed; choose another name or remove it")
+        raise StudyError(
+            f"{target} exists already: published records are never changed; choose another name or remove it"
+        )
     files = sorted((run / "records").glob("*.jsonl"))
     manifest = load_manifest(run)
     contents = {file.name: read_records([file]) for file in files}
@@ -32,10 +36,15 @@ def publish(run: Path, target: Path) -> int:
     failures = [record for records in contents.values() for record in records if record.error]
     if failures:
         raise StudyError(f"{run}: case {failures[0].case_id} by {failures[0].editor} failed: {failures[0].error}")
+    done: dict[str, list[set[int]]] = {}
+    for records in contents.values():
+        done.setdefault(records[0].dataset, []).append({record.case_id for record in records})
+    common = {dataset: set.intersection(*ids) for dataset, ids in done.items()}
     unfinished = target.with_name(target.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
     for name, records in contents.items():
-        rows = [record.model_dump() for record in sorted(records, key=lambda record: record.case_id)]
+        kept = [record for record in records if record.case_id in common[record.dataset]]
+        rows = [record.model_dump() for record in sorted(kept, key=lambda record: record.case_id)]
         append_rows(
             unfinished / "records" / name,
             [without_texts(row) if row["dataset"] == "csne" else row for row in rows],
@@ -45,7 +54,7 @@ def publish(run: Path, target: Path) -> int:
         shutil.copy(run / "folds.json", unfinished / "folds.json")
     unfinished.rename(target)
     draw(target)
-    return sum(map(len, contents.values()))
+    return len(load_run(target))
 
 
 def draw(published: Path) -> Path:
@@ -54,7 +63,6 @@ def draw(published: Path) -> Path:
 
     matplotlib.use("Agg")
     from .report import proficiency_figure
-    from .runs import load_run
 
     file = published / "proficiency.png"
     proficiency_figure(load_run(published)).savefig(file, dpi=160, bbox_inches="tight", metadata={"Software": None})

@@ -47,7 +47,12 @@ def interval(values: Sequence[float], binary: bool) -> Interval:
     if n < 2:
         return Interval(mean, float("nan"), float("nan"), n)
     drawn = stats.bootstrap(
-        (data,), np.mean, confidence_level=LEVEL, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)
+        (data,),
+        np.mean,
+        confidence_level=LEVEL,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        rng=np.random.default_rng(0),
     ).confidence_interval
     return Interval(mean, float(drawn.low), float(drawn.high), n)
 
@@ -131,7 +136,9 @@ def transfer_table(records: pd.DataFrame) -> Table:
             row[_METRIC_NAMES[metric]] = f"{csne:.2f} → {cnle:.2f} ({cnle - csne:+.2f})"
         rows.append(row)
     return Table(
-        pd.DataFrame(rows), "Effectiveness from CSNE to CNLE, in points (the paper's Table V).", "tab-rq1-transfer"
+        pd.DataFrame(rows),
+        "Effectiveness from CSNE to CNLE, in points (the paper's Table V).",
+        "tab-rq1-transfer",
     )
 
 
@@ -165,7 +172,12 @@ def proficiency_figure(records: pd.DataFrame):
         axis.set_ylim(0, 105)
         axis.grid(axis="x", visible=False)
     axes[0][0].set_ylabel("exact match (%)")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 1.07), ncol=len(editors))
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(),
+        loc="upper center",
+        bbox_to_anchor=(0.5, 1.07),
+        ncol=len(editors),
+    )
     figure.tight_layout()
     return figure
 
@@ -185,7 +197,9 @@ def examples(records: pd.DataFrame, cases: Sequence[Case], count: int = 3) -> st
         parts.append(_code("edit prompt", case.prompt) + _code("target", case.target))
         parts.append(f"rephrased: {_inline(prompt_text(case.dataset, case.rephrased[0]))}; "
                      f"a neighbour: {_inline(prompt_text(case.dataset, case.unrelated[0]))}\n")  # fmt: skip
-        parts.append("| Editor | writes after the edit prompt | after the rephrased prompt | after the neighbour |\n|---|---|---|---|")
+        parts.append(
+            "| Editor | writes after the edit prompt | after the rephrased prompt | after the neighbour |\n|---|---|---|---|"
+        )
         for _, row in rows.iterrows():
             written = [row[f"generated_{measure}"][0] for measure in MEASURES]
             parts.append(f"| {editor_name(row['editor'])} | " + " | ".join(map(_inline, written)) + " |")
@@ -218,7 +232,11 @@ def _column(score: str) -> str:
     if score == "fluency":
         return "FL."
     measure, metric = score.split("_", 1)
-    return {"effectiveness": "Eff.", "generalization": "Gen.", "specificity": "Spec."}[measure] + " " + _METRIC_NAMES[metric]
+    return (
+        {"effectiveness": "Eff.", "generalization": "Gen.", "specificity": "Spec."}[measure]
+        + " "
+        + _METRIC_NAMES[metric]
+    )
 
 
 def _cell(found: Interval, bold: bool) -> str:

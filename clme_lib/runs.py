@@ -135,7 +135,12 @@ def load_run(
     if editors is not None:
         table = table[table["editor"].isin(editors)]
     order = table["editor"].map({name: n for n, name in enumerate(EDITORS)})
-    return table.assign(_order=order).sort_values(["dataset", "_order", "case_id"]).drop(columns="_order").reset_index(drop=True)
+    return (
+        table.assign(_order=order)
+        .sort_values(["dataset", "_order", "case_id"])
+        .drop(columns="_order")
+        .reset_index(drop=True)
+    )
 
 
 def load_manifest(folder: Path | str) -> dict:

@@ -30,10 +30,21 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
         for layer, bound in product((21, 14), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2))
     ],
     "grace": [
-        {"layer": layer, "steps": steps, "lr": lr} for layer, steps, lr in product((27, 24, 20, 16), (30, 50), (1.0, 0.5))
+        {"layer": layer, "steps": steps, "lr": lr}
+        for layer, steps, lr in product((27, 24, 20, 16), (30, 50), (1.0, 0.5))
     ],
 }
-COLUMNS = ["editor", "setting", "effectiveness_em", "generalization_em", "specificity_rate", "loss", "seconds", "criterion", "chosen"]
+COLUMNS = [
+    "editor",
+    "setting",
+    "effectiveness_em",
+    "generalization_em",
+    "specificity_rate",
+    "loss",
+    "seconds",
+    "criterion",
+    "chosen",
+]
 
 
 def select(subject: Subject, editor: str, file: Path, batch_size: int = 30) -> pd.DataFrame:
@@ -51,7 +62,10 @@ def select(subject: Subject, editor: str, file: Path, batch_size: int = 30) -> p
             cases = [case for case in load_cases(dataset) if case.case_id in selection_ids(dataset)]
             edits = load_editor(editor, subject, values="transferred", **setting).edit(cases, batch_size=batch_size)
             parts.append(evaluate(subject, cases, edits))
-        means = [part[["effectiveness_em", "generalization_em", "specificity_rate", "loss", "edit_seconds"]].mean() for part in parts]
+        means = [
+            part[["effectiveness_em", "generalization_em", "specificity_rate", "loss", "edit_seconds"]].mean()
+            for part in parts
+        ]
         mean = sum(means) / len(means)
         rows.append(
             {

@@ -93,7 +93,9 @@ def describe(comparison: Comparison) -> str:
     lines = [comparison.table.to_string(index=False)]
     for one in comparison.differences:
         published = "(text not published)" if one.published is None else repr(one.published)
-        lines.append(f"differs: {one.dataset} {one.editor} case {one.case_id} {one.measure}: {published} -> {one.here!r}")
+        lines.append(
+            f"differs: {one.dataset} {one.editor} case {one.case_id} {one.measure}: {published} -> {one.here!r}"
+        )
     lines += [f"unedited row moved: {what}" for what in comparison.moved]
     worst = comparison.agreement.min()
     lines.append(
@@ -108,7 +110,10 @@ def to_markdown(comparison: Comparison) -> str:
     names = ["Data", "Editor", "cases", "greedy texts", "the same", "sampled texts", "the same"]
     rows = [names, ["---"] * len(names), *comparison.table.to_numpy().tolist()]
     table = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
-    parts = [f"```{{table}} Texts generated again on this machine.\n:name: tab-spot-check\n\n{table}\n```", ""]
+    parts = [
+        f"```{{table}} Texts generated again on this machine.\n:name: tab-spot-check\n\n{table}\n```",
+        "",
+    ]
     if not comparison.differences:
         parts.append("Every text came out the same, character by character.")
     for one in comparison.differences:
@@ -123,7 +128,9 @@ def to_markdown(comparison: Comparison) -> str:
 def _texts(pair: pd.Series, measure: str) -> Iterator[tuple[bool, Difference]]:
     published, here = pair[f"sha256_{measure}_published"], pair[f"sha256_{measure}"]
     if not isinstance(published, list) or not isinstance(here, list) or len(published) != len(here):
-        raise StudyError(f"case {pair['case_id']} of {pair['dataset']} by {pair['editor']}: {measure} was not recorded twice")
+        raise StudyError(
+            f"case {pair['case_id']} of {pair['dataset']} by {pair['editor']}: {measure} was not recorded twice"
+        )
     texts, old = pair[f"generated_{measure}"], pair[f"generated_{measure}_published"]
     for n, (one, other) in enumerate(zip(published, here)):
         yield (

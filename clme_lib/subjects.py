@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -57,12 +57,12 @@ class Subject:
         return str(self.dtype).removeprefix("torch.")
 
     @property
-    def decoder(self) -> torch.nn.Module:
+    def decoder(self) -> Any:  # architectures share no typed base
         """The stack of blocks without the head."""
         return self.model.model
 
     @property
-    def blocks(self) -> torch.nn.ModuleList:
+    def blocks(self) -> Any:
         return self.model.model.layers
 
     @property
@@ -139,11 +139,16 @@ def load_subject(name: str, device: str = "auto", dtype: str = "auto") -> Subjec
             "network (or log in for gated models); weights must be safetensors, code from the hub is never run."
         ) from error
     _require_layout(name, model)
-    return prepare(name, model.to(torch_device), tokenizer, settings, _fingerprint(location, model, settings))
+    model.to(torch_device)  # type: ignore[arg-type]  # transformers decorates torch's method
+    return prepare(name, model, tokenizer, settings, _fingerprint(location, model, settings))
 
 
 def prepare(
-    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: SubjectSettings, fingerprint: str
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: SubjectSettings,
+    fingerprint: str,
 ) -> Subject:
     """Put model and tokenizer into the study's fixed state: frozen weights, greedy decoding, left padding with EOS."""
     model.eval().requires_grad_(False)

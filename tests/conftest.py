@@ -5,7 +5,13 @@ import os
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, StableLmConfig
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    StableLmConfig,
+)
 
 from clme_lib.datasets.cases import Case
 from clme_lib.hyperparameters import load_settings
@@ -19,7 +25,11 @@ ARCHITECTURES = ("llama", "qwen2", "stablelm")
 ROWS = [
     ("sort list `xs` in place", "xs.sort()", "put `xs` in order"),
     ("open file `a.txt` for reading", "open('a.txt')", "how do I read `a.txt`"),
-    ("sum of squares of numbers in `values`", "sum(v * v for v in values)", "add up every `values` entry squared"),
+    (
+        "sum of squares of numbers in `values`",
+        "sum(v * v for v in values)",
+        "add up every `values` entry squared",
+    ),
     ("get the last element of `items`", "items[-1]", "which element of `items` comes last"),
     ("lower case `name`", "name.lower()", "`name` without capitals"),
 ]
@@ -31,7 +41,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=320,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([f"Intent: {a}\nCode: {b} {c}" for a, b, c in ROWS], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")

@@ -11,7 +11,15 @@ from types import CodeType
 import pytest
 
 from clme_lib import embedded_subject
-from clme_lib.datasets import embedded_cnle, embedded_csne, folds, load_cases, published, sample_cases, selection_ids
+from clme_lib.datasets import (
+    embedded_cnle,
+    embedded_csne,
+    folds,
+    load_cases,
+    published,
+    sample_cases,
+    selection_ids,
+)
 from clme_lib.datasets.renaming import eligible_names, rename, verified
 from clme_lib.errors import StudyError
 
@@ -23,7 +31,9 @@ def test_every_hand_written_row_keeps_the_rules():
     assert len(set().union(*(embedded_cnle.calls(row["snippet"]) for row in targets))) >= 120
     lengths = [len(row["snippet"]) for row in targets]
     for low, high in ((15, 30), (30, 45), (45, 60), (60, 91)):
-        assert sum(low <= length < high for length in lengths) >= 0.12 * len(targets), f"too few snippets of {low} to {high}"
+        assert sum(low <= length < high for length in lengths) >= 0.12 * len(targets), (
+            f"too few snippets of {low} to {high}"
+        )
 
 
 def test_the_rules_catch_bad_rows():
@@ -113,7 +123,10 @@ def definition(code):
         ("def f(a):\n    return locals()", []),
         ("def f(a, b):\n    return f(a=b, b=1)", []),
         ("def f(a):\n    def g(b):\n        return a + b\n    return g(b=1)", ["a"]),
-        ("def f(a, x=None):\n    try:\n        pass\n    except ValueError as e:\n        x = e\n    return x, a", ["a", "x"]),
+        (
+            "def f(a, x=None):\n    try:\n        pass\n    except ValueError as e:\n        x = e\n    return x, a",
+            ["a", "x"],
+        ),
         ("def f(a, b=c):\n    c = a\n    return b, c", ["a", "b"]),
         ("def f(a):\n    class K:\n        v = a\n    return K", ["a"]),
         ("def f(xs):\n    return [x for x in xs if x]", ["xs"]),
@@ -140,7 +153,10 @@ def test_renaming_keeps_the_function_and_its_layout():
     ("docstring", "sentence"),
     [
         ("Return the mean of values.\n\nLonger text.", "Return the mean of values."),
-        ("Return the :class:`~a.b.C`\n    of the given values. More.", "Return the a.b.C of the given values."),
+        (
+            "Return the :class:`~a.b.C`\n    of the given values. More.",
+            "Return the a.b.C of the given values.",
+        ),
         ("return lower case is not it.", None),
         ("See the other function for it.", None),
         ("This is a function of words.", None),
@@ -158,7 +174,10 @@ def record(**request):
     return {
         "case_id": 3,
         "edit_request": fields,
-        "neighborhoods": {"items": [{"intent": f"n{k}"} for k in range(5)], "answers": {"CodeLlama-7b-hf": ["a"] * 5}},
+        "neighborhoods": {
+            "items": [{"intent": f"n{k}"} for k in range(5)],
+            "answers": {"CodeLlama-7b-hf": ["a"] * 5},
+        },
     }
 
 
@@ -180,7 +199,10 @@ def test_published_layout_round_trip(tmp_path, cases):
         (lambda r: r["edit_request"].update(snippet=None), "edit_request: field 'snippet' is NoneType"),
         (lambda r: r["edit_request"].update(snippet=" "), "snippet is empty"),
         (lambda r: r["neighborhoods"]["items"].pop(), "items has 4 entries, expected 5"),
-        (lambda r: r["neighborhoods"]["items"].__setitem__(2, {"code": ""}), "items.2.: field 'intent' is missing; found 'code'"),
+        (
+            lambda r: r["neighborhoods"]["items"].__setitem__(2, {"code": ""}),
+            "items.2.: field 'intent' is missing; found 'code'",
+        ),
         (lambda r: r["neighborhoods"]["answers"].update(m=["a"]), "answers must map each model to 5"),
     ],
 )
@@ -221,7 +243,13 @@ def zenodo(tmp_path, monkeypatch):
                 base = f"http://127.0.0.1:{self.server.server_port}"
                 body = content
                 if "/records/" in self.path:
-                    files = [{"key": "EditConala.json", "checksum": f"md5:{checksum}", "links": {"self": f"{base}/file"}}]
+                    files = [
+                        {
+                            "key": "EditConala.json",
+                            "checksum": f"md5:{checksum}",
+                            "links": {"self": f"{base}/file"},
+                        }
+                    ]
                     body = json.dumps({"files": files}).encode()
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(body)))

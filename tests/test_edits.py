@@ -15,9 +15,14 @@ def low_rank(subject, seed, rank=2, layers=(1, 3)):
     draw = torch.Generator().manual_seed(seed)
     d, f = subject.hidden_size, subject.inner_size
     factors = {
-        layer: (torch.randn(d, rank, generator=draw) * 0.3, torch.randn(rank, f, generator=draw) * 0.3) for layer in layers
+        layer: (torch.randn(d, rank, generator=draw) * 0.3, torch.randn(rank, f, generator=draw) * 0.3)
+        for layer in layers
     }
-    return LowRankUpdate(seed, "test", factors={k: (a.to(subject.device), b.to(subject.device)) for k, (a, b) in factors.items()})
+    return LowRankUpdate(
+        seed,
+        "test",
+        factors={k: (a.to(subject.device), b.to(subject.device)) for k, (a, b) in factors.items()},
+    )
 
 
 def dense(subject, seed):
@@ -65,9 +70,8 @@ def test_rows_must_fit_the_batch(llama):
     with pytest.raises(StudyError, match="2 edits meet a batch of 3"):
         with llama.applying([dense(llama, 1), dense(llama, 2)]):
             llama.model(input_ids=torch.tensor([[1, 2]] * 3, device=llama.device))
-    with pytest.raises(StudyError, match="rows= must name edits"):
-        with llama.applying([dense(llama, 1)], rows=[1]):
-            pass
+    with pytest.raises(StudyError, match="rows= must name edits"), llama.applying([dense(llama, 1)], rows=[1]):
+        pass
 
 
 def codebook(subject, prompt, radius=1.0, value=5.0):
@@ -129,7 +133,9 @@ def test_nearest_key_decides(llama):
     far = entry.keys + 0.5 / entry.keys.shape[1] ** 0.5
     both = Codebook(7, "grace", layer=2, keys=torch.cat([far, entry.keys]), values=torch.cat([-entry.values, entry.values]),
                     radii=torch.tensor([10.0, 1e-2], device=llama.device))  # fmt: skip
-    ids = llama.tokenizer("Intent: sort it\nCode:", add_special_tokens=False, return_tensors="pt").input_ids.to(llama.device)
+    ids = llama.tokenizer("Intent: sort it\nCode:", add_special_tokens=False, return_tensors="pt").input_ids.to(
+        llama.device
+    )
     with llama.applying([both]):
         nearest = llama.model(input_ids=ids).logits
     with llama.applying([entry]):

@@ -37,11 +37,18 @@ def test_bleu_equals_sacrebleu_on_random_strings():
     draw = random.Random(0)
     alphabet = ["x", "y.sort()", "foo(a, b)", "=", "1.5", "&lt;", "def", "-", "\n", "[i]", "'s'"]
     for _ in range(500):
-        pairs = [[" ".join(draw.choices(alphabet, k=draw.randint(0, 12))) for _ in range(2)] for _ in range(draw.choice([1, 5]))]
+        pairs = [
+            [" ".join(draw.choices(alphabet, k=draw.randint(0, 12))) for _ in range(2)]
+            for _ in range(draw.choice([1, 5]))
+        ]
         ours = bleu([a for a, _ in pairs], [b for _, b in pairs])
         if any(b.strip() for _, b in pairs):
             theirs = sacrebleu.corpus_bleu(
-                [a for a, _ in pairs], [[b for _, b in pairs]], smooth_method="none", use_effective_order=False, tokenize="13a"
+                [a for a, _ in pairs],
+                [[b for _, b in pairs]],
+                smooth_method="none",
+                use_effective_order=False,
+                tokenize="13a",
             )
             assert ours == round(theirs.score / 100, 3)
 

@@ -33,7 +33,10 @@ def normal(name: str) -> str:
 
 def test_one_source_of_versions():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    direct = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
+    direct = [
+        *project["dependencies"],
+        *(name for extra in project["optional-dependencies"].values() for name in extra),
+    ]
     pinned = pins()
     for name in direct:
         assert re.fullmatch(r"[\w.-]+", name), f"{name}: versions belong in constraints.txt"
@@ -78,7 +81,16 @@ def test_papermill_as_the_readme_says(tmp_path):
     jupytext.write(jupytext.read(ROOT / "notebooks" / "rq1_proficiency.py"), ipynb)
     known = papermill.inspect_notebook(str(ipynb))
     assert known["cases"]["help"] == "per data set" and known["cases"]["inferred_type_name"] == "int"
-    command = [sys.executable, "-m", "papermill", str(ipynb), str(tmp_path / "out.ipynb"), "-p", "editor", "grace"]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(ipynb),
+        str(tmp_path / "out.ipynb"),
+        "-p",
+        "editor",
+        "grace",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode != 0 and "did you mean 'editors'" in done.stderr
 
@@ -89,7 +101,7 @@ def test_published_run_renders_twice_the_same(tmp_path):
     outputs = []
     for name in ("a", "b"):
         out = tmp_path / name / "rq1.ipynb"
-        parameters = {"out": str(folder), "name": "h100", "cases": 400, "dataset": "cnle"}
+        parameters = {"out": str(folder), "name": "h100", "cases": 100, "dataset": "cnle"}
         execute(ROOT / "notebooks" / "rq1_proficiency.py", out, parameters)
         outputs.append(out.read_bytes())
     assert outputs[0] == outputs[1]

@@ -33,7 +33,9 @@ def test_pages_read_offline(page, tmp_path):
     assert "<h1>" in dom and len(dom) > 4000
     body = re.sub(r"<(script|style|pre|code)\b.*?</\1>", "", dom, flags=re.S)
     text = re.sub(r"<[^>]+>", " ", body)
-    assert not re.search(r"\{\{|\}\}|```|:name:|\{table\}|Traceback|\\\[|\\\(", text), "raw markup or an error on the page"
+    assert not re.search(r"\{\{|\}\}|```|:name:|\{table\}|Traceback|\\\[|\\\(", text), (
+        "raw markup or an error on the page"
+    )
 
 
 def test_equations_are_set(tmp_path):

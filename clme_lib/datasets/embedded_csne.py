@@ -52,7 +52,9 @@ MAX_TOKENS = 256
 MAX_CHARACTERS = 1_500  # nothing longer has 256 tokens or fewer in practice; spares the costly checks
 
 # tests, vendored and generated files, and numpy.distutils, which wheels for Python 3.12 and later leave out
-_SKIPPED_PARTS = re.compile(r"test|vendor|distutils|extern|_libs|deprecat|conftest|__config__|version|generated|benchmark", re.I)
+_SKIPPED_PARTS = re.compile(
+    r"test|vendor|distutils|extern|_libs|deprecat|conftest|__config__|version|generated|benchmark", re.I
+)
 _ROLE = re.compile(r":[\w:+-]+:`~?!?([^`<]*?)(?:\s*<[^`]*>)?`")
 _POINTER = re.compile(
     r"https?:|www\.|TODO|FIXME|XXX|[Dd]eprecat|\b[Ss]ee\b|[Ss]ame as|[Ss]imilar to|[Jj]ust like|[Ll]ike `|above|below|"

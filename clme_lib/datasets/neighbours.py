@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 NEIGHBOURS = 5
-Embedder = Callable[[Sequence[str]], "np.ndarray | object"]
+Embedder = Callable[[Sequence[str]], Any]  # a dense array or a sparse matrix
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 

@@ -144,13 +144,18 @@ def _download(folder: Path, api: str) -> None:
             for entry in answer.json()["files"]:
                 file = unfinished / Path(entry["key"]).name
                 digest = hashlib.md5(usedforsecurity=False)
-                with requests.get(entry["links"]["self"], stream=True, timeout=60) as body, file.open("wb") as out:
+                with (
+                    requests.get(entry["links"]["self"], stream=True, timeout=60) as body,
+                    file.open("wb") as out,
+                ):
                     body.raise_for_status()
                     for chunk in body.iter_content(1 << 20):
                         digest.update(chunk)
                         out.write(chunk)
                 if entry["checksum"].removeprefix("md5:") != digest.hexdigest():
-                    raise StudyError(f"{file.name} of {ZENODO_DOI}: MD5 differs from the record's; try again or {advice}")
+                    raise StudyError(
+                        f"{file.name} of {ZENODO_DOI}: MD5 differs from the record's; try again or {advice}"
+                    )
                 if zipfile.is_zipfile(file):
                     with zipfile.ZipFile(file) as archive:
                         archive.extractall(unfinished / file.stem)  # members are kept inside the folder by zipfile

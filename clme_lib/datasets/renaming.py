@@ -59,7 +59,11 @@ def eligible_names(function: Function) -> list[str]:
                 excluded |= {word.arg for word in node.keywords if word.arg}
     keywords = {word.arg for node in nodes if isinstance(node, ast.Call) for word in node.keywords}
     excluded |= nested_parameters & keywords
-    outside = [*function.args.defaults, *filter(None, function.args.kw_defaults), *filter(None, [function.returns])]
+    outside = [
+        *function.args.defaults,
+        *filter(None, function.args.kw_defaults),
+        *filter(None, [function.returns]),
+    ]
     outside += [arg.annotation for arg in _arguments(function.args) if arg.annotation]
     excluded |= {node.id for part in outside for node in ast.walk(part) if isinstance(node, ast.Name)}
     return [name for name in bound if name not in excluded and not name.startswith("_")]
@@ -149,7 +153,13 @@ class Substitutes:
 
 
 def _arguments(args: ast.arguments) -> list[ast.arg]:
-    return [*args.posonlyargs, *args.args, *filter(None, [args.vararg]), *args.kwonlyargs, *filter(None, [args.kwarg])]
+    return [
+        *args.posonlyargs,
+        *args.args,
+        *filter(None, [args.vararg]),
+        *args.kwonlyargs,
+        *filter(None, [args.kwarg]),
+    ]
 
 
 def _parameters(args: ast.arguments) -> list[str]:

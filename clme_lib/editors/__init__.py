@@ -55,4 +55,8 @@ def load_editor(
     if not own:
         chosen = transfer_layers(chosen, len(subject.blocks))
     editor = EDITORS[name]
-    return editor(subject, parse(editor.Hyperparameters, {**chosen, **overrides}, f"{source}.yaml: editors.{name}"), seed)
+    return editor(
+        subject,
+        parse(editor.Hyperparameters, {**chosen, **overrides}, f"{source}.yaml: editors.{name}"),
+        seed,
+    )

@@ -17,11 +17,11 @@ from tqdm import tqdm
 from ..datasets.cases import Case
 from ..edits import Edit
 from ..errors import StudyError
+from ..hyperparameters import Schema
 from ..memory import peak_memory_mib, reset_peak_memory
 from ..prompts import Tokenized, tokenize
 from ..seeds import DEFAULT_SEED
 from ..subjects import Subject
-from ..hyperparameters import Schema
 
 Values = TypeVar("Values", bound=Schema)
 
@@ -47,7 +47,7 @@ class Editor(ABC, Generic[Values]):
         for layer in {getattr(values, "layer", 0), *getattr(values, "layers", ())}:
             subject.down_proj(layer)  # raises when the layer does not exist
 
-    def fit(self, cases: Sequence[Case]) -> None:  # noqa: B027 (a default, not a forgotten abstract method)
+    def fit(self, cases: Sequence[Case]) -> None:
         """Learn from training cases. Only trained editors (MALMEN, A-GRACE) have anything to learn."""
 
     def edit(self, cases: Sequence[Case], batch_size: int | None = None, progress: bool = False) -> list[Edit]:
@@ -64,7 +64,11 @@ class Editor(ABC, Generic[Values]):
         batches: list[list[int]] = []
         for n in sorted(range(len(cases)), key=lambda n: (costs[n], n)):
             # a batch is padded to its longest case: start a new one rather than compute more than a third for nothing
-            if not batches or len(batches[-1]) == (batch_size or self.default_batch) or costs[n] > 1.5 * costs[batches[-1][0]]:
+            if (
+                not batches
+                or len(batches[-1]) == (batch_size or self.default_batch)
+                or costs[n] > 1.5 * costs[batches[-1][0]]
+            ):
                 batches.append([])
             batches[-1].append(n)
         edits: dict[int, Edit] = {}

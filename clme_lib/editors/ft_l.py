@@ -17,9 +17,9 @@ import torch
 from pydantic import Field
 
 from ..edits import DenseUpdate, EditLog
+from ..hyperparameters import Schema
 from ..partial import PartialForward
 from .base import Editor
-from ..hyperparameters import Schema
 
 
 class FTLHyperparameters(Schema):

@@ -13,10 +13,10 @@ import torch
 from pydantic import Field
 
 from ..edits import Codebook, EditLog
+from ..hyperparameters import Schema
 from ..partial import PartialForward
 from ..seeds import generator
 from .base import Editor
-from ..hyperparameters import Schema
 
 
 class GRACEHyperparameters(Schema):

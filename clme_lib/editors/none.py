@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..edits import Unedited
-from .base import Editor
 from ..hyperparameters import Schema
+from .base import Editor
 
 
 class NoneHyperparameters(Schema):
