@@ -9,7 +9,9 @@ CASES ?= 6
 SAMPLE ?= 1
 TORCH_INDEX ?=
 PUBLISHED := results/runs/smollm2-135m-h100
-OWN := runs/book-$(SAMPLE)-$(CASES)
+# a changed library edits the cases anew: resuming would show what the old one did
+LIBRARY := $(shell find clme_lib -type f \( -name '*.py' -o -name '*.yaml' -o -name '*.json*' \) | LC_ALL=C sort | xargs cat | sha256sum | cut -c1-8)
+OWN := runs/book-$(LIBRARY)-$(SAMPLE)-$(CASES)
 BIN := .venv/bin
 
 .PHONY: setup book site test lint bench check publish clean
@@ -28,7 +30,7 @@ book: $(OWN)/rq1_proficiency.ipynb
 	@$(BIN)/python book/build.py $<
 
 # the notebook's own cell runs or resumes the cases; it is executed again only when it, the library or the records change
-$(OWN)/rq1_proficiency.ipynb: .venv/.ready notebooks/rq1_proficiency.py $(shell find clme_lib -name '*.py' -o -name '*.yaml' -o -name '*.json*') $(shell find $(PUBLISHED) -type f)
+$(OWN)/rq1_proficiency.ipynb: .venv/.ready notebooks/rq1_proficiency.py $(shell find $(PUBLISHED) -type f)
 	@$(BIN)/clme prepare
 	$(BIN)/clme notebook notebooks/rq1_proficiency.py $@ -p cases $(CASES) -p sample $(SAMPLE) -p within $(PUBLISHED) -p name h100 -p out $(OWN)
 

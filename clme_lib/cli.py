@@ -91,6 +91,8 @@ def _cases(text: str) -> int | None:
 
 def _list(_options: argparse.Namespace) -> int:
     from . import embedded_subject
+    from .datasets.embedded_cnle import read_rows
+    from .datasets.embedded_csne import TARGETS
     from .datasets.published import ZENODO_DOI
     from .editors import EDITORS
     from .hub_cache import is_cached
@@ -108,8 +110,11 @@ def _list(_options: argparse.Namespace) -> int:
         print(f"  {name:16} {state}")
     print("  any Hugging Face id or folder laid out like Llama, Qwen2 or StableLM")
     print("data sets (each from --source embedded, published or a file)")
-    print("  cnle             natural language -> Python; embedded: 685 hand-written cases, offline")
-    print("  csne             Python -> natural language; embedded: 600 cases mined from installed packages, offline")
+    written = len(read_rows("cnle-targets"))
+    print(f"  cnle             natural language -> Python; embedded: {written} hand-written cases, offline")
+    print(
+        f"  csne             Python -> natural language; embedded: {TARGETS} cases mined from installed packages, offline"
+    )
     print(f"  published        the authors' files, from {ZENODO_DOI}")
     print("editors")
     for name, editor in EDITORS.items():

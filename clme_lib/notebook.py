@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,7 +62,10 @@ def execute(source: Path, target: Path, parameters: Mapping[str, Any]) -> None:
         if unknown := sorted(set(parameters) - set(known)):
             raise StudyError(f"{source}: unknown parameter {unknown[0]!r}; known: {', '.join(known)}")
         try:
-            notebook = papermill.execute_notebook(str(ipynb), str(unfinished), dict(parameters), cwd=".")
+            # the cells' progress bars go to the console; they are not kept in the notebook
+            notebook = papermill.execute_notebook(
+                str(ipynb), str(unfinished), dict(parameters), cwd=".", progress_bar=False, stderr_file=sys.stderr
+            )
         except PapermillExecutionError as error:
             raise StudyError(f"{source}: a cell failed, see {unfinished}: {error.ename}: {error.evalue}") from error
     notebook.metadata.papermill = {"input_path": str(source), "parameters": dict(parameters)}

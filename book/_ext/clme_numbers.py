@@ -7,7 +7,7 @@ import pandas as pd
 
 
 def _numbers(root: Path) -> dict[str, str]:
-    from clme_lib.datasets import embedded_cnle
+    from clme_lib.datasets import embedded_cnle, embedded_csne
     from clme_lib.report import editor_name, interval
     from clme_lib.runs import load_run
 
@@ -15,6 +15,7 @@ def _numbers(root: Path) -> dict[str, str]:
     targets, pool = embedded_cnle.read_rows("cnle-targets"), embedded_cnle.read_rows("cnle-pool")
     lengths = sorted(len(row["snippet"]) for row in targets)
     numbers["cnle_targets"], numbers["cnle_pool"] = str(len(targets)), str(len(pool))
+    numbers["csne_targets"], numbers["csne_pool"] = str(embedded_csne.TARGETS), str(embedded_csne.POOL)
     numbers["cnle_median"] = str(lengths[len(lengths) // 2])
     numbers["cnle_calls"] = str(len(set().union(*(embedded_cnle.calls(row["snippet"]) for row in targets))))
     runs = sorted((root / "results" / "runs").glob("*/run.json"))
