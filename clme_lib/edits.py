@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -50,10 +51,10 @@ class EditLog:
 
 
 @dataclass(frozen=True, eq=False)
-class Edit:
+class Edit(ABC):
     """What one editor made of one case. Subclasses hold the tensors.
 
-    ``kind`` names the subclass in saved files; ``layers`` are the blocks whose ``down_proj`` output changes.
+    ``kind`` names the subclass in saved files.
     """
 
     case_id: int
@@ -62,22 +63,23 @@ class Edit:
     kind: ClassVar[str] = ""
 
     @property
+    @abstractmethod
     def layers(self) -> tuple[int, ...]:
-        raise NotImplementedError
+        """Blocks whose ``down_proj`` output changes."""
 
+    @abstractmethod
     def tensors(self) -> dict[str, torch.Tensor]:
         """The edit's tensors by name, as they are saved."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor], **fields) -> Edit:
         """Rebuild the edit from what :meth:`tensors` gave."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def stack(cls, edits: Sequence[Edit], layer: int, device: torch.device) -> Change:
         """A function that applies ``edits[rows[b]]`` to row b at ``layer``: (inputs, outputs, rows, applied) -> outputs."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +98,10 @@ class Unedited(Edit):
     @classmethod
     def from_tensors(cls, tensors, **fields) -> Unedited:
         return cls(**fields)
+
+    @classmethod
+    def stack(cls, edits, layer, device) -> Change:
+        return lambda inputs, outputs, rows, applied: outputs
 
 
 @dataclass(frozen=True, eq=False)
