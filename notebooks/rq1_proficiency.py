@@ -19,7 +19,7 @@
 # How well does each editor change what it should, carry the change over to other wordings, and leave the rest alone?
 # Each case is edited on its own; the edited model then writes a continuation of the edit prompt (effectiveness), of the
 # rephrased prompt (generalization), of the five unrelated prompts (specificity), and two sampled texts (fluency).
-# The measures are defined in [](#method).
+# The measures are defined in [](#sec-method).
 
 # %% tags=["parameters", "hide-input"]
 subject: str = "smollm2-135m"  # registry name, Hugging Face id or folder
