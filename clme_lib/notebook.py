@@ -16,6 +16,7 @@ from typing import Any
 from .errors import StudyError
 from .runs import RunConfig, make_config
 
+_WIDGET = "application/vnd.jupyter.widget-view+json"
 # names IPython puts into a notebook's namespace
 _IPYTHON = {"In", "Out", "exit", "quit", "open", "get_ipython", "clme", "display"}
 
@@ -68,12 +69,15 @@ def execute(source: Path, target: Path, parameters: Mapping[str, Any]) -> None:
             )
         except PapermillExecutionError as error:
             raise StudyError(f"{source}: a cell failed, see {unfinished}: {error.ename}: {error.evalue}") from error
+    notebook.metadata.pop("widgets", None)
     notebook.metadata.papermill = {"input_path": str(source), "parameters": dict(parameters)}
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"
         cell.metadata = {k: v for k, v in cell.metadata.items() if k not in ("papermill", "execution")}
         if cell.cell_type == "code":
-            # progress bars and download notices differ from run to run
-            cell.outputs = [one for one in cell.outputs if one.output_type != "stream"]
+            # progress bars and download notices differ from run to run, and widgets load scripts from outside the site
+            cell.outputs = [
+                one for one in cell.outputs if one.output_type != "stream" and _WIDGET not in one.get("data", {})
+            ]
     nbformat.write(notebook, unfinished)
     os.replace(unfinished, target)
