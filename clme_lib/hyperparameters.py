@@ -54,8 +54,9 @@ def parse(schema: type[Values], values: Any, where: str) -> Values:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "(top level)"
         reason = first["msg"].replace("Extra inputs are not permitted", "unknown key")
-        known = ", ".join(schema.model_fields)
-        raise StudyError(f"{where}: {field}: {reason} (got {first.get('input')!r}); known: {known}") from None
+        # which fields there are helps with a misspelt one, not with a wrong value
+        known = f"; known: {', '.join(schema.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        raise StudyError(f"{where}: {field}: {reason} (got {first.get('input')!r}){known}") from None
 
 
 @cache
