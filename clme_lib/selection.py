@@ -41,7 +41,6 @@ COLUMNS = [
     "generalization_em",
     "specificity_rate",
     "loss",
-    "seconds",
     "criterion",
     "chosen",
 ]
@@ -62,10 +61,7 @@ def select(subject: Subject, editor: str, file: Path, batch_size: int = 30) -> p
             cases = [case for case in load_cases(dataset) if case.case_id in selection_ids(dataset)]
             edits = load_editor(editor, subject, values="transferred", **setting).edit(cases, batch_size=batch_size)
             parts.append(evaluate(subject, cases, edits))
-        means = [
-            part[["effectiveness_em", "generalization_em", "specificity_rate", "loss", "edit_seconds"]].mean()
-            for part in parts
-        ]
+        means = [part[["effectiveness_em", "generalization_em", "specificity_rate", "loss"]].mean() for part in parts]
         mean = sum(means) / len(means)
         rows.append(
             {
@@ -75,7 +71,6 @@ def select(subject: Subject, editor: str, file: Path, batch_size: int = 30) -> p
                 "generalization_em": mean["generalization_em"],
                 "specificity_rate": mean["specificity_rate"],
                 "loss": mean["loss"],
-                "seconds": mean["edit_seconds"],
                 "criterion": harmonic_mean(mean["effectiveness_em"], mean["specificity_rate"]),
             }
         )
