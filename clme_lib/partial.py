@@ -3,7 +3,8 @@
 While an edit at block ``l`` is optimised, three things never change: everything below the output of ``W_l``;
 the residual stream that output is added to; and, attention being causal, the keys and values of blocks above ``l``
 at columns before the first touched one. :class:`PartialForward` computes them in one ordinary forward pass and
-then runs only blocks ``l+1 .. L-1`` on the touched columns. Logits are computed on label columns only.
+then runs only blocks ``l+1 .. L-1`` on the touched columns. Logits are computed on label columns only, a few at a time,
+together with the loss's gradient (:class:`_LabelLoss`).
 
 Layout of a batch. Rows are aligned at their *start column* (the first touched one): what comes before is padded
 on the left, what follows on the right::
@@ -17,25 +18,62 @@ them to it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from .errors import StudyError
-from .prompts import Tokenized
+from .prompts import Row
 from .subjects import Subject
+
+# label columns whose logits exist at one time: enough to keep the product efficient, few enough for the memory
+_LABELS_AT_ONCE = {"cpu": 256, "cuda": 4_096}
 
 
 class _PrefixCache:
     """Keys and values of the prefix, one pair a block. ``update`` joins without storing, so every step starts afresh."""
 
-    def __init__(self) -> None:
-        self.prefix: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    def __init__(self, prefix: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.prefix = prefix
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_, **__):
         before_keys, before_values = self.prefix[layer]
         return torch.cat([before_keys, keys], dim=2), torch.cat([before_values, values], dim=2)
+
+
+class _LabelLoss(torch.autograd.Function):
+    """Cross-entropy of labels under a vocabulary head, with the gradient computed in the same pass.
+
+    The gradient of ``-log softmax(W h)[y]`` with respect to ``h`` is ``W^T (softmax(W h) - onehot(y))``: the softmax is
+    at hand when the loss is, so the logits of a few labels at a time live only until both are taken from them.
+    """
+
+    @staticmethod
+    def forward(ctx, states, head, labels):
+        """(N, d) normalised last-block states, the head, (N,) labels -> losses (N,), whether the label is the arg-max (N,)."""
+        weight = head.weight
+        losses, greedy = torch.empty(len(states), device=states.device), torch.empty_like(labels, dtype=torch.bool)
+        gradient = torch.empty_like(states)
+        at_once = _LABELS_AT_ONCE[states.device.type]
+        for first in range(0, len(states), at_once):
+            part = slice(first, first + at_once)
+            wanted = labels[part, None]
+            logits = head(states[part]).float()
+            greedy[part] = logits.argmax(dim=-1) == labels[part]
+            # PyTorch's own kernel, so that losses round like anybody's cross-entropy
+            logits = torch.log_softmax(logits, dim=-1)
+            losses[part] = -logits.gather(-1, wanted)[:, 0]
+            logits.exp_().scatter_add_(-1, wanted, torch.full_like(wanted, -1.0, dtype=torch.float32))
+            gradient[part] = logits.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(greedy)
+        return losses, greedy
+
+    @staticmethod
+    def backward(ctx, upstream, _greedy):
+        (gradient,) = ctx.saved_tensors
+        return upstream[:, None].to(gradient.dtype) * gradient, None, None
 
 
 class PartialForward:
@@ -43,7 +81,7 @@ class PartialForward:
 
     Args:
         subject: the unedited model.
-        sequences: tokenised prompt and target of each row (B rows).
+        rows: what each row reads and is asked for (B rows), such as tokenised prompts and targets.
         layer: the edited block l.
         from_lookup: True when only columns from the lookup token on are touched (GRACE and the ROME family);
             False when every column is (an update of ``W_l`` itself).
@@ -51,40 +89,42 @@ class PartialForward:
     Attributes:
         keys: (B, S, d_f) inputs of ``W_l`` at the tail columns.
         outputs: (B, S, d) unedited outputs of ``W_l`` at the tail columns.
+        residual: (B, S, d) the stream that output is added to; attention: (B, S, d) what the block's attention added to it.
+        touched: (B,) tail column of the lookup token.
         labels: (N,) label ids of all rows, row after row.
         label_rows, label_columns: (N,) the row and tail column that predict each label.
         label_counts: (B,) labels a row.
     """
 
-    def __init__(self, subject: Subject, sequences: Sequence[Tokenized], layer: int, *, from_lookup: bool) -> None:
+    def __init__(self, subject: Subject, rows: Sequence[Row], layer: int, *, from_lookup: bool) -> None:
         self.subject = subject
         self.layer = layer
-        starts = [s.lookup if from_lookup else 0 for s in sequences]
+        starts = [min(row.lookup, row.first_label) if from_lookup else 0 for row in rows]
+        # nothing after the last label's column matters
+        ends = [row.first_label + len(row.target_ids) for row in rows]
         prefix = max(starts)
-        tails = [len(s.inputs) - start for s, start in zip(sequences, starts)]
-        width = prefix + max(tails)
+        width = prefix + max(end - start for start, end in zip(starts, ends))
         device = subject.device
         # pads repeat EOS like everywhere else; the mask, not the id, says what is padding
-        ids = torch.full((len(sequences), width), subject.tokenizer.pad_token_id, dtype=torch.long)
-        mask = torch.zeros(len(sequences), width, dtype=torch.bool)
-        for row, (sequence, start) in enumerate(zip(sequences, starts)):
+        ids = torch.full((len(rows), width), subject.tokenizer.pad_token_id, dtype=torch.long)
+        mask = torch.zeros(len(rows), width, dtype=torch.bool)
+        for n, (row, start, end) in enumerate(zip(rows, starts, ends)):
             first = prefix - start
-            ids[row, first : first + len(sequence.inputs)] = torch.tensor(sequence.inputs)
-            mask[row, first : first + len(sequence.inputs)] = True
+            ids[n, first : first + end] = torch.tensor(row.inputs[:end])
+            mask[n, first + row.pads : first + end] = True
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0).to(device)
         ids, mask = ids.to(device), mask.to(device)
 
-        rows = [row for row, s in enumerate(sequences) for _ in s.target_ids]
-        columns = [s.lookup - start + t for s, start in zip(sequences, starts) for t in range(len(s.target_ids))]
-        self.labels = torch.tensor([token for s in sequences for token in s.target_ids], device=device)
-        self.label_rows = torch.tensor(rows, device=device)
+        self.touched = torch.tensor([row.lookup - start for row, start in zip(rows, starts)], device=device)
+        columns = [row.first_label - start + t for row, start in zip(rows, starts) for t in range(len(row.target_ids))]
+        self.labels = torch.tensor([token for row in rows for token in row.target_ids], device=device)
+        self.label_rows = torch.tensor([n for n, row in enumerate(rows) for _ in row.target_ids], device=device)
         self.label_columns = torch.tensor(columns, device=device)
-        self.label_counts = torch.tensor([len(s.target_ids) for s in sequences], device=device)
+        self.label_counts = torch.tensor([len(row.target_ids) for row in rows], device=device)
 
         self._prefill(ids, mask, positions, prefix)
-        tail_positions = positions[:, prefix:]
-        self._positions = tail_positions
-        self._rotary = subject.decoder.rotary_emb(self.outputs, position_ids=tail_positions)
+        self._positions = positions[:, prefix:]
+        self._rotary = subject.decoder.rotary_emb(self.outputs, position_ids=self._positions)
         causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()[prefix:]
         # a padded tail column attends to itself alone, so that no softmax is empty
         own = torch.eye(width, dtype=torch.bool, device=device)[prefix:]
@@ -96,6 +136,9 @@ class PartialForward:
         block = self.subject.blocks[self.layer]
         kept: dict[str, torch.Tensor] = {}
 
+        def keep_attention(_module, _args, output):
+            kept["attention"] = output[:, prefix:]
+
         def keep_residual(_module, args):
             kept["residual"] = args[0][:, prefix:]
 
@@ -103,6 +146,7 @@ class PartialForward:
             kept["keys"], kept["outputs"] = args[0][:, prefix:], output[:, prefix:]
 
         hooks = [
+            block.self_attn.o_proj.register_forward_hook(keep_attention),
             block.post_attention_layernorm.register_forward_pre_hook(keep_residual),
             block.mlp.down_proj.register_forward_hook(keep_mlp),
         ]
@@ -113,13 +157,34 @@ class PartialForward:
         finally:
             for hook in hooks:
                 hook.remove()
-        self.keys, self.outputs, self._residual = kept["keys"], kept["outputs"], kept["residual"]
+        self.keys, self.outputs = kept["keys"], kept["outputs"]
+        self.residual, self.attention = kept["residual"], kept["attention"]
         self._cache = None
         if prefix:
-            self._cache = _PrefixCache()
-            for layer in range(self.layer + 1, len(self.subject.blocks)):
-                cached = done.past_key_values.layers[layer]
-                self._cache.prefix[layer] = (cached.keys[:, :, :prefix], cached.values[:, :, :prefix])
+            layers = enumerate(done.past_key_values.layers)
+            self._cache = _PrefixCache(
+                {n: (cached.keys[:, :, :prefix], cached.values[:, :, :prefix]) for n, cached in layers if n > self.layer}
+            )
+
+    def select(self, rows: torch.Tensor) -> PartialForward:
+        """The same for some of the rows (indices in ascending order): those of cases that are still being optimised."""
+        chosen = copy.copy(self)
+        for name in ("keys", "outputs", "residual", "attention", "touched", "label_counts", "_positions", "_mask"):
+            setattr(chosen, name, getattr(self, name)[rows])
+        chosen._rotary = tuple(part[rows] if len(part) > 1 else part for part in self._rotary)
+        if self._cache:
+            chosen._cache = _PrefixCache({n: (k[rows], v[rows]) for n, (k, v) in self._cache.prefix.items()})
+        place = torch.full((len(self.touched),), -1, device=rows.device)
+        place[rows] = torch.arange(len(rows), device=rows.device)
+        kept = place[self.label_rows] >= 0
+        chosen.labels, chosen.label_columns = self.labels[kept], self.label_columns[kept]
+        chosen.label_rows = place[self.label_rows[kept]]
+        return chosen
+
+    def with_touched(self, changed: torch.Tensor) -> torch.Tensor:
+        """Outputs (B, S, d) of ``W_l`` in which ``changed`` (B, d) stands at the touched columns."""
+        rows = torch.arange(len(changed), device=changed.device)
+        return self.outputs.index_put((rows, self.touched), changed.to(self.outputs.dtype))
 
     def losses(self, outputs: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy over the target's tokens, one a row (B,), with ``outputs`` in place of ``W_l``'s.
@@ -127,16 +192,13 @@ class PartialForward:
         Args:
             outputs: (B, S, d) what ``W_l`` gives at the tail columns under the edit.
         """
-        logits = self.label_logits(outputs)
-        per_label = F.cross_entropy(logits, self.labels, reduction="none")
-        summed = torch.zeros(len(self.label_counts), device=logits.device, dtype=per_label.dtype)
-        return summed.index_add(0, self.label_rows, per_label) / self.label_counts
+        return self.row_means(self.label_losses(self.states(outputs))[0])
 
-    def label_logits(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Float32 logits (N, vocabulary) at the label columns, with ``outputs`` in place of ``W_l``'s."""
+    def states(self, outputs: torch.Tensor) -> torch.Tensor:
+        """What the head reads at the label columns, (N, d), with ``outputs`` in place of ``W_l``'s."""
         if outputs.shape != self.outputs.shape:
             raise StudyError(f"outputs have shape {tuple(outputs.shape)}, expected {tuple(self.outputs.shape)}")
-        hidden = self._residual + outputs.to(self._residual.dtype)
+        hidden = self.residual + outputs.to(self.residual.dtype)
         for block in self.subject.blocks[self.layer + 1 :]:
             hidden = block(
                 hidden,
@@ -147,4 +209,13 @@ class PartialForward:
             )
             if isinstance(hidden, tuple):  # older transformers return a tuple
                 hidden = hidden[0]
-        return self.subject.logits(hidden[self.label_rows, self.label_columns])
+        return self.subject.decoder.norm(hidden[self.label_rows, self.label_columns])
+
+    def label_losses(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-entropy of each label (N,), and whether the label is the arg-max (N,), from :meth:`states`."""
+        return _LabelLoss.apply(states, self.subject.model.lm_head, self.labels)
+
+    def row_means(self, per_label: torch.Tensor) -> torch.Tensor:
+        """Mean over each row's labels, (B,)."""
+        summed = torch.zeros(len(self.label_counts), device=per_label.device, dtype=per_label.dtype)
+        return summed.index_add(0, self.label_rows, per_label) / self.label_counts

@@ -9,7 +9,7 @@ and, because the next token is the target's first, the first column that predict
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 from .errors import StudyError
 
@@ -39,17 +39,47 @@ def prompt_text(dataset: DatasetName, prompt: str) -> str:
     return prompt.removeprefix(before).removesuffix(after)
 
 
+class Row(Protocol):
+    """What a forward pass over one row has to know (columns count from the row's first token, padding included)."""
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Token ids to read."""
+
+    @property
+    def pads(self) -> int:
+        """How many of the first ``inputs`` are padding."""
+
+    @property
+    def lookup(self) -> int:
+        """The first column an edit touches."""
+
+    @property
+    def first_label(self) -> int:
+        """The column that predicts the first label."""
+
+    @property
+    def target_ids(self) -> tuple[int, ...]:
+        """The labels, predicted by the columns from ``first_label`` on."""
+
+
 @dataclass(frozen=True)
 class Tokenized:
     """One prompt and target as token ids, the target *as tokenised in context*."""
 
     prompt_ids: tuple[int, ...]
     target_ids: tuple[int, ...]
+    pads = 0
 
     @property
     def lookup(self) -> int:
         """Column of the lookup token (the prompt's final colon)."""
         return len(self.prompt_ids) - 1
+
+    @property
+    def first_label(self) -> int:
+        """The lookup token predicts the target's first token."""
+        return self.lookup
 
     @property
     def inputs(self) -> tuple[int, ...]:

@@ -81,10 +81,6 @@ class Subject:
             raise StudyError(f"layer {layer} is out of range: {self.name} has blocks 0 to {len(self.blocks) - 1}")
         return self.blocks[layer].mlp.down_proj
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Vocabulary logits in float32 of last-block states ``(..., d)``: ``lm_head(norm(h))``."""
-        return self.model.lm_head(self.decoder.norm(hidden)).float()
-
     @contextlib.contextmanager
     def applying(self, edits: Sequence[Edit], rows: Sequence[int] | None = None) -> Iterator[Applied]:
         """Run the model *as edited* inside the block; see :func:`clme_lib.edits.applying`."""

@@ -43,8 +43,7 @@ class GRACE(Editor[GRACEHyperparameters]):
         optimizer = torch.optim.Adam([learnt], lr=values.lr)
         losses = []
         for _ in range(values.steps):
-            outputs = torch.cat([learnt[:, None].to(forward.outputs.dtype), forward.outputs[:, 1:]], dim=1)
-            current = forward.losses(outputs)
+            current = forward.losses(forward.with_touched(learnt))
             losses.append(current.detach())
             optimizer.zero_grad(set_to_none=True)
             current.sum().backward()
