@@ -122,16 +122,17 @@ class PartialForward:
         self.label_columns = torch.tensor(columns, device=device)
         self.label_counts = torch.tensor([len(row.target_ids) for row in rows], device=device)
 
-        self._prefill(ids, mask, positions, prefix)
+        causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+        # a padding column attends to itself alone, so that no softmax is empty
+        own = torch.eye(width, dtype=torch.bool, device=device)
+        attended = ((causal & mask[:, None, :]) | own)[:, None]
+        self._prefill(ids, attended, positions, prefix)
+        self._mask = attended[:, :, prefix:]
         self._positions = positions[:, prefix:]
         self._rotary = subject.decoder.rotary_emb(self.outputs, position_ids=self._positions)
-        causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()[prefix:]
-        # a padded tail column attends to itself alone, so that no softmax is empty
-        own = torch.eye(width, dtype=torch.bool, device=device)[prefix:]
-        self._mask = ((causal & mask[:, None, :]) | own)[:, None]
 
     @torch.no_grad()
-    def _prefill(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, prefix: int) -> None:
+    def _prefill(self, ids: torch.Tensor, attended: torch.Tensor, positions: torch.Tensor, prefix: int) -> None:
         """One ordinary forward pass; keep the constants of layer l and the K/V of the blocks above."""
         block = self.subject.blocks[self.layer]
         kept: dict[str, torch.Tensor] = {}
@@ -152,7 +153,7 @@ class PartialForward:
         ]
         try:
             done = self.subject.decoder(
-                input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=prefix > 0
+                input_ids=ids, attention_mask=attended, position_ids=positions, use_cache=prefix > 0
             )
         finally:
             for hook in hooks:

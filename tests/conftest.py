@@ -93,3 +93,11 @@ def cases() -> list[Case]:
              tuple(make_prompt("cnle", ROWS[(n + k) % len(ROWS)][0]) for k in (1, 2)))
         for n, (intent, snippet, other) in enumerate(ROWS)
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def many_cases() -> list[Case]:
+    """Twenty: every intent with the targets of four rows."""
+    return [
+        Case(n, "cnle", make_prompt("cnle", ROWS[n % 5][0]), ROWS[(n // 5 + n) % 5][1], (), ()) for n in range(20)
+    ]

@@ -72,3 +72,146 @@ def ft_l(subject, case, values):
     finally:
         handle.remove()
     return delta.detach(), losses, first
+
+
+def rows_of(subject, case, contexts):
+    """(ids, column of the colon, target ids) of each context's row, read without padding."""
+    rows = []
+    for context in contexts:
+        tokens = tokenize(subject.tokenizer, context + case.prompt, case.target)
+        ids = torch.tensor([tokens.prompt_ids + tokens.target_ids], device=subject.device)
+        rows.append((ids, len(tokens.prompt_ids) - 1, torch.tensor(tokens.target_ids, device=subject.device)))
+    return rows
+
+
+def run_at(subject, module, ids, column, act):
+    """Logits of a whole forward pass in which ``act`` replaces what ``module`` gives at one column."""
+
+    def replace(_module, _args, output):
+        whole = output[0] if isinstance(output, tuple) else output
+        changed = whole.clone()
+        changed[0, column] = act(whole[0, column])
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    handle = module.register_forward_hook(replace)
+    try:
+        return subject.model(input_ids=ids).logits[0].float()
+    finally:
+        handle.remove()
+
+
+def read_at(subject, module, ids, column):
+    """(input, output) of a module at one column of a forward pass."""
+    kept = {}
+
+    def keep(_module, args, output):
+        whole = output[0] if isinstance(output, tuple) else output
+        kept["in"], kept["out"] = args[0][0, column].detach() if args else None, whole[0, column].detach()
+
+    handle = module.register_forward_hook(keep)
+    try:
+        with torch.no_grad():
+            subject.model(input_ids=ids)
+    finally:
+        handle.remove()
+    return kept["in"], kept["out"]
+
+
+def learn(subject, case, contexts, values, modules, pmet=False):
+    """The deltas of one case at the given modules, and the losses; every row a forward pass of its own."""
+    rows = rows_of(subject, case, contexts)
+    ids, column, _ = rows[0]
+    starts = [read_at(subject, module, ids, column)[1] for module in modules]
+    deltas = [torch.zeros_like(start, requires_grad=True) for start in starts]
+    optimizer = torch.optim.Adam(deltas, lr=values.lr)
+    reference, losses, factor = None, [], 1.0
+    for iteration in range(values.steps):
+        likelihoods, hits = [], True
+        for n, (ids, column, labels) in enumerate(rows):
+            handles = []
+            for module, delta in zip(modules, deltas):
+
+                def add(_module, _args, output, delta=delta, column=column):
+                    whole = output[0] if isinstance(output, tuple) else output
+                    changed = whole.clone()
+                    changed[0, column] = changed[0, column] + delta
+                    return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+                handles.append(module.register_forward_hook(add))
+            try:
+                logits = subject.model(input_ids=ids).logits[0].float()
+            finally:
+                for handle in handles:
+                    handle.remove()
+            logp = logits.log_softmax(-1)[column : column + len(labels)]
+            likelihoods.append(-logp[range(len(labels)), labels].mean())
+            hits = hits and bool((logp.argmax(-1) == labels).all())
+            if n == 0:
+                bare = logp[0]
+        reference = bare.detach() if reference is None else reference
+        kl = values.kl_factor * (bare.exp() * (bare - reference)).sum()
+        decay = values.weight_decay * sum(d.norm() / s.norm() ** 2 for d, s in zip(deltas, starts))
+        loss = factor * torch.stack(likelihoods).mean() + kl + decay
+        losses.append(loss.item())
+        if losses[-1] < values.loss_floor:
+            break
+        if pmet:
+            if hits and kl.item() <= values.kl_stop:
+                break
+            factor = values.agreement_factor if hits else 1.0
+        if iteration == values.steps - 1:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for delta, start in zip(deltas, starts):
+                if delta.norm() > values.clamp * start.norm():
+                    delta.mul_(values.clamp * start.norm() / delta.norm())
+    return [delta.detach() for delta in deltas], starts, losses
+
+
+def rome(subject, case, contexts, values):
+    """(the update of W_l written out, losses) of ROME."""
+    module = subject.down_proj(values.layer)
+    (delta,), (start,), losses = learn(subject, case, contexts, values, [module])
+    keys = [read_at(subject, module, ids, column)[0] for ids, column, _ in rows_of(subject, case, contexts)]
+    direction = torch.stack(keys).mean(0)
+    direction = direction / direction.norm()
+    ids, column, _ = rows_of(subject, case, [""])[0]
+    key, output = read_at(subject, module, ids[:, : column + 1], column)
+    return torch.outer((start + delta - output) / (key @ direction), direction), losses
+
+
+def spread(subject, case, contexts, values, moments, pmet):
+    """({layer: update written out}, losses) of MEMIT or PMET, the weights really changed and a dense solve at each layer."""
+    last = subject.blocks[max(values.layers)]
+    if pmet:
+        (_, delta), (_, start), losses = learn(
+            subject, case, contexts, values, [last.self_attn.o_proj, last.mlp.down_proj], pmet=True
+        )
+        measured = last.mlp.down_proj
+    else:
+        (delta,), (start,), losses = learn(subject, case, contexts, values, [last])
+        measured = last
+    wanted = start + delta
+    saved = {layer: subject.down_proj(layer).weight.detach().clone() for layer in values.layers}
+    updates = {}
+    prompts = [(ids[:, : column + 1], column) for ids, column, _ in rows_of(subject, case, contexts)]
+    try:
+        for n, layer in enumerate(sorted(values.layers)):
+            module = subject.down_proj(layer)
+            keys = [read_at(subject, module, ids, column)[0].double() for ids, column in prompts]
+            key = keys[0] / 2 + torch.stack(keys[1:]).mean(0) / 2
+            held = read_at(subject, measured, *prompts[0])[1]
+            left = len(values.layers) - n
+            residual = (wanted - held).double() / (left**0.5 if pmet else left)
+            dense = values.covariance_weight * moments[layer].double() + torch.outer(key, key)
+            updates[layer] = torch.outer(residual, torch.linalg.solve(dense, key)).float()
+            with torch.no_grad():
+                module.weight += updates[layer]
+    finally:
+        with torch.no_grad():
+            for layer, weight in saved.items():
+                subject.down_proj(layer).weight.copy_(weight)
+    return updates, losses

@@ -74,7 +74,12 @@ class MinedFunction:
 
 
 def load() -> list[Case]:
-    """The embedded CSNE cases: mined on first use (under a minute), then read from the cache.
+    """The embedded CSNE cases; see :func:`load_content`."""
+    return _cases(load_content())
+
+
+def load_content() -> dict:
+    """Targets and pool as plain data (see :func:`build`): mined on first use (under a minute), then read from the cache.
 
     Raises:
         StudyError: a package is missing or differs from its pin, so the set would not be the committed one.
@@ -85,7 +90,7 @@ def load() -> list[Case]:
         with contextlib.suppress(OSError, ValueError):
             content = json.loads(cached.read_text(encoding="utf-8"))
             if content_sha256(content) == committed["sha256"]:
-                return _cases(content)
+                return content
         # damaged or edited: mined anew below
     _require_pinned(committed["packages"])
     content = build()
@@ -95,7 +100,7 @@ def load() -> list[Case]:
             "an installed package was modified; reinstall with `pip install --force-reinstall -c constraints.txt -e .`"
         )
     _write_atomically(cached, json.dumps(content))
-    return _cases(content)
+    return content
 
 
 def _require_pinned(pinned: dict[str, str]) -> None:

@@ -6,17 +6,24 @@ from typing import Any, Literal
 
 from ..errors import StudyError
 from ..hyperparameters import PAPER_SUBJECT, load_settings, parse, registered_subjects, transfer_layers
+from ..prompts import Preset
 from ..seeds import DEFAULT_SEED
 from ..subjects import Subject
 from .base import Editor
 from .ft_l import FTL
 from .grace import GRACE
+from .memit import MEMIT
 from .none import NoEditor
+from .pmet import PMET
+from .rome import ROME
 
 # the order of every table: the unedited baseline first, then as in the paper
 EDITORS: dict[str, type[Editor]] = {
     "none": NoEditor,
     "ft-l": FTL,
+    "rome": ROME,
+    "memit": MEMIT,
+    "pmet": PMET,
     "grace": GRACE,
 }
 
@@ -31,6 +38,7 @@ def load_editor(
     subject: Subject,
     *,
     values: Literal["subject", "transferred"] = "subject",
+    preset: Preset = "clean",
     seed: int = DEFAULT_SEED,
     **overrides: Any,
 ) -> Editor:
@@ -39,6 +47,7 @@ def load_editor(
     Args:
         name: one of :func:`list_editors`.
         values: ``subject`` for the subject's own values, ``transferred`` for the paper's carried over to it.
+        preset: ``compat`` repeats the released program's defects that can change conclusions.
         seed: the study's seed.
         **overrides: single hyper-parameters to change, such as ``layer=20``.
 
@@ -55,8 +64,9 @@ def load_editor(
     if not own:
         chosen = transfer_layers(chosen, len(subject.blocks))
     editor = EDITORS[name]
+    defects = editor.compat if preset == "compat" else {}
     return editor(
         subject,
-        parse(editor.Hyperparameters, {**chosen, **overrides}, f"{source}.yaml: editors.{name}"),
+        parse(editor.Hyperparameters, {**chosen, **defects, **overrides}, f"{source}.yaml: editors.{name}"),
         seed,
     )

@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -39,6 +39,8 @@ class Editor(ABC, Generic[Values]):
     Hyperparameters: ClassVar[type[Schema]]
     needs_training: ClassVar[bool] = False
     default_batch: ClassVar[int] = 8
+    # what preset="compat" changes: the released program's defects that can change conclusions
+    compat: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, subject: Subject, values: Values, seed: int = DEFAULT_SEED) -> None:
         self.subject = subject
@@ -49,6 +51,10 @@ class Editor(ABC, Generic[Values]):
 
     def fit(self, cases: Sequence[Case]) -> None:
         """Learn from training cases. Only trained editors (MALMEN, A-GRACE) have anything to learn."""
+
+    def setup(self) -> dict[str, Any]:
+        """Prepare what is shared by all cases, outside any case's clock, and describe it for the run's provenance."""
+        return {}
 
     def edit(self, cases: Sequence[Case], batch_size: int | None = None, progress: bool = False) -> list[Edit]:
         """One edit per case, in the cases' order.

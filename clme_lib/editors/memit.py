@@ -1,0 +1,131 @@
+"""MEMIT: the change of a hidden state, spread over the MLPs of several layers (paper section III-B; Meng et al. 2023).
+
+Algorithm, for one case with layers ``l_1 .. l_n``::
+
+    z = h + delta                     h: the stream after block l_n at the lookup token; delta learnt there (rewriting.py)
+    for i = 1 .. n:
+        k = 1/2 k(no context) + 1/2 mean of k(contexts)       inputs of W_{l_i} at the lookup token
+        r = z - h                                             both read with the layers below already written
+        a = (weight * C + k k^T)^-1 k                         C: second moment of the layer's keys (statistics.py)
+        W_{l_i} <- W_{l_i} + (r / (n + 1 - i)) a^T
+
+With one key the inverse follows from ``q = (weight * C)^-1 k`` as ``a = q / (1 + k^T q)`` (Sherman-Morrison): each edit
+costs a triangular solve with a factor made once. Nothing is written into the model: the stream of all columns is
+carried from block to block, with what the update adds.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from pydantic import Field
+
+from ..blockwise import Blockwise, BlockPass
+from ..edits import LowRankUpdate
+from ..prompts import encode
+from .rewriting import RewritingEditor, RewritingHyperparameters
+from .statistics import SecondMoment, StatisticsHyperparameters, second_moments
+
+
+class MEMITHyperparameters(RewritingHyperparameters, StatisticsHyperparameters):
+    """``covariance_weight`` is lambda: how many times the second moment counts against the one key."""
+
+    layers: tuple[int, ...] = Field(min_length=1)
+    covariance_weight: float = Field(gt=0)
+
+
+class MEMIT(RewritingEditor[MEMITHyperparameters]):
+    """One rank-one update in each of several consecutive layers."""
+
+    name = "memit"
+    Hyperparameters = MEMITHyperparameters
+
+    def setup(self):
+        return {**super().setup(), "statistics": {layer: one.describe() for layer, one in self.moments.items()}}
+
+    @cached_property
+    def moments(self) -> dict[int, SecondMoment]:
+        """The second moment of each edited layer's keys."""
+        return second_moments(self.subject, self.values.layers, self.values)
+
+    def _edit_batch(self, cases, tokenized):
+        rewriting = self._rewriting(cases, max(self.values.layers))
+        wanted, logs = self._wanted(cases, rewriting)
+        factors = self._write(cases, wanted)
+        return [
+            LowRankUpdate(
+                case.case_id,
+                self.name,
+                factors={layer: (left[n][:, None], right[n][None]) for layer, (left, right) in factors.items()},
+                log=log,
+            )
+            for n, (case, log) in enumerate(zip(cases, logs))
+        ]
+
+    def _wanted(self, cases, rewriting):
+        """What the lookup token should hold after the last edited layer, (B, d) float32, and the logs."""
+        forward = rewriting.forward
+        initial = rewriting.first_rows(rewriting.at_lookup(forward.residual + forward.outputs))
+        # the stream after a block is its MLP's output on top of constants: delta may as well be added there
+        (delta,), logs = self._learn(
+            cases, rewriting, [initial], lambda part, deltas: part.at_lookup(part.forward.outputs) + deltas[0]
+        )
+        return initial.float() + delta, logs
+
+    @staticmethod
+    def _held(read: BlockPass) -> torch.Tensor:
+        """What ``z`` is compared with, read after the last edited layer: the stream."""
+        return read.hidden
+
+    def _share(self, left: int) -> float:
+        """The divisor of the residual when ``left`` layers, this one included, are still to be written."""
+        return float(left)
+
+    @torch.no_grad()
+    def _write(self, cases, wanted: torch.Tensor) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Each layer's update as factors (B, d) and (B, d_f)."""
+        layers, contexts = sorted(self.values.layers), len(self.contexts)
+        prompts = [
+            encode(self.subject.tokenizer, context + case.prompt) for case in cases for context in self.contexts
+        ]
+        walk = Blockwise(self.subject, prompts)
+        bare = torch.arange(0, len(prompts), contexts, device=self.subject.device)
+        columns = self._key_columns(prompts)
+        every = torch.arange(len(prompts), device=self.subject.device)
+        # the bare prompt weighs as much as the contexts together
+        weights = torch.tensor([0.5] + [0.5 / (contexts - 1)] * (contexts - 1), device=self.subject.device)
+        hidden = walk.up_to(layers[0])
+        factors = {}
+        for layer in range(layers[0], layers[-1] + 1):
+            here = walk.block(layer, hidden)
+            hidden = here.hidden
+            if layer not in layers:
+                continue
+            keys = here.keys[every, columns].float().view(len(cases), contexts, -1)
+            key = (keys * weights[:, None]).sum(dim=1)
+            read = BlockPass(here.hidden[bare], here.keys[bare], here.outputs[bare])
+            for above in range(layer + 1, layers[-1] + 1):
+                read = walk.block(above, read.hidden, rows=bare)
+            residual = wanted - self._held(read)[:, -1].float()
+            scaled = self.moments[layer].solve(key) / self.values.covariance_weight
+            right = (scaled / (1 + (key.double() * scaled).sum(dim=-1, keepdim=True))).float()
+            left = residual / self._share(len([one for one in layers if one >= layer]))
+            factors[layer] = (left, right)
+            along = torch.einsum("rwf,rf->rw", here.keys.float(), right.repeat_interleave(contexts, dim=0))
+            added = along[:, :, None] * left.repeat_interleave(contexts, dim=0)[:, None]
+            hidden = hidden + added.to(hidden.dtype)
+        return factors
+
+    def _key_columns(self, prompts: list[list[int]]) -> torch.Tensor:
+        """(R,) the column, from the right, at which each row's key is read: the last, but for ``padding="released"``."""
+        columns = [-1] * len(prompts)
+        if self.values.padding == "released":
+            contexts = len(self.contexts)
+            for first in range(0, len(prompts), contexts):
+                lengths = [len(prompt) for prompt in prompts[first : first + contexts]]
+                columns[first : first + contexts] = [-1 - (max(lengths) - length) for length in lengths]
+        return torch.tensor(columns, device=self.subject.device)
+
+    def _cost(self, tokenized):
+        return len(tokenized.target_ids)

@@ -1,0 +1,277 @@
+"""What ROME, MEMIT and PMET share: learning, at the lookup token, a vector that makes the model write the target.
+
+Each case has six rows: a context, the prompt, and the target but its last token. A vector delta (two for PMET) is added to a
+module's output at the lookup token of every row and learnt by Adam, to lower (paper section III-B, after Meng et al. 2022)::
+
+    L = f * mean_rows(mean_tokens(-log p(target token)))
+        + kl_factor * KL(p_delta || p_0)                 next-token distributions after the bare prompt
+        + weight_decay * sum |delta| / |v_0|^2           v_0: the module's unedited output there, no context
+
+An iteration evaluates L; stops the case when L is below ``loss_floor`` or this was the last of ``steps`` evaluations; else
+makes an Adam update and shortens delta to ``clamp * |v_0|``. A case whose loss is no longer finite keeps the last delta
+whose loss was. Cases of a batch share nothing: the batch's loss is the sum of theirs, a stopped case's delta is
+restored after each update, and its rows leave the batch once a quarter of the cases have stopped.
+
+The released program misplaces rows (it reads columns counted without padding from a batch padded on the left) and
+tokenises targets alone, without the space before them. ``padding="released"`` and ``targets="alone"`` do as it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from pydantic import Field
+
+from ..datasets.cases import Case
+from ..edits import EditLog
+from ..errors import StudyError
+from ..hyperparameters import Schema
+from ..partial import PartialForward
+from ..prompts import Row, encode, tokenize
+from ..subjects import Subject
+from .base import Editor
+from .contexts import context_templates
+
+
+class RewritingHyperparameters(Schema):
+    """``clamp`` bounds delta in units of its module's output norm; ``loss_floor`` is compared with the whole loss."""
+
+    steps: int = Field(gt=0)
+    lr: float = Field(gt=0)
+    kl_factor: float = Field(ge=0)
+    weight_decay: float = Field(ge=0)
+    clamp: float = Field(gt=0)
+    loss_floor: float = Field(ge=0)
+    padding: Literal["aligned", "released"] = "aligned"
+    targets: Literal["in-context", "alone"] = "in-context"
+
+
+Values = TypeVar("Values", bound=RewritingHyperparameters)
+
+
+@dataclass(frozen=True)
+class PlacedRow:
+    """A row whose columns are given, not derived from its text; see :class:`clme_lib.prompts.Row`."""
+
+    inputs: tuple[int, ...]
+    pads: int
+    lookup: int
+    first_label: int
+    target_ids: tuple[int, ...]
+
+
+def rewriting_rows(subject: Subject, case: Case, contexts: Sequence[str], padding: str, targets: str) -> list[Row]:
+    """One row a context, and the bare prompt's row last unless the first one can stand for it.
+
+    With aligned rows and targets in context, the first row (no context) has the lookup token where the bare prompt has it,
+    and what follows cannot be seen from there.
+    """
+    tokenizer = subject.tokenizer
+    if padding == "aligned" and targets == "in-context":
+        return [tokenize(tokenizer, context + case.prompt, case.target) for context in contexts]
+    rows = []
+    for context in contexts:
+        tokens = tokenize(tokenizer, context + case.prompt, case.target)
+        if targets == "in-context":
+            rows.append(PlacedRow(tokens.inputs, 0, tokens.lookup, tokens.lookup, tokens.target_ids))
+            continue
+        alone = encode(tokenizer, case.target)
+        written = tokenizer.decode(alone[:-1], clean_up_tokenization_spaces=False)
+        inputs = tuple(encode(tokenizer, context + case.prompt + " " + written))
+        rows.append(PlacedRow(inputs, 0, tokens.lookup, len(inputs) - len(alone), tuple(alone)))
+    bare = tuple(encode(tokenizer, case.prompt))
+    # its label is never scored: only the distribution there is read
+    rows.append(PlacedRow(bare, 0, len(bare) - 1, len(bare) - 1, bare[-1:]))
+    return rows if padding == "aligned" else misplaced(rows, subject.tokenizer.pad_token_id)
+
+
+def misplaced(rows: Sequence[PlacedRow], pad: int) -> list[Row]:
+    """Rows as the released program reads them: too far left by the padding that the longest row costs each."""
+    longest = max(len(row.inputs) for row in rows)
+    moved: list[Row] = []
+    for row in rows:
+        shift = longest - len(row.inputs)
+        first = min(row.lookup, row.first_label) - shift
+        pads = max(0, -first)  # a column may even fall on the padding itself
+        inputs = (pad,) * pads + row.inputs
+        moved.append(PlacedRow(inputs, pads, row.lookup - shift + pads, row.first_label - shift + pads, row.target_ids))
+    return moved
+
+
+class Rewriting:
+    """The rows of a batch of cases, ready to be read and optimised.
+
+    Attributes:
+        cases: (B,) which cases of the editor's batch these are.
+        forward: the partial forward pass over all their rows.
+        owner: (R,) the case of each row, as an index into ``cases``.
+        scored: (R,) True for rows whose labels enter the loss.
+        bare: (B,) the row from which the next-token distribution of the bare prompt is read.
+    """
+
+    def __init__(self, forward: PartialForward, cases, owner, scored, bare) -> None:
+        self.forward, self.cases, self.owner, self.scored, self.bare = forward, cases, owner, scored, bare
+
+    @classmethod
+    def of(cls, subject: Subject, rows: Sequence[Sequence[Row]], contexts: int, layer: int) -> Rewriting:
+        """From each case's :func:`rewriting_rows`."""
+        flat = [row for mine in rows for row in mine]
+        each, device = len(rows[0]), subject.device
+        place = torch.arange(len(flat), device=device)
+        forward = PartialForward(subject, flat, layer, from_lookup=True)
+        bare = torch.arange(len(rows), device=device) * each + (contexts if each > contexts else 0)
+        cases = torch.arange(len(rows), device=device)
+        return cls(forward, cases, place // each, place % each < contexts, bare)
+
+    def at_lookup(self, tail: torch.Tensor) -> torch.Tensor:
+        """(R, x) of a tail tensor (R, S, x): what it has at each row's lookup column."""
+        return tail[torch.arange(len(tail), device=tail.device), self.forward.touched]
+
+    def first_rows(self, per_row: torch.Tensor) -> torch.Tensor:
+        """(B, x) of a tensor by row: that of each case's row without a context."""
+        return per_row.view(len(self.cases), -1, *per_row.shape[1:])[:, 0]
+
+    def context_rows(self, per_row: torch.Tensor) -> torch.Tensor:
+        """(B, 6, x) of a tensor by row: those of each case's rows with a target."""
+        return per_row[self.scored].view(len(self.cases), -1, *per_row.shape[1:])
+
+    def select(self, cases: torch.Tensor) -> Rewriting:
+        """The same for some of the cases (indices into ``self.cases``, ascending)."""
+        rows = torch.isin(self.owner, cases).nonzero()[:, 0]
+        each = len(self.owner) // len(self.cases)
+        place = torch.arange(len(rows), device=rows.device)
+        bare = self.bare[cases] % each + torch.arange(len(cases), device=rows.device) * each
+        return Rewriting(self.forward.select(rows), self.cases[cases], place // each, self.scored[rows], bare)
+
+    def evaluate(self, changed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """With ``changed`` (R, d) as W_l's output at the lookup columns.
+
+        Returns:
+            mean negative log-likelihood of each case's target (B,); whether every target token of all its rows is
+            the arg-max (B,); log-distribution after the bare prompt (B, vocabulary).
+        """
+        forward = self.forward
+        states = forward.states(forward.with_touched(changed))
+        losses, greedy = forward.label_losses(states)
+        per_row = forward.row_means(losses)[self.scored]
+        missed = torch.zeros(len(self.cases), dtype=torch.long, device=states.device)
+        labels_scored = self.scored[forward.label_rows]
+        missed = missed.index_add(0, self.owner[forward.label_rows], ((~greedy) & labels_scored).long())
+        first_label = forward.label_counts.cumsum(0)[self.bare] - forward.label_counts[self.bare]
+        after_bare = self.subject_logits(states[first_label]).log_softmax(dim=-1)
+        return per_row.view(len(self.cases), -1).mean(dim=1), missed == 0, after_bare
+
+    def subject_logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Float32 logits of normalised last-block states."""
+        return self.forward.subject.model.lm_head(states).float()
+
+
+# outputs of W_l at the lookup columns (R, d), given the rows and each case's vectors (R, d each, repeated by row)
+Place = Callable[[Rewriting, list[torch.Tensor]], torch.Tensor]
+
+
+class RewritingEditor(Editor[Values]):
+    """Base of ROME, MEMIT and PMET."""
+
+    compat: ClassVar[dict[str, Any]] = {"padding": "released", "targets": "alone"}
+    default_batch = 4
+
+    @cached_property
+    def contexts(self) -> tuple[str, ...]:
+        """The subject's context templates, the empty one first."""
+        return context_templates(self.subject, self.seed)
+
+    def setup(self) -> dict[str, Any]:
+        return {"contexts": list(self.contexts)}
+
+    def _rewriting(self, cases: Sequence[Case], layer: int) -> Rewriting:
+        values = self.values
+        rows = [
+            rewriting_rows(self.subject, case, self.contexts, values.padding, values.targets) for case in cases
+        ]
+        return Rewriting.of(self.subject, rows, len(self.contexts), layer)
+
+    def _learn(
+        self, cases: Sequence[Case], rewriting: Rewriting, initial: Sequence[torch.Tensor], place: Place
+    ) -> tuple[list[torch.Tensor], list[EditLog]]:
+        """Learn delta for each module: ``initial`` has their unedited outputs v_0, (B, d) each.
+
+        Returns:
+            the deltas, (B, d) float32 each, and each case's log.
+
+        Raises:
+            StudyError: a case's loss is not finite before the first update.
+        """
+        values = self.values
+        count = len(cases)
+        sizes = [start.float().norm(dim=-1) for start in initial]
+        deltas = [torch.zeros_like(start, dtype=torch.float32, requires_grad=True) for start in initial]
+        before = [delta.detach().clone() for delta in deltas]
+        optimizer = torch.optim.Adam(deltas, lr=values.lr)
+        factor = torch.ones(count, device=self.subject.device)
+        losses: list[list[float]] = [[] for _ in cases]
+        updates = [0] * count
+        going = set(range(count))
+        reference = None
+        for iteration in range(values.steps):
+            if len(going) <= 0.75 * len(rewriting.cases):
+                now = rewriting.cases.tolist()
+                keep = [n for n, case in enumerate(now) if case in going]
+                rewriting = rewriting.select(torch.tensor(keep, device=self.subject.device))
+            mine = rewriting.cases
+            by_row = mine[rewriting.owner]
+            nll, agreed, after_bare = rewriting.evaluate(place(rewriting, [delta[by_row] for delta in deltas]))
+            if reference is None:
+                reference = after_bare.detach()
+            kl = values.kl_factor * (after_bare.exp() * (after_bare - reference[mine])).sum(dim=-1)
+            decay = sum(delta[mine].norm(dim=-1) / size[mine] ** 2 for delta, size in zip(deltas, sizes))
+            total = factor[mine] * nll + kl + values.weight_decay * decay
+            stop = self._stops(total.detach(), agreed, kl.detach(), factor, mine)
+            for n, case in enumerate(mine.tolist()):
+                if case not in going:
+                    continue
+                loss = total[n].item()
+                if loss - loss != 0:  # not finite
+                    if not losses[case]:
+                        raise StudyError(
+                            f"case {cases[case].case_id}: the loss of {self.name} is not finite; use float32"
+                        )
+                    for delta, old in zip(deltas, before):
+                        delta.data[case] = old[case]
+                    going.discard(case)
+                    continue
+                losses[case].append(loss)
+                if stop[n]:
+                    going.discard(case)
+            if not going or iteration == values.steps - 1:
+                break
+            active = torch.tensor([n for n, case in enumerate(mine.tolist()) if case in going], device=mine.device)
+            optimizer.zero_grad(set_to_none=True)
+            total[active].sum().backward()
+            before = [delta.detach().clone() for delta in deltas]
+            optimizer.step()
+            with torch.no_grad():
+                frozen = torch.tensor(sorted(set(range(count)) - going), device=mine.device, dtype=torch.long)
+                for delta, old, size in zip(deltas, before, sizes):
+                    norm, bound = delta.norm(dim=-1), values.clamp * size
+                    delta.mul_(torch.where(norm > bound, bound / norm, torch.ones_like(norm))[:, None])
+                    delta[frozen] = old[frozen]
+            for case in going:
+                updates[case] += 1
+        logs = [EditLog(steps=made, losses=tuple(seen)) for made, seen in zip(updates, losses)]
+        return [delta.detach() for delta in deltas], logs
+
+    def _stops(
+        self,
+        total: torch.Tensor,
+        agreed: torch.Tensor,
+        kl: torch.Tensor,
+        factor: torch.Tensor,
+        cases: torch.Tensor,
+    ) -> list[bool]:
+        """Which of ``cases`` have learnt enough; may change their NLL ``factor`` (of all cases) for the next evaluation."""
+        return (total < self.values.loss_floor).tolist()

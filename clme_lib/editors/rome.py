@@ -1,0 +1,78 @@
+"""ROME: a rank-one update of one layer (paper section III-B; Meng et al. 2022).
+
+Algorithm, for one case at layer ``l``::
+
+    v* = v_0 + delta                        delta learnt at the output of W_l (rewriting.py)
+    k  = mean of the six contexts' keys     key: input of W_l at the lookup token
+    u  = k / |k|                            with `covariance`: C^-1 k, normalised
+    W_l <- W_l + (v* - W_l k_0) u^T / (k_0^T u)
+
+so that the bare prompt's key ``k_0`` is mapped to ``v*`` exactly. The covariance is off, as in the released program.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from pydantic import Field
+
+from ..blockwise import Blockwise
+from ..edits import LowRankUpdate
+from ..errors import StudyError
+from ..prompts import encode
+from .rewriting import RewritingEditor, RewritingHyperparameters
+from .statistics import SecondMoment, StatisticsHyperparameters, second_moments
+
+
+class ROMEHyperparameters(RewritingHyperparameters, StatisticsHyperparameters):
+    """``covariance`` weighs the key by the inverse second moment of the layer's keys."""
+
+    layer: int = Field(ge=0)
+    covariance: bool = False
+
+
+class ROME(RewritingEditor[ROMEHyperparameters]):
+    """One key and one value written into ``W_l``."""
+
+    name = "rome"
+    Hyperparameters = ROMEHyperparameters
+
+    def setup(self):
+        prepared = super().setup()
+        if self.values.covariance:
+            prepared["statistics"] = {self.values.layer: self.moment.describe()}
+        return prepared
+
+    @cached_property
+    def moment(self) -> SecondMoment:
+        """The second moment of the edited layer's keys (with ``covariance`` only)."""
+        return second_moments(self.subject, [self.values.layer], self.values)[self.values.layer]
+
+    def _edit_batch(self, cases, tokenized):
+        layer = self.values.layer
+        rewriting = self._rewriting(cases, layer)
+        outputs = rewriting.at_lookup(rewriting.forward.outputs)
+        initial = rewriting.first_rows(outputs)
+        (delta,), logs = self._learn(
+            cases, rewriting, [initial], lambda part, deltas: part.at_lookup(part.forward.outputs) + deltas[0]
+        )
+        key = rewriting.context_rows(rewriting.at_lookup(rewriting.forward.keys)).float().mean(dim=1)
+        direction = self.moment.solve(key).float() if self.values.covariance else key
+        direction = direction / direction.norm(dim=-1, keepdim=True)
+        plain = Blockwise(self.subject, [encode(self.subject.tokenizer, case.prompt) for case in cases])
+        read = plain.block(layer, plain.up_to(layer))
+        own_key, own_output = read.keys[:, -1].float(), read.outputs[:, -1].float()
+        along = (own_key * direction).sum(dim=-1)
+        edits = []
+        for n, (case, log) in enumerate(zip(cases, logs)):
+            if along[n].abs() <= 1e-6 * own_key[n].norm():
+                raise StudyError(f"case {case.case_id}: rome cannot write: its key has no part along the mean key")
+            change = (initial[n].float() + delta[n] - own_output[n]) / along[n]
+            edits.append(
+                LowRankUpdate(case.case_id, self.name, factors={layer: (change[:, None], direction[n][None])}, log=log)
+            )
+        return edits
+
+    def _cost(self, tokenized):
+        return len(tokenized.target_ids)

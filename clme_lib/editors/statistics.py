@@ -1,0 +1,243 @@
+"""Second moments of a layer's keys: how ROME (by option), MEMIT and PMET know which directions other texts use.
+
+``C_l = (1/n) sum k k^T`` over every token of a corpus, ``k`` the input of ``W_l`` (Meng et al. 2023, equation 15). Gathered once
+per subject, layer and corpus, in float32, block by block up to the highest layer asked for; kept in the user's cache
+as safetensors whose header says what it is. An interrupted gathering goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from ..blockwise import Blockwise
+from ..corpora import SEED, Corpus, open_corpus
+from ..embedded_subject import cache_dir
+from ..errors import StudyError
+from ..hyperparameters import Schema
+from ..prompts import encode
+from ..subjects import Subject
+
+FORMAT = "clme-second-moment"
+TOKENS_PER_DIMENSION = 10
+DOCUMENT_TOKENS = 4_096  # longer documents are cut
+_PASS_TOKENS = 4_096  # tokens, padding included, of one pass
+_CHUNK_DOCUMENTS = 256  # documents sorted by length together; a gathering resumes at these
+
+
+class StatisticsHyperparameters(Schema):
+    """Where second moments come from.
+
+    ``corpus`` is what :func:`clme_lib.corpora.open_corpus` takes. ``corpus_documents`` takes that many documents, however
+    long; ``corpus_tokens`` that many tokens. Neither: ten tokens per dimension of the key.
+    """
+
+    corpus: str = "embedded"
+    corpus_documents: int | None = Field(default=None, gt=0)
+    corpus_tokens: int | None = Field(default=None, gt=0)
+
+
+@dataclass(frozen=True, eq=False)
+class SecondMoment:
+    """``C_l`` of one layer.
+
+    Attributes:
+        matrix: (d_f, d_f) float32.
+        header: what it was gathered from.
+    """
+
+    matrix: torch.Tensor
+    header: dict
+
+    def describe(self) -> dict:
+        """Corpus, documents and tokens, for a run's provenance."""
+        return {name: self.header[name] for name in ("corpus", "identity", "documents", "tokens")}
+
+    @cached_property
+    def _factor(self) -> torch.Tensor:
+        factor, failed = torch.linalg.cholesky_ex(self.matrix.double())
+        if failed or not factor.isfinite().all():
+            raise StudyError(
+                f"the second moment of layer {self.header['layer']} from {self.header['tokens']} tokens of "
+                f"{self.header['corpus']} is not positive definite: gather it from more, or more varied, text (corpus_tokens)"
+            )
+        return factor
+
+    def solve(self, keys: torch.Tensor) -> torch.Tensor:
+        """``C^-1 k`` of each row of ``keys`` (B, d_f), in float64."""
+        return torch.cholesky_solve(keys.double().T, self._factor).T
+
+
+def second_moments(
+    subject: Subject, layers: Sequence[int], wanted: StatisticsHyperparameters
+) -> dict[int, SecondMoment]:
+    """Second moments of the given layers: from the cache, or gathered now.
+
+    Raises:
+        StudyError: the corpus is too small, or a cached file is of something else; the message says what to do.
+    """
+    corpus, folder = open_corpus(wanted.corpus), _folder(subject, wanted)
+    header = _header(subject, corpus, wanted)
+    files = {layer: folder / f"layer-{layer}.safetensors" for layer in layers}
+    if absent := sorted(layer for layer, file in files.items() if not file.is_file()):
+        _gather(subject, absent, corpus, folder, header)
+    return {layer: _read(file, {**header, "layer": layer}, subject) for layer, file in files.items()}
+
+
+def _folder(subject: Subject, wanted: StatisticsHyperparameters) -> Path:
+    amount = "default"
+    if wanted.corpus_documents or wanted.corpus_tokens:
+        amount = "-".join(
+            f"{count}-{what}"
+            for count, what in ((wanted.corpus_documents, "documents"), (wanted.corpus_tokens, "tokens"))
+            if count
+        )
+    safe = "".join(c if c.isalnum() or c in ".-_" else "-" for c in f"{subject.name}-{subject.dtype_name}")
+    corpus = "".join(c if c.isalnum() or c in ".-_" else "-" for c in wanted.corpus)
+    return cache_dir() / "statistics" / safe / f"{corpus}-{amount}"
+
+
+def _header(subject: Subject, corpus: Corpus, wanted: StatisticsHyperparameters) -> dict:
+    return {
+        "format": FORMAT,
+        "version": 1,
+        "subject": subject.name,
+        "fingerprint": subject.fingerprint,
+        "dtype": subject.dtype_name,
+        "corpus": corpus.name,
+        "identity": corpus.identity,
+        "sample_seed": SEED,
+        "wanted_documents": wanted.corpus_documents,
+        "wanted_tokens": _token_limit(subject, wanted),
+        "document_tokens": DOCUMENT_TOKENS,
+    }
+
+
+def _token_limit(subject: Subject, wanted: StatisticsHyperparameters) -> int | None:
+    if wanted.corpus_tokens or wanted.corpus_documents:
+        return wanted.corpus_tokens
+    return TOKENS_PER_DIMENSION * subject.inner_size
+
+
+def _read(file: Path, expected: dict, subject: Subject) -> SecondMoment:
+    header, tensors = _open(file)
+    for name, value in expected.items():
+        if header.get(name) != value:
+            raise StudyError(
+                f"{file}: its {name} is {header.get(name)!r}, needed is {value!r}; remove the file to gather it anew"
+            )
+    matrix = tensors.get("matrix")
+    if matrix is None or matrix.shape != (subject.inner_size,) * 2 or not matrix.isfinite().all():
+        raise StudyError(f"{file}: not a finite matrix of {subject.inner_size} squared; remove the file to gather it anew")
+    return SecondMoment(matrix.to(subject.device), header)
+
+
+def _open(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    try:
+        with safe_open(file, framework="pt") as content:
+            header = json.loads((content.metadata() or {}).get("clme", "{}"))
+            return header, {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a mapping)
+    except Exception as error:  # the format's errors have no common type
+        raise StudyError(f"{file}: cannot be read as a safetensors file: {error}; remove it to gather it anew") from error
+
+
+def _save(file: Path, tensors: dict[str, torch.Tensor], header: dict) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".gathering-") as scratch:
+        unfinished = Path(scratch) / "part"
+        save_file(tensors, unfinished, metadata={"clme": json.dumps(header)})
+        os.replace(unfinished, file)
+
+
+def _gather(subject: Subject, layers: list[int], corpus: Corpus, folder: Path, header: dict) -> None:
+    """Sum ``k k^T`` over the corpus for several layers at once; write one file a layer at the end."""
+    unfinished = folder / f"unfinished-{'-'.join(map(str, layers))}.safetensors"
+    sums = {layer: torch.zeros(subject.inner_size, subject.inner_size, device=subject.device) for layer in layers}
+    documents = tokens = 0
+    if unfinished.is_file():
+        before, kept = _open(unfinished)
+        if {name: before.get(name) for name in header} == header:
+            documents, tokens = before["documents"], before["tokens"]
+            sums = {layer: kept[str(layer)].to(subject.device) for layer in layers}
+    limit = header["wanted_tokens"]
+    with tqdm(total=limit, initial=tokens, desc=f"statistics of {subject.name}", unit="token") as bar:
+        for count, batch in _chunks(subject, corpus, documents, header["wanted_documents"], limit, tokens):
+            for rows in _passes(batch):
+                _add(subject, rows, sums)
+            documents, read = documents + count, sum(map(len, batch))
+            tokens += read
+            bar.update(read)
+            progress = {**header, "documents": documents, "tokens": tokens}
+            _save(unfinished, {str(layer): one.cpu() for layer, one in sums.items()}, progress)
+    if tokens < (limit or subject.inner_size):
+        raise StudyError(
+            f"corpus {corpus.name!r} has only {tokens} tokens for {subject.name}, needed are "
+            f"{limit or subject.inner_size} (at least one per dimension of the key, {subject.inner_size}): "
+            "use a larger corpus, or set corpus_tokens"
+        )
+    if tokens < subject.inner_size:
+        raise StudyError(
+            f"corpus_tokens={limit} is less than the {subject.inner_size} dimensions of the key: the second moment would be singular"
+        )
+    for layer, total in sums.items():
+        finished = {**header, "layer": layer, "documents": documents, "tokens": tokens}
+        _save(folder / f"layer-{layer}.safetensors", {"matrix": (total / tokens).cpu()}, finished)
+    unfinished.unlink()
+
+
+def _chunks(
+    subject: Subject, corpus: Corpus, skip: int, documents: int | None, tokens: int | None, read: int
+) -> Iterator[tuple[int, list[list[int]]]]:
+    """(documents consumed, their token ids) a chunk at a time, up to the asked number of documents or tokens."""
+    most = min(DOCUMENT_TOKENS, subject.model.config.max_position_embeddings)
+    taken, chunk = 0, []
+    for number, text in enumerate(corpus.documents()):
+        if number < skip:
+            continue
+        if number == documents or read == tokens:
+            break
+        ids = encode(subject.tokenizer, text)[:most]
+        ids = ids if tokens is None else ids[: tokens - read]
+        taken, read = taken + 1, read + len(ids)
+        if ids:
+            chunk.append(ids)
+        if taken == _CHUNK_DOCUMENTS:
+            yield taken, chunk
+            taken, chunk = 0, []
+    if taken:
+        yield taken, chunk
+
+
+def _passes(rows: list[list[int]]) -> Iterator[list[list[int]]]:
+    """Rows of like length together, longest first."""
+    batch: list[list[int]] = []
+    for row in sorted(rows, key=len, reverse=True):
+        if batch and (len(batch) + 1) * len(batch[0]) > _PASS_TOKENS:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def _add(subject: Subject, rows: list[list[int]], sums: dict[int, torch.Tensor]) -> None:
+    walk = Blockwise(subject, rows)
+    hidden = walk.embedded
+    for layer in range(max(sums) + 1):
+        here = walk.block(layer, hidden)
+        hidden = here.hidden
+        if layer in sums:
+            keys = here.keys[walk.mask].float()
+            sums[layer].addmm_(keys.T, keys)
