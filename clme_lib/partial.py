@@ -76,6 +76,36 @@ class _LabelLoss(torch.autograd.Function):
         return upstream[:, None].to(gradient.dtype) * gradient, None, None
 
 
+class _DistributionLoss(torch.autograd.Function):
+    """``KL(p_reference || p)`` at each label column, both under the vocabulary head, and its gradient in the same pass."""
+
+    @staticmethod
+    def forward(ctx, states, head, reference):
+        """(N, d) normalised last-block states, the head, (N, d) states of the reference -> divergences (N,) in nats."""
+        divergences = torch.empty(len(states), device=states.device, dtype=torch.float32)
+        gradient = torch.empty_like(states)
+        at_once = _LABELS_AT_ONCE[states.device.type]
+        for first in range(0, len(states), at_once):
+            part = slice(first, first + at_once)
+            wanted = torch.log_softmax(head(reference[part]).float(), dim=-1)
+            found = torch.log_softmax(head(states[part]).float(), dim=-1)
+            probabilities = wanted.exp()
+            divergences[part] = (probabilities * wanted.sub_(found)).sum(dim=-1)
+            gradient[part] = found.exp_().sub_(probabilities).to(head.weight.dtype) @ head.weight
+        ctx.save_for_backward(gradient)
+        return divergences
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        return upstream[:, None].to(gradient.dtype) * gradient, None, None
+
+
+def divergences(subject: Subject, states: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """``KL(p_reference || p)`` (N,) between the next-token distributions of two sets of last-block states (N, d)."""
+    return _DistributionLoss.apply(states, subject.model.lm_head, reference)
+
+
 class PartialForward:
     """Cached constants of one batch and the forward pass above the edited layer.
 
@@ -85,18 +115,29 @@ class PartialForward:
         layer: the edited block l.
         from_lookup: True when only columns from the lookup token on are touched (GRACE and the ROME family);
             False when every column is (an update of ``W_l`` itself).
+        residuals: with ``from_lookup=False``, each row's ``residual`` (its length, d) when it is known already: then
+            nothing below the edited MLP is computed.
 
     Attributes:
         keys: (B, S, d_f) inputs of ``W_l`` at the tail columns.
         outputs: (B, S, d) unedited outputs of ``W_l`` at the tail columns.
-        residual: (B, S, d) the stream that output is added to; attention: (B, S, d) what the block's attention added to it.
+        residual: (B, S, d) the stream that output is added to.
+        attention: (B, S, d) what the block's attention added to it; None when ``residuals`` were given.
         touched: (B,) tail column of the lookup token.
         labels: (N,) label ids of all rows, row after row.
         label_rows, label_columns: (N,) the row and tail column that predict each label.
         label_counts: (B,) labels a row.
     """
 
-    def __init__(self, subject: Subject, rows: Sequence[Row], layer: int, *, from_lookup: bool) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        rows: Sequence[Row],
+        layer: int,
+        *,
+        from_lookup: bool,
+        residuals: Sequence[torch.Tensor] | None = None,
+    ) -> None:
         self.subject = subject
         self.layer = layer
         starts = [min(row.lookup, row.first_label) if from_lookup else 0 for row in rows]
@@ -126,7 +167,10 @@ class PartialForward:
         # a padding column attends to itself alone, so that no softmax is empty
         own = torch.eye(width, dtype=torch.bool, device=device)
         attended = ((causal & mask[:, None, :]) | own)[:, None]
-        self._prefill(ids, attended, positions, prefix)
+        if residuals is None:
+            self._prefill(ids, attended, positions, prefix)
+        else:
+            self._start_from(residuals)
         self._mask = attended[:, :, prefix:]
         self._positions = positions[:, prefix:]
         self._rotary = subject.decoder.rotary_emb(self.outputs, position_ids=self._positions)
@@ -159,19 +203,33 @@ class PartialForward:
             for hook in hooks:
                 hook.remove()
         self.keys, self.outputs = kept["keys"], kept["outputs"]
-        self.residual, self.attention = kept["residual"], kept["attention"]
-        self._cache = None
+        self.residual = kept["residual"]
+        self.attention: torch.Tensor | None = kept["attention"]
+        self._cache: _PrefixCache | None = None
         if prefix:
             layers = enumerate(done.past_key_values.layers)
             self._cache = _PrefixCache(
                 {n: (cached.keys[:, :, :prefix], cached.values[:, :, :prefix]) for n, cached in layers if n > self.layer}
             )
 
+    @torch.no_grad()
+    def _start_from(self, residuals: Sequence[torch.Tensor]) -> None:
+        block = self.subject.blocks[self.layer]
+        self.residual = torch.nn.utils.rnn.pad_sequence(list(residuals), batch_first=True)
+        kept = []
+        handle = block.mlp.down_proj.register_forward_hook(lambda _module, args, _output: kept.append(args[0]))
+        try:
+            self.outputs = block.mlp(block.post_attention_layernorm(self.residual))
+        finally:
+            handle.remove()
+        (self.keys,), self.attention, self._cache = kept, None, None
+
     def select(self, rows: torch.Tensor) -> PartialForward:
         """The same for some of the rows (indices in ascending order): those of cases that are still being optimised."""
         chosen = copy.copy(self)
         for name in ("keys", "outputs", "residual", "attention", "touched", "label_counts", "_positions", "_mask"):
-            setattr(chosen, name, getattr(self, name)[rows])
+            if getattr(self, name) is not None:
+                setattr(chosen, name, getattr(self, name)[rows])
         chosen._rotary = tuple(part[rows] if len(part) > 1 else part for part in self._rotary)
         if self._cache:
             chosen._cache = _PrefixCache({n: (k[rows], v[rows]) for n, (k, v) in self._cache.prefix.items()})

@@ -109,7 +109,7 @@ def run(config: RunConfig) -> pd.DataFrame:
     _check_same_run(config)
     if pending:
         subject = load_subject(config.subject, config.device, config.dtype)
-        editors = {name: load_editor(name, subject, values=config.values, seed=config.seed)  # type: ignore[arg-type]
+        editors = {name: load_editor(name, subject, values=config.values, preset=config.preset, seed=config.seed)  # type: ignore[arg-type]
                    for name in dict.fromkeys(editor for _, editor in pending)}  # fmt: skip
         start = _start(config, subject, editors, chosen)
         for name, editor in pending:
@@ -183,15 +183,24 @@ def _missing(config: RunConfig, dataset: str, editor: str, cases: list[Case]) ->
 def _complete(config: RunConfig, subject: Subject, editor: Editor, cases: list[Case], missing: list[Case]) -> None:
     """Edit and score the missing cases, batch by batch."""
     file = _records_file(config, missing[0].dataset, editor.name)
-    halves = folds(load_cases(missing[0].dataset, config.source), config.seed)
+    everything = load_cases(missing[0].dataset, config.source)
+    halves = folds(everything, config.seed)
     folds_of = {case_id: fold for fold, ids in enumerate(halves) for case_id in ids}
+    # a trained editor edits the cases of one fold after learning from the other
+    parts = [missing]
+    if editor.needs_training:
+        parts = [part for fold in (0, 1) if (part := [case for case in missing if folds_of[case.case_id] == fold])]
     common = {"preset": config.preset, "run": config.name, "source": config.source, "folds_of": folds_of}
     description = f"{missing[0].dataset} {editor.name}"
     with tqdm(total=len(cases), initial=len(cases) - len(missing), desc=description, unit="case") as bar:
-        for batch in _batches(editor, missing, config.batch_size):
-            records = _attempt(subject, editor, batch, config.seed, common)
-            append_rows(file, [record.model_dump() for record in records])
-            bar.update(len(batch))
+        for part in parts:
+            if editor.needs_training:
+                fold = folds_of[part[0].case_id]
+                editor.fit([case for case in everything if folds_of[case.case_id] != fold])
+            for batch in _batches(editor, part, config.batch_size):
+                records = _attempt(subject, editor, batch, config.seed, common)
+                append_rows(file, [record.model_dump() for record in records])
+                bar.update(len(batch))
 
 
 def _attempt(subject: Subject, editor: Editor, batch: list[Case], seed: int, common: dict) -> list[Record]:
@@ -242,6 +251,7 @@ def _start(config: RunConfig, subject: Subject, editors: dict[str, Editor], chos
         "cases": {name: len(cases) for name, cases in chosen.items()},
         "sample": config.sample,
         "hyperparameters": {name: provenance.hyperparameters(editor) for name, editor in editors.items()},
+        "setup": {name: made for name, editor in editors.items() if (made := editor.setup())},
     }
     _write_manifest(config, start)
     return start

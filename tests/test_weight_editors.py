@@ -1,5 +1,7 @@
 """ROME, MEMIT and PMET: equal to the plain loop, and to the identities they are built on."""
 
+from dataclasses import replace
+
 import plain
 import pytest
 import torch
@@ -59,22 +61,20 @@ def test_spread_editors_equal_the_plain_loop(subject, cases, corpus, name):
 
 
 def test_pmet_changes_its_factor_and_stops_when_targets_win(llama, cases, corpus):
-    """A long run on a tiny model makes every target token the arg-max: then the loss drops tenfold, and the case ends."""
-    editor = editor_of("pmet", llama, corpus, steps=150, lr=0.3, clamp=50.0, kl_factor=0.01, loss_floor=1e-9)
-    edits = editor.edit(cases)
-    stopped = [edit for edit in edits if edit.log.steps < 149]
-    assert stopped, "the test needs cases that reach agreement"
-    for case, edit in zip(cases, edits):
-        if edit.log.steps < 149:
-            deltas, _, losses = plain.learn(
-                llama, case, editor.contexts, editor.values,
-                [llama.blocks[2].self_attn.o_proj, llama.down_proj(2)], pmet=True,
-            )  # fmt: skip
-            assert abs(len(losses) - len(edit.log.losses)) <= 1
-    # a loss ten times smaller at once: the factor after the first agreement without the KL being small enough
-    held = editor_of("pmet", llama, corpus, steps=150, lr=0.3, clamp=50.0, kl_factor=0.01, loss_floor=1e-9, kl_stop=0.0)
-    drops = [a / b for edit in held.edit(cases) for a, b in zip(edit.log.losses, edit.log.losses[1:])]
-    assert max(drops) > 3
+    """A target of one token soon is the arg-max of every row: the case ends, or, if the KL forbids it, its loss drops tenfold."""
+    easy = [replace(case, target="in") for case in cases]
+    changes = dict(steps=40, lr=0.3, clamp=50.0, kl_factor=1e-3, loss_floor=1e-9)
+    modules = [llama.blocks[2].self_attn.o_proj, llama.down_proj(2)]
+    for kl_stop in (0.01, 0.0):
+        editor = editor_of("pmet", llama, corpus, **changes, kl_stop=kl_stop)
+        for case, edit in zip(easy, editor.edit(easy)):
+            _, _, losses = plain.learn(llama, case, editor.contexts, editor.values, modules, pmet=True)
+            assert edit.log.losses == pytest.approx(losses, rel=2e-3)
+            ratios = [after / before for before, after in zip(losses, losses[1:])]
+            if kl_stop:
+                assert edit.log.steps < 10
+            else:
+                assert edit.log.steps == 39 and min(ratios) < 0.12
 
 
 def test_rome_maps_the_bare_key_to_the_value(subject, cases):
@@ -104,7 +104,7 @@ def test_rome_with_covariance_still_maps_the_key(llama, cases, corpus):
 @pytest.mark.parametrize("name", list(SMALL))
 def test_batch_of_twenty_equals_one_by_one(llama, name, corpus, many_cases):
     """Cases stop at different iterations here, so freezing and leaving the batch are both exercised."""
-    editor = editor_of(name, llama, corpus, steps=12, loss_floor=5.0)
+    editor = editor_of(name, llama, corpus, steps=12, loss_floor=5.62)
     together = editor.edit(many_cases, batch_size=20)
     assert len({edit.log.steps for edit in together}) > 2, "the test needs cases that stop at different times"
     for case, edit in zip(many_cases, together):

@@ -12,6 +12,7 @@ from ..subjects import Subject
 from .base import Editor
 from .ft_l import FTL
 from .grace import GRACE
+from .malmen import MALMEN
 from .memit import MEMIT
 from .none import NoEditor
 from .pmet import PMET
@@ -24,6 +25,7 @@ EDITORS: dict[str, type[Editor]] = {
     "rome": ROME,
     "memit": MEMIT,
     "pmet": PMET,
+    "malmen": MALMEN,
     "grace": GRACE,
 }
 

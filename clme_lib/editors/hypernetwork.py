@@ -1,0 +1,110 @@
+"""MALMEN's hypernetwork and its normal equation (Tan et al. 2024, sections 3 and 4).
+
+For each cached token, with key ``k`` (input of ``W_l``) and gradient ``g`` (of the loss with respect to ``W_l k``)::
+
+    [k~; g~] = network(normalised [k; g])        residual low-rank blocks, shared by layers but for scale and shift
+    v = -eta_l (k . k~) g~                       the change wanted of W_l k
+
+and the update that comes closest to all tokens' wishes, with damping ``e^theta_l``::
+
+    S = (K^T K + e^theta I)^-1 K^T V = K^T U,    U = (K K^T + e^theta I)^-1 V,    W_l <- W_l + S^T
+
+The second form (push-through identity) solves a system of the size of the tokens, not of the key, and gives the update
+as a product of rank at most the number of tokens. The gradients of a loss L through the equation follow from ``dL/dU``:
+``dL/dV = (K K^T + e^theta I)^-1 dL/dU`` and ``dL/dtheta = -e^theta <dL/dV, U>``; :class:`_NormalEquation`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+_EPSILON = torch.finfo(torch.float32).eps
+
+
+class _NormalEquation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, keys, values, log_damping):
+        damping = log_damping.exp()
+        system = keys.double() @ keys.double().T
+        system.diagonal().add_(damping.double())
+        factor = torch.linalg.cholesky(system)
+        coefficients = torch.cholesky_solve(values.double(), factor).to(values.dtype)
+        ctx.save_for_backward(factor, coefficients, damping)
+        return coefficients
+
+    @staticmethod
+    def backward(ctx, upstream):
+        factor, coefficients, damping = ctx.saved_tensors
+        to_values = torch.cholesky_solve(upstream.double(), factor).to(upstream.dtype)
+        return None, to_values, -damping * (to_values * coefficients).sum()
+
+
+def normal_equation(keys: torch.Tensor, values: torch.Tensor, log_damping: torch.Tensor) -> torch.Tensor:
+    """``U`` (n, d) of keys ``K`` (n, d_f) and values ``V`` (n, d): the update of ``W_l`` is ``U^T K``."""
+    return _NormalEquation.apply(keys, values, log_damping)
+
+
+class Hypernetwork(nn.Module):
+    """From keys and gradients to wanted changes, for all edited layers.
+
+    Args:
+        sizes: d_f and d, of a key and a gradient.
+        layers: how many layers are edited.
+        rank: inner width of the blocks; blocks: how many.
+        step_size: initial eta of every layer.
+        draw: generator of the initial weights.
+
+    The blocks start as the identity: their second factor is zero.
+    """
+
+    observed: torch.Tensor
+    mean: torch.Tensor
+    spread: torch.Tensor
+
+    def __init__(
+        self,
+        sizes: tuple[int, int],
+        *,
+        layers: int,
+        rank: int,
+        blocks: int,
+        step_size: float,
+        draw: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.sizes, size = sizes, sum(sizes)
+        self.inward = nn.ParameterList(torch.randn(size, rank, generator=draw) for _ in range(blocks))
+        self.outward = nn.ParameterList(torch.zeros(rank, size) for _ in range(blocks))
+        self.offset = nn.ParameterList(torch.zeros(size) for _ in range(blocks))
+        self.scale = nn.ParameterList(torch.ones(layers, size) for _ in range(blocks))
+        self.shift = nn.ParameterList(torch.zeros(layers, size) for _ in range(blocks))
+        self.step_size = nn.Parameter(torch.full((layers,), step_size))
+        self.log_damping = nn.Parameter(torch.zeros(layers))
+        self.register_buffer("observed", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("spread", torch.zeros(size))  # sum of squared deviations
+
+    @torch.no_grad()
+    def observe(self, keys: torch.Tensor, gradients: torch.Tensor) -> None:
+        """Take rows (n, d_f) and (n, d) into the normaliser. Only training does: an edit must not depend on others."""
+        rows = torch.cat([keys, gradients], dim=-1)
+        total = self.observed + len(rows)
+        mean = rows.mean(dim=0)
+        apart = mean - self.mean
+        self.spread += ((rows - mean) ** 2).sum(dim=0) + apart**2 * (self.observed * len(rows) / total).float()
+        self.mean += apart * (len(rows) / total).float()
+        self.observed.copy_(total)
+
+    def forward(self, keys: torch.Tensor, gradients: torch.Tensor, layer: int) -> torch.Tensor:
+        """Wanted changes (n, d) of the outputs for keys (n, d_f) and gradients (n, d) of the ``layer``-th edited layer."""
+        deviation = (self.spread / (self.observed - 1).clamp(min=1).float()).sqrt()
+        rows = (torch.cat([keys, gradients], dim=-1) - self.mean) / (deviation + _EPSILON)
+        for inward, outward, offset, scale, shift in zip(
+            self.inward, self.outward, self.offset, self.scale, self.shift
+        ):
+            # clamp passes the gradient at exactly zero, where every row starts; relu would not, and nothing would ever learn
+            rows = rows + scale[layer] * (rows @ inward @ outward + offset).clamp(min=0) + shift[layer]
+        transformed_key, transformed_gradient = rows.split(self.sizes, dim=-1)
+        along = (keys * transformed_key).sum(dim=-1, keepdim=True)
+        return -self.step_size[layer] * along * transformed_gradient

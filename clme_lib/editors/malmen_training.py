@@ -1,0 +1,239 @@
+"""Training of MALMEN's hypernetwork: Algorithm 1 of Tan et al. (2024) with the paper's losses.
+
+An iteration, for a batch of records::
+
+    cache keys and gradients on (prompt, target); take them into the normaliser
+    one joint update from all of the batch's tokens
+    L = mean cross-entropy of the targets after the *rephrased* prompts
+        + locality_factor * mean KL(p_unedited || p_edited) on the neighbours' own answers         both under the update
+    gradients through the normal equation into the network; clip their norm; Adam
+
+The update is never written: it acts through hooks as ``(x K^T) U``, so the gradient with respect to ``U`` is all that the
+normal equation needs. What lies below the edited layers is constant, computed once a sequence, and kept for later
+epochs as far as memory allows. Training resumes at its last checkpoint; a finished network is kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from ..answers import answers_for
+from ..datasets.cases import Case
+from ..embedded_subject import cache_dir
+from ..errors import StudyError
+from ..partial import PartialForward, divergences
+from ..prompts import Row, Tokenized, encode
+from ..seeds import generator, seeded_order
+from ..subjects import Subject
+from .hypernetwork import Hypernetwork, normal_equation
+
+if TYPE_CHECKING:
+    from .malmen import Hook, MALMENHyperparameters
+
+FORMAT = "clme-malmen"
+_KEPT_BYTES = 4e9  # of constants below the edited layers
+_CHECKPOINT_EVERY = 50
+
+
+def trained(subject: Subject, values: MALMENHyperparameters, cases: Sequence[Case], seed: int) -> Hypernetwork:
+    """The hypernetwork trained on ``cases``: from the cache, or trained now, from its last checkpoint if it has one."""
+    if not cases or len({case.dataset for case in cases}) != 1:
+        raise StudyError("malmen learns from the cases of one data set at a time, at least one of them")
+    if bare := [case for case in cases if not case.rephrased]:
+        raise StudyError(f"malmen learns from rephrased prompts, and case {bare[0].case_id} has none")
+    by_id = {case.case_id: case for case in cases}
+    dataset = cases[0].dataset
+    records = [by_id[n] for n in seeded_order(by_id, "malmen", seed, dataset)[: values.records]]
+    training = Training(subject, values, records, seed)
+    return training.finish()
+
+
+class Training:
+    """One network's training run.
+
+    Attributes:
+        iteration: updates made so far.
+        log: (generalization loss, locality loss) of each.
+    """
+
+    def __init__(
+        self, subject: Subject, values: MALMENHyperparameters, records: Sequence[Case], seed: int
+    ) -> None:
+        self.subject, self.values, self.records, self.seed = subject, values, list(records), seed
+        self.layers = sorted(values.layers)
+        dataset = records[0].dataset
+        self.network = Hypernetwork(
+            (subject.inner_size, subject.hidden_size),
+            layers=len(self.layers),
+            rank=values.rank,
+            blocks=values.blocks,
+            step_size=values.step_size,
+            draw=generator(seed, subject.name, dataset, "malmen", "network"),
+        ).to(subject.device)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=values.meta_lr)
+        self.iteration = 0
+        self.log: list[tuple[float, float]] = []
+        self.identity = {
+            "format": FORMAT,
+            "version": 1,
+            "subject": subject.name,
+            "fingerprint": subject.fingerprint,
+            "dtype": subject.dtype_name,
+            "dataset": dataset,
+            "seed": seed,
+            "values": values.model_dump(mode="json"),
+            "records": [case.sha256 for case in self.records],
+        }
+        name = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+        safe = "".join(c if c.isalnum() or c in ".-_" else "-" for c in subject.name)
+        self.file = cache_dir() / "malmen" / f"{safe}-{dataset}-{name}.safetensors"
+        self._kept: dict[Row, torch.Tensor] = {}
+        self._kept_bytes = 0
+
+    def finish(self) -> Hypernetwork:
+        """Load what there is, do the missing iterations, keep the result."""
+        self._load()
+        last = self.values.iterations
+        if self.iteration < last:
+            prompts = [prompt for case in self.records for prompt in case.unrelated]
+            self.answers = dict(zip(prompts, answers_for(self.subject, prompts)))
+            description = f"malmen: train on {len(self.records)} {self.records[0].dataset} cases"
+            with tqdm(total=last, initial=self.iteration, desc=description, unit="step") as bar:
+                for batch in self._batches():
+                    generalization, locality = self.step(batch)
+                    bar.set_postfix(generalization=f"{generalization:.2f}", locality=f"{locality:.3f}")
+                    bar.update()
+                    if self.iteration == last or self.iteration % _CHECKPOINT_EVERY == 0:
+                        self._save(finished=self.iteration == last)
+        self.network.requires_grad_(False)
+        return self.network
+
+    def _batches(self) -> Iterator[list[Case]]:
+        """Records in a new seeded order every epoch, from the present iteration to the last; an epoch's rest is dropped."""
+        size = min(self.values.batch, len(self.records))
+        by_id = {case.case_id: case for case in self.records}
+        each = len(self.records) // size
+        while self.iteration < self.values.iterations:
+            epoch, within = divmod(self.iteration, each)
+            order = seeded_order(by_id, "malmen", self.seed, "epoch", epoch)
+            yield [by_id[n] for n in order[within * size : (within + 1) * size]]
+
+    def step(self, batch: Sequence[Case]) -> tuple[float, float]:
+        """One iteration; returns the two losses before its update."""
+        from .malmen import Cached, edit_row, upper_states
+
+        values, network = self.values, self.network
+        rows = [edit_row(self.subject, case.prompt, case.target, values.targets) for case in batch]
+        cached = Cached(self._forward(rows), self.layers, values.cached)
+        for layer in self.layers:
+            network.observe(cached.keys[layer], cached.gradients[layer])
+
+        rephrased = [edit_row(self.subject, case.rephrased[0], case.target, values.targets) for case in batch]
+        unrelated = [self._answered(prompt) for case in batch for prompt in case.unrelated]
+        with torch.enable_grad():
+            coefficients = {
+                layer: normal_equation(
+                    cached.keys[layer],
+                    network(cached.keys[layer], cached.gradients[layer], n),
+                    network.log_damping[n],
+                )
+                for n, layer in enumerate(self.layers)
+            }
+
+            def shift(layer: int) -> Hook:
+                return lambda given, output: (
+                    output + ((given.float() @ cached.keys[layer].T) @ coefficients[layer]).to(output.dtype)
+                )
+
+            forward = self._forward([*rephrased, *unrelated])
+            with torch.no_grad():
+                reference = upper_states(forward, {})
+            states = upper_states(forward, {layer: shift(layer) for layer in self.layers})
+            targets = forward.label_rows < len(rephrased)
+            generalization = forward.label_losses(states)[0][targets].mean()
+            locality = (
+                divergences(self.subject, states[~targets], reference[~targets]).mean()
+                if unrelated
+                else torch.zeros((), device=states.device)
+            )
+            self.optimizer.zero_grad(set_to_none=True)
+            (generalization + values.locality_factor * locality).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), values.clip)
+        self.optimizer.step()
+        self.iteration += 1
+        self.log.append((generalization.item(), locality.item()))
+        if self.log[-1][0] - self.log[-1][0] != 0:
+            raise StudyError(f"malmen: the loss is not finite at iteration {self.iteration}; lower meta_lr or step_size")
+        return self.log[-1]
+
+    def _answered(self, prompt: str) -> Tokenized:
+        """A neighbour's prompt with the subject's own continuation as its target."""
+        before = encode(self.subject.tokenizer, prompt)
+        joined = encode(self.subject.tokenizer, prompt + self.answers[prompt])
+        # an answer that merges with the prompt's last token, or is empty, still leaves the last column to compare
+        first = min(len(before), len(joined) - 1)
+        return Tokenized(tuple(joined[:first]), tuple(joined[first:]))
+
+    @torch.no_grad()
+    def _forward(self, rows: Sequence[Row]) -> PartialForward:
+        """The pass from the first edited layer on; what lies below is computed once a sequence."""
+        layer = self.layers[0]
+        fresh = {}
+        if missing := [row for row in dict.fromkeys(rows) if row not in self._kept]:
+            forward = PartialForward(self.subject, missing, layer, from_lookup=False)
+            lengths = [row.first_label + len(row.target_ids) for row in missing]
+            fresh = {row: forward.residual[n, :length].clone() for n, (row, length) in enumerate(zip(missing, lengths))}
+        residuals = [self._kept[row] if row in self._kept else fresh[row] for row in rows]
+        if self._kept_bytes < _KEPT_BYTES:
+            self._kept.update(fresh)
+            self._kept_bytes += sum(one.numel() * one.element_size() for one in fresh.values())
+        return PartialForward(self.subject, rows, layer, from_lookup=False, residuals=residuals)
+
+    def _save(self, finished: bool) -> None:
+        tensors = {f"network.{name}": one for name, one in self.network.state_dict().items()}
+        if not finished:
+            for n, state in self.optimizer.state_dict()["state"].items():
+                tensors.update({f"optimizer.{n}.{name}": one for name, one in state.items()})
+        header = {**self.identity, "iteration": self.iteration, "log": self.log}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.file.parent, prefix=".training-") as scratch:
+            unfinished = Path(scratch) / "part"
+            save_file(
+                {name: one.detach().cpu().contiguous() for name, one in tensors.items()},
+                unfinished,
+                metadata={"clme": json.dumps(header)},
+            )
+            os.replace(unfinished, self.file)
+
+    def _load(self) -> None:
+        if not self.file.is_file():
+            return
+        try:
+            with safe_open(self.file, framework="pt") as content:
+                header = json.loads((content.metadata() or {}).get("clme", "{}"))
+                tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a mapping)
+            if {name: header.get(name) for name in self.identity} != self.identity:
+                raise ValueError("it is of another subject, data set, or other values")
+            network = {name.removeprefix("network."): one for name, one in tensors.items() if name.startswith("network.")}
+            self.network.load_state_dict(network)
+        except Exception as error:  # the format's errors have no common type
+            raise StudyError(f"{self.file}: not a usable network: {error}; remove it to train anew") from error
+        self.iteration, self.log = header["iteration"], [tuple(one) for one in header["log"]]
+        if self.iteration < self.values.iterations:
+            state: dict[int, dict[str, torch.Tensor]] = {}
+            for name, one in tensors.items():
+                if name.startswith("optimizer."):
+                    _, n, what = name.split(".")
+                    state.setdefault(int(n), {})[what] = one
+            self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
