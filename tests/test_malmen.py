@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from clme_lib.editors import load_editor
+from clme_lib.editors.gradients import Cached, edit_row
 from clme_lib.editors.hypernetwork import Hypernetwork, normal_equation
-from clme_lib.editors.malmen import Cached, edit_row
 from clme_lib.editors.malmen_training import Training
 from clme_lib.errors import StudyError
 from clme_lib.partial import PartialForward, divergences

@@ -14,8 +14,7 @@ alone; and it tokenises the target alone. ``cached="released"`` and ``targets="a
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -26,11 +25,10 @@ from ..edits import EditLog, LowRankUpdate
 from ..errors import StudyError
 from ..hyperparameters import Schema
 from ..partial import PartialForward
-from ..prompts import Row, encode, tokenize
-from ..subjects import Subject
 from .base import Editor
+from .gradients import Cached, edit_row
 from .hypernetwork import Hypernetwork, normal_equation
-from .rewriting import PlacedRow
+from .malmen_training import trained
 
 
 class MALMENHyperparameters(Schema):
@@ -53,78 +51,6 @@ class MALMENHyperparameters(Schema):
     targets: Literal["in-context", "alone"] = "in-context"
 
 
-Hook = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-@contextlib.contextmanager
-def hooked(subject: Subject, hooks: dict[int, Hook]) -> Iterator[None]:
-    """Inside the block, ``W_l``'s output of each named layer is ``hooks[l](input, output)``."""
-    handles = [
-        subject.down_proj(layer).register_forward_hook(lambda _module, args, output, act=act: act(args[0], output))
-        for layer, act in hooks.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def upper_states(forward: PartialForward, hooks: dict[int, Hook]) -> torch.Tensor:
-    """Last-block states at the label columns, with hooks on the edited layers, the first of which is ``forward.layer``."""
-    block = forward.subject.blocks[forward.layer]
-    with hooked(forward.subject, hooks):
-        return forward.states(block.mlp(block.post_attention_layernorm(forward.residual)))
-
-
-def edit_row(subject: Subject, prompt: str, target: str, targets: str) -> Row:
-    """The row an edit of ``prompt`` towards ``target`` reads."""
-    tokens = tokenize(subject.tokenizer, prompt, target)
-    if targets == "in-context":
-        return tokens
-    joined = encode(subject.tokenizer, prompt + " " + target)
-    alone = tuple(encode(subject.tokenizer, target))
-    return PlacedRow(tuple(joined[:-1]), 0, tokens.lookup, max(0, len(joined) - 1 - len(alone)), alone)
-
-
-class Cached:
-    """Keys and gradients at a batch's cached columns, by layer: what an update is made from.
-
-    Attributes:
-        owner: (n,) the row each cached token is of.
-        keys, gradients: layer -> (n, d_f) and (n, d), float32.
-        losses: (B,) mean cross-entropy of each row's target under the unedited subject.
-    """
-
-    def __init__(self, forward: PartialForward, layers: Sequence[int], cached: str) -> None:
-        self.owner = forward.label_rows
-        columns = forward.label_columns
-        if cached == "released":
-            starts = forward.label_counts.cumsum(0) - forward.label_counts
-            columns = torch.arange(len(self.owner), device=columns.device) - starts[self.owner]
-        leaves = {layer: torch.zeros_like(forward.outputs, requires_grad=True) for layer in layers}
-        inputs: dict[int, torch.Tensor] = {}
-
-        def hook(layer: int) -> Hook:
-            def act(given: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-                inputs[layer] = given.detach()
-                return output + leaves[layer]
-
-            return act
-
-        with torch.enable_grad():
-            states = upper_states(forward, {layer: hook(layer) for layer in layers})
-            losses = forward.row_means(forward.label_losses(states)[0])
-            # the sum of the rows' means: a token counts the same in training's batches as in a single edit
-            losses.sum().backward()
-        self.losses = losses.detach()
-        self.keys = {layer: inputs[layer][self.owner, columns].float() for layer in layers}
-        self.gradients = {}
-        for layer, leaf in leaves.items():
-            gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
-            self.gradients[layer] = gradient[self.owner, columns].float()
-
-
 class MALMEN(Editor[MALMENHyperparameters]):
     """A learnt update of rank at most the target's tokens in each of several layers."""
 
@@ -140,8 +66,6 @@ class MALMEN(Editor[MALMENHyperparameters]):
         Raises:
             StudyError: the cases are of several data sets, or have no rephrased prompts.
         """
-        from .malmen_training import trained
-
         self.network = trained(self.subject, self.values, cases, self.seed)
 
     @torch.no_grad()

@@ -36,10 +36,11 @@ from ..partial import PartialForward, divergences
 from ..prompts import Row, Tokenized, encode
 from ..seeds import generator, seeded_order
 from ..subjects import Subject
+from .gradients import Cached, Hook, edit_row, upper_states
 from .hypernetwork import Hypernetwork, normal_equation
 
 if TYPE_CHECKING:
-    from .malmen import Hook, MALMENHyperparameters
+    from .malmen import MALMENHyperparameters
 
 FORMAT = "clme-malmen"
 _KEPT_BYTES = 4e9  # of constants below the edited layers
@@ -99,6 +100,7 @@ class Training:
         safe = "".join(c if c.isalnum() or c in ".-_" else "-" for c in subject.name)
         self.file = cache_dir() / "malmen" / f"{safe}-{dataset}-{name}.safetensors"
         self._kept: dict[Row, torch.Tensor] = {}
+        self._references: dict[Row, torch.Tensor] = {}
         self._kept_bytes = 0
 
     def finish(self) -> Hypernetwork:
@@ -131,51 +133,72 @@ class Training:
 
     def step(self, batch: Sequence[Case]) -> tuple[float, float]:
         """One iteration; returns the two losses before its update."""
-        from .malmen import Cached, edit_row, upper_states
-
         values, network = self.values, self.network
         rows = [edit_row(self.subject, case.prompt, case.target, values.targets) for case in batch]
         cached = Cached(self._forward(rows), self.layers, values.cached)
         for layer in self.layers:
             network.observe(cached.keys[layer], cached.gradients[layer])
 
-        rephrased = [edit_row(self.subject, case.rephrased[0], case.target, values.targets) for case in batch]
-        unrelated = [self._answered(prompt) for case in batch for prompt in case.unrelated]
         with torch.enable_grad():
-            coefficients = {
-                layer: normal_equation(
+            coefficients = [
+                normal_equation(
                     cached.keys[layer],
                     network(cached.keys[layer], cached.gradients[layer], n),
                     network.log_damping[n],
                 )
                 for n, layer in enumerate(self.layers)
-            }
+            ]
+        leaves = [one.detach().requires_grad_(True) for one in coefficients]
 
-            def shift(layer: int) -> Hook:
-                return lambda given, output: (
-                    output + ((given.float() @ cached.keys[layer].T) @ coefficients[layer]).to(output.dtype)
-                )
-
-            forward = self._forward([*rephrased, *unrelated])
-            with torch.no_grad():
-                reference = upper_states(forward, {})
-            states = upper_states(forward, {layer: shift(layer) for layer in self.layers})
-            targets = forward.label_rows < len(rephrased)
-            generalization = forward.label_losses(states)[0][targets].mean()
-            locality = (
-                divergences(self.subject, states[~targets], reference[~targets]).mean()
-                if unrelated
-                else torch.zeros((), device=states.device)
+        def shift(layer: int, leaf: torch.Tensor) -> Hook:
+            return lambda given, output: (
+                output + ((given.float() @ cached.keys[layer].T) @ leaf).to(output.dtype)
             )
-            self.optimizer.zero_grad(set_to_none=True)
-            (generalization + values.locality_factor * locality).backward()
+
+        shifts = {layer: shift(layer, leaf) for layer, leaf in zip(self.layers, leaves)}
+        rephrased = [edit_row(self.subject, case.rephrased[0], case.target, values.targets) for case in batch]
+        unrelated = [self._answered(prompt) for case in batch for prompt in case.unrelated]
+        generalization = self._losses(rephrased, shifts, reference=False)
+        locality = self._losses(unrelated, shifts, reference=True, factor=values.locality_factor)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(coefficients, [leaf.grad for leaf in leaves])
         torch.nn.utils.clip_grad_norm_(network.parameters(), values.clip)
         self.optimizer.step()
         self.iteration += 1
-        self.log.append((generalization.item(), locality.item()))
-        if self.log[-1][0] - self.log[-1][0] != 0:
+        self.log.append((generalization, locality))
+        if generalization + locality - (generalization + locality) != 0:
             raise StudyError(f"malmen: the loss is not finite at iteration {self.iteration}; lower meta_lr or step_size")
         return self.log[-1]
+
+    def _losses(self, rows: Sequence[Row], shifts: dict[int, Hook], *, reference: bool, factor: float = 1.0) -> float:
+        """Mean loss per label under the update, its gradient (times ``factor``) left in the update's coefficients.
+
+        The loss is the cross-entropy of the labels, or with ``reference`` the divergence from the unedited subject.
+        """
+        labels = sum(len(row.target_ids) for row in rows)
+        total = 0.0
+        for group in _of_like_length(rows):
+            forward = self._forward(group)
+            with torch.enable_grad():
+                states = upper_states(forward, shifts)
+                if reference:
+                    losses = divergences(self.subject, states, self._reference_states(group, forward))
+                else:
+                    losses = forward.label_losses(states)[0]
+                loss = losses.sum() / labels
+                (factor * loss).backward()
+            total += loss.item()
+        return total
+
+    @torch.no_grad()
+    def _reference_states(self, rows: Sequence[Row], forward: PartialForward) -> torch.Tensor:
+        """Last-block states (N, d) of the unedited subject at the rows' label columns."""
+        if any(row not in self._references for row in rows):
+            states = upper_states(forward, {}).split([len(row.target_ids) for row in rows])
+            if self._kept_bytes >= _KEPT_BYTES:
+                return torch.cat(states)
+            self._references.update(zip(rows, states))
+        return torch.cat([self._references[row] for row in rows])
 
     def _answered(self, prompt: str) -> Tokenized:
         """A neighbour's prompt with the subject's own continuation as its target."""
@@ -237,3 +260,15 @@ class Training:
                     _, n, what = name.split(".")
                     state.setdefault(int(n), {})[what] = one
             self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+
+def _of_like_length(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """Rows in groups that waste at most a fifth of their columns on padding."""
+    group: list[Row] = []
+    for row in sorted(rows, key=lambda row: len(row.inputs)):
+        if group and sum(len(one.inputs) for one in [*group, row]) < 0.8 * len(row.inputs) * (len(group) + 1):
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
