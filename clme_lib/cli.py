@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--sample", type=int, default=0, help="which random sample of cases")
     run.add_argument("--within", type=Path, default=None, help="draw the cases from this earlier run's")
     run.add_argument("--source", default="embedded", help="embedded, published, or a JSON file in the published layout")
-    run.add_argument("--preset", default="clean", help="clean, or compat: the released program's token budget")
+    run.add_argument("--preset", default="clean", help="clean, or compat: with the released program's defects")
     run.add_argument("--values", default="subject", help="hyper-parameters: subject, or transferred (the paper's)")
     run.add_argument("--seed", type=int, default=42, help="of every random draw")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
@@ -61,6 +61,13 @@ def _parser() -> argparse.ArgumentParser:
     select.add_argument("--out", required=True, type=Path, help="CSV to write")
     select.add_argument("--device", default="auto")
     select.set_defaults(act=_select)
+
+    presets = commands.add_parser("presets", help="measure what the released program's defects do to an editor")
+    presets.add_argument("--subject", default="smollm2-135m")
+    presets.add_argument("--editor", required=True)
+    presets.add_argument("--out", required=True, type=Path, help="CSV to write")
+    presets.add_argument("--device", default="auto")
+    presets.set_defaults(act=_presets)
 
     check = commands.add_parser("check", help="compare a run with the published records of the same cases")
     check.add_argument("run", type=Path, help="the run's folder")
@@ -145,6 +152,15 @@ def _select(options: argparse.Namespace) -> int:
     from .subjects import load_subject
 
     table = select(load_subject(options.subject, options.device), options.editor, options.out)
+    print(table.to_string(index=False))
+    return 0
+
+
+def _presets(options: argparse.Namespace) -> int:
+    from .selection import compare_presets
+    from .subjects import load_subject
+
+    table = compare_presets(load_subject(options.subject, options.device), options.editor, options.out)
     print(table.to_string(index=False))
     return 0
 

@@ -193,7 +193,7 @@ def _gather(subject: Subject, layers: list[int], corpus: Corpus, folder: Path, h
     for layer, total in sums.items():
         finished = {**header, "layer": layer, "documents": documents, "tokens": tokens}
         _save(folder / f"layer-{layer}.safetensors", {"matrix": (total / tokens).cpu()}, finished)
-    unfinished.unlink()
+    unfinished.unlink(missing_ok=True)  # another process may have gathered the same
 
 
 def _chunks(

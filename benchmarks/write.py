@@ -1,0 +1,65 @@
+"""One layer's write of MEMIT or PMET: the dense solve of the textbook formula against a solve with a factor made once.
+
+Both compute ``(weight * C + k k^T)^-1 k`` in double precision for one key after another, on the same second moment.
+
+usage: python benchmarks/write.py [--device cpu|cuda] [--width 1536] [--keys 20] [--threads 2]
+"""
+
+import argparse
+import os
+import time
+
+import torch
+
+from clme_lib.editors.statistics import SecondMoment
+
+WEIGHT = 15_000.0
+
+
+def seconds(device, act):
+    act()  # warm-up: the factor is made here, libraries load
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    result = act()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started, result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--width", type=int, default=1536)
+    parser.add_argument("--keys", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    draw = torch.Generator(options.device).manual_seed(0)
+    samples = torch.randn(10 * options.width, options.width, device=options.device, generator=draw)
+    moment = SecondMoment(samples.T @ samples / len(samples), {"layer": 0, "tokens": len(samples), "corpus": "random"})
+    keys = torch.randn(options.keys, options.width, device=options.device, generator=draw)
+
+    def dense():
+        written = []
+        for key in keys.double():
+            written.append(torch.linalg.solve(WEIGHT * moment.matrix.double() + torch.outer(key, key), key))
+        return torch.stack(written)
+
+    def factored():
+        written = []
+        for key in keys:
+            scaled = moment.solve(key[None])[0] / WEIGHT
+            written.append(scaled / (1 + key.double() @ scaled))
+        return torch.stack(written)
+
+    slow, expected = seconds(options.device, dense)
+    fast, found = seconds(options.device, factored)
+    apart = ((found - expected).norm() / expected.norm()).item()
+    print(f"d_f={options.width} on {options.device}, {options.keys} keys one by one, {options.threads} threads")
+    print(f"dense {slow / options.keys:.4f} s a key, factored {fast / options.keys:.6f} s a key, ratio {slow / fast:.0f}")
+    print(f"relative difference of the results {apart:.1e}")
+
+
+if __name__ == "__main__":
+    main()
