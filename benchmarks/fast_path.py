@@ -3,14 +3,17 @@
 Plain: a frozen Hugging Face model, one case at a time, a forward pass over prompt and target with all logits and a backward
 pass from the target's loss to the edited layer, every step. Ours: ``editor.edit`` on the same cases in batches. Beside each
 ratio stands the ceiling that counting multiplications allows: what the plain procedure computes over what the fast path has to.
+For ROME, MEMIT and PMET the plain procedure reads a case's six rows as one padded batch, and writes (MEMIT, PMET) with a dense
+solve in double precision and really changed weights; statistics and context templates are made before the clock, in both.
 
-usage: python benchmarks/fast_path.py [--device cpu|cuda] [--cases 8] [--threads 2]
+usage: python benchmarks/fast_path.py [--editors grace,ft-l] [--device cpu|cuda] [--cases 12] [--threads 2]
 """
 
 import argparse
 import os
 import statistics
 import time
+from functools import partial
 
 import torch
 
@@ -20,7 +23,14 @@ from clme_lib.prompts import tokenize
 from clme_lib.subjects import load_subject
 
 # transferred: the paper's layer and steps; subject: the values selected for the embedded model
-SETTINGS = [("grace", "transferred"), ("grace", "subject"), ("ft-l", "subject")]
+SETTINGS = [
+    ("grace", "transferred"),
+    ("grace", "subject"),
+    ("ft-l", "subject"),
+    ("rome", "transferred"),
+    ("memit", "transferred"),
+    ("pmet", "transferred"),
+]
 
 
 def plain_step(subject, ids, prompt_length, layer, hook):
@@ -67,18 +77,107 @@ def plain_ft_l(subject, tokens, values):
             delta.clamp_(-values.bound, values.bound)
 
 
-def ceiling(subject, tokenized, values, touched_all):
-    """Multiplications of the plain procedure over those of the fast path (steps only; batching and caching are free)."""
+def plain_rewriting(subject, case, editor):
+    """ROME, MEMIT or PMET as the formulas say: padded rows, all blocks and logits each step, dense solves, real writes."""
+    values, model = editor.values, subject.model
+    rows = [tokenize(subject.tokenizer, context + case.prompt, case.target) for context in editor.contexts]
+    width = max(len(row.inputs) for row in rows)
+    device = subject.device
+    ids = torch.full((len(rows), width), subject.tokenizer.pad_token_id, device=device)
+    for n, row in enumerate(rows):
+        ids[n, : len(row.inputs)] = torch.tensor(row.inputs, device=device)
+    each = torch.arange(len(rows), device=device)
+    colons = torch.tensor([row.lookup for row in rows], device=device)
+    labels = torch.tensor(rows[0].target_ids, device=device)
+    columns = colons[:, None] + torch.arange(len(labels), device=device)
+    layer = max(getattr(values, "layers", None) or [values.layer])
+    block = subject.blocks[layer]
+    modules = {"rome": [block.mlp.down_proj], "memit": [block], "pmet": [block.self_attn.o_proj, block.mlp.down_proj]}
+    deltas, starts = [], []
+
+    def forward(act):
+        handles = [module.register_forward_hook(partial(act, n)) for n, module in enumerate(modules[editor.name])]
+        try:
+            return model(input_ids=ids).logits.float()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def read(_n, _module, _args, output):
+        starts.append((output[0] if isinstance(output, tuple) else output)[0, colons[0]].detach())
+        deltas.append(torch.zeros_like(starts[-1], requires_grad=True))
+
+    def add(n, _module, _args, output):
+        changed = (output[0] if isinstance(output, tuple) else output).clone()
+        changed[each, colons] += deltas[n]
+        return changed
+
+    with torch.no_grad():
+        reference = forward(read)[0, colons[0]].log_softmax(-1)
+    optimizer = torch.optim.Adam(deltas, lr=values.lr)
+    for step in range(values.steps):
+        optimizer.zero_grad()
+        logits = forward(add)
+        at_labels = logits[each[:, None], columns].log_softmax(-1)
+        nll = -at_labels.gather(-1, labels.expand(len(rows), -1)[:, :, None]).mean()
+        bare = logits[0, colons[0]].log_softmax(-1)
+        decay = sum(delta.norm() / start.norm() ** 2 for delta, start in zip(deltas, starts))
+        loss = nll + values.kl_factor * (bare.exp() * (bare - reference)).sum() + values.weight_decay * decay
+        if loss.item() < values.loss_floor or step == values.steps - 1:
+            break
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for delta, start in zip(deltas, starts):
+                delta.mul_((values.clamp * start.norm() / delta.norm()).clamp(max=1.0))
+    if editor.name != "rome":
+        plain_spread(subject, ids, colons, starts[-1] + deltas[-1].detach(), modules[editor.name][-1], editor)
+
+
+@torch.no_grad()
+def plain_spread(subject, ids, colons, wanted, measured, editor):
+    layers, values = sorted(editor.values.layers), editor.values
+    kept = {}
+
+    def keep(_module, args, output):
+        kept["in"], kept["out"] = args[0], output[0] if isinstance(output, tuple) else output
+
+    def read(module):
+        handle = module.register_forward_hook(keep)
+        subject.decoder(input_ids=ids)
+        handle.remove()
+        return kept["in"], kept["out"]
+
+    saved = {layer: subject.down_proj(layer).weight.clone() for layer in layers}
+    for n, layer in enumerate(layers):
+        keys = read(subject.down_proj(layer))[0][torch.arange(len(ids), device=ids.device), colons]
+        key = (0.5 * keys[0] + 0.5 * keys[1:].mean(0)).double()
+        residual = (wanted - read(measured)[1][0, colons[0]]).double() / (len(layers) - n)
+        system = values.covariance_weight * editor.moments[layer].matrix.double() + torch.outer(key, key)
+        subject.down_proj(layer).weight += torch.outer(residual, torch.linalg.solve(system, key)).float()
+    for layer, weight in saved.items():
+        subject.down_proj(layer).weight.copy_(weight)
+
+
+def ceiling(subject, tokenized, values, touched_all, rows=1):
+    """Multiplications of the plain procedure over those of the fast path (steps only; batching and caching are free).
+
+    Args:
+        rows: rows a case; the context templates' tokens are left out on both sides.
+    """
+    layer = max(getattr(values, "layers", None) or [values.layer])
     block = sum(p.numel() for p in subject.blocks[0].parameters() if p.dim() == 2)
     head = subject.model.lm_head.weight.numel()
-    blocks, above = len(subject.blocks), len(subject.blocks) - 1 - values.layer
-    weight = subject.down_proj(values.layer).weight.numel()
+    blocks, above = len(subject.blocks), len(subject.blocks) - 1 - layer
+    weight = subject.down_proj(layer).weight.numel()
     plain = fast = 0
     for tokens in tokenized:
         columns, labels = len(tokens.prompt_ids) + len(tokens.target_ids), len(tokens.target_ids)
         own = 2 * weight * columns if touched_all else 0  # the edited matrix itself: forward and its gradient
         plain += columns * (block * (blocks + above) + 2 * head) + own
         fast += (columns if touched_all else labels) * block * 2 * above + labels * 2 * head + own
+        if rows > 1:  # the rows' prompts are read once; a step of one-row editors is counted alone
+            fast += len(tokens.prompt_ids) * block * blocks / values.steps
     return plain / fast
 
 
@@ -95,7 +194,8 @@ def seconds(subject, act):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--cases", type=int, default=8)
+    parser.add_argument("--cases", type=int, default=12)
+    parser.add_argument("--editors", default="grace,ft-l")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -103,6 +203,8 @@ def main():
     print(f"{subject.name} {subject.dtype_name} on {subject.device}, {options.threads} threads, {options.cases} cases")
     print("editor  values       data  median tokens  plain s/case  ours s/case  ratio  ceiling")
     for name, chosen in SETTINGS:
+        if name not in options.editors.split(","):
+            continue
         for dataset in ("cnle", "csne"):
             measure(subject, name, chosen, dataset, options.cases)
 
@@ -115,11 +217,21 @@ def measure(subject, name, chosen, dataset, count):
     kept = [n for n, tokens in enumerate(tokenized) if dataset == "cnle" or len(tokens.prompt_ids) >= 110][:count]
     cases, tokenized = [cases[n] for n in kept], [tokenized[n] for n in kept]
     editor = load_editor(name, subject, values=chosen)
-    plain = plain_grace if name == "grace" else plain_ft_l
+    editor.setup()
     editor.edit(cases[:1])  # warm-up: first calls allocate
-    slow = seconds(subject, lambda: [plain(subject, tokens, editor.values) for tokens in tokenized]) / len(cases)
+
+    def plain():
+        for case, tokens in zip(cases, tokenized):
+            if name == "grace":
+                plain_grace(subject, tokens, editor.values)
+            elif name == "ft-l":
+                plain_ft_l(subject, tokens, editor.values)
+            else:
+                plain_rewriting(subject, case, editor)
+
+    slow = seconds(subject, plain) / len(cases)
     fast = seconds(subject, lambda: editor.edit(cases)) / len(cases)
-    limit = ceiling(subject, tokenized, editor.values, touched_all=name == "ft-l")
+    limit = ceiling(subject, tokenized, editor.values, name == "ft-l", rows=len(getattr(editor, "contexts", [0])))
     median = statistics.median(len(tokens.prompt_ids) + len(tokens.target_ids) for tokens in tokenized)
     print(
         f"{name:7} {chosen:12} {dataset:5} {median:13.0f} {slow:13.2f} {fast:12.2f} {slow / fast:6.1f} {limit:8.1f}",

@@ -57,7 +57,9 @@ def main():
     fast, found = seconds(options.device, factored)
     apart = ((found - expected).norm() / expected.norm()).item()
     print(f"d_f={options.width} on {options.device}, {options.keys} keys one by one, {options.threads} threads")
-    print(f"dense {slow / options.keys:.4f} s a key, factored {fast / options.keys:.6f} s a key, ratio {slow / fast:.0f}")
+    print(
+        f"dense {slow / options.keys:.4f} s a key, factored {fast / options.keys:.6f} s a key, ratio {slow / fast:.0f}"
+    )
     print(f"relative difference of the results {apart:.1e}")
 
 

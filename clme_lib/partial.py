@@ -209,7 +209,11 @@ class PartialForward:
         if prefix:
             layers = enumerate(done.past_key_values.layers)
             self._cache = _PrefixCache(
-                {n: (cached.keys[:, :, :prefix], cached.values[:, :, :prefix]) for n, cached in layers if n > self.layer}
+                {
+                    n: (cached.keys[:, :, :prefix], cached.values[:, :, :prefix])
+                    for n, cached in layers
+                    if n > self.layer
+                }
             )
 
     @torch.no_grad()

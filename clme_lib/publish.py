@@ -10,6 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
+from . import provenance
 from .errors import StudyError
 from .jsonl import append_rows
 from .records import read_records, without_texts
@@ -40,6 +41,11 @@ def publish(run: Path, target: Path) -> int:
     for records in contents.values():
         done.setdefault(records[0].dataset, []).append({record.case_id for record in records})
     common = {dataset: set.intersection(*ids) for dataset, ids in done.items()}
+    here = provenance.library_sha256(), provenance.commit()
+    for start in manifest["starts"]:
+        # made where there was no repository, by the library that this one holds
+        if (start["commit"], start["library"]) == ("unknown", here[0]):
+            start["commit"] = here[1]
     unfinished = target.with_name(target.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
     for name, records in contents.items():

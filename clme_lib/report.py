@@ -23,7 +23,15 @@ LEVEL = 0.95
 RESAMPLES = 2_000
 BINARY = ("effectiveness_em", "generalization_em", "specificity_em")
 _METRIC_NAMES = {"em": "EM", "bleu": "BLEU", "rouge_l": "R-L"}
-_EDITOR_NAMES = {"none": "unedited", "ft-l": "FT-L", "grace": "GRACE"}
+_EDITOR_NAMES = {
+    "none": "unedited",
+    "ft-l": "FT-L",
+    "rome": "ROME",
+    "memit": "MEMIT",
+    "pmet": "PMET",
+    "malmen": "MALMEN",
+    "grace": "GRACE",
+}
 _DATASET_NAMES = {"cnle": "CNLE", "csne": "CSNE"}
 
 

@@ -98,6 +98,4 @@ def cases() -> list[Case]:
 @pytest.fixture(scope="session")
 def many_cases() -> list[Case]:
     """Twenty: every intent with the targets of four rows."""
-    return [
-        Case(n, "cnle", make_prompt("cnle", ROWS[n % 5][0]), ROWS[(n // 5 + n) % 5][1], (), ()) for n in range(20)
-    ]
+    return [Case(n, "cnle", make_prompt("cnle", ROWS[n % 5][0]), ROWS[(n // 5 + n) % 5][1], (), ()) for n in range(20)]

@@ -177,7 +177,9 @@ def test_training_gradient_is_that_of_the_written_update(llama, cases):
             kl.append((wanted.exp() * (wanted - logits(ids, weights)[span].log_softmax(-1))).sum(-1))
     (torch.cat(nll).mean() + torch.cat(kl).mean()).backward()
     for name, parameter in network.named_parameters():
-        assert torch.linalg.vector_norm(ours[name] - parameter.grad) <= 2e-3 * torch.linalg.vector_norm(parameter.grad), name
+        assert torch.linalg.vector_norm(ours[name] - parameter.grad) <= 2e-3 * torch.linalg.vector_norm(
+            parameter.grad
+        ), name
 
 
 def test_training_lowers_its_loss_and_is_cached(llama, cases, monkeypatch):
@@ -185,8 +187,9 @@ def test_training_lowers_its_loss_and_is_cached(llama, cases, monkeypatch):
     training = Training(llama, editor.values, sorted(cases, key=lambda case: case.case_id), 42)
     files = list(training.file.parent.glob("*.safetensors"))
     assert len(files) == 1
-    from safetensors import safe_open
     import json
+
+    from safetensors import safe_open
 
     with safe_open(files[0], framework="pt") as content:
         header = json.loads(content.metadata()["clme"])

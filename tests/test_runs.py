@@ -11,9 +11,10 @@ import pandas as pd
 import pytest
 from conftest import make_subject
 
-from clme_lib import runs
+from clme_lib import provenance, runs
 from clme_lib.datasets import published
 from clme_lib.datasets.cases import Case
+from clme_lib.editors.malmen import MALMEN
 from clme_lib.errors import StudyError
 from clme_lib.evaluation import evaluate
 from clme_lib.jsonl import append_rows, read_rows
@@ -83,6 +84,43 @@ def test_a_run_is_completed_extended_and_never_repeated(tiny, source, tmp_path):
     manifest = json.loads((out / "run.json").read_text())
     assert len(manifest["starts"]) == 2 and manifest["starts"][0]["hyperparameters"]["grace"]["values"]["steps"] == 30
     assert set(json.loads((out / "folds.json").read_text())) == {"cnle"}
+
+
+def test_trained_editors_learn_from_the_other_fold(tiny, source, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLME_CACHE", str(tmp_path / "cache"))
+    load_editor = runs.load_editor
+    small = {"layers": [2, 3], "rank": 8, "iterations": 2}
+    monkeypatch.setattr(runs, "load_editor", lambda *given, **named: load_editor(*given, **named, **small))
+    learnt, edited = [], []
+    fit, edit = MALMEN.fit, MALMEN.edit
+    monkeypatch.setattr(
+        MALMEN, "fit", lambda self, cases: (learnt.append({c.case_id for c in cases}), fit(self, cases))
+    )
+    monkeypatch.setattr(
+        MALMEN,
+        "edit",
+        lambda self, cases, **named: (edited.append((len(learnt), cases)), edit(self, cases, **named))[1],
+    )
+    records = runs.run(config(source, tmp_path / "run", editors="malmen", cases=5))
+    assert records["error"].isna().all() and len(records) == 5
+    halves = json.loads((tmp_path / "run" / "folds.json").read_text())["cnle"]
+    assert learnt == [set(halves[1]), set(halves[0])]
+    for fits, cases in edited:
+        assert not learnt[fits - 1] & {case.case_id for case in cases}
+    assert sorted(records["fold"]) == sorted([0] * len(halves[0]) + [1] * len(halves[1]))
+
+
+def test_what_an_editor_prepared_is_recorded(tiny, source, tmp_path, monkeypatch):
+    load_editor = runs.load_editor
+    monkeypatch.setattr(runs, "load_editor", lambda *given, **named: load_editor(*given, **named, steps=2, layer=1))
+    runs.run(config(source, tmp_path / "run", editors="rome", cases=2))
+    (start,) = json.loads((tmp_path / "run" / "run.json").read_text())["starts"]
+    contexts = start["setup"]["rome"]["contexts"]
+    assert contexts[0] == "" and len(contexts) == 6 and all(one.endswith(". ") for one in contexts[1:])
+    assert start["hyperparameters"]["rome"]["values"]["padding"] == "aligned"
+    runs.run(config(source, tmp_path / "compat", editors="rome", cases=2, preset="compat"))
+    (start,) = json.loads((tmp_path / "compat" / "run.json").read_text())["starts"]
+    assert start["hyperparameters"]["rome"]["values"]["padding"] == "released"
 
 
 def test_a_torn_record_is_cut_and_redone(tiny, source, tmp_path):
@@ -234,6 +272,10 @@ def test_publishing_keeps_cnle_texts_and_hashes_of_csne(tiny, source, tmp_path):
     other = tmp_path / "run" / "records" / "csne.grace.jsonl"
     other.write_text(file.read_text().replace('"dataset": "cnle"', '"dataset": "csne"'))
     runs.run(config(source, tmp_path / "run", cases=4, editors="none"))
+    manifest = json.loads((tmp_path / "run" / "run.json").read_text())
+    manifest["starts"][0]["commit"] = manifest["starts"][1]["commit"] = "unknown"
+    manifest["starts"][1]["library"] = "another"
+    (tmp_path / "run" / "run.json").write_text(json.dumps(manifest))
     assert publish(tmp_path / "run", tmp_path / "out") == 6, "cases that only some editors have done are left out"
     table = runs.load_run(tmp_path / "out")
     kept = table[table["dataset"] == "cnle"]["generated_effectiveness"]
@@ -241,6 +283,9 @@ def test_publishing_keeps_cnle_texts_and_hashes_of_csne(tiny, source, tmp_path):
     mine = table[table["dataset"] == "csne"]
     assert mine["generated_effectiveness"].isna().all() and mine["sha256_effectiveness"].notna().all()
     assert (tmp_path / "out" / "proficiency.png").stat().st_size > 1000
+    starts = json.loads((tmp_path / "out" / "run.json").read_text())["starts"]
+    assert starts[0]["commit"] == provenance.commit(), "the library is this one, so its commit is known"
+    assert starts[1]["commit"] == "unknown"
     with pytest.raises(StudyError, match="exists already"):
         publish(tmp_path / "run", tmp_path / "out")
 

@@ -141,6 +141,15 @@ def test_paper_values():
         editors = load_settings(name).editors
         assert editors["ft-l"] == {"layer": 21, "steps": 25, "lr": 5e-4, "bound": 1e-4, "loss_floor": 1e-2}
         assert editors["grace"] == {"layer": 27, "steps": 30, "lr": 1.0, "radius": 1.0}
+        shared = {"lr": 0.5, "kl_factor": 0.0625, "weight_decay": 1e-3, "clamp": 4.0, "loss_floor": 0.05}
+        spread = {"layers": [4, 5, 6, 7, 8], "covariance_weight": 15_000.0}
+        assert editors["rome"] == {**shared, "layer": 5, "steps": 25, "covariance": False}
+        assert editors["memit"] == {**shared, **spread, "steps": 25}
+        assert editors["pmet"] == {**shared, **spread, "steps": 30, "agreement_factor": 0.1, "kl_stop": 0.01}
+        assert editors["malmen"] == {
+            "layers": [26, 27, 28, 29, 30, 31], "step_size": 1e-6, "meta_lr": 1e-5, "rank": 1920, "blocks": 2,
+            "locality_factor": 1.0, "clip": 1.0, "batch": 4, "iterations": 1000,
+        }  # fmt: skip
 
 
 def test_layers_transfer():

@@ -1,6 +1,7 @@
 """ROME, MEMIT and PMET: equal to the plain loop, and to the identities they are built on."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import plain
 import pytest
@@ -70,7 +71,7 @@ def test_pmet_changes_its_factor_and_stops_when_targets_win(llama, cases, corpus
         for case, edit in zip(easy, editor.edit(easy)):
             _, _, losses = plain.learn(llama, case, editor.contexts, editor.values, modules, pmet=True)
             assert edit.log.losses == pytest.approx(losses, rel=2e-3)
-            ratios = [after / before for before, after in zip(losses, losses[1:])]
+            ratios = [after / before for before, after in pairwise(losses)]
             if kl_stop:
                 assert edit.log.steps < 10
             else:
@@ -186,12 +187,10 @@ def test_statistics_are_the_second_moment_of_every_token(llama, corpus, tmp_path
         left -= len(ids)
         if not ids:
             break
-        seen = []
-        handle = llama.down_proj(1).register_forward_hook(lambda _m, args, _o: seen.append(args[0][0]))
+        handle = llama.down_proj(1).register_forward_hook(lambda _m, args, _o: keys.append(args[0][0]))
         with torch.no_grad():
             llama.model(input_ids=torch.tensor([ids], device=llama.device))
         handle.remove()
-        keys += seen
     keys = torch.cat(keys)
     assert len(keys) == 480
     assert torch.allclose(moment.matrix, keys.T @ keys / 480, atol=1e-5)
@@ -228,8 +227,6 @@ def test_interrupted_statistics_go_on(llama, corpus, monkeypatch):
 
 def test_stale_statistics_are_refused(llama, corpus):
     from pathlib import Path
-
-    from clme_lib.editors import statistics
 
     values = load_editor("memit", llama, **{**SMALL["memit"], "corpus": corpus}).values
     second_moments(llama, [0], values)

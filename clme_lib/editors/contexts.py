@@ -31,5 +31,5 @@ def context_templates(subject: Subject, seed: int) -> tuple[str, ...]:
             top = logits.double().cpu().topk(TOP_K)
             ids.append(int(top.indices[torch.multinomial(top.values.softmax(-1), 1, generator=draw)]))
         text = subject.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        contexts.append(unicodedata.normalize("NFKD", text).replace("\n\n", " ") + ". ")
+        contexts.append(unicodedata.normalize("NFKD", str(text)).replace("\n\n", " ") + ". ")
     return tuple(contexts)

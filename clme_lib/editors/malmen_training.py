@@ -68,9 +68,7 @@ class Training:
         log: (generalization loss, locality loss) of each.
     """
 
-    def __init__(
-        self, subject: Subject, values: MALMENHyperparameters, records: Sequence[Case], seed: int
-    ) -> None:
+    def __init__(self, subject: Subject, values: MALMENHyperparameters, records: Sequence[Case], seed: int) -> None:
         self.subject, self.values, self.records, self.seed = subject, values, list(records), seed
         self.layers = sorted(values.layers)
         dataset = records[0].dataset
@@ -151,9 +149,7 @@ class Training:
         leaves = [one.detach().requires_grad_(True) for one in coefficients]
 
         def shift(layer: int, leaf: torch.Tensor) -> Hook:
-            return lambda given, output: (
-                output + ((given.float() @ cached.keys[layer].T) @ leaf).to(output.dtype)
-            )
+            return lambda given, output: output + ((given.float() @ cached.keys[layer].T) @ leaf).to(output.dtype)
 
         shifts = {layer: shift(layer, leaf) for layer, leaf in zip(self.layers, leaves)}
         rephrased = [edit_row(self.subject, case.rephrased[0], case.target, values.targets) for case in batch]
@@ -167,7 +163,9 @@ class Training:
         self.iteration += 1
         self.log.append((generalization, locality))
         if generalization + locality - (generalization + locality) != 0:
-            raise StudyError(f"malmen: the loss is not finite at iteration {self.iteration}; lower meta_lr or step_size")
+            raise StudyError(
+                f"malmen: the loss is not finite at iteration {self.iteration}; lower meta_lr or step_size"
+            )
         return self.log[-1]
 
     def _losses(self, rows: Sequence[Row], shifts: dict[int, Hook], *, reference: bool, factor: float = 1.0) -> float:
@@ -248,7 +246,9 @@ class Training:
                 tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a mapping)
             if {name: header.get(name) for name in self.identity} != self.identity:
                 raise ValueError("it is of another subject, data set, or other values")
-            network = {name.removeprefix("network."): one for name, one in tensors.items() if name.startswith("network.")}
+            network = {
+                name.removeprefix("network."): one for name, one in tensors.items() if name.startswith("network.")
+            }
             self.network.load_state_dict(network)
         except Exception as error:  # the format's errors have no common type
             raise StudyError(f"{self.file}: not a usable network: {error}; remove it to train anew") from error
@@ -259,7 +259,9 @@ class Training:
                 if name.startswith("optimizer."):
                     _, n, what = name.split(".")
                     state.setdefault(int(n), {})[what] = one
-            self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+            self.optimizer.load_state_dict(
+                {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
+            )
 
 
 def _of_like_length(rows: Sequence[Row]) -> Iterator[list[Row]]:

@@ -17,12 +17,14 @@ carried from block to block, with what the update adds.
 from __future__ import annotations
 
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 
-from ..blockwise import Blockwise, BlockPass
+from ..blockwise import BlockPass, Blockwise
 from ..edits import LowRankUpdate
+from ..hyperparameters import Schema
 from ..prompts import encode
 from .rewriting import RewritingEditor, RewritingHyperparameters
 from .statistics import SecondMoment, StatisticsHyperparameters, second_moments
@@ -39,7 +41,7 @@ class MEMIT(RewritingEditor[MEMITHyperparameters]):
     """One rank-one update in each of several consecutive layers."""
 
     name = "memit"
-    Hyperparameters = MEMITHyperparameters
+    Hyperparameters: ClassVar[type[Schema]] = MEMITHyperparameters
 
     def setup(self):
         return {**super().setup(), "statistics": {layer: one.describe() for layer, one in self.moments.items()}}
@@ -86,9 +88,7 @@ class MEMIT(RewritingEditor[MEMITHyperparameters]):
     def _write(self, cases, wanted: torch.Tensor) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """Each layer's update as factors (B, d) and (B, d_f)."""
         layers, contexts = sorted(self.values.layers), len(self.contexts)
-        prompts = [
-            encode(self.subject.tokenizer, context + case.prompt) for case in cases for context in self.contexts
-        ]
+        prompts = [encode(self.subject.tokenizer, context + case.prompt) for case in cases for context in self.contexts]
         walk = Blockwise(self.subject, prompts)
         bare = torch.arange(0, len(prompts), contexts, device=self.subject.device)
         columns = self._key_columns(prompts)

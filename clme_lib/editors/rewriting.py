@@ -80,13 +80,13 @@ def rewriting_rows(subject: Subject, case: Case, contexts: Sequence[str], paddin
             rows.append(PlacedRow(tokens.inputs, 0, tokens.lookup, tokens.lookup, tokens.target_ids))
             continue
         alone = encode(tokenizer, case.target)
-        written = tokenizer.decode(alone[:-1], clean_up_tokenization_spaces=False)
+        written = str(tokenizer.decode(alone[:-1], clean_up_tokenization_spaces=False))
         inputs = tuple(encode(tokenizer, context + case.prompt + " " + written))
         rows.append(PlacedRow(inputs, 0, tokens.lookup, len(inputs) - len(alone), tuple(alone)))
     bare = tuple(encode(tokenizer, case.prompt))
     # its label is never scored: only the distribution there is read
     rows.append(PlacedRow(bare, 0, len(bare) - 1, len(bare) - 1, bare[-1:]))
-    return rows if padding == "aligned" else misplaced(rows, subject.tokenizer.pad_token_id)
+    return list(rows) if padding == "aligned" else misplaced(rows, subject.tokenizer.pad_token_id)
 
 
 def misplaced(rows: Sequence[PlacedRow], pad: int) -> list[Row]:
@@ -190,9 +190,7 @@ class RewritingEditor(Editor[Values]):
 
     def _rewriting(self, cases: Sequence[Case], layer: int) -> Rewriting:
         values = self.values
-        rows = [
-            rewriting_rows(self.subject, case, self.contexts, values.padding, values.targets) for case in cases
-        ]
+        rows = [rewriting_rows(self.subject, case, self.contexts, values.padding, values.targets) for case in cases]
         return Rewriting.of(self.subject, rows, len(self.contexts), layer)
 
     def _learn(

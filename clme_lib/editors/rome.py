@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from functools import cached_property
 
-import torch
 from pydantic import Field
 
 from ..blockwise import Blockwise

@@ -139,7 +139,9 @@ def _read(file: Path, expected: dict, subject: Subject) -> SecondMoment:
             )
     matrix = tensors.get("matrix")
     if matrix is None or matrix.shape != (subject.inner_size,) * 2 or not matrix.isfinite().all():
-        raise StudyError(f"{file}: not a finite matrix of {subject.inner_size} squared; remove the file to gather it anew")
+        raise StudyError(
+            f"{file}: not a finite matrix of {subject.inner_size} squared; remove the file to gather it anew"
+        )
     return SecondMoment(matrix.to(subject.device), header)
 
 
@@ -149,7 +151,9 @@ def _open(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
             header = json.loads((content.metadata() or {}).get("clme", "{}"))
             return header, {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a mapping)
     except Exception as error:  # the format's errors have no common type
-        raise StudyError(f"{file}: cannot be read as a safetensors file: {error}; remove it to gather it anew") from error
+        raise StudyError(
+            f"{file}: cannot be read as a safetensors file: {error}; remove it to gather it anew"
+        ) from error
 
 
 def _save(file: Path, tensors: dict[str, torch.Tensor], header: dict) -> None:
