@@ -44,7 +44,7 @@ lint: .venv/.ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 bench: .venv/.ready
-	$(BIN)/python benchmarks/fast_path.py
+	$(BIN)/python benchmarks/fast_path.py --out runs/fast_path.csv
 
 # more cases, or other editors: make check EDITOR=grace CASES=50
 EDITOR ?= none,ft-l,grace

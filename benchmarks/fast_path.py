@@ -6,7 +6,9 @@ ratio stands the ceiling that counting multiplications allows: what the plain pr
 For ROME, MEMIT and PMET the plain procedure reads a case's six rows as one padded batch, and writes (MEMIT, PMET) with a dense
 solve in double precision and really changed weights; statistics and context templates are made before the clock, in both.
 
-usage: python benchmarks/fast_path.py [--editors grace,ft-l] [--device cpu|cuda] [--cases 12] [--threads 2]
+usage: python benchmarks/fast_path.py [--editors grace,ft-l] [--device cpu|cuda] [--cases 12] [--threads 2] [--out FILE.csv]
+
+With --out, rows of the same editors and device in the file are replaced.
 """
 
 import argparse
@@ -14,11 +16,15 @@ import os
 import statistics
 import time
 from functools import partial
+from pathlib import Path
 
+import pandas as pd
 import torch
 
+from clme_lib import provenance
 from clme_lib.datasets import load_cases, sample_cases
 from clme_lib.editors import load_editor
+from clme_lib.editors.malmen_training import Training
 from clme_lib.prompts import tokenize
 from clme_lib.subjects import load_subject
 
@@ -30,7 +36,9 @@ SETTINGS = [
     ("rome", "transferred"),
     ("memit", "transferred"),
     ("pmet", "transferred"),
+    ("malmen", "transferred"),
 ]
+SAME = ["editor", "values", "data", "device", "threads"]
 
 
 def plain_step(subject, ids, prompt_length, layer, hook):
@@ -159,6 +167,34 @@ def plain_spread(subject, ids, colons, wanted, measured, editor):
         subject.down_proj(layer).weight.copy_(weight)
 
 
+def plain_malmen(subject, tokens, editor):
+    """MALMEN's edit: all blocks, all logits, gradients through autograd, and a dense solve in each layer."""
+    ids = torch.tensor([tokens.prompt_ids + tokens.target_ids], device=subject.device)
+    span = slice(tokens.lookup, tokens.lookup + len(tokens.target_ids))
+    layers, keys, outputs = sorted(editor.values.layers), {}, {}
+
+    def keep(layer, _module, args, output):
+        keys[layer] = args[0].detach()
+        outputs[layer] = output.detach().requires_grad_(True) if layer == layers[0] else output
+        if layer != layers[0]:
+            outputs[layer].retain_grad()
+        return outputs[layer]
+
+    handles = [subject.down_proj(layer).register_forward_hook(partial(keep, layer)) for layer in layers]
+    try:
+        logits = subject.model(input_ids=ids).logits[0].float()
+    finally:
+        for handle in handles:
+            handle.remove()
+    torch.nn.functional.cross_entropy(logits[span], ids[0, tokens.lookup + 1 :]).backward()
+    with torch.no_grad():
+        for n, layer in enumerate(layers):
+            own = keys[layer][0, span]
+            wanted = editor.network(own, outputs[layer].grad[0, span], n)
+            system = own.T @ own + editor.network.log_damping[n].exp() * torch.eye(own.shape[1], device=own.device)
+            torch.linalg.solve(system, own.T @ wanted)
+
+
 def ceiling(subject, tokenized, values, touched_all, rows=1):
     """Multiplications of the plain procedure over those of the fast path (steps only; batching and caching are free).
 
@@ -197,20 +233,36 @@ def main():
     parser.add_argument("--cases", type=int, default=12)
     parser.add_argument("--editors", default="grace,ft-l")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     subject = load_subject("smollm2-135m", options.device)
     print(f"{subject.name} {subject.dtype_name} on {subject.device}, {options.threads} threads, {options.cases} cases")
-    print("editor  values       data  median tokens  plain s/case  ours s/case  ratio  ceiling")
+    machine = provenance.hardware(subject)["name"]
     for name, chosen in SETTINGS:
         if name not in options.editors.split(","):
             continue
         for dataset in ("cnle", "csne"):
-            measure(subject, name, chosen, dataset, options.cases)
+            row = measure(subject, name, chosen, dataset, options.cases)
+            row |= {"device": machine, "threads": options.threads}
+            print(", ".join(f"{column} {value}" for column, value in row.items()), flush=True)
+            if options.out:
+                write(options.out, row)
+
+
+def write(file, row):
+    """Add a row to a CSV, in place of an earlier one of the same measurement."""
+    table = pd.DataFrame([row])
+    if file.is_file():
+        before = pd.read_csv(file)
+        same = (before[SAME].astype(str) == table[SAME].astype(str).iloc[0]).all(axis=1)
+        table = pd.concat([before[~same], table])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(file, index=False)
 
 
 def measure(subject, name, chosen, dataset, count):
-    """Time one editor on one data set both ways and print a line."""
+    """Time one editor on one data set both ways."""
     cases = sample_cases(load_cases(dataset), 200, seed=0)
     tokenized = [tokenize(subject.tokenizer, case.prompt, case.target) for case in cases]
     # CSNE stands for long prompts here: at least 110 tokens
@@ -218,6 +270,8 @@ def measure(subject, name, chosen, dataset, count):
     cases, tokenized = [cases[n] for n in kept], [tokenized[n] for n in kept]
     editor = load_editor(name, subject, values=chosen)
     editor.setup()
+    if name == "malmen":  # an untrained network takes as long as a trained one
+        editor.network = Training(subject, editor.values, cases, 0).network
     editor.edit(cases[:1])  # warm-up: first calls allocate
 
     def plain():
@@ -226,17 +280,27 @@ def measure(subject, name, chosen, dataset, count):
                 plain_grace(subject, tokens, editor.values)
             elif name == "ft-l":
                 plain_ft_l(subject, tokens, editor.values)
+            elif name == "malmen":
+                plain_malmen(subject, tokens, editor)
             else:
                 plain_rewriting(subject, case, editor)
 
     slow = seconds(subject, plain) / len(cases)
     fast = seconds(subject, lambda: editor.edit(cases)) / len(cases)
-    limit = ceiling(subject, tokenized, editor.values, name == "ft-l", rows=len(getattr(editor, "contexts", [0])))
+    rows = len(getattr(editor, "contexts", [0]))
+    limit = None if name == "malmen" else ceiling(subject, tokenized, editor.values, name == "ft-l", rows)
     median = statistics.median(len(tokens.prompt_ids) + len(tokens.target_ids) for tokens in tokenized)
-    print(
-        f"{name:7} {chosen:12} {dataset:5} {median:13.0f} {slow:13.2f} {fast:12.2f} {slow / fast:6.1f} {limit:8.1f}",
-        flush=True,
-    )
+    return {
+        "editor": name,
+        "values": chosen,
+        "data": dataset,
+        "cases": len(cases),
+        "median tokens": round(median),
+        "plain s/case": round(slow, 2),
+        "ours s/case": round(fast, 2),
+        "ratio": round(slow / fast, 1),
+        "ceiling": limit and round(limit, 1),
+    }
 
 
 if __name__ == "__main__":

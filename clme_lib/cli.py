@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     select.add_argument("--subject", default="smollm2-135m")
     select.add_argument("--editor", required=True)
     select.add_argument("--out", required=True, type=Path, help="CSV to write")
+    select.add_argument("--cases", type=int, default=None, help="per data set, of the 30 (default: all)")
     select.add_argument("--device", default="auto")
     select.set_defaults(act=_select)
 
@@ -66,8 +67,17 @@ def _parser() -> argparse.ArgumentParser:
     presets.add_argument("--subject", default="smollm2-135m")
     presets.add_argument("--editor", required=True)
     presets.add_argument("--out", required=True, type=Path, help="CSV to write")
+    presets.add_argument("--cases", type=int, default=None, help="per data set, of the 30 (default: all)")
     presets.add_argument("--device", default="auto")
     presets.set_defaults(act=_presets)
+
+    diagnosis = commands.add_parser("diagnose", help="what weight updates do to losses, before any text is generated")
+    diagnosis.add_argument("--subject", default="smollm2-135m")
+    diagnosis.add_argument("--editor", dest="editors", default="ft-l,rome,memit,pmet", help="comma-separated")
+    diagnosis.add_argument("--cases", type=int, default=6, help="selection cases per data set")
+    diagnosis.add_argument("--out", required=True, type=Path, help="CSV to write")
+    diagnosis.add_argument("--device", default="auto")
+    diagnosis.set_defaults(act=_diagnose)
 
     check = commands.add_parser("check", help="compare a run with the published records of the same cases")
     check.add_argument("run", type=Path, help="the run's folder")
@@ -151,7 +161,7 @@ def _select(options: argparse.Namespace) -> int:
     from .selection import select
     from .subjects import load_subject
 
-    table = select(load_subject(options.subject, options.device), options.editor, options.out)
+    table = select(load_subject(options.subject, options.device), options.editor, options.out, options.cases)
     print(table.to_string(index=False))
     return 0
 
@@ -160,8 +170,17 @@ def _presets(options: argparse.Namespace) -> int:
     from .selection import compare_presets
     from .subjects import load_subject
 
-    table = compare_presets(load_subject(options.subject, options.device), options.editor, options.out)
+    table = compare_presets(load_subject(options.subject, options.device), options.editor, options.out, options.cases)
     print(table.to_string(index=False))
+    return 0
+
+
+def _diagnose(options: argparse.Namespace) -> int:
+    from .diagnosis import diagnose_editors
+    from .subjects import load_subject
+
+    subject = load_subject(options.subject, options.device)
+    print(diagnose_editors(subject, options.editors.split(","), options.out, options.cases).to_string(index=False))
     return 0
 
 

@@ -7,10 +7,12 @@ import plain
 import pytest
 import torch
 
+from clme_lib.diagnosis import diagnose
 from clme_lib.editors import load_editor
 from clme_lib.editors.rewriting import misplaced, rewriting_rows
 from clme_lib.editors.statistics import SecondMoment, second_moments
 from clme_lib.errors import StudyError
+from clme_lib.prompts import tokenize
 
 SMALL = {
     "rome": {"layer": 1, "steps": 6},
@@ -258,3 +260,23 @@ def test_repetitive_text_is_not_positive_definite(llama, tmp_path, monkeypatch):
     with pytest.raises(StudyError, match="not positive definite"):
         editor.setup()
         editor.moments[0].solve(torch.ones(1, 48, device=llama.device))
+
+
+def test_diagnosis_reads_the_edited_model(subject, cases):
+    edits = load_editor("rome", subject, **SMALL["rome"]).edit(cases)
+    found = diagnose(subject, cases, edits)
+    module = subject.down_proj(1)
+    for (_, row), case, edit in zip(found.iterrows(), cases, edits):
+        tokens = tokenize(subject.tokenizer, case.prompt, case.target)
+        assert row["nll_before"] == pytest.approx(plain.target_loss(subject, tokens).item(), rel=1e-4)
+        with torch.no_grad():
+            base = module.weight.clone()
+            module.weight += edit.delta(1)
+            assert row["nll_after"] == pytest.approx(plain.target_loss(subject, tokens).item(), rel=1e-3)
+            module.weight.copy_(base)
+        assert row["norm"] == pytest.approx(edit.delta(1).norm().item(), rel=1e-4)
+        assert row["reach"] > 0
+    same = [replace(case, unrelated=(case.prompt,)) for case in cases]
+    assert diagnose(subject, same, edits)["reach"].to_numpy() == pytest.approx(1.0)
+    with pytest.raises(StudyError, match="does not update weights"):
+        diagnose(subject, cases[:1], load_editor("grace", subject, steps=1, layer=1).edit(cases[:1]))

@@ -1,0 +1,112 @@
+"""What an update of weights does before any text is generated: to tell the method, the model and the code apart.
+
+If the learnt loss is low but the target's loss under the edit is not, the writing lost it; if it is low everywhere but at the
+target's first token, something holds that token back; if the update moves a neighbour's last column as far as the edit
+prompt's own, specificity is lost whatever else is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from .datasets import load_cases, selection_ids
+from .datasets.cases import Case
+from .editors import load_editor
+from .edits import DenseUpdate, Edit, LowRankUpdate
+from .errors import StudyError
+from .prompts import DATASETS, encode, tokenize
+from .subjects import Subject
+
+
+@torch.no_grad()
+def diagnose(subject: Subject, cases: Sequence[Case], edits: Sequence[Edit]) -> pd.DataFrame:
+    """One row a case.
+
+    Columns: ``learnt`` (the loss when the editor stopped), ``nll_before`` and ``nll_after`` (the target's mean
+    cross-entropy, nats per token, read by the unedited and by the edited subject), ``first_before`` and ``first_after`` (of
+    its first token alone), ``norm`` (Frobenius norm of the whole update), ``reach`` (how far the update moves the outputs at the
+    neighbours' last columns, as a share of how far it moves the edit prompt's; mean over neighbours and layers).
+
+    Raises:
+        StudyError: an edit that does not update weights.
+    """
+    rows = []
+    for case, edit in zip(cases, edits):
+        if not isinstance(edit, LowRankUpdate | DenseUpdate):
+            raise StudyError(f"{edit.editor} does not update weights: there is nothing to diagnose")
+        before, after = (_target_losses(subject, case, one) for one in ([], [edit]))
+        deltas = _deltas(edit, subject)
+        own, *others = (_moved(subject, prompt, deltas) for prompt in (case.prompt, *case.unrelated))
+        rows.append(
+            {
+                "editor": edit.editor,
+                "dataset": case.dataset,
+                "case_id": case.case_id,
+                "learnt": edit.log.losses[-1],
+                "nll_before": before.mean().item(),
+                "nll_after": after.mean().item(),
+                "first_before": before[0].item(),
+                "first_after": after[0].item(),
+                "norm": sum(delta.norm() ** 2 for delta in deltas.values()).item() ** 0.5,
+                "reach": torch.stack([other / own for other in others]).mean().item(),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def diagnose_editors(subject: Subject, editors: Sequence[str], file: Path, cases: int) -> pd.DataFrame:
+    """Mean diagnosis of each editor with the paper's values and with the subject's own, written as CSV.
+
+    Args:
+        cases: of each data set's selection cases, the first so many.
+    """
+    rows = []
+    for editor in editors:
+        for values in ("transferred", "subject"):
+            made = load_editor(editor, subject, values=values)
+            found = []
+            for dataset in DATASETS:
+                chosen = [case for case in load_cases(dataset) if case.case_id in selection_ids(dataset)][:cases]
+                found.append(diagnose(subject, chosen, made.edit(chosen, progress=True)))
+            mean = pd.concat(found).drop(columns=["editor", "dataset", "case_id"]).mean()
+            rows.append({"editor": editor, "values": values, "cases": sum(map(len, found)), **mean})
+    table = pd.DataFrame(rows)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    table.round(4).to_csv(file, index=False)
+    return table
+
+
+def _target_losses(subject: Subject, case: Case, edits: Sequence[Edit]) -> torch.Tensor:
+    """Cross-entropy of each target token (T,)."""
+    tokens = tokenize(subject.tokenizer, case.prompt, case.target)
+    ids = torch.tensor([tokens.inputs], device=subject.device)
+    with subject.applying(edits, rows=[0 if edits else -1]):
+        states = subject.decoder(input_ids=ids).last_hidden_state[0, tokens.lookup :]
+    labels = torch.tensor(tokens.target_ids, device=subject.device)
+    return torch.nn.functional.cross_entropy(subject.model.lm_head(states).float(), labels, reduction="none")
+
+
+def _deltas(edit: LowRankUpdate | DenseUpdate, subject: Subject) -> dict[int, torch.Tensor]:
+    if isinstance(edit, DenseUpdate):
+        return {edit.layer: edit.delta.to(subject.device)}
+    return {layer: edit.delta(layer).to(subject.device) for layer in edit.layers}
+
+
+def _moved(subject: Subject, prompt: str, deltas: dict[int, torch.Tensor]) -> torch.Tensor:
+    """``|dW_l k_l|`` at a prompt's last column, for each edited layer."""
+    keys: dict[int, torch.Tensor] = {}
+
+    def keep(layer: int):
+        return lambda _module, args, _output: keys.__setitem__(layer, args[0][0, -1].float())
+
+    handles = [subject.down_proj(layer).register_forward_hook(keep(layer)) for layer in deltas]
+    try:
+        subject.decoder(input_ids=torch.tensor([encode(subject.tokenizer, prompt)], device=subject.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.stack([(delta @ keys[layer]).norm() for layer, delta in deltas.items()])
