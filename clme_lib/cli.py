@@ -79,6 +79,15 @@ def _parser() -> argparse.ArgumentParser:
     diagnosis.add_argument("--device", default="auto")
     diagnosis.set_defaults(act=_diagnose)
 
+    statistics = commands.add_parser(
+        "statistics", help="compare MEMIT's writes under the default and four times the tokens"
+    )
+    statistics.add_argument("--subject", default="smollm2-135m")
+    statistics.add_argument("--cases", type=int, default=30, help="selection cases per data set")
+    statistics.add_argument("--out", required=True, type=Path, help="CSV to write")
+    statistics.add_argument("--device", default="auto")
+    statistics.set_defaults(act=_statistics)
+
     check = commands.add_parser("check", help="compare a run with the published records of the same cases")
     check.add_argument("run", type=Path, help="the run's folder")
     check.add_argument("published", type=Path, help="the published run's folder")
@@ -181,6 +190,15 @@ def _diagnose(options: argparse.Namespace) -> int:
 
     subject = load_subject(options.subject, options.device)
     print(diagnose_editors(subject, options.editors.split(","), options.out, options.cases).to_string(index=False))
+    return 0
+
+
+def _statistics(options: argparse.Namespace) -> int:
+    from .diagnosis import compare_statistics
+    from .subjects import load_subject
+
+    table = compare_statistics(load_subject(options.subject, options.device), options.out, options.cases)
+    print(table.to_string(index=False))
     return 0
 
 

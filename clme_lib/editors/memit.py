@@ -84,6 +84,11 @@ class MEMIT(RewritingEditor[MEMITHyperparameters]):
         """The divisor of the residual when ``left`` layers, this one included, are still to be written."""
         return float(left)
 
+    def direction(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
+        """``a = (weight * C + k k^T)^-1 k`` of each key (B, d_f)."""
+        scaled = self.moments[layer].solve(keys) / self.values.covariance_weight
+        return (scaled / (1 + (keys.double() * scaled).sum(dim=-1, keepdim=True))).float()
+
     @torch.no_grad()
     def _write(self, cases, wanted: torch.Tensor) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """Each layer's update as factors (B, d) and (B, d_f)."""
@@ -108,8 +113,7 @@ class MEMIT(RewritingEditor[MEMITHyperparameters]):
             for above in range(layer + 1, layers[-1] + 1):
                 read = walk.block(above, read.hidden, rows=bare)
             residual = wanted - self._held(read)[:, -1].float()
-            scaled = self.moments[layer].solve(key) / self.values.covariance_weight
-            right = (scaled / (1 + (key.double() * scaled).sum(dim=-1, keepdim=True))).float()
+            right = self.direction(layer, key)
             left = residual / self._share(len([one for one in layers if one >= layer]))
             factors[layer] = (left, right)
             along = torch.einsum("rwf,rf->rw", here.keys.float(), right.repeat_interleave(contexts, dim=0))
