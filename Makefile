@@ -54,8 +54,12 @@ check: .venv/.ready
 
 # the only target that writes results/: all steps resume, and published records are never overwritten
 publish: .venv/.ready
-	for editor in ft-l grace; do test -f results/selection/smollm2-135m.$$editor.csv || \
-	  $(BIN)/clme select --editor $$editor --out results/selection/smollm2-135m.$$editor.csv; done
+	for editor in ft-l rome memit pmet malmen grace; do test -f results/selection/smollm2-135m.$$editor.csv || \
+	  $(BIN)/clme select --editor $$editor --out results/selection/smollm2-135m.$$editor.csv || exit 1; done
+	for editor in rome memit pmet malmen; do test -f results/presets/smollm2-135m.$$editor.csv || \
+	  $(BIN)/clme presets --editor $$editor --out results/presets/smollm2-135m.$$editor.csv || exit 1; done
+	test -f results/diagnosis/smollm2-135m.csv || $(BIN)/clme diagnose --out results/diagnosis/smollm2-135m.csv
+	test -f results/statistics/smollm2-135m.csv || $(BIN)/clme statistics --out results/statistics/smollm2-135m.csv
 	test -d $(PUBLISHED) || { $(BIN)/clme run --cases 100 --batch-size 100 --name h100 --out runs/publish && \
 	  $(BIN)/clme publish runs/publish $(PUBLISHED); }
 	$(BIN)/clme notebook notebooks/rq1_proficiency.py results/notebooks/rq1_proficiency.ipynb -p cases 100 -p name h100 -p out $(PUBLISHED)

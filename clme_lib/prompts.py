@@ -87,6 +87,17 @@ class Tokenized:
         return self.prompt_ids + self.target_ids[:-1]
 
 
+@dataclass(frozen=True)
+class PlacedRow:
+    """A row whose columns are given, not derived from its text; see :class:`Row`."""
+
+    inputs: tuple[int, ...]
+    pads: int
+    lookup: int
+    first_label: int
+    target_ids: tuple[int, ...]
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids without special tokens (the study never adds BOS or EOS)."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]

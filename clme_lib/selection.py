@@ -4,6 +4,7 @@ released program's defects do, measured on the same cases.
 The criterion is the harmonic mean of effectiveness and specificity: exact match of the target, and the share of
 neighbours left unchanged, each averaged over both data sets. A grid is ordered by distance from the paper's setting, and
 the first entry whose criterion reaches 0.95 is chosen: no further from the paper than it takes. If none does, the best is.
+A specificity below 0.05 counts as 0.05: among settings that all break their neighbours, effectiveness decides.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .prompts import DATASETS, Preset
 from .subjects import Subject
 
 GOOD_ENOUGH = 0.95
+LEAST_SPECIFICITY = 0.05
 # every combination is tried; the paper's own setting, transferred, is the first
 GRIDS: dict[str, list[dict[str, Any]]] = {
     # the paper's ratio of learning rate to bound is kept: the search is over how wide the box is, and where
@@ -120,10 +122,10 @@ def measure(
         rows.append(
             {
                 "editor": editor,
-                "setting": ", ".join(f"{n} {v if isinstance(v, str) else format(v, 'g')}" for n, v in setting.items()),
+                "setting": ", ".join(f"{n} {format(v, 'g') if isinstance(v, int | float) else v}" for n, v in setting.items()),
                 "cases": len(DATASETS) * len(chosen),
                 **mean,
-                "criterion": harmonic_mean(mean["effectiveness_em"], mean["specificity_rate"]),
+                "criterion": criterion(mean["effectiveness_em"], mean["specificity_rate"]),
             }
         )
     return pd.DataFrame(rows)
@@ -141,6 +143,7 @@ def choose(measured: pd.DataFrame) -> pd.DataFrame:
     return measured.assign(chosen=measured.index == best)
 
 
-def harmonic_mean(one: float, other: float) -> float:
-    """0 when either is 0."""
-    return 2 * one * other / (one + other) if one + other else 0.0
+def criterion(effectiveness: float, specificity: float) -> float:
+    """Their harmonic mean, with specificity taken as at least 0.05."""
+    specificity = max(specificity, LEAST_SPECIFICITY)
+    return 2 * effectiveness * specificity / (effectiveness + specificity)

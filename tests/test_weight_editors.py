@@ -7,6 +7,7 @@ import plain
 import pytest
 import torch
 
+from clme_lib import diagnosis
 from clme_lib.diagnosis import diagnose
 from clme_lib.editors import load_editor
 from clme_lib.editors.rewriting import misplaced, rewriting_rows
@@ -259,7 +260,6 @@ def test_repetitive_text_is_not_positive_definite(llama, tmp_path, monkeypatch):
     editor = load_editor("memit", llama, **{**SMALL["memit"], "corpus": str(tmp_path), "corpus_tokens": 60})
     with pytest.raises(StudyError, match="not positive definite"):
         editor.setup()
-        editor.moments[0].solve(torch.ones(1, 48, device=llama.device))
 
 
 def test_diagnosis_reads_the_edited_model(subject, cases):
@@ -280,3 +280,17 @@ def test_diagnosis_reads_the_edited_model(subject, cases):
     assert diagnose(subject, same, edits)["reach"].to_numpy() == pytest.approx(1.0)
     with pytest.raises(StudyError, match="does not update weights"):
         diagnose(subject, cases[:1], load_editor("grace", subject, steps=1, layer=1).edit(cases[:1]))
+
+
+def test_statistics_are_compared_with_four_times_the_tokens(llama, cases, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(diagnosis, "load_cases", lambda _name: cases)
+    monkeypatch.setattr(diagnosis, "selection_ids", lambda _name: {0, 1, 2})
+    small = {"corpus": corpus, "layers": [1, 2]}
+    monkeypatch.setattr(
+        diagnosis, "load_editor", lambda name, subject, **named: load_editor(name, subject, **small, **named)
+    )
+    table = diagnosis.compare_statistics(llama, tmp_path / "table.csv", cases=2)
+    assert list(table["layer"]) == [1, 2] and list(table["tokens"]) == [480, 480] and list(table["cases"]) == [4, 4]
+    assert (table["cosine"] < 0.9999).all() and (table["cosine"] > 0.5).all()
+    assert ((table["share"] > 0) & (table["share"] < 1)).all() and (table["difference"] > 0).all()
+    assert (tmp_path / "table.csv").is_file()

@@ -65,6 +65,7 @@ class Editor(ABC, Generic[Values]):
         Raises:
             StudyError: a case cannot be edited (empty target, loss not finite); the message names it.
         """
+        self.setup()
         tokenized = [self._tokenize(case) for case in cases]
         costs = [self._cost(one) for one in tokenized]
         batches: list[list[int]] = []

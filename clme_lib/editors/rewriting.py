@@ -19,7 +19,6 @@ tokenises targets alone, without the space before them. ``padding="released"`` a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -31,7 +30,7 @@ from ..edits import EditLog
 from ..errors import StudyError
 from ..hyperparameters import Schema
 from ..partial import PartialForward
-from ..prompts import Row, encode, tokenize
+from ..prompts import PlacedRow, Row, encode, tokenize
 from ..subjects import Subject
 from .base import Editor
 from .contexts import context_templates
@@ -51,17 +50,6 @@ class RewritingHyperparameters(Schema):
 
 
 Values = TypeVar("Values", bound=RewritingHyperparameters)
-
-
-@dataclass(frozen=True)
-class PlacedRow:
-    """A row whose columns are given, not derived from its text; see :class:`clme_lib.prompts.Row`."""
-
-    inputs: tuple[int, ...]
-    pads: int
-    lookup: int
-    first_label: int
-    target_ids: tuple[int, ...]
 
 
 def rewriting_rows(subject: Subject, case: Case, contexts: Sequence[str], padding: str, targets: str) -> list[Row]:
@@ -162,12 +150,8 @@ class Rewriting:
         labels_scored = self.scored[forward.label_rows]
         missed = missed.index_add(0, self.owner[forward.label_rows], ((~greedy) & labels_scored).long())
         first_label = forward.label_counts.cumsum(0)[self.bare] - forward.label_counts[self.bare]
-        after_bare = self.subject_logits(states[first_label]).log_softmax(dim=-1)
+        after_bare = forward.subject.model.lm_head(states[first_label]).float().log_softmax(dim=-1)
         return per_row.view(len(self.cases), -1).mean(dim=1), missed == 0, after_bare
-
-    def subject_logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Float32 logits of normalised last-block states."""
-        return self.forward.subject.model.lm_head(states).float()
 
 
 # outputs of W_l at the lookup columns (R, d), given the rows and each case's vectors (R, d each, repeated by row)
@@ -187,6 +171,9 @@ class RewritingEditor(Editor[Values]):
 
     def setup(self) -> dict[str, Any]:
         return {"contexts": list(self.contexts)}
+
+    def _cost(self, tokenized):
+        return len(tokenized.target_ids)
 
     def _rewriting(self, cases: Sequence[Case], layer: int) -> Rewriting:
         values = self.values

@@ -72,6 +72,3 @@ class ROME(RewritingEditor[ROMEHyperparameters]):
                 LowRankUpdate(case.case_id, self.name, factors={layer: (change[:, None], direction[n][None])}, log=log)
             )
         return edits
-
-    def _cost(self, tokenized):
-        return len(tokenized.target_ids)

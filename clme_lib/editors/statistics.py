@@ -65,7 +65,12 @@ class SecondMoment:
         return {name: self.header[name] for name in ("corpus", "identity", "documents", "tokens")}
 
     @cached_property
-    def _factor(self) -> torch.Tensor:
+    def factor(self) -> torch.Tensor:
+        """Lower Cholesky factor in float64, made once.
+
+        Raises:
+            StudyError: the matrix is not positive definite.
+        """
         factor, failed = torch.linalg.cholesky_ex(self.matrix.double())
         if failed or not factor.isfinite().all():
             raise StudyError(
@@ -76,7 +81,7 @@ class SecondMoment:
 
     def solve(self, keys: torch.Tensor) -> torch.Tensor:
         """``C^-1 k`` of each row of ``keys`` (B, d_f), in float64."""
-        return torch.cholesky_solve(keys.double().T, self._factor).T
+        return torch.cholesky_solve(keys.double().T, self.factor).T
 
 
 def second_moments(

@@ -1,0 +1,91 @@
+"""Choosing hyper-parameters, and measuring what the released program's defects do."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from clme_lib import selection
+from clme_lib.editors import EDITORS, load_editor
+from clme_lib.errors import StudyError
+from clme_lib.hyperparameters import load_settings, transfer_layers
+
+
+@pytest.fixture
+def small_sets(cases, monkeypatch, tmp_path):
+    """Two selection cases a data set, three others."""
+    monkeypatch.setenv("CLME_CACHE", str(tmp_path))
+    monkeypatch.setattr(selection, "load_cases", lambda name: [replace(case, dataset=name) for case in cases])
+    monkeypatch.setattr(selection, "selection_ids", lambda _name: {1, 3})
+
+
+def measured(*criteria):
+    return pd.DataFrame({"editor": "x", "setting": list("abcdef")[: len(criteria)], "criterion": criteria})
+
+
+def test_the_first_good_enough_is_chosen_else_the_best():
+    assert list(selection.choose(measured(0.1, 0.96, 0.99))["chosen"]) == [False, True, False]
+    assert list(selection.choose(measured(0.1, 0.3, 0.2))["chosen"]) == [False, True, False]
+    assert selection.criterion(0.0, 0.0) == 0 and selection.criterion(1.0, 0.5) == pytest.approx(2 / 3)
+    assert selection.criterion(0.7, 0.0) > selection.criterion(0.1, 0.02)
+
+
+def test_grids_start_at_the_papers_values():
+    reduced = {"iterations", "records"}  # MALMEN's training is shorter in every setting
+    for editor, grid in selection.GRIDS.items():
+        paper = transfer_layers(load_settings("codellama-7b").editors[editor], 30)
+        assert {name: paper[name] for name in grid[0] if name not in reduced} == {
+            name: value for name, value in grid[0].items() if name not in reduced
+        }
+        assert len({tuple(one.items()) for one in grid}) == len(grid)
+
+
+def test_published_selections_are_the_subjects_values():
+    """What the committed tables mark as chosen is what the YAML holds."""
+    from pathlib import Path
+
+    folder = Path(__file__).parent.parent / "results" / "selection"
+    files = sorted(folder.glob("smollm2-135m.*.csv"))
+    assert files
+    for file in files:
+        editor = file.name.split(".")[1]
+        table = pd.read_csv(file)
+        (chosen,) = table.index[table["chosen"]]
+        assert len(table) == len(selection.GRIDS[editor])
+        own = load_settings("smollm2-135m").editors[editor]
+        assert {name: own[name] for name in selection.GRIDS[editor][chosen]} == selection.GRIDS[editor][chosen]
+
+
+def test_select_measures_every_setting(llama, small_sets, monkeypatch, tmp_path):
+    monkeypatch.setitem(selection.GRIDS, "grace", [{"layer": 1, "steps": 2}, {"layer": 2, "steps": 40}])
+    table = selection.select(llama, "grace", tmp_path / "table.csv")
+    assert list(table["cases"]) == [4, 4] and table["chosen"].sum() == 1
+    assert table["loss"][1] < table["loss"][0]
+    written = pd.read_csv(tmp_path / "table.csv")
+    assert list(written["setting"]) == ["layer 1, steps 2", "layer 2, steps 40"]
+    with pytest.raises(StudyError, match="no grid to select 'none' from"):
+        selection.select(llama, "none", tmp_path / "other.csv")
+
+
+def test_presets_are_every_combination_of_defects(llama, small_sets, monkeypatch, tmp_path):
+    quick = lambda name, subject, **named: load_editor(name, subject, **named, layer=1, steps=3)  # noqa: E731
+    monkeypatch.setattr(selection, "load_editor", quick)
+    table = selection.compare_presets(llama, "rome", tmp_path / "table.csv", cases=1)
+    assert list(table["setting"]) == [
+        "padding aligned, targets in-context",
+        "padding aligned, targets alone",
+        "padding released, targets in-context",
+        "padding released, targets alone",
+    ]
+    assert list(table["cases"]) == [2] * 4 and table["released_budget_em"].notna().all()
+    assert table["loss"].nunique() == 4
+    with pytest.raises(StudyError, match="'grace' has no presets to compare; known: rome, memit, pmet, malmen"):
+        selection.compare_presets(llama, "grace", tmp_path / "other.csv")
+
+
+def test_a_trained_editor_learns_from_the_other_cases(llama, small_sets, monkeypatch):
+    learnt = []
+    monkeypatch.setattr(EDITORS["malmen"], "fit", lambda self, cases: learnt.append({case.case_id for case in cases}))
+    monkeypatch.setattr(EDITORS["malmen"], "edit", lambda self, cases: load_editor("none", llama).edit(cases))
+    selection.measure(llama, "malmen", [{"records": 3, "layers": [2, 3]}], values="transferred")
+    assert learnt == [{0, 2, 4}, {0, 2, 4}]
