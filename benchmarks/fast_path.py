@@ -6,7 +6,7 @@ ratio stands the ceiling that counting multiplications allows: what the plain pr
 For ROME, MEMIT and PMET the plain procedure reads a case's six rows as one padded batch, and writes (MEMIT, PMET) with a dense
 solve in double precision and really changed weights; statistics and context templates are made before the clock, in both.
 
-usage: python benchmarks/fast_path.py [--editors grace,ft-l] [--device cpu|cuda] [--cases 12] [--threads 2] [--out FILE.csv]
+usage: python benchmarks/fast_path.py [--editors grace,ft-l] [--data cnle,csne] [--device cpu|cuda] [--cases 12] [--threads 2] [--out FILE.csv]
 
 With --out, rows of the same editors and device in the file are replaced.
 """
@@ -232,6 +232,7 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cases", type=int, default=12)
     parser.add_argument("--editors", default="grace,ft-l")
+    parser.add_argument("--data", default="cnle,csne")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -242,7 +243,7 @@ def main():
     for name, chosen in SETTINGS:
         if name not in options.editors.split(","):
             continue
-        for dataset in ("cnle", "csne"):
+        for dataset in options.data.split(","):
             row = measure(subject, name, chosen, dataset, options.cases)
             row |= {"device": machine, "threads": options.threads}
             print(", ".join(f"{column} {value}" for column, value in row.items()), flush=True)

@@ -122,7 +122,9 @@ def measure(
         rows.append(
             {
                 "editor": editor,
-                "setting": ", ".join(f"{n} {format(v, 'g') if isinstance(v, int | float) else v}" for n, v in setting.items()),
+                "setting": ", ".join(
+                    f"{n} {format(v, 'g') if isinstance(v, int | float) else v}" for n, v in setting.items()
+                ),
                 "cases": len(DATASETS) * len(chosen),
                 **mean,
                 "criterion": criterion(mean["effectiveness_em"], mean["specificity_rate"]),

@@ -129,6 +129,22 @@ def test_order_does_not_matter(subject, cases, corpus, name):
             assert torch.linalg.matrix_rank(one.delta(layer)) == 1
 
 
+@pytest.mark.parametrize("name", [*SMALL, "malmen"])
+def test_base_model_is_bit_identical_afterwards(subject, cases, corpus, name):
+    before = {key: tensor.clone() for key, tensor in subject.model.state_dict().items()}
+    if name == "malmen":
+        editor = load_editor("malmen", subject, layers=[2, 3], rank=8, iterations=2)
+        editor.fit(cases)
+    else:
+        editor = editor_of(name, subject, corpus)
+    edits = editor.edit(cases)
+    with subject.applying(edits):
+        subject.model(input_ids=torch.ones(len(edits), 3, dtype=torch.long, device=subject.device))
+    assert all(torch.equal(before[key], tensor) for key, tensor in subject.model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in subject.model.modules())
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in subject.model.parameters())
+
+
 def test_lookup_token_is_the_colon_in_every_row(subject, cases):
     editor = load_editor("rome", subject)
     for case in cases:
