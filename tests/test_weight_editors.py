@@ -10,7 +10,7 @@ import torch
 from clme_lib import diagnosis
 from clme_lib.diagnosis import diagnose
 from clme_lib.editors import load_editor
-from clme_lib.editors.rewriting import misplaced, rewriting_rows
+from clme_lib.editors.rewriting import Rewriting, misplaced, rewriting_rows
 from clme_lib.editors.statistics import SecondMoment, second_moments
 from clme_lib.errors import StudyError
 from clme_lib.prompts import tokenize
@@ -79,6 +79,29 @@ def test_pmet_changes_its_factor_and_stops_when_targets_win(llama, cases, corpus
                 assert edit.log.steps < 10
             else:
                 assert edit.log.steps == 39 and min(ratios) < 0.12
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_delta(llama, cases, monkeypatch):
+    (short,) = load_editor("rome", llama, **{**SMALL["rome"], "steps": 2}).edit(cases[:1])
+    evaluate, calls = Rewriting.evaluate, []
+
+    def breaks_at(call):
+        def evaluated(self, changed):
+            calls.append(1)
+            nll, agreed, after_bare = evaluate(self, changed)
+            return (nll * torch.nan if len(calls) == call else nll), agreed, after_bare
+
+        return evaluated
+
+    monkeypatch.setattr(Rewriting, "evaluate", breaks_at(3))
+    (edit,) = load_editor("rome", llama, **SMALL["rome"]).edit(cases[:1])
+    assert len(calls) == 3, "the case stopped there"
+    assert edit.log.losses == pytest.approx(short.log.losses) and edit.log.steps == short.log.steps == 1
+    assert close(edit.delta(1), short.delta(1), 1e-4)
+    calls.clear()
+    monkeypatch.setattr(Rewriting, "evaluate", breaks_at(1))
+    with pytest.raises(StudyError, match="case 0: the loss of rome is not finite"):
+        load_editor("rome", llama, **SMALL["rome"]).edit(cases[:1])
 
 
 def test_rome_maps_the_bare_key_to_the_value(subject, cases):

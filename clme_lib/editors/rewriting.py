@@ -216,10 +216,9 @@ class RewritingEditor(Editor[Values]):
             decay = sum(delta[mine].norm(dim=-1) / size[mine] ** 2 for delta, size in zip(deltas, sizes))
             total = factor[mine] * nll + kl + values.weight_decay * decay
             stop = self._stops(total.detach(), agreed, kl.detach(), factor, mine)
-            for n, case in enumerate(mine.tolist()):
+            for n, (case, loss) in enumerate(zip(mine.tolist(), total.tolist())):
                 if case not in going:
                     continue
-                loss = total[n].item()
                 if loss - loss != 0:  # not finite
                     if not losses[case]:
                         raise StudyError(
@@ -227,6 +226,7 @@ class RewritingEditor(Editor[Values]):
                         )
                     for delta, old in zip(deltas, before):
                         delta.data[case] = old[case]
+                    updates[case] -= 1
                     going.discard(case)
                     continue
                 losses[case].append(loss)
