@@ -18,7 +18,7 @@ from .datasets import load_cases, selection_ids
 from .datasets.cases import Case
 from .editors import load_editor
 from .editors.memit import MEMIT
-from .editors.statistics import TOKENS_PER_DIMENSION
+from .editors.statistics import LEAST_PER_DIMENSION, TOKENS_PER_DIMENSION
 from .edits import DenseUpdate, Edit, LowRankUpdate
 from .errors import StudyError
 from .prompts import DATASETS, encode, tokenize
@@ -85,42 +85,42 @@ def diagnose_editors(subject: Subject, editors: Sequence[str], file: Path, cases
 
 @torch.no_grad()
 def compare_statistics(subject: Subject, file: Path, cases: int) -> pd.DataFrame:
-    """What MEMIT would write with the default statistics, and with four times as many tokens; one row a layer, written as CSV.
+    """What MEMIT would write with so many tokens' statistics, and with four times as many; written as CSV.
 
-    Columns: ``cosine`` (smallest over the cases) between the two write directions ``a``; ``share`` and ``share_of_four`` (mean) of
+    One row a layer for ten tokens per dimension of the key, and one for forty (the default). Columns: ``tokens``; ``cosine`` (smallest over the cases) between the two write directions ``a``; ``share`` and ``share_of_four`` (mean) of
     the residual that a write puts at its own key, ``k^T a``; ``difference`` (largest) between the two, relative.
 
     Args:
         cases: of each data set's selection cases, the first so many.
     """
-    few = load_editor("memit", subject)
-    many = load_editor("memit", subject, corpus_tokens=4 * TOKENS_PER_DIMENSION * subject.inner_size)
-    assert isinstance(few, MEMIT) and isinstance(many, MEMIT)
     chosen = [
         case
         for dataset in DATASETS
         for case in [one for one in load_cases(dataset) if one.case_id in selection_ids(dataset)][:cases]
     ]
     walk = Blockwise(subject, [encode(subject.tokenizer, case.prompt) for case in chosen])
-    hidden, rows = walk.embedded, []
-    for layer in range(max(few.moments) + 1):
+    hidden, keys = walk.embedded, []
+    for layer in range(len(subject.blocks)):
         here = walk.block(layer, hidden)
         hidden = here.hidden
-        if layer not in few.moments:
-            continue
-        keys = here.keys[:, -1].float()
-        (one, share), (other, share_of_four) = (_direction(editor, layer, keys) for editor in (few, many))
-        rows.append(
-            {
-                "layer": layer,
-                "cases": len(chosen),
-                "tokens": few.moments[layer].header["tokens"],
-                "cosine": torch.nn.functional.cosine_similarity(one, other).min().item(),
-                "share": share.mean().item(),
-                "share_of_four": share_of_four.mean().item(),
-                "difference": (share / share_of_four - 1).abs().max().item(),
-            }
-        )
+        keys.append(here.keys[:, -1].float())
+    rows = []
+    for each in (LEAST_PER_DIMENSION, TOKENS_PER_DIMENSION):
+        few, many = (load_editor("memit", subject, corpus_tokens=times * each * subject.inner_size) for times in (1, 4))
+        assert isinstance(few, MEMIT) and isinstance(many, MEMIT)
+        for layer, moment in few.moments.items():
+            (one, share), (other, share_of_four) = (_direction(editor, layer, keys[layer]) for editor in (few, many))
+            rows.append(
+                {
+                    "tokens": moment.header["tokens"],
+                    "layer": layer,
+                    "cases": len(chosen),
+                    "cosine": torch.nn.functional.cosine_similarity(one, other).min().item(),
+                    "share": share.mean().item(),
+                    "share_of_four": share_of_four.mean().item(),
+                    "difference": (share / share_of_four - 1).abs().max().item(),
+                }
+            )
     table = pd.DataFrame(rows)
     file.parent.mkdir(parents=True, exist_ok=True)
     table.round(4).to_csv(file, index=False)

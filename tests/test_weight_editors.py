@@ -1,7 +1,9 @@
 """ROME, MEMIT and PMET: equal to the plain loop, and to the identities they are built on."""
 
+import shutil
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import plain
 import pytest
@@ -30,7 +32,7 @@ def corpus(tmp_path, monkeypatch):
     folder.mkdir()
     generator = torch.Generator().manual_seed(1)
     for n in range(30):
-        letters = torch.randint(97, 123, (60,), generator=generator).tolist()
+        letters = torch.randint(97, 123, (300,), generator=generator).tolist()
         (folder / f"{n}.txt").write_text(f"text {n}: " + "".join(map(chr, letters)))
     return str(folder)
 
@@ -125,7 +127,7 @@ def test_rome_with_covariance_still_maps_the_key(llama, cases, corpus):
         key, _ = plain.read_at(llama, key_of, ids[:, : column + 1], column)
         assert close(edit.delta(1) @ key, without.delta(1) @ key, 1e-3)
         assert not close(edit.delta(1), without.delta(1), 0.1)
-    assert editor.setup()["statistics"][1]["tokens"] == 480
+    assert editor.setup()["statistics"][1]["tokens"] == 1920
 
 
 @pytest.mark.parametrize("name", list(SMALL))
@@ -219,11 +221,11 @@ def test_sherman_morrison_is_the_dense_solve():
 def test_statistics_are_the_second_moment_of_every_token(llama, corpus, tmp_path):
     values = load_editor("memit", llama, **{**SMALL["memit"], "corpus": corpus}).values
     moment = second_moments(llama, [1], values)[1]
-    assert moment.header["tokens"] == 480, "ten tokens per dimension of the key"
+    assert moment.header["tokens"] == 1920, "forty tokens per dimension of the key"
     from clme_lib.corpora import open_corpus
     from clme_lib.prompts import encode
 
-    keys, left = [], 480
+    keys, left = [], 1920
     for text in open_corpus(corpus).documents():
         ids = encode(llama.tokenizer, text)[:left]
         left -= len(ids)
@@ -234,8 +236,8 @@ def test_statistics_are_the_second_moment_of_every_token(llama, corpus, tmp_path
             llama.model(input_ids=torch.tensor([ids], device=llama.device))
         handle.remove()
     keys = torch.cat(keys)
-    assert len(keys) == 480
-    assert torch.allclose(moment.matrix, keys.T @ keys / 480, atol=1e-5)
+    assert len(keys) == 1920
+    assert torch.allclose(moment.matrix, keys.T @ keys / 1920, atol=1e-5)
 
 
 def test_interrupted_statistics_go_on(llama, corpus, monkeypatch):
@@ -268,8 +270,6 @@ def test_interrupted_statistics_go_on(llama, corpus, monkeypatch):
 
 
 def test_stale_statistics_are_refused(llama, corpus):
-    from pathlib import Path
-
     values = load_editor("memit", llama, **{**SMALL["memit"], "corpus": corpus}).values
     second_moments(llama, [0], values)
     Path(corpus, "0.txt").write_text("another text")
@@ -329,7 +329,22 @@ def test_statistics_are_compared_with_four_times_the_tokens(llama, cases, corpus
         diagnosis, "load_editor", lambda name, subject, **named: load_editor(name, subject, **small, **named)
     )
     table = diagnosis.compare_statistics(llama, tmp_path / "table.csv", cases=2)
-    assert list(table["layer"]) == [1, 2] and list(table["tokens"]) == [480, 480] and list(table["cases"]) == [4, 4]
+    assert list(table["layer"]) == [1, 2, 1, 2] and list(table["tokens"]) == [480, 480, 1920, 1920]
+    assert list(table["cases"]) == [4] * 4
+    assert (table["cosine"][:2].to_numpy() < table["cosine"][2:].to_numpy()).all()
     assert (table["cosine"] < 0.9999).all() and (table["cosine"] > 0.5).all()
     assert ((table["share"] > 0) & (table["share"] < 1)).all() and (table["difference"] > 0).all()
     assert (tmp_path / "table.csv").is_file()
+
+
+def test_a_smaller_corpus_is_read_whole(llama, corpus):
+    for n in range(5, 30):
+        Path(corpus, f"{n}.txt").unlink()
+    moment = load_editor("memit", llama, **{**SMALL["memit"], "corpus": corpus}).moments[0]
+    assert 480 <= moment.header["tokens"] < 1920 and moment.header["documents"] == 5
+    Path(corpus, "1.txt").write_text("a short one")
+    for n in (2, 3, 4):
+        Path(corpus, f"{n}.txt").unlink()
+    shutil.rmtree(Path(corpus).parent / "cache")
+    with pytest.raises(StudyError, match=r"has only \d+ tokens for tiny-llama, needed are 480"):
+        load_editor("memit", llama, **{**SMALL["memit"], "corpus": corpus}).setup()

@@ -30,7 +30,9 @@ from ..prompts import encode
 from ..subjects import Subject
 
 FORMAT = "clme-second-moment"
-TOKENS_PER_DIMENSION = 10
+# at ten the write directions still differ visibly from those of four times as many, because tokens of one document
+# resemble each other; a corpus that ends earlier is accepted from ten on
+TOKENS_PER_DIMENSION, LEAST_PER_DIMENSION = 40, 10
 DOCUMENT_TOKENS = 4_096  # longer documents are cut
 _PASS_TOKENS = 4_096  # tokens, padding included, of one pass
 _CHUNK_DOCUMENTS = 256  # documents sorted by length together; a gathering resumes at these
@@ -40,7 +42,8 @@ class StatisticsHyperparameters(Schema):
     """Where second moments come from.
 
     ``corpus`` is what :func:`clme_lib.corpora.open_corpus` takes. ``corpus_documents`` takes that many documents, however
-    long; ``corpus_tokens`` that many tokens. Neither: ten tokens per dimension of the key.
+    long; ``corpus_tokens`` that many tokens. Neither: forty tokens per dimension of the key, or the whole corpus if that
+    is at least ten.
     """
 
     corpus: str = "embedded"
@@ -96,7 +99,10 @@ def second_moments(
     header = _header(subject, corpus, wanted)
     files = {layer: folder / f"layer-{layer}.safetensors" for layer in layers}
     if absent := sorted(layer for layer, file in files.items() if not file.is_file()):
-        _gather(subject, absent, corpus, folder, header)
+        least = header["wanted_tokens"] or subject.inner_size
+        if not (wanted.corpus_tokens or wanted.corpus_documents):
+            least = LEAST_PER_DIMENSION * subject.inner_size
+        _gather(subject, absent, corpus, folder, header, least)
     return {layer: _read(file, {**header, "layer": layer}, subject) for layer, file in files.items()}
 
 
@@ -169,8 +175,12 @@ def _save(file: Path, tensors: dict[str, torch.Tensor], header: dict) -> None:
         os.replace(unfinished, file)
 
 
-def _gather(subject: Subject, layers: list[int], corpus: Corpus, folder: Path, header: dict) -> None:
-    """Sum ``k k^T`` over the corpus for several layers at once; write one file a layer at the end."""
+def _gather(subject: Subject, layers: list[int], corpus: Corpus, folder: Path, header: dict, least: int) -> None:
+    """Sum ``k k^T`` over the corpus for several layers at once; write one file a layer at the end.
+
+    Args:
+        least: tokens that the corpus must have.
+    """
     unfinished = folder / f"unfinished-{'-'.join(map(str, layers))}.safetensors"
     sums = {layer: torch.zeros(subject.inner_size, subject.inner_size, device=subject.device) for layer in layers}
     documents = tokens = 0
@@ -189,11 +199,10 @@ def _gather(subject: Subject, layers: list[int], corpus: Corpus, folder: Path, h
             bar.update(read)
             progress = {**header, "documents": documents, "tokens": tokens}
             _save(unfinished, {str(layer): one.cpu() for layer, one in sums.items()}, progress)
-    if tokens < (limit or subject.inner_size):
+    if tokens < least:
         raise StudyError(
-            f"corpus {corpus.name!r} has only {tokens} tokens for {subject.name}, needed are "
-            f"{limit or subject.inner_size} (at least one per dimension of the key, {subject.inner_size}): "
-            "use a larger corpus, or set corpus_tokens"
+            f"corpus {corpus.name!r} has only {tokens} tokens for {subject.name}, needed are {least} "
+            f"(the key has {subject.inner_size} dimensions): use a larger corpus, or set corpus_tokens"
         )
     if tokens < subject.inner_size:
         raise StudyError(
