@@ -82,8 +82,8 @@ def hyperparameters(editor: Editor) -> dict:
 
 
 def now() -> str:
-    """Current UTC time, ISO 8601, to the second."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    """Current UTC time, ISO 8601, to the millisecond (two starts of a run are told apart by it)."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
 def _git(folder: Path, *arguments: str) -> str:

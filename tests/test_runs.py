@@ -215,7 +215,7 @@ def test_evaluate_is_a_row_per_case(tiny, cases):
             r"unknown parameter 'editor' \(did you mean 'editors'\?\); known: subject, dataset",
         ),
         ({"cases": "many"}, "cases: .*integer"),
-        ({"editors": "grace,rome2"}, "unknown editor 'rome2'; known: none, ft-l, grace"),
+        ({"editors": "grace,rome2"}, "unknown editor 'rome2'; known: none, ft-l, rome, memit, pmet, malmen, grace"),
         ({"dataset": "conala"}, "unknown data set 'conala'"),
         ({"preset": "dirty"}, "preset: .*'clean' or 'compat'"),
         ({"cases": 0}, "cases: .*greater than or equal to 1"),

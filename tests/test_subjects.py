@@ -174,7 +174,7 @@ def test_hyperparameters_are_checked(overrides, message):
 
 
 def test_unknown_editor(llama):
-    with pytest.raises(StudyError, match="unknown editor 'gracy'; known: none, ft-l, grace"):
+    with pytest.raises(StudyError, match="unknown editor 'gracy'; known: none, ft-l, rome, memit, pmet, malmen, grace"):
         load_editor("gracy", llama)
 
 
