@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import __version__
@@ -55,38 +55,23 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--batch-size", type=int, default=8, help="cases edited and scored together")
     run.set_defaults(act=_run)
 
-    select = commands.add_parser("select", help="try an editor's grid of hyper-parameters on the selection cases")
-    select.add_argument("--subject", default="smollm2-135m")
+    def measurement(name: str, help: str, act: Callable, cases: int) -> argparse.ArgumentParser:
+        """A command that measures on the selection cases and writes a table."""
+        command = commands.add_parser(name, help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command.add_argument("--subject", default="smollm2-135m", help="registry name, Hugging Face id or folder")
+        command.add_argument("--cases", type=_positive, default=cases, help="selection cases per data set, of 30")
+        command.add_argument("--out", required=True, type=Path, help="CSV to write")
+        command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+        command.set_defaults(act=act)
+        return command
+
+    select = measurement("select", "try an editor's grid of hyper-parameters", _select, 30)
     select.add_argument("--editor", required=True)
-    select.add_argument("--out", required=True, type=Path, help="CSV to write")
-    select.add_argument("--cases", type=int, default=None, help="per data set, of the 30 (default: all)")
-    select.add_argument("--device", default="auto")
-    select.set_defaults(act=_select)
-
-    presets = commands.add_parser("presets", help="measure what the released program's defects do to an editor")
-    presets.add_argument("--subject", default="smollm2-135m")
+    presets = measurement("presets", "what the released program's defects do to an editor", _presets, 30)
     presets.add_argument("--editor", required=True)
-    presets.add_argument("--out", required=True, type=Path, help="CSV to write")
-    presets.add_argument("--cases", type=int, default=None, help="per data set, of the 30 (default: all)")
-    presets.add_argument("--device", default="auto")
-    presets.set_defaults(act=_presets)
-
-    diagnosis = commands.add_parser("diagnose", help="what weight updates do to losses, before any text is generated")
-    diagnosis.add_argument("--subject", default="smollm2-135m")
+    diagnosis = measurement("diagnose", "what weight updates do to losses, before any text is generated", _diagnose, 6)
     diagnosis.add_argument("--editor", dest="editors", default="ft-l,rome,memit,pmet", help="comma-separated")
-    diagnosis.add_argument("--cases", type=int, default=6, help="selection cases per data set")
-    diagnosis.add_argument("--out", required=True, type=Path, help="CSV to write")
-    diagnosis.add_argument("--device", default="auto")
-    diagnosis.set_defaults(act=_diagnose)
-
-    statistics = commands.add_parser(
-        "statistics", help="compare MEMIT's writes under the default and four times the tokens"
-    )
-    statistics.add_argument("--subject", default="smollm2-135m")
-    statistics.add_argument("--cases", type=int, default=30, help="selection cases per data set")
-    statistics.add_argument("--out", required=True, type=Path, help="CSV to write")
-    statistics.add_argument("--device", default="auto")
-    statistics.set_defaults(act=_statistics)
+    measurement("statistics", "MEMIT's writes under statistics of more and of less text", _statistics, 30)
 
     check = commands.add_parser("check", help="compare a run with the published records of the same cases")
     check.add_argument("run", type=Path, help="the run's folder")
@@ -109,6 +94,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     prepare.set_defaults(act=_prepare)
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def _cases(text: str) -> int | None:

@@ -14,15 +14,17 @@ import pandas as pd
 import torch
 
 from .blockwise import Blockwise
-from .datasets import load_cases, selection_ids
+from .datasets import selection_cases
 from .datasets.cases import Case
-from .editors import load_editor
+from .editors import EDITORS, load_editor
 from .editors.memit import MEMIT
 from .editors.statistics import LEAST_PER_DIMENSION, TOKENS_PER_DIMENSION
 from .edits import DenseUpdate, Edit, LowRankUpdate
 from .errors import StudyError
 from .prompts import DATASETS, encode, tokenize
 from .subjects import Subject
+
+UPDATING = tuple(name for name in EDITORS if name not in ("none", "grace"))
 
 
 @torch.no_grad()
@@ -66,14 +68,21 @@ def diagnose_editors(subject: Subject, editors: Sequence[str], file: Path, cases
 
     Args:
         cases: of each data set's selection cases, the first so many.
+
+    Raises:
+        StudyError: an unknown editor, or one that does not update weights.
     """
+    if unknown := [editor for editor in editors if editor not in UPDATING]:
+        raise StudyError(f"{', '.join(unknown)}: no editor that updates weights; known: {', '.join(UPDATING)}")
     rows = []
     for editor in editors:
         for values in ("transferred", "subject"):
             made = load_editor(editor, subject, values=values)
             found = []
             for dataset in DATASETS:
-                chosen = [case for case in load_cases(dataset) if case.case_id in selection_ids(dataset)][:cases]
+                chosen, others = selection_cases(dataset, cases)
+                if made.needs_training:
+                    made.fit(others)
                 found.append(diagnose(subject, chosen, made.edit(chosen, progress=True)))
             mean = pd.concat(found).drop(columns=["editor", "dataset", "case_id"]).mean()
             rows.append({"editor": editor, "values": values, "cases": sum(map(len, found)), **mean})
@@ -93,11 +102,7 @@ def compare_statistics(subject: Subject, file: Path, cases: int) -> pd.DataFrame
     Args:
         cases: of each data set's selection cases, the first so many.
     """
-    chosen = [
-        case
-        for dataset in DATASETS
-        for case in [one for one in load_cases(dataset) if one.case_id in selection_ids(dataset)][:cases]
-    ]
+    chosen = [case for dataset in DATASETS for case in selection_cases(dataset, cases)[0]]
     walk = Blockwise(subject, [encode(subject.tokenizer, case.prompt) for case in chosen])
     hidden, keys = walk.embedded, []
     for layer in range(len(subject.blocks)):

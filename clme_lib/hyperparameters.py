@@ -9,10 +9,10 @@ from __future__ import annotations
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import StudyError
 
@@ -43,6 +43,13 @@ class SubjectSettings(Schema):
     editors: dict[str, dict[str, Any]]
 
 
+def _ascending(layers: tuple[int, ...]) -> tuple[int, ...]:
+    if list(layers) != sorted(set(layers)):
+        raise ValueError("layers must be in ascending order, each once")
+    return layers
+
+
+Layers = Annotated[tuple[int, ...], Field(min_length=1), AfterValidator(_ascending)]
 Values = TypeVar("Values", bound=BaseModel)
 
 

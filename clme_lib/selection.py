@@ -17,7 +17,7 @@ from typing import Any, Literal
 import pandas as pd
 from tqdm import tqdm
 
-from .datasets import load_cases, selection_ids
+from .datasets import selection_cases
 from .editors import EDITORS, load_editor
 from .errors import StudyError
 from .evaluation import evaluate
@@ -106,11 +106,10 @@ def measure(
     for setting in tqdm(settings, desc=f"measure {editor}", unit="setting"):
         means = []
         for dataset in DATASETS:
-            everything = load_cases(dataset)
-            chosen = [case for case in everything if case.case_id in selection_ids(dataset)][:cases]
+            chosen, others = selection_cases(dataset, cases)
             made = load_editor(editor, subject, values=values, **setting)
             if made.needs_training:
-                made.fit([case for case in everything if case.case_id not in selection_ids(dataset)])
+                made.fit(others)
             edits = made.edit(chosen)
             mean = evaluate(subject, chosen, edits)[SCORES].mean()
             if "compat" in budgets:

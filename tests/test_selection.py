@@ -5,7 +5,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from clme_lib import selection
+from clme_lib import datasets, selection
 from clme_lib.editors import EDITORS, load_editor
 from clme_lib.errors import StudyError
 from clme_lib.hyperparameters import load_settings, transfer_layers
@@ -15,8 +15,8 @@ from clme_lib.hyperparameters import load_settings, transfer_layers
 def small_sets(cases, monkeypatch, tmp_path):
     """Two selection cases a data set, three others."""
     monkeypatch.setenv("CLME_CACHE", str(tmp_path))
-    monkeypatch.setattr(selection, "load_cases", lambda name: [replace(case, dataset=name) for case in cases])
-    monkeypatch.setattr(selection, "selection_ids", lambda _name: {1, 3})
+    monkeypatch.setattr(datasets, "load_cases", lambda name: [replace(case, dataset=name) for case in cases])
+    monkeypatch.setattr(datasets, "selection_ids", lambda _name: {1, 3})
 
 
 def measured(*criteria):

@@ -9,7 +9,7 @@ import plain
 import pytest
 import torch
 
-from clme_lib import diagnosis
+from clme_lib import datasets, diagnosis
 from clme_lib.diagnosis import diagnose
 from clme_lib.editors import load_editor
 from clme_lib.editors.rewriting import Rewriting, misplaced, rewriting_rows
@@ -322,8 +322,8 @@ def test_diagnosis_reads_the_edited_model(subject, cases):
 
 
 def test_statistics_are_compared_with_four_times_the_tokens(llama, cases, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(diagnosis, "load_cases", lambda _name: cases)
-    monkeypatch.setattr(diagnosis, "selection_ids", lambda _name: {0, 1, 2})
+    monkeypatch.setattr(datasets, "load_cases", lambda _name: cases)
+    monkeypatch.setattr(datasets, "selection_ids", lambda _name: {0, 1, 2})
     small = {"corpus": corpus, "layers": [1, 2]}
     monkeypatch.setattr(
         diagnosis, "load_editor", lambda name, subject, **named: load_editor(name, subject, **small, **named)

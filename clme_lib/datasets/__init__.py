@@ -11,7 +11,7 @@ from ..errors import StudyError
 from ..prompts import DATASETS
 from .cases import Case, dataset_sha256, folds, sample_cases
 
-__all__ = ["Case", "dataset_sha256", "folds", "load_cases", "sample_cases", "selection_ids"]
+__all__ = ["Case", "dataset_sha256", "folds", "load_cases", "sample_cases", "selection_cases", "selection_ids"]
 
 
 def load_cases(dataset: str, source: str = "embedded") -> list[Case]:
@@ -52,3 +52,12 @@ def _selection() -> dict[str, frozenset[int]]:
 def selection_ids(dataset: str) -> frozenset[int]:
     """The 30 embedded cases a data set gives to hyper-parameter selection; they never enter a published table."""
     return _selection()[dataset]
+
+
+def selection_cases(dataset: str, count: int | None = None) -> tuple[list[Case], list[Case]]:
+    """(the first ``count`` selection cases of a data set (None: all 30), all its cases that are not for selection)."""
+    everything, chosen = load_cases(dataset), selection_ids(dataset)
+    return (
+        [case for case in everything if case.case_id in chosen][:count],
+        [case for case in everything if case.case_id not in chosen],
+    )

@@ -23,7 +23,7 @@ from pydantic import Field
 from ..datasets.cases import Case
 from ..edits import EditLog, LowRankUpdate
 from ..errors import StudyError
-from ..hyperparameters import Schema
+from ..hyperparameters import Layers, Schema
 from ..partial import PartialForward
 from .base import Editor
 from .gradients import Cached, edit_row
@@ -37,7 +37,7 @@ class MALMENHyperparameters(Schema):
     ``records`` limits how many of the given cases are trained on (None: all).
     """
 
-    layers: tuple[int, ...] = Field(min_length=1)
+    layers: Layers
     step_size: float = Field(gt=0)
     meta_lr: float = Field(gt=0)
     rank: int = Field(gt=0)
@@ -73,7 +73,7 @@ class MALMEN(Editor[MALMENHyperparameters]):
         network = self.network
         if network is None:
             raise StudyError("malmen has not been trained: call fit(cases) with cases that will not be edited")
-        layers = sorted(self.values.layers)
+        layers = self.values.layers
         rows = [edit_row(self.subject, case.prompt, case.target, self.values.targets) for case in cases]
         forward = PartialForward(self.subject, rows, layers[0], from_lookup=False)
         cached = Cached(forward, layers, self.values.cached)

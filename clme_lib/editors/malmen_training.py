@@ -71,7 +71,7 @@ class Training:
 
     def __init__(self, subject: Subject, values: MALMENHyperparameters, records: Sequence[Case], seed: int) -> None:
         self.subject, self.values, self.records, self.seed = subject, values, list(records), seed
-        self.layers = sorted(values.layers)
+        self.layers = values.layers
         dataset = records[0].dataset
         self.network = Hypernetwork(
             (subject.inner_size, subject.hidden_size),

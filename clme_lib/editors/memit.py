@@ -24,7 +24,7 @@ from pydantic import Field
 
 from ..blockwise import BlockPass, Blockwise
 from ..edits import LowRankUpdate
-from ..hyperparameters import Schema
+from ..hyperparameters import Layers, Schema
 from ..prompts import encode
 from .rewriting import RewritingEditor, RewritingHyperparameters
 from .statistics import SecondMoment, StatisticsHyperparameters, second_moments
@@ -33,7 +33,7 @@ from .statistics import SecondMoment, StatisticsHyperparameters, second_moments
 class MEMITHyperparameters(RewritingHyperparameters, StatisticsHyperparameters):
     """``covariance_weight`` is lambda: how many times the second moment counts against the one key."""
 
-    layers: tuple[int, ...] = Field(min_length=1)
+    layers: Layers
     covariance_weight: float = Field(gt=0)
 
 
@@ -55,7 +55,7 @@ class MEMIT(RewritingEditor[MEMITHyperparameters]):
         return moments
 
     def _edit_batch(self, cases, tokenized):
-        rewriting = self._rewriting(cases, max(self.values.layers))
+        rewriting = self._rewriting(cases, self.values.layers[-1])
         wanted, logs = self._wanted(cases, rewriting)
         factors = self._write(cases, wanted)
         return [
@@ -95,7 +95,7 @@ class MEMIT(RewritingEditor[MEMITHyperparameters]):
     @torch.no_grad()
     def _write(self, cases, wanted: torch.Tensor) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """Each layer's update as factors (B, d) and (B, d_f)."""
-        layers, contexts = sorted(self.values.layers), len(self.contexts)
+        layers, contexts = self.values.layers, len(self.contexts)
         prompts = [encode(self.subject.tokenizer, context + case.prompt) for case in cases for context in self.contexts]
         walk = Blockwise(self.subject, prompts)
         bare = torch.arange(0, len(prompts), contexts, device=self.subject.device)

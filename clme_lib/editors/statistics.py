@@ -95,28 +95,27 @@ def second_moments(
     Raises:
         StudyError: the corpus is too small, or a cached file is of something else; the message says what to do.
     """
-    corpus, folder = open_corpus(wanted.corpus), _folder(subject, wanted)
+    corpus = open_corpus(wanted.corpus)
     header = _header(subject, corpus, wanted)
+    folder = _folder(header)
+    least = header["wanted_tokens"] or subject.inner_size
+    if not (wanted.corpus_tokens or wanted.corpus_documents):
+        least = LEAST_PER_DIMENSION * subject.inner_size
     files = {layer: folder / f"layer-{layer}.safetensors" for layer in layers}
     if absent := sorted(layer for layer, file in files.items() if not file.is_file()):
-        least = header["wanted_tokens"] or subject.inner_size
-        if not (wanted.corpus_tokens or wanted.corpus_documents):
-            least = LEAST_PER_DIMENSION * subject.inner_size
         _gather(subject, absent, corpus, folder, header, least)
-    return {layer: _read(file, {**header, "layer": layer}, subject) for layer, file in files.items()}
+    moments = {layer: _read(file, {**header, "layer": layer}, subject) for layer, file in files.items()}
+    for moment in moments.values():
+        _require(moment.header["tokens"], least, corpus, subject)
+    return moments
 
 
-def _folder(subject: Subject, wanted: StatisticsHyperparameters) -> Path:
-    amount = "default"
-    if wanted.corpus_documents or wanted.corpus_tokens:
-        amount = "-".join(
-            f"{count}-{what}"
-            for count, what in ((wanted.corpus_documents, "documents"), (wanted.corpus_tokens, "tokens"))
-            if count
-        )
-    safe = "".join(c if c.isalnum() or c in ".-_" else "-" for c in f"{subject.name}-{subject.dtype_name}")
-    corpus = "".join(c if c.isalnum() or c in ".-_" else "-" for c in wanted.corpus)
-    return cache_dir() / "statistics" / safe / f"{corpus}-{amount}"
+def _folder(header: dict) -> Path:
+    """Named by subject, corpus and amount, so that a person finds it."""
+    amounts = [f"{header[f'wanted_{what}']}-{what}" for what in ("documents", "tokens") if header[f"wanted_{what}"]]
+    names = (f"{header['subject']}-{header['dtype']}", "-".join([header["corpus"], *amounts]))
+    safe = ("".join(c if c.isalnum() or c in ".-_" else "-" for c in name) for name in names)
+    return cache_dir().joinpath("statistics", *safe)
 
 
 def _header(subject: Subject, corpus: Corpus, wanted: StatisticsHyperparameters) -> dict:
@@ -199,11 +198,7 @@ def _gather(subject: Subject, layers: list[int], corpus: Corpus, folder: Path, h
             bar.update(read)
             progress = {**header, "documents": documents, "tokens": tokens}
             _save(unfinished, {str(layer): one.cpu() for layer, one in sums.items()}, progress)
-    if tokens < least:
-        raise StudyError(
-            f"corpus {corpus.name!r} has only {tokens} tokens for {subject.name}, needed are {least} "
-            f"(the key has {subject.inner_size} dimensions): use a larger corpus, or set corpus_tokens"
-        )
+    _require(tokens, least, corpus, subject)
     if tokens < subject.inner_size:
         raise StudyError(
             f"corpus_tokens={limit} is less than the {subject.inner_size} dimensions of the key: the second moment would be singular"
@@ -212,6 +207,14 @@ def _gather(subject: Subject, layers: list[int], corpus: Corpus, folder: Path, h
         finished = {**header, "layer": layer, "documents": documents, "tokens": tokens}
         _save(folder / f"layer-{layer}.safetensors", {"matrix": (total / tokens).cpu()}, finished)
     unfinished.unlink(missing_ok=True)  # another process may have gathered the same
+
+
+def _require(tokens: int, least: int, corpus: Corpus, subject: Subject) -> None:
+    if tokens < least:
+        raise StudyError(
+            f"corpus {corpus.name!r} has only {tokens} tokens for {subject.name}, needed are {least} "
+            f"(the key has {subject.inner_size} dimensions): use a larger corpus, or set corpus_tokens"
+        )
 
 
 def _chunks(
