@@ -121,6 +121,13 @@ def test_command_line(capsys):
     assert stop.value.code == 0
 
 
+@pytest.mark.parametrize("command", ["select --editor rome", "presets --editor rome", "diagnose", "statistics"])
+def test_measuring_commands_want_cases(command, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        main([*command.split(), "--cases", "0", "--out", str(tmp_path / "table.csv")])
+    assert stopped.value.code == 2 and "'0' is not a whole number of at least 1" in capsys.readouterr().err
+
+
 def test_importing_is_light():
     code = "import clme_lib, sys; assert 'torch' not in sys.modules and 'requests' not in sys.modules; clme_lib.cases"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

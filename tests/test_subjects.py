@@ -173,6 +173,12 @@ def test_hyperparameters_are_checked(overrides, message):
         load_editor("grace", make_subject("llama"), **overrides)
 
 
+@pytest.mark.parametrize("layers", [[2, 1], [1, 1]])
+def test_layers_ascend(llama, layers):
+    with pytest.raises(StudyError, match="editors.memit: layers: .*ascending order, each once"):
+        load_editor("memit", llama, layers=layers)
+
+
 def test_unknown_editor(llama):
     with pytest.raises(StudyError, match="unknown editor 'gracy'; known: none, ft-l, rome, memit, pmet, malmen, grace"):
         load_editor("gracy", llama)

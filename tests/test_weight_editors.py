@@ -321,6 +321,14 @@ def test_diagnosis_reads_the_edited_model(subject, cases):
         diagnose(subject, cases[:1], load_editor("grace", subject, steps=1, layer=1).edit(cases[:1]))
 
 
+def test_only_updates_of_weights_are_diagnosed(llama, tmp_path):
+    with pytest.raises(
+        StudyError, match="gracy, grace: no editor that updates weights; known: ft-l, rome, memit, pmet, malmen"
+    ):
+        diagnosis.diagnose_editors(llama, ["rome", "gracy", "grace"], tmp_path / "table.csv", cases=1)
+    assert not (tmp_path / "table.csv").exists()
+
+
 def test_statistics_are_compared_with_four_times_the_tokens(llama, cases, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_cases", lambda _name: cases)
     monkeypatch.setattr(datasets, "selection_ids", lambda _name: {0, 1, 2})
