@@ -8,7 +8,9 @@ PYTHON ?= python3
 CASES ?= 6
 SAMPLE ?= 1
 TORCH_INDEX ?=
-PUBLISHED := results/runs/smollm2-135m-h100
+PUBLISHED := results/runs/smollm2-135m
+NAME := $(notdir $(PUBLISHED))
+ALL := none,ft-l,rome,memit,pmet,malmen,grace
 # a changed library edits the cases anew: resuming would show what the old one did
 LIBRARY := $(shell find clme_lib -type f \( -name '*.py' -o -name '*.yaml' -o -name '*.json*' \) | LC_ALL=C sort | xargs cat | sha256sum | cut -c1-8)
 OWN := runs/book-$(LIBRARY)-$(SAMPLE)-$(CASES)
@@ -29,10 +31,11 @@ book: $(OWN)/rq1_proficiency.ipynb
 	$(BIN)/clme check $(OWN) $(PUBLISHED)
 	@$(BIN)/python book/build.py $<
 
-# the notebook's own cell runs or resumes the cases; it is executed again only when it, the library or the records change
+# one case of each slow editor, then the notebook, whose own cell runs or resumes the others'; it is executed again only when it, the library or the records change
 $(OWN)/rq1_proficiency.ipynb: .venv/.ready notebooks/rq1_proficiency.py $(shell find $(PUBLISHED) -type f)
 	@$(BIN)/clme prepare
-	$(BIN)/clme notebook notebooks/rq1_proficiency.py $@ -p cases $(CASES) -p sample $(SAMPLE) -p within $(PUBLISHED) -p name h100 -p out $(OWN)
+	$(BIN)/clme run --editor rome,memit,pmet --cases 1 --sample $(SAMPLE) --within $(PUBLISHED) --name $(NAME) --out $(OWN)
+	$(BIN)/clme notebook notebooks/rq1_proficiency.py $@ -p cases $(CASES) -p sample $(SAMPLE) -p within $(PUBLISHED) -p name $(NAME) -p out $(OWN)
 
 site: .venv/.ready
 	@$(BIN)/python book/build.py $(wildcard $(OWN)/rq1_proficiency.ipynb)
@@ -49,7 +52,7 @@ bench: .venv/.ready
 # more cases, or other editors: make check EDITOR=grace CASES=50
 EDITOR ?= none,ft-l,grace
 check: .venv/.ready
-	$(BIN)/clme run --editor $(EDITOR) --cases $(CASES) --sample $(SAMPLE) --within $(PUBLISHED) --name h100 --out runs/check
+	$(BIN)/clme run --editor $(EDITOR) --cases $(CASES) --sample $(SAMPLE) --within $(PUBLISHED) --name $(NAME) --out runs/check
 	$(BIN)/clme check runs/check $(PUBLISHED)
 
 # the only target that writes results/: all steps resume, and published records are never overwritten
@@ -60,9 +63,9 @@ publish: .venv/.ready
 	  $(BIN)/clme presets --editor $$editor --out results/presets/smollm2-135m.$$editor.csv || exit 1; done
 	test -f results/diagnosis/smollm2-135m.csv || $(BIN)/clme diagnose --out results/diagnosis/smollm2-135m.csv
 	test -f results/statistics/smollm2-135m.csv || $(BIN)/clme statistics --out results/statistics/smollm2-135m.csv
-	test -d $(PUBLISHED) || { $(BIN)/clme run --cases 100 --batch-size 100 --name h100 --out runs/publish && \
+	test -d $(PUBLISHED) || { $(BIN)/clme run --editor $(ALL) --cases 100 --name $(NAME) --out runs/publish && \
 	  $(BIN)/clme publish runs/publish $(PUBLISHED); }
-	$(BIN)/clme notebook notebooks/rq1_proficiency.py results/notebooks/rq1_proficiency.ipynb -p cases 100 -p name h100 -p out $(PUBLISHED)
+	$(BIN)/clme notebook notebooks/rq1_proficiency.py results/notebooks/rq1_proficiency.ipynb -p editors $(ALL) -p cases 100 -p name $(NAME) -p out $(PUBLISHED)
 
 clean:
 	rm -rf _build .venv

@@ -7,26 +7,19 @@ again, so the base weights are bit-identical before, during and after, whatever 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
+from .encoder import Encoder
 from .errors import StudyError
+from .queries import Query, masked_mean
 
 if TYPE_CHECKING:
     from .subjects import Subject
-
-FORMAT = "clme-edits"
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -63,6 +56,11 @@ class Edit(ABC):
     kind: ClassVar[str] = ""
 
     @property
+    def first_call_only(self) -> bool:
+        """Whether only the first generation after an edit is the edited model's (a defect of the released A-GRACE)."""
+        return False
+
+    @property
     @abstractmethod
     def layers(self) -> tuple[int, ...]:
         """Blocks whose ``down_proj`` output changes."""
@@ -71,10 +69,14 @@ class Edit(ABC):
     def tensors(self) -> dict[str, torch.Tensor]:
         """The edit's tensors by name, as they are saved."""
 
+    def settings(self) -> dict:
+        """What else a saved edit has to say, as JSON values."""
+        return {}
+
     @classmethod
     @abstractmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor], **fields) -> Edit:
-        """Rebuild the edit from what :meth:`tensors` gave."""
+        """Rebuild the edit from what :meth:`tensors` and :meth:`settings` gave."""
 
     @classmethod
     @abstractmethod
@@ -221,40 +223,139 @@ class Codebook(Edit):
 
     @classmethod
     def stack(cls, edits, layer, device) -> Change:
+        books = _Books(edits, layer, device)
+
+        def change(inputs, outputs, rows, applied):
+            batch, column = torch.arange(len(inputs), device=device), applied.last_column(inputs.shape[1])
+            return books.look_up(inputs[batch, column], outputs, column, rows, applied, applied.batch_rows)
+
+        return change
+
+
+class _Books:
+    """Codebooks whose queries are of one kind, stacked."""
+
+    def __init__(self, edits: Sequence[Codebook], layer: int, device: torch.device) -> None:
         size = max(len(edit.keys) for edit in edits)
         pad = torch.nn.functional.pad
         # missing entries of smaller codebooks lie infinitely far away
-        keys = torch.stack([pad(e.keys, (0, 0, 0, size - len(e.keys)), value=torch.inf) for e in edits]).to(device)
-        values = torch.stack([pad(e.values, (0, 0, 0, size - len(e.values))) for e in edits]).to(device)
-        radii = torch.stack([pad(e.radii, (0, size - len(e.radii)), value=-1.0) for e in edits]).to(device)
+        self.keys = torch.stack([pad(e.keys, (0, 0, 0, size - len(e.keys)), value=torch.inf) for e in edits]).to(device)
+        self.values = torch.stack([pad(e.values, (0, 0, 0, size - len(e.values))) for e in edits]).to(device)
+        self.radii = torch.stack([pad(e.radii, (0, size - len(e.radii)), value=-1.0) for e in edits]).to(device)
+        self.layer = layer
+
+    def look_up(self, queries, outputs, column, books, applied: Applied, batch_rows: list[int]) -> torch.Tensor:
+        """``outputs`` (B, T, d) with the nearest value of codebook ``books[b]`` at ``column[b]``, where its key is near enough."""
+        batch = torch.arange(len(queries), device=queries.device)
+        found = (self.keys[books] - queries.to(self.keys.dtype)[:, None]).norm(dim=-1)
+        nearest = found.argmin(dim=-1)
+        distance = found[batch, nearest]
+        fired = distance <= self.radii[books, nearest]
+        applied.lookups.append(Lookup(self.layer, applied.phase, batch_rows, distance, fired))
+        changed = outputs.clone()
+        old = outputs[batch, column]
+        changed[batch, column] = torch.where(fired[:, None], self.values[books, nearest].to(outputs.dtype), old)
+        return changed
+
+
+@dataclass(frozen=True, eq=False)
+class PromptCodebook(Codebook):
+    """A-GRACE's memory: consulted once a text, in the prompt pass, with a query that stands for the whole prompt.
+
+    Attributes:
+        query: ``mean`` of the inputs of ``W_l`` over the prompt's real tokens, or the ``last`` token's.
+        encoder: what keys and queries went through; None compares them as they are.
+        disabled_later: repeat the released program's defect: only the first generation after an edit (of the edit and
+            rephrased prompts) consults the codebook, all later ones are the unedited subject's.
+
+    With an encoder the keys have shape (n, 256). What is replaced is the last prompt column's output, as in GRACE.
+    """
+
+    query: Query = "mean"
+    encoder: Encoder | None = None
+    disabled_later: bool = False
+    kind: ClassVar[str] = "prompt-codebook"
+
+    @property
+    def first_call_only(self) -> bool:
+        return self.disabled_later
+
+    def settings(self) -> dict:
+        architecture = self.encoder.architecture if self.encoder else None
+        return {"query": self.query, "disabled_later": self.disabled_later, "architecture": architecture}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        if self.encoder is None:
+            return super().tensors()
+        named = {f"{self.layer}.{name}": getattr(self, name) for name in ("values", "radii")}
+        named[f"{self.layer}.encoded-keys"] = self.keys
+        return named | {f"{self.layer}.encoder.{name}": one for name, one in self.encoder.state_dict().items()}
+
+    @classmethod
+    def from_tensors(cls, tensors, **fields) -> PromptCodebook:
+        layer = int(next(iter(tensors)).split(".")[0])
+        named = {name.removeprefix(f"{layer}."): one for name, one in tensors.items()}
+        if architecture := fields.pop("architecture"):
+            weights = {name.removeprefix("encoder."): one for name, one in named.items()}
+            fields["encoder"] = Encoder.from_tensors(weights, architecture)
+        keys = named["encoded-keys"] if architecture else named["keys"]
+        return cls(**fields, layer=layer, keys=keys, values=named["values"], radii=named["radii"])
+
+    @classmethod
+    def stack(cls, edits, layer, device) -> Change:
+        # edits of one encoder and kind of query are asked together; a fold's edits share their encoder's tensors
+        groups: dict[tuple, list[int]] = {}
+        for n, edit in enumerate(edits):
+            groups.setdefault((edit.query, edit.encoder and edit.encoder.first.weight.data_ptr()), []).append(n)
+        group_of, place = torch.empty(2, len(edits), dtype=torch.long, device=device)
+        parts = []
+        for g, members in enumerate(groups.values()):
+            group_of[members], place[members] = g, torch.arange(len(members), device=device)
+            encoder = edits[members[0]].encoder
+            parts.append(
+                (
+                    edits[members[0]].query,
+                    encoder.to(device) if encoder else None,
+                    _Books([edits[n] for n in members], layer, device),
+                )
+            )
 
         def change(inputs, outputs, rows, applied):
-            batch = torch.arange(len(inputs), device=device)
-            column = applied.last_column(inputs.shape[1])
-            queries = inputs[batch, column].to(keys.dtype)
-            distances = (keys[rows] - queries[:, None]).norm(dim=-1)
-            nearest = distances.argmin(dim=-1)
-            distance = distances[batch, nearest]
-            fired = distance <= radii[rows, nearest]
-            applied.lookups.append(Lookup(layer, applied.phase, distance, fired))
-            changed = outputs.clone()
-            old = outputs[batch, column]
-            changed[batch, column] = torch.where(fired[:, None], values[rows, nearest].to(outputs.dtype), old)
-            return changed
+            if applied.phase == "decode":
+                return outputs
+            column, mask = applied.last_column(inputs.shape[1]), applied.real_columns(inputs)
+            for g, (query, encoder, books) in enumerate(parts):
+                mine = (group_of[rows] == g).nonzero()[:, 0]
+                if not len(mine):
+                    continue
+                asked = inputs[mine, column[mine]].float() if query == "last" else masked_mean(inputs[mine], mask[mine])
+                asked = asked if encoder is None else encoder(asked)
+                if not asked.isfinite().all():
+                    raise StudyError(
+                        f"a query of layer {layer} is not finite: use float32, or look at the prompt's mask"
+                    )
+                batch_rows = [applied.batch_rows[n] for n in mine.tolist()]
+                changed = books.look_up(asked, outputs[mine], column[mine], place[rows[mine]], applied, batch_rows)
+                outputs = outputs.index_copy(0, mine, changed)
+            return outputs
 
         return change
 
 
 Change = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "Applied"], torch.Tensor]
-KINDS: dict[str, type[Edit]] = {kind.kind: kind for kind in (Unedited, LowRankUpdate, DenseUpdate, Codebook)}
+KINDS: dict[str, type[Edit]] = {
+    kind.kind: kind for kind in (Unedited, LowRankUpdate, DenseUpdate, Codebook, PromptCodebook)
+}
 
 
 @dataclass(frozen=True)
 class Lookup:
-    """One consultation of the codebooks: the phase, and per row the distance to the nearest key and whether it fired."""
+    """One consultation of codebooks: the phase, which rows of the batch asked, and for each of them the distance to the
+    nearest key and whether it fired."""
 
     layer: int
     phase: str
+    rows: list[int]
     distances: torch.Tensor
     fired: torch.Tensor
 
@@ -264,6 +365,7 @@ class Applied:
 
     Attributes:
         phase: ``prefill`` for a pass over a prompt, ``decode`` for one that continues a cache.
+        batch_rows: the rows of the batch that the change in progress acts on.
         lookups: every codebook consultation, in order.
     """
 
@@ -272,6 +374,7 @@ class Applied:
         self.rows = None if rows is None else list(rows)
         self.phase = "prefill"
         self.mask: torch.Tensor | None = None
+        self.batch_rows: list[int] = []
         self.lookups: list[Lookup] = []
 
     def begin(self, kwargs: dict) -> None:
@@ -294,6 +397,12 @@ class Applied:
                 f"{len(self.edits)} edits meet a batch of {batch} rows: pass one edit, one per row, or rows=[...]"
             )
         return list(range(batch))
+
+    def real_columns(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(B, T) True where ``inputs`` (B, T, .) of this pass are of real tokens, not of padding."""
+        if self.mask is None:
+            return torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+        return self.mask[:, -inputs.shape[1] :].bool()
 
     def last_column(self, width: int) -> torch.Tensor:
         """(B,) the last real column of each row within the ``width`` columns of this forward pass."""
@@ -348,6 +457,7 @@ def _layer_hook(applied: Applied, layer: int, device: torch.device) -> Callable:
         for members, change in changes:
             place = {edit: n for n, edit in enumerate(members)}
             mine = [row for row, edit in enumerate(owners) if edit in place]
+            applied.batch_rows = mine
             stacked = torch.tensor([place[owners[row]] for row in mine], device=device, dtype=torch.long)
             if len(mine) == len(owners):
                 output = change(inputs, output, stacked, applied)
@@ -365,9 +475,9 @@ def _layer_hook(applied: Applied, layer: int, device: torch.device) -> Callable:
 def check_fits(edit: Edit, subject: Subject) -> None:
     """Raise StudyError unless the edit's layers and widths exist in the subject."""
     widths = {"left": (0, subject.hidden_size), "right": (1, subject.inner_size), "keys": (1, subject.inner_size),
-              "values": (1, subject.hidden_size)}  # fmt: skip
+              "values": (1, subject.hidden_size), "encoder.first.weight": (1, subject.inner_size)}  # fmt: skip
     for name, tensor in edit.tensors().items():
-        layer, part = name.split(".")
+        layer, part = name.split(".", 1)
         weight = subject.down_proj(int(layer)).weight
         axis, size = widths.get(part, (0, tensor.shape[0]))
         if tensor.shape[axis] != size or (part == "delta" and tensor.shape != weight.shape):
@@ -375,52 +485,3 @@ def check_fits(edit: Edit, subject: Subject) -> None:
                 f"edit of case {edit.case_id} by {edit.editor}: {name} has shape {tuple(tensor.shape)}, which does not "
                 f"fit {subject.name} (d={subject.hidden_size}, d_f={subject.inner_size}): made for another subject?"
             )
-
-
-def save_edits(path: str | os.PathLike, edits: Sequence[Edit], subject: Subject) -> None:
-    """Write edits to one safetensors file whose header says what they are and for which subject."""
-    path = Path(path)
-    tensors, entries = {}, []
-    for n, edit in enumerate(edits):
-        for name, tensor in edit.tensors().items():
-            tensors[f"{n}.{name}"] = tensor.detach().contiguous().cpu()
-        entries.append({"kind": edit.kind, "case_id": edit.case_id, "editor": edit.editor, "log": asdict(edit.log)})
-    header = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "subject": subject.name,
-        "fingerprint": subject.fingerprint,
-    }
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".edits-") as scratch:
-        unfinished = Path(scratch) / "edits"
-        save_file(tensors, unfinished, metadata={"clme": json.dumps({**header, "edits": entries})})
-        os.replace(unfinished, path)
-
-
-def load_edits(path: str | os.PathLike, subject: Subject) -> list[Edit]:
-    """Read edits written by :func:`save_edits`.
-
-    Raises:
-        StudyError: not such a file, another version, or edits of another subject.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("clme", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except Exception as error:
-        raise StudyError(f"{path}: cannot be read as a safetensors file: {error}") from error
-    if header.get("format") != FORMAT or header.get("version") != FORMAT_VERSION:
-        raise StudyError(f"{path}: not a {FORMAT} file of version {FORMAT_VERSION}; write it with save_edits")
-    if header["fingerprint"] != subject.fingerprint:
-        raise StudyError(
-            f"{path}: the edits were made for {header['subject']} ({header['fingerprint'][:40]}), "
-            f"not for {subject.name} ({subject.fingerprint[:40]})"
-        )
-    edits = []
-    for n, entry in enumerate(header["edits"]):
-        mine = {name.removeprefix(f"{n}."): t for name, t in tensors.items() if name.startswith(f"{n}.")}
-        log = EditLog(**{**entry["log"], "losses": tuple(entry["log"]["losses"])})
-        edit = KINDS[entry["kind"]].from_tensors(mine, case_id=entry["case_id"], editor=entry["editor"], log=log)
-        check_fits(edit, subject)
-        edits.append(edit)
-    return edits

@@ -72,7 +72,7 @@ def score(
             "specificity": preserved_scores(texts["specificity"], expected) if expected else {},
         }
         looked_up = [*effect, *general, *specific]
-        has_codebook = all(one.distance is not None for one in looked_up)
+        has_codebook = any(one.distance is not None for one in looked_up)
         records.append(
             _record(
                 _identity(subject, case, edit.editor, preset, run, source, folds_of),
@@ -87,7 +87,7 @@ def score(
                 loss=finite(edit.log.losses[-1]) if edit.log.losses else None,
                 peak_memory_mib=finite(edit.log.peak_memory_mib),
                 initial_sha256=edit.log.initial_sha256,
-                distances=[float(f"{one.distance:.6g}") for one in looked_up] if has_codebook else None,
+                distances=[_rounded(one.distance) for one in looked_up] if has_codebook else None,
                 fired=[bool(one.fired) for one in looked_up] if has_codebook else None,
             )
         )
@@ -139,11 +139,17 @@ def _generate_all(
         # the same draws for every editor, so that editors are compared on them
         noise = gumbel(len(own), generator(seed, subject.name, case.dataset, case.case_id))
         requests += [Request(prompt, budget, n) for prompt in own]
-        requests += [Request(prompt, SPECIFICITY_TOKENS, n) for prompt in case.unrelated]
-        requests += [Request(prompt, FLUENCY_TOKENS, n, noise[row]) for row, prompt in enumerate(own)]
+        # the released program's second and third call
+        later = -1 if edits[n].first_call_only else n
+        requests += [Request(prompt, SPECIFICITY_TOKENS, later) for prompt in case.unrelated]
+        requests += [Request(prompt, FLUENCY_TOKENS, later, noise[row]) for row, prompt in enumerate(own)]
         counts.append((1, len(case.rephrased), len(case.unrelated), len(own)))
     texts = iter(generate(subject, requests, edits))
     return [tuple([next(texts) for _ in range(count)] for count in four) for four in counts]  # type: ignore[misc]
+
+
+def _rounded(distance: float | None) -> float | None:
+    return None if distance is None else float(f"{distance:.6g}")
 
 
 def _mean_scores(scores: list[dict[str, float]]) -> dict[str, float]:

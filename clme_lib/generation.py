@@ -124,7 +124,7 @@ def _prefill(subject: Subject, prompts: Sequence[tuple[list[int], int]], edits: 
                 use_cache=True,
             )
         logits = subject.model.lm_head(done.last_hidden_state[:, -1]).float()
-        distances, fired = _prompt_lookups(applied, edit_rows)
+        distances, fired = _prompt_lookups(applied, len(batch))
         for row, (tokens, _) in enumerate(batch):
             read.append(_Prompt(tokens, done.past_key_values, row, logits[row], distances[row], fired[row]))
     return read
@@ -233,12 +233,11 @@ def _joined_cache(prompts: Sequence[_Prompt], width: int, steps: int) -> Any:
     return Cache(layers=layers)
 
 
-def _prompt_lookups(applied: Applied, rows: Sequence[int]) -> tuple[list, list]:
+def _prompt_lookups(applied: Applied, rows: int) -> tuple[list, list]:
     """Distance and hit of each row's codebook lookup in a prompt pass (None for rows without a codebook)."""
-    distances: list[float | None] = [None] * len(rows)
-    fired: list[bool | None] = [None] * len(rows)
-    with_codebook = [n for n, row in enumerate(rows) if row >= 0 and applied.edits[row].kind == "codebook"]
+    distances: list[float | None] = [None] * rows
+    fired: list[bool | None] = [None] * rows
     for lookup in applied.lookups:
-        for n, distance, hit in zip(with_codebook, lookup.distances.tolist(), lookup.fired.tolist()):
+        for n, distance, hit in zip(lookup.rows, lookup.distances.tolist(), lookup.fired.tolist()):
             distances[n], fired[n] = distance, hit
     return distances, fired

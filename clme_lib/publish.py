@@ -13,17 +13,18 @@ from pathlib import Path
 from . import provenance
 from .errors import StudyError
 from .jsonl import append_rows
-from .records import read_records, without_texts
-from .runs import load_manifest, load_run
+from .records import Record, read_records, without_texts
+from .runs import load_manifest, load_run, make_config, sampled
 
 
 def publish(run: Path, target: Path) -> int:
     """Copy a run to ``target`` for the repository; returns the number of records.
 
-    Only cases that every editor has done are published: a run that was stopped while growing has more of some.
+    Of each editor and data set the largest finished sample is published: a run that was stopped while growing has more
+    cases, and not random ones. The copy is marked as published, which :func:`~clme_lib.runs.run` only reads.
 
     Raises:
-        StudyError: the target exists, or a case failed in the run.
+        StudyError: the target exists, a case failed in the run, or a sample is not finished.
     """
     if target.exists():
         raise StudyError(
@@ -37,19 +38,17 @@ def publish(run: Path, target: Path) -> int:
     failures = [record for records in contents.values() for record in records if record.error]
     if failures:
         raise StudyError(f"{run}: case {failures[0].case_id} by {failures[0].editor} failed: {failures[0].error}")
-    done: dict[str, list[set[int]]] = {}
-    for records in contents.values():
-        done.setdefault(records[0].dataset, []).append({record.case_id for record in records})
-    common = {dataset: set.intersection(*ids) for dataset, ids in done.items()}
+    samples = {name: _finished_sample(run, manifest, records) for name, records in contents.items()}
     here = provenance.library_sha256(), provenance.commit()
     for start in manifest["starts"]:
         # made where there was no repository, by the library that this one holds
         if (start["commit"], start["library"]) == ("unknown", here[0]):
             start["commit"] = here[1]
+    manifest["published"] = provenance.now()
     unfinished = target.with_name(target.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
     for name, records in contents.items():
-        kept = [record for record in records if record.case_id in common[record.dataset]]
+        kept = [record for record in records if record.case_id in samples[name]]
         rows = [record.model_dump() for record in sorted(kept, key=lambda record: record.case_id)]
         append_rows(
             unfinished / "records" / name,
@@ -61,6 +60,22 @@ def publish(run: Path, target: Path) -> int:
     unfinished.rename(target)
     draw(target)
     return len(load_run(target))
+
+
+def _finished_sample(run: Path, manifest: dict, records: list[Record]) -> set[int]:
+    """Ids of the largest sample that the records of one editor and data set contain whole."""
+    dataset, editor = records[0].dataset, records[0].editor
+    done = {record.case_id for record in records}
+    found: set[int] = set()
+    for start in manifest["starts"]:
+        if "finished" in start and dataset in start["cases"] and editor in start["hyperparameters"]:
+            config = {**manifest["config"], "cases": start["cases"][dataset], "sample": start["sample"], "out": run}
+            sample = {case.case_id for case in sampled(make_config(**config), dataset)}
+            if sample <= done and len(sample) > len(found):
+                found = sample
+    if not found:
+        raise StudyError(f"{run}: {editor} has not finished on {dataset}: start the run again, then publish")
+    return found
 
 
 def draw(published: Path) -> Path:

@@ -27,7 +27,8 @@ class Record(Schema):
     """One case under one editor.
 
     Scores are in [0, 1] (fluency in bits); seconds and memory describe the batch the edit was made in, seconds divided by
-    its size. ``distances`` are a codebook's query distances: edit prompt, rephrased prompt, then the neighbours.
+    its size. ``distances`` are a codebook's query distances: edit prompt, rephrased prompt, then the neighbours (None where it was not
+    consulted).
     ``generated_*`` hold the texts, or None where they are not ours to publish; ``sha256_*`` their hashes always.
     """
 
@@ -58,7 +59,7 @@ class Record(Schema):
     loss: float | None = None
     peak_memory_mib: float | None = None
     initial_sha256: str = ""
-    distances: list[float] | None = None
+    distances: list[float | None] | None = None
     fired: list[bool] | None = None
     generated_effectiveness: list[str] | None = None
     generated_generalization: list[str] | None = None

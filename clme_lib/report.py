@@ -31,6 +31,9 @@ _EDITOR_NAMES = {
     "pmet": "PMET",
     "malmen": "MALMEN",
     "grace": "GRACE",
+    "a-grace": "A-GRACE",
+    "a-grace-wo-cl": "A-GRACE w/o CL",
+    "a-grace-wo-mean": "A-GRACE w/o Mean",
 }
 _DATASET_NAMES = {"cnle": "CNLE", "csne": "CSNE"}
 

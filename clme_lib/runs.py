@@ -7,7 +7,7 @@ A run is a folder::
     records/<data set>.<editor>.jsonl
 
 Records are appended batch by batch. Killing the process loses at most the batch in flight; starting the same run again
-completes it. Asking for more cases extends it, because samples are nested.
+completes it. Asking for more cases extends it, because samples are nested. A published run (publish.py) is only read.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class RunConfig(Schema):
 
     ``cases`` is per data set (None: all) and ``sample`` says which ones: samples of one number are nested, of another
     number they are other random cases. ``within`` draws them from the cases of an earlier run, to repeat a part of
-    it. The embedded sets' selection cases are never drawn. ``seed`` is that of every random draw of the study.
+    it; only cases are drawn that all of the editors have there. The embedded sets' selection cases are never drawn. ``seed`` is that of every random draw of the study.
     """
 
     subject: str = "smollm2-135m"
@@ -101,9 +101,12 @@ def run(config: RunConfig) -> pd.DataFrame:
     """Complete a run and return its records.
 
     Raises:
-        StudyError: the folder holds a run of another configuration, or something the user can mend.
+        StudyError: the folder holds a run of another configuration, or a published one that lacks what is asked for, or
+            something else that the user can mend.
     """
-    chosen = {name: _cases(config, name) for name in config.dataset}
+    chosen = {name: sampled(config, name) for name in config.dataset}
+    if (config.out / "run.json").is_file() and "published" in load_manifest(config.out):
+        return _read_published(config, chosen)
     pending = [(name, editor) for name in config.dataset for editor in config.editors
                if _missing(config, name, editor, chosen[name])]  # fmt: skip
     _check_same_run(config)
@@ -152,14 +155,34 @@ def load_manifest(folder: Path | str) -> dict:
         raise StudyError(f"{file}: cannot be read: {error}; is {folder} a run folder?") from error
 
 
-def _cases(config: RunConfig, dataset: str) -> list[Case]:
+def _read_published(config: RunConfig, chosen: dict[str, list[Case]]) -> pd.DataFrame:
+    """What a published run has of the chosen cases; an editor may have fewer cases than another."""
+    _check_same_run(config)
+    table = load_run(config.out, chosen=chosen, editors=config.editors)
+    there = set(zip(table["dataset"], table["editor"]))
+    if missing := [
+        f"{editor} on {name}" for name in chosen for editor in config.editors if (name, editor) not in there
+    ]:
+        raise StudyError(
+            f"{config.out} is a published run and has no records of {', '.join(missing)}: choose another out=, or copy the "
+            'folder, take "published" out of its run.json and extend the copy'
+        )
+    return table
+
+
+def sampled(config: RunConfig, dataset: str) -> list[Case]:
+    """The cases of a data set that a configuration asks for."""
     cases = load_cases(dataset, config.source)
     if config.within is not None:
-        earlier = load_run(config.within)
-        recorded = set(earlier[earlier["dataset"] == dataset]["case_id"])
+        earlier = load_run(config.within, editors=config.editors)
+        earlier = earlier[earlier["dataset"] == dataset]
+        each = [set(mine["case_id"]) for _, mine in earlier.groupby("editor")]
+        recorded = set.intersection(*each) if each else set()
         cases = [case for case in cases if case.case_id in recorded]
         if not cases:
-            raise StudyError(f"within={config.within}: that run has no cases of {dataset}")
+            raise StudyError(
+                f"within={config.within}: that run has no cases of {dataset} by {', '.join(config.editors)}"
+            )
     elif config.source == "embedded":
         cases = [case for case in cases if case.case_id not in selection_ids(dataset)]
     return sample_cases(cases, config.cases, config.sample)
@@ -196,7 +219,8 @@ def _complete(config: RunConfig, subject: Subject, editor: Editor, cases: list[C
         for part in parts:
             if editor.needs_training:
                 fold = folds_of[part[0].case_id]
-                editor.fit([case for case in everything if folds_of[case.case_id] != fold])
+                halves_of = [[case for case in everything if folds_of[case.case_id] == one] for one in (0, 1)]
+                editor.fit(halves_of[1 - fold], edited=halves_of[fold])
             for batch in _batches(editor, part, config.batch_size):
                 records = _attempt(subject, editor, batch, config.seed, common)
                 append_rows(file, [record.model_dump() for record in records])

@@ -109,7 +109,7 @@ def measure(
             chosen, others = selection_cases(dataset, cases)
             made = load_editor(editor, subject, values=values, **setting)
             if made.needs_training:
-                made.fit(others)
+                made.fit(others, edited=chosen)
             edits = made.edit(chosen)
             mean = evaluate(subject, chosen, edits)[SCORES].mean()
             if "compat" in budgets:

@@ -88,7 +88,7 @@ from clme_lib import spot_check
 
 Markdown(
     "## The same cases, published and here\n\n"
-    + spot_check.to_markdown(spot_check.compare(records, clme.load_run(config.within)))
+    + spot_check.to_markdown(spot_check.compare(clme.load_run(config.out), clme.load_run(config.within)))
     if config.within
     else ""
 )

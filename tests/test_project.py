@@ -101,7 +101,7 @@ def test_published_run_renders_twice_the_same(tmp_path):
     outputs = []
     for name in ("a", "b"):
         out = tmp_path / name / "rq1.ipynb"
-        parameters = {"out": str(folder), "name": "h100", "cases": 100, "dataset": "cnle"}
+        parameters = {"out": str(folder), "name": folder.name, "cases": 100, "dataset": "cnle"}
         execute(ROOT / "notebooks" / "rq1_proficiency.py", out, parameters)
         outputs.append(out.read_bytes())
     assert outputs[0] == outputs[1]

@@ -267,27 +267,60 @@ def test_records_are_checked(tiny, source, tmp_path):
 
 
 def test_publishing_keeps_cnle_texts_and_hashes_of_csne(tiny, source, tmp_path):
+    code = tmp_path / "EditCodeSearchNet.json"
+    mined = [make_prompt("csne", f"def f{n}(): return {n}") for n in range(14)]
+    published.write(code, [Case(n, "csne", mined[n], "Return it.", (mined[n + 2],), tuple(mined[4:9])) for n in (0, 1)])
+    runs.run(config(code, tmp_path / "code", dataset="csne", cases=2))
+    publish(tmp_path / "code", tmp_path / "out-code")
+    mine = runs.load_run(tmp_path / "out-code")
+    assert mine["generated_effectiveness"].isna().all() and mine["sha256_effectiveness"].notna().all()
+
     runs.run(config(source, tmp_path / "run", cases=2))
-    file = tmp_path / "run" / "records" / "cnle.grace.jsonl"
-    other = tmp_path / "run" / "records" / "csne.grace.jsonl"
-    other.write_text(file.read_text().replace('"dataset": "cnle"', '"dataset": "csne"'))
     runs.run(config(source, tmp_path / "run", cases=4, editors="none"))
     manifest = json.loads((tmp_path / "run" / "run.json").read_text())
     manifest["starts"][0]["commit"] = manifest["starts"][1]["commit"] = "unknown"
     manifest["starts"][1]["library"] = "another"
     (tmp_path / "run" / "run.json").write_text(json.dumps(manifest))
-    assert publish(tmp_path / "run", tmp_path / "out") == 6, "cases that only some editors have done are left out"
+    assert publish(tmp_path / "run", tmp_path / "out") == 4 + 2
     table = runs.load_run(tmp_path / "out")
-    kept = table[table["dataset"] == "cnle"]["generated_effectiveness"]
-    assert kept.notna().all()
-    mine = table[table["dataset"] == "csne"]
-    assert mine["generated_effectiveness"].isna().all() and mine["sha256_effectiveness"].notna().all()
+    assert table["generated_effectiveness"].notna().all()
     assert (tmp_path / "out" / "proficiency.png").stat().st_size > 1000
     starts = json.loads((tmp_path / "out" / "run.json").read_text())["starts"]
     assert starts[0]["commit"] == provenance.commit(), "the library is this one, so its commit is known"
     assert starts[1]["commit"] == "unknown"
     with pytest.raises(StudyError, match="exists already"):
         publish(tmp_path / "run", tmp_path / "out")
+
+
+def test_publishing_takes_the_largest_finished_sample(tiny, source, tmp_path):
+    runs.run(config(source, tmp_path / "run", cases=2))
+    whole = runs.run(config(source, tmp_path / "run", cases=5, editors="none"))
+    manifest = json.loads((tmp_path / "run" / "run.json").read_text())
+    del manifest["starts"][1]["finished"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(manifest))
+    assert len(whole) == 5 and publish(tmp_path / "run", tmp_path / "out") == 2 + 2, "the larger one was interrupted"
+    del manifest["starts"][0]["finished"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(manifest))
+    with pytest.raises(StudyError, match="none has not finished on cnle|grace has not finished on cnle"):
+        publish(tmp_path / "run", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_published_run_is_only_read(tiny, source, tmp_path):
+    runs.run(config(source, tmp_path / "run", cases=2))
+    runs.run(config(source, tmp_path / "run", cases=4, editors="none"))
+    publish(tmp_path / "run", tmp_path / "out")
+    before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    table = runs.run(config(source, tmp_path / "out", cases=5))
+    assert table.groupby("editor").size().to_dict() == {"none": 4, "grace": 2}
+    assert len(runs.run(config(source, tmp_path / "out", cases=1))) == 2
+    with pytest.raises(StudyError, match="published run and has no records of ft-l on cnle"):
+        runs.run(config(source, tmp_path / "out", editors="none,ft-l"))
+    assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()} == before
+    # repeating a part of it draws cases that all of the editors have
+    both = {case.case_id for case in runs.sampled(config(source, "x", cases=None, within=tmp_path / "out"), "cnle")}
+    only = runs.sampled(config(source, "x", cases=None, within=tmp_path / "out", editors="none"), "cnle")
+    assert both == set(table[table["editor"] == "grace"]["case_id"]) and len(only) == 4
 
 
 def test_spot_check_counts_and_fails(tiny, source, tmp_path):

@@ -9,6 +9,7 @@ from ..hyperparameters import PAPER_SUBJECT, load_settings, parse, registered_su
 from ..prompts import Preset
 from ..seeds import DEFAULT_SEED
 from ..subjects import Subject
+from .a_grace import AGRACE, AGRACEWithoutCL, AGRACEWithoutMean
 from .base import Editor
 from .ft_l import FTL
 from .grace import GRACE
@@ -27,6 +28,9 @@ EDITORS: dict[str, type[Editor]] = {
     "pmet": PMET,
     "malmen": MALMEN,
     "grace": GRACE,
+    "a-grace": AGRACE,
+    "a-grace-wo-cl": AGRACEWithoutCL,
+    "a-grace-wo-mean": AGRACEWithoutMean,
 }
 
 

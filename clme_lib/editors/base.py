@@ -49,8 +49,13 @@ class Editor(ABC, Generic[Values]):
         for layer in {getattr(values, "layer", 0), *getattr(values, "layers", ())}:
             subject.down_proj(layer)  # raises when the layer does not exist
 
-    def fit(self, cases: Sequence[Case]) -> None:
-        """Learn from training cases. Only trained editors (MALMEN, A-GRACE) have anything to learn."""
+    def fit(self, cases: Sequence[Case], edited: Sequence[Case] = ()) -> None:
+        """Learn from training cases. Only trained editors (MALMEN, A-GRACE) have anything to learn.
+
+        Args:
+            edited: the cases to be edited afterwards. Nothing is learnt from them; the released A-GRACE chooses its
+                encoder by them, which its ``compat`` preset repeats.
+        """
 
     def setup(self) -> dict[str, Any]:
         """Prepare what is shared by all cases, outside any case's clock, and describe it for the run's provenance."""

@@ -8,6 +8,7 @@ target's tokens. No weight changes. A query within ``radius`` (Euclidean) of the
 from __future__ import annotations
 
 import hashlib
+from typing import TypeVar
 
 import torch
 from pydantic import Field
@@ -28,13 +29,14 @@ class GRACEHyperparameters(Schema):
     radius: float = Field(gt=0)
 
 
-class GRACE(Editor[GRACEHyperparameters]):
-    """One key and one learnt value a case."""
+Values = TypeVar("Values", bound=GRACEHyperparameters)
 
-    name = "grace"
-    Hyperparameters = GRACEHyperparameters
 
-    def _edit_batch(self, cases, tokenized):
+class ValueEditor(Editor[Values]):
+    """What GRACE and A-GRACE share: learning a case's value."""
+
+    def _learn(self, cases, tokenized) -> tuple[PartialForward, torch.Tensor, list[EditLog]]:
+        """The cases' pass, the values (B, d) learnt in it, and how."""
         values = self.values
         forward = PartialForward(self.subject, tokenized, values.layer, from_lookup=True)
         initial = torch.stack([self._initial_value(case) for case in cases])
@@ -49,23 +51,14 @@ class GRACE(Editor[GRACEHyperparameters]):
             current.sum().backward()
             optimizer.step()
         per_case = torch.stack(losses, dim=1).tolist()
-        radii = torch.full((1,), values.radius, device=self.subject.device)
-        return [
-            Codebook(
-                case.case_id,
-                self.name,
-                layer=values.layer,
-                keys=forward.keys[n, :1].float().clone(),
-                values=learnt[n : n + 1].detach().clone(),
-                radii=radii,
-                log=EditLog(
-                    steps=values.steps,
-                    losses=tuple(per_case[n]),
-                    initial_sha256=hashlib.sha256(initial[n].numpy().tobytes()).hexdigest(),
-                ),
-            )
-            for n, case in enumerate(cases)
+        logs = [
+            EditLog(values.steps, tuple(mine), initial_sha256=hashlib.sha256(start.numpy().tobytes()).hexdigest())
+            for mine, start in zip(per_case, initial)
         ]
+        return forward, learnt.detach(), logs
+
+    def _radii(self) -> torch.Tensor:
+        return torch.full((1,), self.values.radius, device=self.subject.device)
 
     def _cost(self, tokenized):
         return len(tokenized.target_ids)
@@ -73,3 +66,25 @@ class GRACE(Editor[GRACEHyperparameters]):
     def _initial_value(self, case) -> torch.Tensor:
         draw = generator(self.seed, self.subject.name, case.dataset, self.name, case.case_id)
         return torch.rand(self.subject.hidden_size, generator=draw)
+
+
+class GRACE(ValueEditor[GRACEHyperparameters]):
+    """One key and one learnt value a case."""
+
+    name = "grace"
+    Hyperparameters = GRACEHyperparameters
+
+    def _edit_batch(self, cases, tokenized):
+        forward, learnt, logs = self._learn(cases, tokenized)
+        return [
+            Codebook(
+                case.case_id,
+                self.name,
+                layer=self.values.layer,
+                keys=forward.keys[n, :1].float().clone(),
+                values=learnt[n : n + 1].clone(),
+                radii=self._radii(),
+                log=logs[n],
+            )
+            for n, case in enumerate(cases)
+        ]

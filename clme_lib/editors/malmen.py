@@ -60,7 +60,7 @@ class MALMEN(Editor[MALMENHyperparameters]):
     compat: ClassVar = {"cached": "released", "targets": "alone"}
     network: Hypernetwork | None = None
 
-    def fit(self, cases: Sequence[Case]) -> None:
+    def fit(self, cases: Sequence[Case], edited: Sequence[Case] = ()) -> None:
         """Train the hypernetwork on cases of one data set, or load it when it has been trained on them before.
 
         Raises:

@@ -17,15 +17,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ..answers import answers_for
@@ -36,6 +31,7 @@ from ..partial import PartialForward, divergences
 from ..prompts import Row, Tokenized, encode
 from ..seeds import generator, seeded_order
 from ..subjects import Subject
+from ..tensor_files import read_tensors, write_tensors
 from .gradients import Cached, Hook, edit_row, upper_states
 from .hypernetwork import Hypernetwork, normal_equation
 
@@ -229,31 +225,20 @@ class Training:
         if not finished:
             for n, state in self.optimizer.state_dict()["state"].items():
                 tensors.update({f"optimizer.{n}.{name}": one for name, one in state.items()})
-        header = {**self.identity, "iteration": self.iteration, "log": self.log}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.file.parent, prefix=".training-") as scratch:
-            unfinished = Path(scratch) / "part"
-            save_file(
-                {name: one.detach().cpu().contiguous() for name, one in tensors.items()},
-                unfinished,
-                metadata={"clme": json.dumps(header)},
-            )
-            os.replace(unfinished, self.file)
+        write_tensors(self.file, tensors, {**self.identity, "iteration": self.iteration, "log": self.log})
 
     def _load(self) -> None:
         if not self.file.is_file():
             return
+        header, tensors = read_tensors(self.file)
         try:
-            with safe_open(self.file, framework="pt") as content:
-                header = json.loads((content.metadata() or {}).get("clme", "{}"))
-                tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a mapping)
             if {name: header.get(name) for name in self.identity} != self.identity:
                 raise ValueError("it is of another subject, data set, or other values")
             network = {
                 name.removeprefix("network."): one for name, one in tensors.items() if name.startswith("network.")
             }
             self.network.load_state_dict(network)
-        except Exception as error:  # the format's errors have no common type
+        except (ValueError, RuntimeError) as error:
             raise StudyError(f"{self.file}: not a usable network: {error}; remove it to train anew") from error
         self.iteration, self.log = header["iteration"], [tuple(one) for one in header["log"]]
         if self.iteration < self.values.iterations:

@@ -7,9 +7,6 @@ as safetensors whose header says what it is. An interrupted gathering goes on wh
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,8 +14,6 @@ from pathlib import Path
 
 import torch
 from pydantic import Field
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ..blockwise import Blockwise
@@ -28,6 +23,7 @@ from ..errors import StudyError
 from ..hyperparameters import Schema
 from ..prompts import encode
 from ..subjects import Subject
+from ..tensor_files import read_tensors, write_tensors
 
 FORMAT = "clme-second-moment"
 # at ten the write directions still differ visibly from those of four times as many, because tokens of one document
@@ -141,7 +137,7 @@ def _token_limit(subject: Subject, wanted: StatisticsHyperparameters) -> int | N
 
 
 def _read(file: Path, expected: dict, subject: Subject) -> SecondMoment:
-    header, tensors = _open(file)
+    header, tensors = read_tensors(file)
     for name, value in expected.items():
         if header.get(name) != value:
             raise StudyError(
@@ -155,25 +151,6 @@ def _read(file: Path, expected: dict, subject: Subject) -> SecondMoment:
     return SecondMoment(matrix.to(subject.device), header)
 
 
-def _open(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    try:
-        with safe_open(file, framework="pt") as content:
-            header = json.loads((content.metadata() or {}).get("clme", "{}"))
-            return header, {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (not a mapping)
-    except Exception as error:  # the format's errors have no common type
-        raise StudyError(
-            f"{file}: cannot be read as a safetensors file: {error}; remove it to gather it anew"
-        ) from error
-
-
-def _save(file: Path, tensors: dict[str, torch.Tensor], header: dict) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".gathering-") as scratch:
-        unfinished = Path(scratch) / "part"
-        save_file(tensors, unfinished, metadata={"clme": json.dumps(header)})
-        os.replace(unfinished, file)
-
-
 def _gather(subject: Subject, layers: list[int], corpus: Corpus, folder: Path, header: dict, least: int) -> None:
     """Sum ``k k^T`` over the corpus for several layers at once; write one file a layer at the end.
 
@@ -184,7 +161,7 @@ def _gather(subject: Subject, layers: list[int], corpus: Corpus, folder: Path, h
     sums = {layer: torch.zeros(subject.inner_size, subject.inner_size, device=subject.device) for layer in layers}
     documents = tokens = 0
     if unfinished.is_file():
-        before, kept = _open(unfinished)
+        before, kept = read_tensors(unfinished)
         if {name: before.get(name) for name in header} == header:
             documents, tokens = before["documents"], before["tokens"]
             sums = {layer: kept[str(layer)].to(subject.device) for layer in layers}
@@ -197,7 +174,7 @@ def _gather(subject: Subject, layers: list[int], corpus: Corpus, folder: Path, h
             tokens += read
             bar.update(read)
             progress = {**header, "documents": documents, "tokens": tokens}
-            _save(unfinished, {str(layer): one.cpu() for layer, one in sums.items()}, progress)
+            write_tensors(unfinished, {str(layer): one for layer, one in sums.items()}, progress)
     _require(tokens, least, corpus, subject)
     if tokens < subject.inner_size:
         raise StudyError(
@@ -205,7 +182,7 @@ def _gather(subject: Subject, layers: list[int], corpus: Corpus, folder: Path, h
         )
     for layer, total in sums.items():
         finished = {**header, "layer": layer, "documents": documents, "tokens": tokens}
-        _save(folder / f"layer-{layer}.safetensors", {"matrix": (total / tokens).cpu()}, finished)
+        write_tensors(folder / f"layer-{layer}.safetensors", {"matrix": total / tokens}, finished)
     unfinished.unlink(missing_ok=True)  # another process may have gathered the same
 
 

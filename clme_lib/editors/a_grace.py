@@ -1,0 +1,163 @@
+"""A-GRACE and its ablations (paper section V): GRACE with a query that other wordings share.
+
+GRACE asks its codebook with the last token's key, which another wording of the same request does not hit. A-GRACE asks
+with ``E(mean of the prompt's keys)``, where the encoder ``E`` was trained on other cases to bring wordings of one
+request together and to keep neighbours apart. Value, layer, radius and steps are GRACE's; the codebook is asked once
+a text, when the prompt is read.
+
+Ablations: without contrastive learning (w/o CL) the mean of the keys is the query as it is; without the mean (w/o Mean) the
+encoder, trained on last tokens, is given the last token's key.
+
+The released program asks with NaN from the second generation after an edit on, so that its specificity and fluency are
+the unedited model's; ``later_calls="unedited"`` does as it does. Its w/o Mean is not affected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal, TypeVar
+
+from pydantic import Field
+
+from ..datasets.cases import Case
+from ..edits import PromptCodebook
+from ..encoder import Architecture, Encoder
+from ..errors import StudyError
+from ..queries import Query, prompt_queries
+from .encoder_training import TrainedEncoder, trained_encoder
+from .grace import GRACEHyperparameters, ValueEditor
+
+
+class AGRACEWithoutCLHyperparameters(GRACEHyperparameters):
+    """GRACE's, and what the second and later generations after an edit are made by."""
+
+    later_calls: Literal["edited", "unedited"] = "edited"
+
+
+class EncoderHyperparameters(GRACEHyperparameters):
+    """GRACE's, and those of the encoder's training.
+
+    ``margin`` is the contrastive loss's, per data set, in units of the encoded space like ``radius``; ``selection`` says
+    by which cases the epoch is chosen, ``patience`` how many epochs without improvement end the training.
+    """
+
+    architecture: Architecture = "released"
+    margin: dict[str, float]
+    encoder_lr: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    encoder_batch: int = Field(gt=0)
+    epochs: int = Field(gt=0)
+    patience: int = Field(gt=0)
+    selection: Literal["training", "edited"] = "training"
+
+
+class AGRACEHyperparameters(EncoderHyperparameters):
+    """The encoder's, and what the second and later generations after an edit are made by."""
+
+    later_calls: Literal["edited", "unedited"] = "edited"
+
+
+class AGRACEWithoutMeanHyperparameters(EncoderHyperparameters):
+    """``encoder_query`` is what the encoder is trained on: last tokens, or means (another reading of the paper)."""
+
+    encoder_query: Query = "last"
+
+
+Values = TypeVar("Values", bound=GRACEHyperparameters)
+Encoded = TypeVar("Encoded", bound=EncoderHyperparameters)
+
+
+class PromptGRACE(ValueEditor[Values]):
+    """GRACE with a codebook that is asked with the whole prompt."""
+
+    query: ClassVar[Query] = "mean"
+
+    def _edit_batch(self, cases, tokenized):
+        _, learnt, logs = self._learn(cases, tokenized)
+        encoder = self._encoder(cases)
+        keys = prompt_queries(self.subject, [case.prompt for case in cases], self.values.layer)[self.query]
+        keys = keys if encoder is None else encoder(keys)
+        return [
+            PromptCodebook(
+                case.case_id,
+                self.name,
+                layer=self.values.layer,
+                keys=keys[n : n + 1].clone(),
+                values=learnt[n : n + 1].clone(),
+                radii=self._radii(),
+                query=self.query,
+                encoder=encoder,
+                disabled_later=self._disabled_later(),
+                log=logs[n],
+            )
+            for n, case in enumerate(cases)
+        ]
+
+    def _encoder(self, cases: Sequence[Case]) -> Encoder | None:
+        return None
+
+    def _disabled_later(self) -> bool:
+        return False
+
+
+class AGRACEWithoutCL(PromptGRACE[AGRACEWithoutCLHyperparameters]):
+    """A-GRACE without contrastive learning: the mean of the prompt's keys is the query."""
+
+    name = "a-grace-wo-cl"
+    Hyperparameters = AGRACEWithoutCLHyperparameters
+    compat: ClassVar = {"later_calls": "unedited"}
+
+    def _disabled_later(self):
+        return self.values.later_calls == "unedited"
+
+
+class EncodedGRACE(PromptGRACE[Encoded]):
+    """One whose queries go through an encoder."""
+
+    needs_training = True
+    trained: TrainedEncoder | None = None
+
+    def fit(self, cases: Sequence[Case], edited: Sequence[Case] = ()) -> None:
+        """Train the encoder on cases of one data set, or load it when it has been trained on them before.
+
+        Raises:
+            StudyError: the cases are of several data sets, too few, or lack rephrased prompts.
+        """
+        self.trained = trained_encoder(self.subject, self.values, self._encoder_query(), cases, edited, self.seed)
+
+    def _encoder_query(self) -> Query:
+        return self.query
+
+    def _encoder(self, cases):
+        if self.trained is None:
+            raise StudyError(f"{self.name} has not been trained: call fit(cases) with cases that will not be edited")
+        for case in cases:
+            if case.dataset != self.trained.dataset:
+                raise StudyError(
+                    f"case {case.case_id} is of {case.dataset}, and the encoder of {self.name} was trained on "
+                    f"{self.trained.dataset}: call fit with cases of {case.dataset}"
+                )
+        return self.trained.encoder
+
+
+class AGRACE(EncodedGRACE[AGRACEHyperparameters]):
+    """GRACE whose query is an encoded mean over the prompt, so that other wordings find the edit."""
+
+    name = "a-grace"
+    Hyperparameters = AGRACEHyperparameters
+    compat: ClassVar = {"later_calls": "unedited", "selection": "edited"}
+
+    def _disabled_later(self):
+        return self.values.later_calls == "unedited"
+
+
+class AGRACEWithoutMean(EncodedGRACE[AGRACEWithoutMeanHyperparameters]):
+    """A-GRACE without the mean: the encoder is given the last token's key."""
+
+    name = "a-grace-wo-mean"
+    Hyperparameters = AGRACEWithoutMeanHyperparameters
+    compat: ClassVar = {"selection": "edited"}
+    query: ClassVar[Query] = "last"
+
+    def _encoder_query(self) -> Query:
+        return self.values.encoder_query
