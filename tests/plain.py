@@ -187,9 +187,8 @@ def spread(subject, case, contexts, values, moments, pmet):
     """({layer: update written out}, losses) of MEMIT or PMET, the weights really changed and a dense solve at each layer."""
     last = subject.blocks[max(values.layers)]
     if pmet:
-        (_, delta), (_, start), losses = learn(
-            subject, case, contexts, values, [last.self_attn.o_proj, last.mlp.down_proj], pmet=True
-        )
+        modules = [last.self_attn.o_proj, last.mlp.down_proj] if values.attention else [last.mlp.down_proj]
+        (*_, delta), (*_, start), losses = learn(subject, case, contexts, values, modules, pmet=True)
         measured = last.mlp.down_proj
     else:
         (delta,), (start,), losses = learn(subject, case, contexts, values, [last])

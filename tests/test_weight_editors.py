@@ -55,9 +55,9 @@ def test_rome_equals_the_plain_loop(subject, cases):
         assert close(edit.delta(1), update)
 
 
-@pytest.mark.parametrize("name", ["memit", "pmet"])
-def test_spread_editors_equal_the_plain_loop(subject, cases, corpus, name):
-    editor = editor_of(name, subject, corpus)
+@pytest.mark.parametrize(("name", "changes"), [("memit", {}), ("pmet", {}), ("pmet", {"attention": False})])
+def test_spread_editors_equal_the_plain_loop(subject, cases, corpus, name, changes):
+    editor = editor_of(name, subject, corpus, **changes)
     moments = {layer: one.matrix for layer, one in second_moments(subject, [0, 1, 2], editor.values).items()}
     for case, edit in zip(cases[:3], editor.edit(cases[:3])):
         updates, losses = plain.spread(subject, case, editor.contexts, editor.values, moments, name == "pmet")

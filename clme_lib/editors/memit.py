@@ -73,10 +73,12 @@ class MEMIT(RewritingEditor[MEMITHyperparameters]):
         forward = rewriting.forward
         initial = rewriting.first_rows(rewriting.at_lookup(forward.residual + forward.outputs))
         # the stream after a block is its MLP's output on top of constants: delta may as well be added there
-        (delta,), logs = self._learn(
-            cases, rewriting, [initial], lambda part, deltas: part.at_lookup(part.forward.outputs) + deltas[0]
-        )
+        (delta,), logs = self._learn(cases, rewriting, [initial], self._place_on_outputs)
         return initial.float() + delta, logs
+
+    @staticmethod
+    def _place_on_outputs(part, deltas):
+        return part.at_lookup(part.forward.outputs) + deltas[0]
 
     @staticmethod
     def _held(read: BlockPass) -> torch.Tensor:

@@ -19,8 +19,12 @@ from .memit import MEMIT, MEMITHyperparameters
 
 
 class PMETHyperparameters(MEMITHyperparameters):
-    """``kl_stop`` is in nats, after weighting by ``kl_factor``."""
+    """``kl_stop`` is in nats, after weighting by ``kl_factor``.
 
+    ``attention=False`` learns the MLP's vector alone, as the paper's text has it; the released program learns both.
+    """
+
+    attention: bool = True
     agreement_factor: float = Field(gt=0)
     kl_stop: float = Field(ge=0)
 
@@ -33,9 +37,11 @@ class PMET(MEMIT):
     values: PMETHyperparameters
 
     def _wanted(self, cases, rewriting):
-        forward = rewriting.forward
-        initial_attention = rewriting.first_rows(rewriting.at_lookup(forward.attention))
-        initial = rewriting.first_rows(rewriting.at_lookup(forward.outputs))
+        initial_attention = rewriting.first_rows(rewriting.at_lookup(rewriting.forward.attention))
+        initial = rewriting.first_rows(rewriting.at_lookup(rewriting.forward.outputs))
+        if not self.values.attention:
+            (delta,), logs = self._learn(cases, rewriting, [initial], self._place_on_outputs)
+            return initial.float() + delta, logs
         (_, delta), logs = self._learn(cases, rewriting, [initial_attention, initial], self._place)
         return initial.float() + delta, logs
 
