@@ -71,6 +71,16 @@ def _parser() -> argparse.ArgumentParser:
     presets.add_argument("--editor", required=True)
     diagnosis = measurement("diagnose", "what weight updates do to losses, before any text is generated", _diagnose, 6)
     diagnosis.add_argument("--editor", dest="editors", default="ft-l,rome,memit,pmet", help="comma-separated")
+    measurement("radius", "A-GRACE's measures as a function of margin and radius", _radius, 30)
+    encoders = commands.add_parser(
+        "encoders",
+        help="train A-GRACE's encoder by several settings and on more and fewer cases; resumes where it stopped",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    encoders.add_argument("--subject", default="smollm2-135m", help="registry name, Hugging Face id or folder")
+    encoders.add_argument("--out", required=True, type=Path, help="CSV to write")
+    encoders.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    encoders.set_defaults(act=_encoders)
     measurement("statistics", "MEMIT's writes under statistics of more and of less text", _statistics, 30)
 
     check = commands.add_parser("check", help="compare a run with the published records of the same cases")
@@ -190,6 +200,23 @@ def _statistics(options: argparse.Namespace) -> int:
 
     table = compare_statistics(load_subject(options.subject, options.device), options.out, options.cases)
     print(table.to_string(index=False))
+    return 0
+
+
+def _radius(options: argparse.Namespace) -> int:
+    from .radius import sweep_radius
+    from .subjects import load_subject
+
+    table = sweep_radius(load_subject(options.subject, options.device), options.out, options.cases)
+    print(table[table["radius"] == 1].to_string(index=False))
+    return 0
+
+
+def _encoders(options: argparse.Namespace) -> int:
+    from .radius import compare_encoders
+    from .subjects import load_subject
+
+    print(compare_encoders(load_subject(options.subject, options.device), options.out).to_string(index=False))
     return 0
 
 

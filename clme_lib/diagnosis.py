@@ -17,14 +17,16 @@ from .blockwise import Blockwise
 from .datasets import selection_cases
 from .datasets.cases import Case
 from .editors import EDITORS, load_editor
+from .editors.grace import ValueEditor
 from .editors.memit import MEMIT
+from .editors.none import NoEditor
 from .editors.statistics import LEAST_PER_DIMENSION, TOKENS_PER_DIMENSION
 from .edits import DenseUpdate, Edit, LowRankUpdate
 from .errors import StudyError
 from .prompts import DATASETS, encode, tokenize
 from .subjects import Subject
 
-UPDATING = tuple(name for name in EDITORS if name not in ("none", "grace"))
+UPDATING = tuple(name for name, editor in EDITORS.items() if not issubclass(editor, NoEditor | ValueEditor))
 
 
 @torch.no_grad()

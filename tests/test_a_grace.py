@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from clme_lib import queries as queries_module
+from clme_lib import radius as radius_module
 from clme_lib.edit_files import load_edits, save_edits
 from clme_lib.editors import load_editor
 from clme_lib.editors.a_grace import EncoderHyperparameters
@@ -353,3 +354,63 @@ def test_saved_edits_share_their_encoder(subject, cases, tmp_path):
     requests = [Request(case.prompt, 5, n) for n, case in enumerate(cases)] + [Request(cases[0].prompt, 5, 5)]
     assert generate(subject, requests, loaded) == generate(subject, requests, edits)
     assert loaded[0].query == "mean" and loaded[5].encoder is None and not loaded[0].first_call_only
+
+
+@pytest.fixture
+def five_neighbours(cases):
+    """The cases with all other cases' prompts as neighbours."""
+    return [replace(c, unrelated=tuple(other.prompt for other in cases if other is not c)) for c in cases]
+
+
+def test_the_sweep_is_what_each_radius_gives(llama, five_neighbours, tmp_path, monkeypatch):
+    """One evaluation with an infinite radius stands for all: the same as editing with each radius."""
+    cases = five_neighbours
+    monkeypatch.setattr(radius_module, "DATASETS", ("cnle",))
+    monkeypatch.setattr(radius_module, "RADII", 4)
+    monkeypatch.setattr(radius_module, "selection_cases", lambda dataset, count: (cases[:3], cases[3:] + cases[:2]))
+    load = load_editor
+    monkeypatch.setattr(
+        radius_module,
+        "load_editor",
+        lambda name, subject, **changes: load(name, subject, **({} if name == "none" else SMALL), **changes),
+    )
+    table = radius_module.sweep_radius(llama, tmp_path / "radius.csv", 3, margins=[1.0])
+    assert set(table["editor"]) == {"grace", "a-grace", "a-grace-wo-cl", "a-grace-wo-mean"}
+    assert (table["radius"] == 1.0).groupby(table["editor"]).sum().eq(1).all()
+    for name in ("a-grace", "a-grace-wo-cl"):
+        rows = table[table["editor"] == name]
+        assert rows["specificity_rate"].is_monotonic_decreasing and rows["specificity_rate"].nunique() > 1
+        for _, row in rows[rows["radius"] > 0].iterrows():
+            editor = load(name, llama, radius=row["radius"] * (1 + 1e-6), **SMALL)
+            if name == "a-grace":
+                editor.fit(cases[3:] + cases[:2])
+            found = evaluate(llama, cases[:3], editor.edit(cases[:3]))
+            for measure in ("effectiveness", "generalization", "specificity"):
+                assert row[measure] == pytest.approx(found[f"{measure}_em"].mean())
+            assert row["specificity_rate"] == pytest.approx(found["specificity_rate"].mean())
+
+
+def test_encoders_are_compared_and_the_command_resumes(llama, five_neighbours, tmp_path, monkeypatch):
+    more = [replace(case, case_id=case.case_id + 5 * n) for n in range(2) for case in five_neighbours]
+    monkeypatch.setattr(radius_module, "DATASETS", ("cnle",))
+    monkeypatch.setattr(radius_module, "SIZES", (3,))
+    monkeypatch.setattr(radius_module, "load_cases", lambda dataset: more)
+    load, asked = load_editor, []
+
+    def counting(name, subject, **changes):
+        asked.append(name)
+        return load(name, subject, **{**SMALL, **TRAINING, **changes})
+
+    monkeypatch.setattr(radius_module, "load_editor", counting)
+    file = tmp_path / "encoders.csv"
+    table = radius_module.compare_encoders(llama, file)
+    settings = list(radius_module.encoder_settings(2.0))
+    assert len(table) == 2 * len(settings) == len(asked)
+    assert (table["cases"] == 3).sum() == 2 and (table["epochs"] <= 4).all() and table["best"].between(0.5, 1).all()
+    row = table.iloc[0]
+    assert row["accuracy"] == pytest.approx((row["inside"] + 1 - row["neighbours_inside"]) / 2)
+    kept = file.read_text().splitlines()
+    file.write_text("\n".join(kept[:4]) + "\n")
+    asked.clear()
+    assert len(radius_module.compare_encoders(llama, file)) == len(table) and len(asked) == len(table) - 3
+    assert file.read_text().splitlines() == kept
