@@ -124,15 +124,18 @@ def measure(
         rows.append(
             {
                 "editor": editor,
-                "setting": ", ".join(
-                    f"{n} {format(v, 'g') if isinstance(v, int | float) else v}" for n, v in setting.items()
-                ),
+                "setting": ", ".join(f"{name} {_shown(value)}" for name, value in setting.items()),
                 "cases": len(DATASETS) * len(chosen),
                 **mean,
                 "criterion": criterion(mean["effectiveness_em"], mean["specificity_rate"]),
             }
         )
     return pd.DataFrame(rows)
+
+
+def _shown(value: Any) -> str:
+    """Numbers without trailing zeros."""
+    return format(value, "g") if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
 def _write(table: pd.DataFrame, file: Path) -> None:
