@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     presets.add_argument("--editor", required=True)
     diagnosis = measurement("diagnose", "what weight updates do to losses, before any text is generated", _diagnose, 6)
     diagnosis.add_argument("--editor", dest="editors", default="ft-l,rome,memit,pmet", help="comma-separated")
+    measurement("pmet-parts", "what leaving out the attention's vector and spreading cost PMET", _pmet_parts, 6)
     measurement("radius", "A-GRACE's measures as a function of margin and radius", _radius, 30)
     encoders = commands.add_parser(
         "encoders",
@@ -199,6 +200,15 @@ def _statistics(options: argparse.Namespace) -> int:
     from .subjects import load_subject
 
     table = compare_statistics(load_subject(options.subject, options.device), options.out, options.cases)
+    print(table.to_string(index=False))
+    return 0
+
+
+def _pmet_parts(options: argparse.Namespace) -> int:
+    from .diagnosis import take_pmet_apart
+    from .subjects import load_subject
+
+    table = take_pmet_apart(load_subject(options.subject, options.device), options.out, options.cases)
     print(table.to_string(index=False))
     return 0
 

@@ -26,6 +26,8 @@ from .errors import StudyError
 from .prompts import DATASETS, encode, tokenize
 from .subjects import Subject
 
+# the subject's own weight, which writes about 60 % of a residual, and one that writes nearly all of it
+PARTS_WEIGHTS = (2_093.0, 200.0)
 UPDATING = tuple(name for name, editor in EDITORS.items() if not issubclass(editor, NoEditor | ValueEditor))
 
 
@@ -91,6 +93,50 @@ def diagnose_editors(subject: Subject, editors: Sequence[str], file: Path, cases
     table = pd.DataFrame(rows)
     file.parent.mkdir(parents=True, exist_ok=True)
     table.round(4).to_csv(file, index=False)
+    return table
+
+
+def take_pmet_apart(subject: Subject, file: Path, cases: int) -> pd.DataFrame:
+    """What PMET's two steps after learning cost: leaving the attention's vector out, and spreading the MLP's over layers.
+
+    The vectors are learnt once without the KL term, with the attention's and without, and written at the last layer
+    alone, at the last two, and so on, with two weights of the second moment. Written as CSV; columns as in
+    :func:`diagnose`, means over cases.
+
+    Args:
+        cases: of CNLE's selection cases, the first so many.
+    """
+    chosen, _ = selection_cases("cnle", cases)
+    rows = []
+    for attention in (True, False):
+        learnt = load_editor("pmet", subject, values="transferred", kl_factor=0.0, attention=attention)
+        assert isinstance(learnt, MEMIT)
+        with torch.enable_grad():
+            wanted, logs = learnt.wanted(chosen)
+        window = learnt.values.layers
+        for first in reversed(range(len(window))):
+            for weight in PARTS_WEIGHTS:
+                writer = load_editor(
+                    "pmet",
+                    subject,
+                    values="transferred",
+                    kl_factor=0.0,
+                    attention=attention,
+                    layers=window[first:],
+                    covariance_weight=weight,
+                )
+                assert isinstance(writer, MEMIT)
+                edits = writer.write(chosen, wanted.detach(), logs)
+                mean = diagnose(subject, chosen, edits)[
+                    ["learnt", "nll_before", "nll_after", "first_after", "norm"]
+                ].mean()
+                layers = f"{window[first]}-{window[-1]}" if first < len(window) - 1 else str(window[-1])
+                rows.append(
+                    {"attention learnt": attention, "layers": layers, "weight": weight, "cases": len(chosen), **mean}
+                )
+    table = pd.DataFrame(rows)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    table.round(3).to_csv(file, index=False)
     return table
 
 

@@ -85,7 +85,9 @@ def test_presets_are_every_combination_of_defects(llama, small_sets, monkeypatch
 
 def test_a_trained_editor_learns_from_the_other_cases(llama, small_sets, monkeypatch):
     learnt = []
-    monkeypatch.setattr(EDITORS["malmen"], "fit", lambda self, cases, edited: learnt.append({case.case_id for case in cases}))
+    monkeypatch.setattr(
+        EDITORS["malmen"], "fit", lambda self, cases, edited: learnt.append({case.case_id for case in cases})
+    )
     monkeypatch.setattr(EDITORS["malmen"], "edit", lambda self, cases: load_editor("none", llama).edit(cases))
     selection.measure(llama, "malmen", [{"records": 3, "layers": [2, 3]}], values="transferred")
     assert learnt == [{0, 2, 4}, {0, 2, 4}]

@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import pandas as pd
 import plain
 import pytest
 import torch
@@ -356,3 +357,25 @@ def test_a_smaller_corpus_is_read_whole(llama, corpus):
     shutil.rmtree(Path(corpus).parent / "cache")
     with pytest.raises(StudyError, match=r"has only \d+ tokens for tiny-llama, needed are 480"):
         load_editor("memit", llama, **{**SMALL["memit"], "corpus": corpus}).setup()
+
+
+def test_pmet_is_taken_apart(llama, cases, corpus, tmp_path, monkeypatch):
+    """Each row is what PMET with those values does; the vectors are learnt once for all windows."""
+    monkeypatch.setattr(datasets, "load_cases", lambda _name: cases)
+    monkeypatch.setattr(datasets, "selection_ids", lambda _name: {0, 1, 2})
+    monkeypatch.setattr(diagnosis, "PARTS_WEIGHTS", (1e-6, 2.0))
+    small = {"corpus": corpus, "steps": 6}
+
+    def load(name, subject, **changes):
+        return load_editor(name, subject, **{"layers": [1, 2], **small, **changes})
+
+    monkeypatch.setattr(diagnosis, "load_editor", load)
+    table = diagnosis.take_pmet_apart(llama, tmp_path / "parts.csv", cases=2)
+    assert list(table["layers"]) == ["2", "2", "1-2", "1-2"] * 2
+    assert list(table["attention learnt"]) == [True] * 4 + [False] * 4
+    for n, layers, weight, attention in ((0, [2], 1e-6, True), (3, [1, 2], 2.0, True), (6, [1, 2], 1e-6, False)):
+        editor = load("pmet", llama, layers=layers, covariance_weight=weight, attention=attention, kl_factor=0.0)
+        found = diagnose(llama, cases[:2], editor.edit(cases[:2]))
+        assert table["nll_after"][n] == pytest.approx(found["nll_after"].mean(), rel=1e-3)
+        assert table["norm"][n] == pytest.approx(found["norm"].mean(), rel=1e-3)
+    assert len(pd.read_csv(tmp_path / "parts.csv")) == 8

@@ -16,6 +16,7 @@ carried from block to block, with what the update adds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import ClassVar
 
@@ -23,7 +24,8 @@ import torch
 from pydantic import Field
 
 from ..blockwise import BlockPass, Blockwise
-from ..edits import LowRankUpdate
+from ..datasets.cases import Case
+from ..edits import EditLog, LowRankUpdate
 from ..hyperparameters import Layers, Schema
 from ..prompts import encode
 from .rewriting import RewritingEditor, RewritingHyperparameters
@@ -55,21 +57,12 @@ class MEMIT(RewritingEditor[MEMITHyperparameters]):
         return moments
 
     def _edit_batch(self, cases, tokenized):
-        rewriting = self._rewriting(cases, self.values.layers[-1])
-        wanted, logs = self._wanted(cases, rewriting)
-        factors = self._write(cases, wanted)
-        return [
-            LowRankUpdate(
-                case.case_id,
-                self.name,
-                factors={layer: (left[n][:, None], right[n][None]) for layer, (left, right) in factors.items()},
-                log=log,
-            )
-            for n, (case, log) in enumerate(zip(cases, logs))
-        ]
+        wanted, logs = self.wanted(cases)
+        return self.write(cases, wanted, logs)
 
-    def _wanted(self, cases, rewriting):
-        """What the lookup token should hold after the last edited layer, (B, d) float32, and the logs."""
+    def wanted(self, cases: Sequence[Case]) -> tuple[torch.Tensor, list[EditLog]]:
+        """What the lookup token should hold after the last edited layer, (B, d) float32, and the logs; needs gradients."""
+        rewriting = self._rewriting(cases, self.values.layers[-1])
         forward = rewriting.forward
         initial = rewriting.first_rows(rewriting.at_lookup(forward.residual + forward.outputs))
         # the stream after a block is its MLP's output on top of constants: delta may as well be added there
@@ -93,6 +86,19 @@ class MEMIT(RewritingEditor[MEMITHyperparameters]):
         """``a = (weight * C + k k^T)^-1 k`` of each key (B, d_f)."""
         scaled = self.moments[layer].solve(keys) / self.values.covariance_weight
         return (scaled / (1 + (keys.double() * scaled).sum(dim=-1, keepdim=True))).float()
+
+    def write(self, cases: Sequence[Case], wanted: torch.Tensor, logs: Sequence[EditLog]) -> list[LowRankUpdate]:
+        """The cases' edits: each layer's update, so that the lookup token comes to hold what is wanted."""
+        factors = self._write(cases, wanted)
+        return [
+            LowRankUpdate(
+                case.case_id,
+                self.name,
+                factors={layer: (left[n][:, None], right[n][None]) for layer, (left, right) in factors.items()},
+                log=log,
+            )
+            for n, (case, log) in enumerate(zip(cases, logs))
+        ]
 
     @torch.no_grad()
     def _write(self, cases, wanted: torch.Tensor) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:

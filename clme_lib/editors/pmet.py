@@ -36,8 +36,11 @@ class PMET(MEMIT):
     Hyperparameters = PMETHyperparameters
     values: PMETHyperparameters
 
-    def _wanted(self, cases, rewriting):
-        initial_attention = rewriting.first_rows(rewriting.at_lookup(rewriting.forward.attention))
+    def wanted(self, cases):
+        rewriting = self._rewriting(cases, self.values.layers[-1])
+        attention = rewriting.forward.attention
+        assert attention is not None  # it is only where the pass was given its residuals
+        initial_attention = rewriting.first_rows(rewriting.at_lookup(attention))
         initial = rewriting.first_rows(rewriting.at_lookup(rewriting.forward.outputs))
         if not self.values.attention:
             (delta,), logs = self._learn(cases, rewriting, [initial], self._place_on_outputs)
