@@ -55,8 +55,9 @@ def publish(run: Path, target: Path) -> int:
             [without_texts(row) if row["dataset"] == "csne" else row for row in rows],
         )
     (unfinished / "run.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    if (run / "folds.json").is_file():
-        shutil.copy(run / "folds.json", unfinished / "folds.json")
+    for file in (run / "folds.json", *sorted(run.glob("*.csv"))):
+        if file.is_file():
+            shutil.copy(file, unfinished / file.name)
     unfinished.rename(target)
     draw(target)
     return len(load_run(target))

@@ -107,6 +107,17 @@ class Table:
 
 def proficiency_table(records: pd.DataFrame) -> Table:
     """The paper's Table IV: ten scores for every editor and data set, with n and 95 % intervals, best in bold."""
+    subject = ", ".join(records["subject"].unique())
+    caption = (
+        f"Proficiency on {subject} (the paper's Table IV): effectiveness (Eff.), generalization (Gen.), specificity "
+        "(Spec.) and fluency (FL.) by exact match, BLEU and ROUGE-L (R-L), times 100, with 95 % intervals below; best edited "
+        "row in bold."
+    )
+    return Table(score_rows(records), caption, "tab-rq1-proficiency")
+
+
+def score_rows(records: pd.DataFrame) -> pd.DataFrame:
+    """Cells of a table of all ten scores, a row per data set and editor, best edited row in bold."""
     rows = []
     for dataset, mine in scored(records).groupby("dataset", sort=False):
         cells = {
@@ -116,21 +127,15 @@ def proficiency_table(records: pd.DataFrame) -> Table:
         best = {s: max((c[s].mean for editor, c in cells.items() if editor != "none"), default=None) for s in SCORES}
         for editor, intervals in cells.items():
             row = {
-                "Data": _DATASET_NAMES[str(dataset)],
+                "Data": dataset_name(str(dataset)),
                 "Editor": editor_name(str(editor)),
                 "n": str(next(iter(intervals.values())).n),
             }
             for score in SCORES:
                 bold = editor != "none" and intervals[score].mean == best[score]
-                row[_column(score)] = _cell(intervals[score], bold)
+                row[column_name(score)] = _cell(intervals[score], bold)
             rows.append(row)
-    subject = ", ".join(records["subject"].unique())
-    caption = (
-        f"Proficiency on {subject} (the paper's Table IV): effectiveness (Eff.), generalization (Gen.), specificity "
-        "(Spec.) and fluency (FL.) by exact match, BLEU and ROUGE-L (R-L), times 100, with 95 % intervals below; best edited "
-        "row in bold."
-    )
-    return Table(pd.DataFrame(rows), caption, "tab-rq1-proficiency")
+    return pd.DataFrame(rows)
 
 
 def transfer_table(records: pd.DataFrame) -> Table:
@@ -179,7 +184,7 @@ def proficiency_figure(records: pd.DataFrame):
             axis.bar(places, means, width, color=colours[k], label=editor_name(editor))
             axis.errorbar(places, means, yerr=[low, high], fmt="none", ecolor="0.2", elinewidth=0.8, capsize=2)
         axis.set_xticks(range(len(MEASURES)), [measure.capitalize() for measure in MEASURES])
-        axis.set_title(_DATASET_NAMES[dataset])
+        axis.set_title(dataset_name(dataset))
         axis.set_ylim(0, 105)
         axis.grid(axis="x", visible=False)
     axes[0][0].set_ylabel("exact match (%)")
@@ -227,7 +232,7 @@ def reading(records: pd.DataFrame) -> str:
             own = mine[mine["editor"] == editor]
             found = {measure: interval(own[f"{measure}_em"], binary=True) for measure in MEASURES}
             sentences.append(
-                f"On {_DATASET_NAMES[str(dataset)]}, {editor_name(editor)} makes {_percent(found['effectiveness'])} of {len(own)} "
+                f"On {dataset_name(str(dataset))}, {editor_name(editor)} makes {_percent(found['effectiveness'])} of {len(own)} "
                 f"edits hold exactly and carries {_percent(found['generalization'])} of them over to the rephrased prompt; "
                 f"all five neighbours stay unchanged for {_percent(found['specificity'])} of the cases."
             )
@@ -239,7 +244,13 @@ def editor_name(name: str) -> str:
     return _EDITOR_NAMES.get(name, name if name in EDITORS else name.upper())
 
 
-def _column(score: str) -> str:
+def dataset_name(name: str) -> str:
+    """A data set's name as the paper writes it."""
+    return _DATASET_NAMES.get(name, name.upper())
+
+
+def column_name(score: str) -> str:
+    """A score's name in a table's head."""
     if score == "fluency":
         return "FL."
     measure, metric = score.split("_", 1)

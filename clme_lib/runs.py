@@ -105,7 +105,7 @@ def run(config: RunConfig) -> pd.DataFrame:
             something else that the user can mend.
     """
     chosen = {name: sampled(config, name) for name in config.dataset}
-    if (config.out / "run.json").is_file() and "published" in load_manifest(config.out):
+    if is_published(config.out):
         return _read_published(config, chosen)
     pending = [(name, editor) for name in config.dataset for editor in config.editors
                if _missing(config, name, editor, chosen[name])]  # fmt: skip
@@ -153,6 +153,11 @@ def load_manifest(folder: Path | str) -> dict:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StudyError(f"{file}: cannot be read: {error}; is {folder} a run folder?") from error
+
+
+def is_published(folder: Path) -> bool:
+    """Whether a run folder is a published one, which is only read."""
+    return (folder / "run.json").is_file() and "published" in load_manifest(folder)
 
 
 def _read_published(config: RunConfig, chosen: dict[str, list[Case]]) -> pd.DataFrame:

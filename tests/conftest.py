@@ -13,6 +13,8 @@ from transformers import (
     StableLmConfig,
 )
 
+from clme_lib import runs
+from clme_lib.datasets import published
 from clme_lib.datasets.cases import Case
 from clme_lib.hyperparameters import load_settings
 from clme_lib.prompts import make_prompt
@@ -99,3 +101,31 @@ def cases() -> list[Case]:
 def many_cases() -> list[Case]:
     """Twenty: every intent with the targets of four rows."""
     return [Case(n, "cnle", make_prompt("cnle", ROWS[n % 5][0]), ROWS[(n // 5 + n) % 5][1], (), ()) for n in range(20)]
+
+
+@pytest.fixture
+def source(tmp_path, cases):
+    """A published-layout file of five cases with five neighbours each."""
+    whole = [
+        Case(
+            c.case_id,
+            "cnle",
+            c.prompt,
+            c.target,
+            c.rephrased,
+            tuple(make_prompt("cnle", f"task {c.case_id} {k}") for k in range(5)),
+        )
+        for c in cases
+    ]
+    path = tmp_path / "EditConala.json"
+    published.write(path, whole)
+    return path
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """Runs load a tiny random Llama whatever subject they name; answers go to a cache of their own."""
+    subject = make_subject("llama")
+    monkeypatch.setattr(runs, "load_subject", lambda *args: subject)
+    monkeypatch.setenv("CLME_CACHE", str(tmp_path / "cache"))
+    return subject

@@ -9,7 +9,6 @@ import time
 
 import pandas as pd
 import pytest
-from conftest import make_subject
 
 from clme_lib import provenance, runs
 from clme_lib.datasets import published
@@ -24,34 +23,6 @@ from clme_lib.publish import publish
 from clme_lib.records import TEXTS, read_records
 from clme_lib.report import examples, interval, proficiency_table, reading, transfer_table
 from clme_lib.spot_check import compare, describe, to_markdown
-
-
-@pytest.fixture
-def source(tmp_path, cases):
-    """A published-layout file of five cases with five neighbours each."""
-    whole = [
-        Case(
-            c.case_id,
-            "cnle",
-            c.prompt,
-            c.target,
-            c.rephrased,
-            tuple(make_prompt("cnle", f"task {c.case_id} {k}") for k in range(5)),
-        )
-        for c in cases
-    ]
-    path = tmp_path / "EditConala.json"
-    published.write(path, whole)
-    return path
-
-
-@pytest.fixture
-def tiny(monkeypatch, tmp_path):
-    """Runs load a tiny random Llama whatever subject they name; answers go to a cache of their own."""
-    subject = make_subject("llama")
-    monkeypatch.setattr(runs, "load_subject", lambda *args: subject)
-    monkeypatch.setenv("CLME_CACHE", str(tmp_path / "cache"))
-    return subject
 
 
 def config(source, out, **changes):
@@ -94,7 +65,7 @@ def test_trained_editors_learn_from_the_other_fold(tiny, source, tmp_path, monke
     learnt, edited = [], []
     fit, edit = MALMEN.fit, MALMEN.edit
     monkeypatch.setattr(
-        MALMEN, "fit", lambda self, cases: (learnt.append({c.case_id for c in cases}), fit(self, cases))
+        MALMEN, "fit", lambda self, cases, edited: (learnt.append({c.case_id for c in cases}), fit(self, cases))
     )
     monkeypatch.setattr(
         MALMEN,

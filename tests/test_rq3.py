@@ -1,0 +1,111 @@
+"""RQ3: tables, figures and the small files that a run keeps beside its records."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from test_runs import config
+
+from clme_lib import radius, rq3, runs
+from clme_lib.errors import StudyError
+from clme_lib.publish import publish
+
+EDITORS = "none,grace,a-grace,a-grace-wo-cl,a-grace-wo-mean"
+
+
+@pytest.fixture
+def both(tiny, source, tmp_path):
+    """A clean run of four cases and its compat counterpart."""
+    chosen = config(source, tmp_path / "rq3", editors=EDITORS, cases=4, name="rq3")
+    return chosen, runs.run(chosen), rq3.compat_run(chosen)
+
+
+def test_tables_are_functions_of_records(both, tmp_path):
+    _, clean, compat = both
+    assert clean["error"].isna().all() and compat["error"].isna().all()
+    assert sorted(one.name for one in tmp_path.iterdir() if one.name.startswith("rq3")) == ["rq3", "rq3-compat"]
+    assert set(compat["preset"]) == {"compat"} and set(compat["run"]) == {"rq3-compat"}
+    shown = rq3.ablation_table(clean).data
+    assert list(shown["Editor"]) == ["GRACE", "A-GRACE", "A-GRACE w/o CL", "A-GRACE w/o Mean"]
+    mean = 100 * clean[clean["editor"] == "a-grace"]["generalization_bleu"].mean()
+    assert f"{mean:.2f}" in shown.set_index("Editor").loc["A-GRACE", "Gen. BLEU"]
+    presets = rq3.preset_table(clean, compat).data
+    assert len(presets) == 2 * 5 and set(presets["Preset"]) == {"clean", "compat"}
+    released = presets[(presets["Editor"] == "A-GRACE") & (presets["Preset"] == "compat")].iloc[0]
+    assert released["Spec. EM"] == "100.00"
+    overhead = rq3.overhead_table(clean).data.set_index("Editor")
+    assert overhead.loc["GRACE", "time / GRACE"] == "1.00" and float(overhead.loc["A-GRACE", "time (s)"]) > 0
+    text = rq3.reading(clean, compat)
+    assert "On CNLE, A-GRACE carries" in text and "reads 100.0 %" in text
+    assert "are needed for a comparison" in rq3.reading(clean[clean["editor"] == "grace"], compat)
+
+
+def test_paired_differences_by_hand():
+    """Six cases: exact match won four times and lost never, so p = 2 / 2^4; BLEU by scipy's own test on the differences."""
+    one, other = [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]
+    bleu = np.array([0.9, 0.8, 0.7, 0.6, 0.1, 0.3]), np.array([0.2, 0.1, 0.4, 0.1, 0.3, 0.0])
+    rows = []
+    for editor, em, scores in (("a-grace", one, bleu[0]), ("grace", other, bleu[1])):
+        for case, (hit, score) in enumerate(zip(em, scores)):
+            row = dict.fromkeys(rq3.SCORES, 1.0)
+            row |= {"dataset": "cnle", "editor": editor, "case_id": case, "error": None}
+            rows.append(row | {"generalization_em": float(hit), "generalization_bleu": score})
+    found = rq3.paired_table(pd.DataFrame(rows)).data.iloc[0]
+    assert found["n"] == "6" and found["Eff. EM"] == "0.00<br><small>the same</small>"
+    assert found["Gen. EM"].startswith("+66.67") and "p = 0.125" in found["Gen. EM"]
+    p = stats.wilcoxon(bleu[0] - bleu[1], zero_method="zsplit").pvalue
+    assert f"{100 * (bleu[0] - bleu[1]).mean():+.2f}" in found["Gen. BLEU"] and f"p = {p:.3f}" in found["Gen. BLEU"]
+
+
+def test_distances_are_drawn_as_recorded(both):
+    _, clean, _ = both
+    figure = rq3.distance_figure(clean)
+    for axis, editor in zip(figure.axes, ("grace", "a-grace")):
+        recorded = sorted(found[1] for found in clean[clean["editor"] == editor]["distances"])
+        assert axis.lines[0].get_ydata().tolist() == recorded
+        assert axis.lines[1].get_ydata()[0] == 1.0, "the radius"
+    plt.close(figure)
+
+
+def test_small_files_are_made_once_and_published(both, monkeypatch, tmp_path):
+    chosen, clean, _ = both
+    made = []
+
+    def sweep(subject, file, cases):
+        made.append(cases)
+        table = pd.DataFrame(
+            [{"dataset": "cnle", "editor": editor, "margin": margin, "radius": r, "generalization": r / 2, "specificity_rate": 1 - r / 2}
+             for editor, margin in (("grace", None), ("a-grace-wo-cl", None), ("a-grace", 2.0)) for r in (0.0, 1.0, 2.0)]
+        )  # fmt: skip
+        table.to_csv(file, index=False)
+
+    monkeypatch.setattr(radius, "sweep_radius", sweep)
+    monkeypatch.setattr("clme_lib.subjects.load_subject", lambda *args: runs.load_subject())
+    for _ in range(2):
+        table = rq3.sweep(chosen)
+    assert made == [4] and len(table) == 9
+    figure = rq3.radius_figure(table)
+    (dot,) = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (50.0, 50.0), "the paper's radius"
+    places = rq3.projection(chosen)
+    assert list(places["query"]) == ["last"] * 7 + ["mean"] * 7 and list(places["kind"][:3]) == [
+        "edit",
+        "rephrased",
+        "neighbour",
+    ]
+    assert (places[places["kind"] == "edit"]["distance"] == 0).all()
+    case = places["case_id"].iloc[0]
+    for query, editor in (("last", "grace"), ("mean", "a-grace")):
+        (recorded,) = clean[(clean["editor"] == editor) & (clean["case_id"] == case)]["distances"]
+        assert places[places["query"] == query]["distance"].tolist()[1:] == pytest.approx(recorded[1:], abs=1e-3)
+    figure = rq3.projection_figure(places)
+    assert len(figure.axes) == 2
+    plt.close("all")
+    publish(chosen.out, tmp_path / "published")
+    assert sorted(one.name for one in (tmp_path / "published").glob("*.csv")) == ["case_study.csv", "radius.csv"]
+    shown = chosen.model_copy(update={"out": tmp_path / "published"})
+    assert rq3.projection(shown).equals(places) and made == [4]
+    (tmp_path / "published" / "radius.csv").unlink()
+    with pytest.raises(StudyError, match="radius.csv is missing: a published run of RQ3 has it"):
+        rq3.sweep(shown)
