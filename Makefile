@@ -62,10 +62,16 @@ publish: .venv/.ready
 	for editor in rome memit pmet malmen; do test -f results/presets/smollm2-135m.$$editor.csv || \
 	  $(BIN)/clme presets --editor $$editor --out results/presets/smollm2-135m.$$editor.csv || exit 1; done
 	test -f results/diagnosis/smollm2-135m.csv || $(BIN)/clme diagnose --out results/diagnosis/smollm2-135m.csv
+	test -f results/diagnosis/smollm2-135m.pmet.csv || $(BIN)/clme pmet-parts --out results/diagnosis/smollm2-135m.pmet.csv
+	$(BIN)/clme encoders --out results/encoders/smollm2-135m.csv
 	test -f results/statistics/smollm2-135m.csv || $(BIN)/clme statistics --out results/statistics/smollm2-135m.csv
-	test -d $(PUBLISHED) || { $(BIN)/clme run --editor $(ALL) --cases 100 --name $(NAME) --out runs/publish && \
-	  $(BIN)/clme publish runs/publish $(PUBLISHED); }
+	test -d $(PUBLISHED) || { $(BIN)/clme run --editor $(ALL) --cases 100 --out runs/publish/$(NAME) && \
+	  $(BIN)/clme publish runs/publish/$(NAME) $(PUBLISHED); }
 	$(BIN)/clme notebook notebooks/rq1_proficiency.py results/notebooks/rq1_proficiency.ipynb -p editors $(ALL) -p cases 100 -p name $(NAME) -p out $(PUBLISHED)
+	test -d $(PUBLISHED)-rq3 || { $(BIN)/clme notebook notebooks/rq3_a_grace.py runs/publish/rq3.ipynb -p cases 100 -p name $(NAME)-rq3 -p out runs/publish/$(NAME)-rq3 && \
+	  $(BIN)/clme publish runs/publish/$(NAME)-rq3-compat $(PUBLISHED)-rq3-compat && \
+	  $(BIN)/clme publish runs/publish/$(NAME)-rq3 $(PUBLISHED)-rq3; }
+	$(BIN)/clme notebook notebooks/rq3_a_grace.py results/notebooks/rq3_a_grace.ipynb -p cases 100 -p name $(NAME)-rq3 -p out $(PUBLISHED)-rq3
 
 clean:
 	rm -rf _build .venv

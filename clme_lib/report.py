@@ -224,19 +224,32 @@ def examples(records: pd.DataFrame, cases: Sequence[Case], count: int = 3) -> st
 
 
 def reading(records: pd.DataFrame) -> str:
-    """A paragraph of Markdown that says what the numbers show; every figure is computed here."""
-    sentences = []
+    """Markdown that says what the numbers show, a paragraph a data set; every figure is computed here."""
+    paragraphs = []
     for dataset, mine in scored(records).groupby("dataset", sort=False):
-        edited = [name for name in mine["editor"].unique() if name != "none"]
-        for editor in edited:
+        sentences, careful = [], {}
+        for editor in [name for name in mine["editor"].unique() if name != "none"]:
             own = mine[mine["editor"] == editor]
             found = {measure: interval(own[f"{measure}_em"], binary=True) for measure in MEASURES}
             sentences.append(
-                f"On {dataset_name(str(dataset))}, {editor_name(editor)} makes {_percent(found['effectiveness'])} of {len(own)} "
-                f"edits hold exactly and carries {_percent(found['generalization'])} of them over to the rephrased prompt; "
-                f"all five neighbours stay unchanged for {_percent(found['specificity'])} of the cases."
+                f"{editor_name(editor)} makes {_percent(found['effectiveness'])} of {len(own)} edits hold exactly and "
+                f"carries {_percent(found['generalization'])} of them over to the rephrased prompt; all five neighbours stay "
+                f"unchanged for {_percent(found['specificity'])} of the cases."
             )
-    return " ".join(sentences)
+            if found["effectiveness"].mean >= 0.5 and found["specificity"].mean >= 0.5:
+                careful[editor_name(editor)] = found["generalization"].mean
+        if careful:
+            most = max(careful, key=careful.__getitem__)
+            sentences.append(
+                f"Of the editors that make at least half of the edits hold and keep all neighbours in at least half of the cases "
+                f"({', '.join(careful)}), the most that any carries over is {100 * careful[most]:.1f} % ({most})."
+            )
+        elif sentences:
+            sentences.append(
+                "No editor both makes half of the edits hold and keeps all neighbours in half of the cases."
+            )
+        paragraphs.append(f"On {dataset_name(str(dataset))}: " + " ".join(sentences))
+    return "\n\n".join(paragraphs)
 
 
 def editor_name(name: str) -> str:

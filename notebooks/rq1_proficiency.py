@@ -83,6 +83,9 @@ report.transfer_table(records)
 shown = "cnle" if "cnle" in config.dataset else config.dataset[0]
 Markdown(report.examples(records, clme.load_cases(shown, config.source)))
 
+# %% [markdown]
+# [](#weight-editors) looks at updates of weights before any text is generated, to tell the method, the model and the code apart.
+
 # %% tags=["hide-input"]
 from clme_lib import spot_check
 

@@ -323,7 +323,13 @@ def test_report_is_computed_from_records(tiny, source, tmp_path):
     assert f"{mean:.2f}" in shown.data[shown.data["Editor"] == "GRACE"].iloc[0]["Eff. BLEU"]
     bundle = shown._repr_mimebundle_()
     assert bundle["text/markdown"].startswith("```{table}") and "<table" in bundle["text/html"]
-    assert "GRACE makes" in reading(table)
+    text = reading(table)
+    assert text.startswith("On CNLE: GRACE makes")
+    own = table[table["editor"] == "grace"]
+    both = own["effectiveness_em"].mean() >= 0.5 and own["specificity_em"].mean() >= 0.5
+    assert ("the most that any carries over is" if both else "No editor both makes half") in text
+    perfect = table.assign(effectiveness_em=1.0, specificity_em=1.0, generalization_em=0.25)
+    assert "(GRACE), the most that any carries over is 25.0 % (GRACE)." in reading(perfect)
     assert transfer_table(table).data.empty, "one data set has nothing to compare"
     assert "case 0" in examples(table, published.read(source, "cnle"))
 

@@ -1,6 +1,5 @@
 """Sphinx extension: numbers in the prose are computed from the published records, never typed."""
 
-import json
 from pathlib import Path
 
 import pandas as pd
@@ -9,7 +8,7 @@ import pandas as pd
 def _numbers(root: Path) -> dict[str, str]:
     from clme_lib.datasets import embedded_cnle, embedded_csne
     from clme_lib.report import editor_name, interval
-    from clme_lib.runs import load_run
+    from clme_lib.runs import load_manifest, load_run
 
     numbers = {}
     targets, pool = embedded_cnle.read_rows("cnle-targets"), embedded_cnle.read_rows("cnle-pool")
@@ -18,13 +17,12 @@ def _numbers(root: Path) -> dict[str, str]:
     numbers["csne_targets"], numbers["csne_pool"] = str(embedded_csne.TARGETS), str(embedded_csne.POOL)
     numbers["cnle_median"] = str(lengths[len(lengths) // 2])
     numbers["cnle_calls"] = str(len(set().union(*(embedded_cnle.calls(row["snippet"]) for row in targets))))
-    runs = sorted((root / "results" / "runs").glob("*/run.json"))
-    records = load_run(runs[0].parent)
-    start = json.loads(runs[0].read_text())["starts"][-1]
-    numbers["run_hardware"] = start["hardware"]["name"]
-    numbers["run_versions"] = ", ".join(f"{name} {start['versions'][name]}" for name in ("torch", "transformers"))
-    numbers["run_cases"] = str(records.groupby("dataset")["case_id"].nunique().min())
-    numbers["run_folder"] = f"results/runs/{runs[0].parent.name}"
+    folder = root / "results" / "runs" / "smollm2-135m"
+    records = load_run(folder)
+    counts = records.groupby(["dataset", "editor"]).size()
+    numbers["run_cases"] = " to ".join(map(str, dict.fromkeys((counts.min(), counts.max()))))
+    numbers["run_folder"] = f"results/runs/{folder.name}"
+    numbers["run_table"] = _provenance(load_manifest(folder)["starts"], counts)
     for (dataset, editor), mine in records.groupby(["dataset", "editor"]):
         for measure in ("effectiveness", "generalization", "specificity"):
             numbers[f"{dataset}_{editor.replace('-', '_')}_{measure}"] = (
@@ -38,6 +36,26 @@ def _numbers(root: Path) -> dict[str, str]:
         numbers[f"{dataset}_rephrased_fired"] = f"{100 * (distances[1] <= 1).mean():.1f} %"
     numbers["editors"] = ", ".join(editor_name(name) for name in records["editor"].unique())
     return numbers
+
+
+def _provenance(starts: list[dict], counts: pd.Series) -> str:
+    """A table: on what, with what and from which commit each editor's records were made."""
+    from clme_lib.report import editor_name
+
+    rows = ["| Editor | Cases | Hardware | PyTorch | Transformers | Commit |", "|---|---|---|---|---|---|"]
+    for editor, mine in counts.groupby("editor", sort=False):
+        # the first start that finished what is published; later ones found nothing to do
+        made = [
+            s
+            for s in starts
+            if editor in s["hyperparameters"] and "finished" in s and max(s["cases"].values()) >= mine.max()
+        ]
+        hardware, versions = made[0]["hardware"], made[0]["versions"]
+        threads = "" if hardware["device"] == "cuda" else f", {hardware['threads']} thread(s)"
+        cells = [editor_name(str(editor)), " + ".join(map(str, mine)), hardware["name"] + threads,
+                 versions["torch"], versions["transformers"], f"`{made[0]['commit'][:10]}`"]  # fmt: skip
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
 
 
 def load_numbers(app, config):
