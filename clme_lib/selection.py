@@ -18,10 +18,14 @@ import pandas as pd
 from tqdm import tqdm
 
 from .datasets import selection_cases
+from .datasets.cases import Case
 from .editors import EDITORS, load_editor
 from .errors import StudyError
 from .evaluation import evaluate
+from .jsonl import append_rows, read_rows
 from .prompts import DATASETS, Preset
+from .records import finite
+from .seeds import seed_of
 from .subjects import Subject
 
 GOOD_ENOUGH = 0.95
@@ -65,7 +69,7 @@ def select(subject: Subject, editor: str, file: Path, cases: int | None = None) 
     """
     if editor not in GRIDS:
         raise StudyError(f"no grid to select {editor!r} from; known: {', '.join(GRIDS)}")
-    table = choose(measure(subject, editor, GRIDS[editor], values="transferred", cases=cases))
+    table = choose(measure(subject, editor, GRIDS[editor], file, values="transferred", cases=cases))
     _write(table, file)
     return table
 
@@ -73,7 +77,8 @@ def select(subject: Subject, editor: str, file: Path, cases: int | None = None) 
 def compare_presets(subject: Subject, editor: str, file: Path, cases: int | None = None) -> pd.DataFrame:
     """Measure what each of the released program's defects does to an editor, alone and together; written like :func:`select`.
 
-    The defects are the editor's ``compat`` values, every combination of them; ``released_budget_em`` is effectiveness
+    The defects are the editor's ``compat`` values, every combination of them (of a trained editor none and all, since each
+    would train anew); ``released_budget_em`` is effectiveness
     when a text may only be as long as its target tokenised alone (also part of ``compat``).
 
     Raises:
@@ -85,7 +90,8 @@ def compare_presets(subject: Subject, editor: str, file: Path, cases: int | None
         raise StudyError(f"{editor!r} has no presets to compare; known: {', '.join(known)}")
     clean = {name: EDITORS[editor].Hyperparameters.model_fields[name].default for name in defects}
     settings = [dict(zip(defects, one)) for one in product(*((clean[name], defects[name]) for name in defects))]
-    table = measure(subject, editor, settings, values="subject", cases=cases, budgets=("clean", "compat"))
+    settings = [settings[0], settings[-1]] if EDITORS[editor].needs_training else settings
+    table = measure(subject, editor, settings, file, values="subject", cases=cases, budgets=("clean", "compat"))
     table = table.drop(columns="criterion")
     _write(table, file)
     return table
@@ -95,6 +101,7 @@ def measure(
     subject: Subject,
     editor: str,
     settings: Sequence[dict[str, Any]],
+    file: Path,
     *,
     values: Literal["subject", "transferred"],
     cases: int | None = None,
@@ -103,23 +110,30 @@ def measure(
     """Mean scores over both data sets' selection cases, one row a setting; a trained editor learns from the other cases.
 
     Args:
+        file: the table to be; what has been measured is kept beside it, so that an interrupted command goes on.
         cases: only the first so many of each data set's (None: all 30).
     """
+    kept = file.with_name(f"{file.name}.part")
+    done = {(row["identity"], row["dataset"]): row for row in read_rows(kept)}
     rows = []
     for setting in tqdm(settings, desc=f"measure {editor}", unit="setting"):
         means = []
         for dataset in DATASETS:
             chosen, others = selection_cases(dataset, cases)
             made = load_editor(editor, subject, values=values, **setting)
-            if made.needs_training:
-                made.fit(others, edited=chosen)
-            edits = made.edit(chosen)
-            mean = evaluate(subject, chosen, edits)[SCORES].mean()
-            if "compat" in budgets:
-                mean["released_budget_em"] = evaluate(subject, chosen, edits, preset="compat")[
-                    "effectiveness_em"
-                ].mean()
-            means.append(mean)
+            identity = seed_of(subject.fingerprint, subject.dtype_name, editor, made.values, budgets, _digest(chosen))
+            if (identity, dataset) not in done:
+                if made.needs_training:
+                    made.fit(others, edited=chosen)
+                edits = made.edit(chosen)
+                mean = evaluate(subject, chosen, edits)[SCORES].mean()
+                if "compat" in budgets:
+                    released = evaluate(subject, chosen, edits, preset="compat")
+                    mean["released_budget_em"] = released["effectiveness_em"].mean()
+                scores = {name: finite(one) for name, one in mean.items()}
+                done[identity, dataset] = {"identity": identity, "dataset": dataset, "scores": scores}
+                append_rows(kept, [done[identity, dataset]])
+            means.append(pd.Series(done[identity, dataset]["scores"], dtype=float))
         mean = sum(means) / len(means)
         rows.append(
             {
@@ -133,6 +147,10 @@ def measure(
     return pd.DataFrame(rows)
 
 
+def _digest(cases: Sequence[Case]) -> str:
+    return "".join(case.sha256 for case in cases)
+
+
 def _shown(value: Any) -> str:
     """Numbers without trailing zeros."""
     return format(value, "g") if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
@@ -141,6 +159,7 @@ def _shown(value: Any) -> str:
 def _write(table: pd.DataFrame, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     table.round(4).to_csv(file, index=False)
+    file.with_name(f"{file.name}.part").unlink(missing_ok=True)
 
 
 def choose(measured: pd.DataFrame) -> pd.DataFrame:

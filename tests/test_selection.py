@@ -79,15 +79,40 @@ def test_presets_are_every_combination_of_defects(llama, small_sets, monkeypatch
     ]
     assert list(table["cases"]) == [2] * 4 and table["released_budget_em"].notna().all()
     assert table["loss"].nunique() == 4
-    with pytest.raises(StudyError, match="'grace' has no presets to compare; known: rome, memit, pmet, malmen"):
+    with pytest.raises(
+        StudyError, match="'grace' has no presets to compare; known: rome, memit, pmet, malmen, a-grace"
+    ):
         selection.compare_presets(llama, "grace", tmp_path / "other.csv")
 
 
-def test_a_trained_editor_learns_from_the_other_cases(llama, small_sets, monkeypatch):
+def test_an_interrupted_measurement_goes_on(llama, small_sets, monkeypatch, tmp_path):
+    monkeypatch.setitem(selection.GRIDS, "grace", [{"layer": 1, "steps": 2}, {"layer": 2, "steps": 3}])
+    evaluated, evaluate = [], selection.evaluate
+
+    def counting(subject, cases, edits, **options):
+        if len(evaluated) == 3:
+            raise ConnectionError
+        evaluated.append(edits[0].log.steps)
+        return evaluate(subject, cases, edits, **options)
+
+    monkeypatch.setattr(selection, "evaluate", counting)
+    file = tmp_path / "table.csv"
+    with pytest.raises(ConnectionError):
+        selection.select(llama, "grace", file)
+    assert not file.exists()
+    monkeypatch.setattr(
+        selection, "evaluate", lambda *args: (evaluated.append(args[2][0].log.steps), evaluate(*args))[1]
+    )
+    resumed = selection.select(llama, "grace", file)
+    assert evaluated == [2, 2, 3, 3] and sorted(one.name for one in tmp_path.glob("table*")) == ["table.csv"]
+    assert selection.select(llama, "grace", tmp_path / "whole.csv").equals(resumed)
+
+
+def test_a_trained_editor_learns_from_the_other_cases(llama, small_sets, monkeypatch, tmp_path):
     learnt = []
     monkeypatch.setattr(
         EDITORS["malmen"], "fit", lambda self, cases, edited: learnt.append({case.case_id for case in cases})
     )
     monkeypatch.setattr(EDITORS["malmen"], "edit", lambda self, cases: load_editor("none", llama).edit(cases))
-    selection.measure(llama, "malmen", [{"records": 3, "layers": [2, 3]}], values="transferred")
+    selection.measure(llama, "malmen", [{"records": 3, "layers": [2, 3]}], tmp_path / "t.csv", values="transferred")
     assert learnt == [{0, 2, 4}, {0, 2, 4}]

@@ -21,7 +21,7 @@ def _numbers(root: Path) -> dict[str, str]:
     records = load_run(folder)
     counts = records.groupby(["dataset", "editor"]).size()
     numbers["run_cases"] = " to ".join(map(str, dict.fromkeys((counts.min(), counts.max()))))
-    numbers["run_folder"] = f"results/runs/{folder.name}"
+    numbers["run_folder"] = f"`results/runs/{folder.name}`"
     numbers["run_table"] = _provenance(load_manifest(folder)["starts"], counts)
     for (dataset, editor), mine in records.groupby(["dataset", "editor"]):
         for measure in ("effectiveness", "generalization", "specificity"):
@@ -40,10 +40,12 @@ def _numbers(root: Path) -> dict[str, str]:
 
 def _provenance(starts: list[dict], counts: pd.Series) -> str:
     """A table: on what, with what and from which commit each editor's records were made."""
+    from clme_lib.editors import EDITORS
     from clme_lib.report import editor_name
 
-    rows = ["| Editor | Cases | Hardware | PyTorch | Transformers | Commit |", "|---|---|---|---|---|---|"]
-    for editor, mine in counts.groupby("editor", sort=False):
+    rows = ["| Editor | Cases | Hardware | PyTorch | Transformers | Program |", "|---|---|---|---|---|---|"]
+    by_editor = dict(iter(counts.groupby("editor")))
+    for editor, mine in ((name, by_editor[name]) for name in EDITORS if name in by_editor):
         # the first start that finished what is published; later ones found nothing to do
         made = [
             s
@@ -52,8 +54,10 @@ def _provenance(starts: list[dict], counts: pd.Series) -> str:
         ]
         hardware, versions = made[0]["hardware"], made[0]["versions"]
         threads = "" if hardware["device"] == "cuda" else f", {hardware['threads']} thread(s)"
+        known = made[0]["commit"] != "unknown"
+        program = f"commit `{made[0]['commit'][:10]}`" if known else f"library `{made[0]['library'][:10]}`"
         cells = [editor_name(str(editor)), " + ".join(map(str, mine)), hardware["name"] + threads,
-                 versions["torch"], versions["transformers"], f"`{made[0]['commit'][:10]}`"]  # fmt: skip
+                 versions["torch"], versions["transformers"], program]  # fmt: skip
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
