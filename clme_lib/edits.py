@@ -265,7 +265,7 @@ class PromptCodebook(Codebook):
     Attributes:
         query: ``mean`` of the inputs of ``W_l`` over the prompt's real tokens, or the ``last`` token's.
         encoder: what keys and queries went through; None compares them as they are.
-        disabled_later: repeat the released program's defect: only the first generation after an edit (of the edit and
+        first_call_only: repeat the released program's defect: only the first generation after an edit (of the edit and
             rephrased prompts) consults the codebook, all later ones are the unedited subject's.
 
     With an encoder the keys have shape (n, 256). What is replaced is the last prompt column's output, as in GRACE.
@@ -273,16 +273,12 @@ class PromptCodebook(Codebook):
 
     query: Query = "mean"
     encoder: Encoder | None = None
-    disabled_later: bool = False
+    first_call_only: bool = False
     kind: ClassVar[str] = "prompt-codebook"
-
-    @property
-    def first_call_only(self) -> bool:
-        return self.disabled_later
 
     def settings(self) -> dict:
         architecture = self.encoder.architecture if self.encoder else None
-        return {"query": self.query, "disabled_later": self.disabled_later, "architecture": architecture}
+        return {"query": self.query, "first_call_only": self.first_call_only, "architecture": architecture}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         if self.encoder is None:
@@ -323,7 +319,8 @@ class PromptCodebook(Codebook):
         def change(inputs, outputs, rows, applied):
             if applied.phase == "decode":
                 return outputs
-            column, mask = applied.last_column(inputs.shape[1]), applied.real_columns(inputs)
+            column = applied.last_column(inputs.shape[1]).to(device).expand(len(inputs))
+            mask = applied.real_columns(inputs)
             for g, (query, encoder, books) in enumerate(parts):
                 mine = (group_of[rows] == g).nonzero()[:, 0]
                 if not len(mine):

@@ -246,6 +246,16 @@ def test_only_the_last_prompt_column_is_replaced(subject, cases, pads):
     assert not torch.isclose(seen["out"][0, :-1], edit.values[0]).all(-1).any()
 
 
+def test_a_batch_without_a_mask_has_no_padding(subject, cases):
+    (edit,) = fitted("a-grace", subject, cases).edit(cases[:1])
+    ids = subject.tokenizer(cases[0].prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(subject.device)
+    other = ids.flip(1)
+    with subject.applying([edit]) as applied:
+        subject.model(input_ids=torch.cat([other, ids]))
+    (lookup,) = applied.lookups
+    assert lookup.rows == [0, 1] and lookup.distances[1] < 1e-3 * edit.keys.norm() < lookup.distances[0]
+
+
 def test_a_one_token_prompt_can_be_matched(llama, cases):
     """The phase decides, not the width of the pass."""
     (edit,) = fitted("a-grace-wo-cl", llama, cases).edit(cases[:1])

@@ -87,7 +87,7 @@ class PromptGRACE(ValueEditor[Values]):
                 radii=self._radii(),
                 query=self.query,
                 encoder=encoder,
-                disabled_later=self._disabled_later(),
+                first_call_only=self._first_call_only(),
                 log=logs[n],
             )
             for n, case in enumerate(cases)
@@ -96,7 +96,7 @@ class PromptGRACE(ValueEditor[Values]):
     def _encoder(self, cases: Sequence[Case]) -> Encoder | None:
         return None
 
-    def _disabled_later(self) -> bool:
+    def _first_call_only(self) -> bool:
         return False
 
 
@@ -107,7 +107,7 @@ class AGRACEWithoutCL(PromptGRACE[AGRACEWithoutCLHyperparameters]):
     Hyperparameters = AGRACEWithoutCLHyperparameters
     compat: ClassVar = {"later_calls": "unedited"}
 
-    def _disabled_later(self):
+    def _first_call_only(self):
         return self.values.later_calls == "unedited"
 
 
@@ -147,7 +147,7 @@ class AGRACE(EncodedGRACE[AGRACEHyperparameters]):
     Hyperparameters = AGRACEHyperparameters
     compat: ClassVar = {"later_calls": "unedited", "selection": "edited"}
 
-    def _disabled_later(self):
+    def _first_call_only(self):
         return self.values.later_calls == "unedited"
 
 
