@@ -126,14 +126,10 @@ def distance_figure(records: pd.DataFrame, radius: float = 1.0, editors: tuple[s
     One panel a data set and editor; cases in the order of their OI-GRI distance; the band goes from a case's nearest
     to its farthest neighbour. A matplotlib figure.
     """
-    import matplotlib.pyplot as plt
     import seaborn as sns
 
-    sns.set_theme(style="whitegrid", context="paper")
     datasets = list(records["dataset"].unique())
-    figure, axes = plt.subplots(
-        len(editors), len(datasets), figsize=(4.2 * len(datasets), 2.6 * len(editors)), squeeze=False
-    )
+    figure, axes = _panels(len(editors), len(datasets), height=2.6)
     near, far = sns.color_palette("colorblind", 2)
     for row, editor in zip(axes, editors):
         for axis, dataset in zip(row, datasets):
@@ -159,22 +155,14 @@ def distance_figure(records: pd.DataFrame, radius: float = 1.0, editors: tuple[s
             axis.set_ylim(bottom=0)
             axis.set_xlabel("cases")
         row[0].set_ylabel("distance")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 1.05), ncol=3)
-    figure.tight_layout()
-    return figure
+    return _with_legend(figure, axes, top=1.05, columns=3)
 
 
 def projection_figure(places: pd.DataFrame):
     """One case's prompts in the plane of their first two principal components, for each kind of key; a matplotlib figure."""
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-
-    sns.set_theme(style="whitegrid", context="paper")
     datasets = list(places["dataset"].unique())
     titles = {"last": "last-token key", "mean": "encoded mean key"}
-    figure, axes = plt.subplots(
-        len(titles), len(datasets), figsize=(4.2 * len(datasets), 3.2 * len(titles)), squeeze=False
-    )
+    figure, axes = _panels(len(titles), len(datasets), height=3.2)
     for row, (query, title) in zip(axes, titles.items()):
         for axis, dataset in zip(row, datasets):
             mine = places[(places["query"] == query) & (places["dataset"] == dataset)]
@@ -190,19 +178,15 @@ def projection_figure(places: pd.DataFrame):
                         )
             axis.set_title(f"{dataset_name(dataset)} case {mine['case_id'].iloc[0]}, {title}")
             axis.margins(0.2)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 1.04), ncol=3)
-    figure.tight_layout()
-    return figure
+    return _with_legend(figure, axes, top=1.04, columns=3)
 
 
 def radius_figure(sweep: pd.DataFrame):
     """Generalization against specificity as the radius grows, a curve a margin; a dot where the radius is the paper's 1."""
-    import matplotlib.pyplot as plt
     import seaborn as sns
 
-    sns.set_theme(style="whitegrid", context="paper")
     datasets = list(sweep["dataset"].unique())
-    figure, axes = plt.subplots(1, len(datasets), figsize=(4.6 * len(datasets), 3.6), sharey=True, squeeze=False)
+    figure, axes = _panels(1, len(datasets), height=3.6)
     margins = sorted(sweep["margin"].dropna().unique())
     colours = dict(zip(margins, sns.color_palette("viridis", len(margins))))
     for axis, dataset in zip(axes[0], datasets):
@@ -229,7 +213,21 @@ def radius_figure(sweep: pd.DataFrame):
         axis.set_title(dataset_name(dataset))
         axis.set_xlabel("neighbours unchanged (%)")
     axes[0][0].set_ylabel("generalization, exact match (%)")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 1.14), ncol=4)
+    return _with_legend(figure, axes, top=1.14, columns=4)
+
+
+def _panels(rows: int, columns: int, height: float):
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    sns.set_theme(style="whitegrid", context="paper")
+    return plt.subplots(rows, columns, figsize=(4.4 * columns, height * rows), squeeze=False)
+
+
+def _with_legend(figure, axes, top: float, columns: int):
+    """One legend above all panels."""
+    labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(*labels, loc="upper center", bbox_to_anchor=(0.5, top), ncol=columns)
     figure.tight_layout()
     return figure
 

@@ -57,6 +57,11 @@ class Subject:
         return str(self.dtype).removeprefix("torch.")
 
     @property
+    def identity(self) -> dict[str, str]:
+        """What a file that was made with this subject says of it."""
+        return {"subject": self.name, "fingerprint": self.fingerprint, "dtype": self.dtype_name}
+
+    @property
     def decoder(self) -> Any:  # architectures share no typed base
         """The stack of blocks without the head."""
         return self.model.model

@@ -164,9 +164,7 @@ def trained_encoder(
     header = {
         "format": FORMAT,
         "version": 1,
-        "subject": subject.name,
-        "fingerprint": subject.fingerprint,
-        "dtype": subject.dtype_name,
+        **subject.identity,
         "dataset": dataset,
         "layer": values.layer,
         "query": query,

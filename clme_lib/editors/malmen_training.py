@@ -83,9 +83,7 @@ class Training:
         self.identity = {
             "format": FORMAT,
             "version": 1,
-            "subject": subject.name,
-            "fingerprint": subject.fingerprint,
-            "dtype": subject.dtype_name,
+            **subject.identity,
             "dataset": dataset,
             "seed": seed,
             "values": values.model_dump(mode="json"),

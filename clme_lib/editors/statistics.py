@@ -118,9 +118,7 @@ def _header(subject: Subject, corpus: Corpus, wanted: StatisticsHyperparameters)
     return {
         "format": FORMAT,
         "version": 1,
-        "subject": subject.name,
-        "fingerprint": subject.fingerprint,
-        "dtype": subject.dtype_name,
+        **subject.identity,
         "corpus": corpus.name,
         "identity": corpus.identity,
         "sample_seed": SEED,
