@@ -256,5 +256,5 @@ def test_misuse_is_explained(llama, cases):
     editor.fit(cases)
     (file,) = Training(llama, editor.values, cases, 42).file.parent.iterdir()
     file.write_bytes(b"not safetensors")
-    with pytest.raises(StudyError, match="remove it to train anew"):
+    with pytest.raises(StudyError, match="cannot be read as a safetensors file.*remove it to make it anew"):
         load_editor("malmen", llama, **SMALL).fit(cases)
