@@ -5,7 +5,7 @@
 #            (e.g. https://download.pytorch.org/whl/cpu for the small CPU build of torch)
 SHELL := /bin/bash
 PYTHON ?= python3
-CASES ?= 6
+CASES ?= 4
 SAMPLE ?= 1
 TORCH_INDEX ?=
 PUBLISHED := results/runs/smollm2-135m
