@@ -10,7 +10,7 @@ SAMPLE ?= 1
 TORCH_INDEX ?=
 PUBLISHED := results/runs/smollm2-135m
 NAME := $(notdir $(PUBLISHED))
-ALL := none,ft-l,grace
+ALL := none,ft-l,rome,memit,pmet,grace
 # a changed library edits the cases anew: resuming would show what the old one did
 LIBRARY := $(shell find clme_lib -type f \( -name '*.py' -o -name '*.yaml' -o -name '*.json*' \) | LC_ALL=C sort | xargs cat | sha256sum | cut -c1-8)
 OWN := runs/book-$(LIBRARY)-$(SAMPLE)-$(CASES)
@@ -34,6 +34,7 @@ book: $(OWN)/rq1_proficiency.ipynb
 # one case of each slow editor, then the notebook, whose own cell runs or resumes the others'; it is executed again only when it, the library or the records change
 $(OWN)/rq1_proficiency.ipynb: .venv/.ready notebooks/rq1_proficiency.py $(shell find $(PUBLISHED) -type f)
 	@$(BIN)/clme prepare
+	$(BIN)/clme run --editor rome,memit,pmet --cases 1 --sample $(SAMPLE) --within $(PUBLISHED) --name $(NAME) --out $(OWN)
 	$(BIN)/clme notebook notebooks/rq1_proficiency.py $@ -p cases $(CASES) -p sample $(SAMPLE) -p within $(PUBLISHED) -p name $(NAME) -p out $(OWN)
 
 site: .venv/.ready
