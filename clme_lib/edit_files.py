@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from .edits import KINDS, Edit, EditLog, check_fits
+from .applying import KINDS, check_fits
+from .edits import Edit, EditLog
 from .errors import StudyError
 from .subjects import Subject
 from .tensor_files import read_tensors, write_tensors

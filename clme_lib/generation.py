@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from .edits import Applied, Edit
+from .applying import Applied
+from .edits import Edit
 from .errors import StudyError
 from .prompts import encode
 from .subjects import Subject

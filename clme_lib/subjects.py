@@ -24,7 +24,8 @@ from .hyperparameters import SubjectSettings, load_settings, registered_subjects
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .edits import Applied, Edit
+    from .applying import Applied
+    from .edits import Edit
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -88,8 +89,8 @@ class Subject:
 
     @contextlib.contextmanager
     def applying(self, edits: Sequence[Edit], rows: Sequence[int] | None = None) -> Iterator[Applied]:
-        """Run the model *as edited* inside the block; see :func:`clme_lib.edits.applying`."""
-        from .edits import applying
+        """Run the model *as edited* inside the block; see :func:`clme_lib.applying.applying`."""
+        from .applying import applying
 
         with applying(self, edits, rows) as applied:
             yield applied

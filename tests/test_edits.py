@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from clme_lib.codebooks import Codebook
 from clme_lib.edit_files import load_edits, save_edits
-from clme_lib.edits import Codebook, DenseUpdate, EditLog, LowRankUpdate, Unedited
+from clme_lib.edits import DenseUpdate, EditLog, LowRankUpdate, Unedited
 from clme_lib.errors import StudyError
 from clme_lib.generation import Request, generate
 

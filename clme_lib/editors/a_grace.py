@@ -19,8 +19,8 @@ from typing import ClassVar, Literal, TypeVar
 
 from pydantic import Field
 
+from ..codebooks import PromptCodebook
 from ..datasets.cases import Case
-from ..edits import PromptCodebook
 from ..encoder import Architecture, Encoder
 from ..errors import StudyError
 from ..queries import Query, prompt_queries

@@ -13,7 +13,8 @@ from typing import TypeVar
 import torch
 from pydantic import Field
 
-from ..edits import Codebook, EditLog
+from ..codebooks import Codebook
+from ..edits import EditLog
 from ..hyperparameters import Schema
 from ..partial import PartialForward
 from ..seeds import generator

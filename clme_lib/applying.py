@@ -1,0 +1,151 @@
+"""Running a subject as edited, row by row, through forward hooks.
+
+Nothing here modifies a model. :func:`applying` registers hooks on ``down_proj`` modules and removes them again, so the
+base weights are bit-identical before, during and after, whatever happens inside the block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from .codebooks import Codebook, Lookup, PromptCodebook
+from .edits import DenseUpdate, Edit, LowRankUpdate, Unedited
+from .errors import StudyError
+
+if TYPE_CHECKING:
+    from .subjects import Subject
+
+KINDS: dict[str, type[Edit]] = {
+    kind.kind: kind for kind in (Unedited, LowRankUpdate, DenseUpdate, Codebook, PromptCodebook)
+}
+
+
+class Applied:
+    """What the hooks know about the forward pass in progress, and what they saw.
+
+    Attributes:
+        phase: ``prefill`` for a pass over a prompt, ``decode`` for one that continues a cache.
+        batch_rows: the rows of the batch that the change in progress acts on.
+        lookups: every codebook consultation, in order.
+    """
+
+    def __init__(self, edits: Sequence[Edit], rows: Sequence[int] | None) -> None:
+        self.edits = list(edits)
+        self.rows = None if rows is None else list(rows)
+        self.phase = "prefill"
+        self.mask: torch.Tensor | None = None
+        self.batch_rows: list[int] = []
+        self.lookups: list[Lookup] = []
+
+    def begin(self, kwargs: dict) -> None:
+        """Note phase and attention mask of the pass that starts."""
+        past = kwargs.get("past_key_values")
+        self.phase = "decode" if past is not None and past.get_seq_length() > 0 else "prefill"
+        mask = kwargs.get("attention_mask")
+        self.mask = mask if mask is not None and mask.dim() == 2 else None
+
+    def rows_of(self, batch: int) -> list[int]:
+        """Which edit each of ``batch`` rows gets (-1: none)."""
+        if self.rows is not None:
+            if len(self.rows) != batch:
+                raise StudyError(f"rows= names {len(self.rows)} rows but the batch has {batch}")
+            return self.rows
+        if len(self.edits) == 1:
+            return [0] * batch
+        if len(self.edits) != batch:
+            raise StudyError(
+                f"{len(self.edits)} edits meet a batch of {batch} rows: pass one edit, one per row, or rows=[...]"
+            )
+        return list(range(batch))
+
+    def real_columns(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(B, T) True where ``inputs`` (B, T, .) of this pass are of real tokens, not of padding."""
+        if self.mask is None:
+            return torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+        return self.mask[:, -inputs.shape[1] :].bool()
+
+    def last_column(self, width: int) -> torch.Tensor:
+        """(B,) the last real column of each row within the ``width`` columns of this forward pass."""
+        batch = self.mask.shape[0] if self.mask is not None else 1
+        if self.mask is None or width == 1:
+            return torch.full((batch,), width - 1, device=self.mask.device if self.mask is not None else None)
+        mask = self.mask[:, -width:].long()
+        return (mask * torch.arange(1, width + 1, device=mask.device)).argmax(dim=-1)
+
+
+@contextlib.contextmanager
+def applying(subject: Subject, edits: Sequence[Edit], rows: Sequence[int] | None = None) -> Iterator[Applied]:
+    """Run ``subject`` as edited: edit ``rows[b]`` acts on row b of every batch inside the block.
+
+    Args:
+        edits: one edit (acts on all rows), or several.
+        rows: index into ``edits`` for each row, -1 for an unedited row. Default: one edit for all rows, or one per row.
+
+    Yields:
+        Applied: collects codebook lookups.
+
+    Raises:
+        StudyError: an edit does not fit the subject, or rows and batch differ in length.
+    """
+    applied = Applied(edits, rows)
+    if rows is not None and any(not -1 <= row < len(applied.edits) for row in rows):
+        raise StudyError(f"rows= must name edits 0 to {len(applied.edits) - 1} or -1 for none")
+    for edit in applied.edits:
+        check_fits(edit, subject)
+    handles = [
+        subject.decoder.register_forward_pre_hook(lambda _m, _args, kwargs: applied.begin(kwargs), with_kwargs=True)
+    ]
+    try:
+        for layer in sorted({layer for edit in applied.edits for layer in edit.layers}):
+            handles.append(subject.down_proj(layer).register_forward_hook(_layer_hook(applied, layer, subject.device)))
+        yield applied
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _layer_hook(applied: Applied, layer: int, device: torch.device) -> Callable:
+    changes = []
+    for kind in KINDS.values():
+        members = [n for n, edit in enumerate(applied.edits) if type(edit) is kind and layer in edit.layers]
+        if members:
+            changes.append((members, kind.stack([applied.edits[n] for n in members], layer, device)))
+
+    def hook(_module, args, output):
+        inputs = args[0]
+        owners = applied.rows_of(len(inputs))
+        for members, change in changes:
+            place = {edit: n for n, edit in enumerate(members)}
+            mine = [row for row, edit in enumerate(owners) if edit in place]
+            applied.batch_rows = mine
+            stacked = torch.tensor([place[owners[row]] for row in mine], device=device, dtype=torch.long)
+            if len(mine) == len(owners):
+                output = change(inputs, output, stacked, applied)
+            elif mine:
+                index = torch.tensor(mine, device=device)
+                whole, applied.mask = applied.mask, applied.mask[index] if applied.mask is not None else None
+                changed = change(inputs[index], output[index], stacked, applied)
+                applied.mask = whole
+                output = output.index_copy(0, index, changed)
+        return output
+
+    return hook
+
+
+def check_fits(edit: Edit, subject: Subject) -> None:
+    """Raise StudyError unless the edit's layers and widths exist in the subject."""
+    widths = {"left": (0, subject.hidden_size), "right": (1, subject.inner_size), "keys": (1, subject.inner_size),
+              "values": (1, subject.hidden_size), "encoder.first.weight": (1, subject.inner_size)}  # fmt: skip
+    for name, tensor in edit.tensors().items():
+        layer, part = name.split(".", 1)
+        weight = subject.down_proj(int(layer)).weight
+        axis, size = widths.get(part, (0, tensor.shape[0]))
+        if tensor.shape[axis] != size or (part == "delta" and tensor.shape != weight.shape):
+            raise StudyError(
+                f"edit of case {edit.case_id} by {edit.editor}: {name} has shape {tuple(tensor.shape)}, which does not "
+                f"fit {subject.name} (d={subject.hidden_size}, d_f={subject.inner_size}): made for another subject?"
+            )
