@@ -114,7 +114,7 @@ def _positive(text: str) -> int:
 
 
 def _cases(text: str) -> int | None:
-    return None if text == "all" else int(text)
+    return None if text == "all" else _positive(text)
 
 
 def _list(_options: argparse.Namespace) -> int:

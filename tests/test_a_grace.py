@@ -319,6 +319,19 @@ def test_compat_leaves_later_generations_unedited(llama, cases):
     assert not wo_mean.edit(cases[3:])[0].first_call_only
 
 
+@pytest.mark.parametrize(
+    ("margin", "message"),
+    [
+        (2.0, "margin: .*one margin per data set is needed, such as"),
+        ({"cnle": -1.0}, r"margin.cnle: Input should be greater than 0 \(got -1.0\)"),
+        ({"conala": 1.0}, "margin.conala.*'cnle' or 'csne'"),
+    ],
+)
+def test_margins_are_checked(llama, margin, message):
+    with pytest.raises(StudyError, match=message):
+        load_editor("a-grace", llama, margin=margin)
+
+
 def test_an_encoder_is_refused_for_anything_else(llama, cases, tmp_path):
     editor = fitted("a-grace", llama, cases)
     with pytest.raises(StudyError, match="case 0 is of csne, and the encoder of a-grace was trained on cnle"):

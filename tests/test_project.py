@@ -121,7 +121,7 @@ def test_command_line(capsys):
     assert stop.value.code == 0
 
 
-@pytest.mark.parametrize("command", ["select --editor rome", "presets --editor rome", "diagnose", "statistics"])
+@pytest.mark.parametrize("command", ["select --editor rome", "presets --editor rome", "diagnose", "statistics", "run"])
 def test_measuring_commands_want_cases(command, capsys, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         main([*command.split(), "--cases", "0", "--out", str(tmp_path / "table.csv")])

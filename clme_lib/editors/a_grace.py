@@ -15,9 +15,9 @@ the unedited model's; ``later_calls="unedited"`` does as it does. Its w/o Mean i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from ..codebooks import PromptCodebook
 from ..datasets.cases import Case
@@ -34,6 +34,15 @@ class AGRACEWithoutCLHyperparameters(GRACEHyperparameters):
     later_calls: Literal["edited", "unedited"] = "edited"
 
 
+def _per_dataset(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError("one margin per data set is needed, such as {'cnle': 2.0, 'csne': 2.0}")
+    return value
+
+
+Margins = Annotated[dict[Literal["cnle", "csne"], Annotated[float, Field(gt=0)]], BeforeValidator(_per_dataset)]
+
+
 class EncoderHyperparameters(GRACEHyperparameters):
     """GRACE's, and those of the encoder's training.
 
@@ -42,7 +51,7 @@ class EncoderHyperparameters(GRACEHyperparameters):
     """
 
     architecture: Architecture = "released"
-    margin: dict[str, float]
+    margin: Margins
     encoder_lr: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
     encoder_batch: int = Field(gt=0)
