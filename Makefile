@@ -57,8 +57,10 @@ check: .venv/.ready
 
 # the only target that writes results/: all steps resume, and published records are never overwritten
 publish: .venv/.ready
-	for editor in ft-l rome memit pmet malmen grace; do test -f results/selection/smollm2-135m.$$editor.csv || \
+	for editor in ft-l rome memit pmet grace; do test -f results/selection/smollm2-135m.$$editor.csv || \
 	  $(BIN)/clme select --editor $$editor --out results/selection/smollm2-135m.$$editor.csv || exit 1; done
+	test -f results/selection/smollm2-135m.malmen.csv || \
+	  $(BIN)/clme select --editor malmen --dataset cnle --cases 10 --out results/selection/smollm2-135m.malmen.csv
 	for editor in rome memit pmet malmen; do test -f results/presets/smollm2-135m.$$editor.csv || \
 	  $(BIN)/clme presets --editor $$editor --out results/presets/smollm2-135m.$$editor.csv || exit 1; done
 	test -f results/diagnosis/smollm2-135m.csv || $(BIN)/clme diagnose --out results/diagnosis/smollm2-135m.csv

@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
     select = measurement("select", "try an editor's grid of hyper-parameters", _select, 30)
     select.add_argument("--editor", required=True)
+    select.add_argument("--dataset", dest="datasets", default="cnle,csne", help="comma-separated: cnle, csne")
     presets = measurement("presets", "what the released program's defects do to an editor", _presets, 30)
     presets.add_argument("--editor", required=True)
     diagnosis = measurement("diagnose", "what weight updates do to losses, before any text is generated", _diagnose, 6)
@@ -172,7 +173,8 @@ def _select(options: argparse.Namespace) -> int:
     from .selection import select
     from .subjects import load_subject
 
-    table = select(load_subject(options.subject, options.device), options.editor, options.out, options.cases)
+    subject = load_subject(options.subject, options.device)
+    table = select(subject, options.editor, options.out, options.cases, options.datasets.split(","))
     print(table.to_string(index=False))
     return 0
 

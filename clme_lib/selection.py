@@ -2,7 +2,7 @@
 released program's defects do, measured on the same cases.
 
 The criterion is the harmonic mean of effectiveness and specificity: exact match of the target, and the share of
-neighbours left unchanged, each averaged over both data sets. A grid is ordered by distance from the paper's setting, and
+neighbours left unchanged, each averaged over the data sets. A grid is ordered by distance from the paper's setting, and
 the first entry whose criterion reaches 0.95 is chosen: no further from the paper than it takes. If none does, the best is.
 A specificity below 0.05 counts as 0.05: among settings that all break their neighbours, effectiveness decides.
 """
@@ -61,15 +61,21 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
 SCORES = ["effectiveness_em", "generalization_em", "specificity_rate", "loss"]
 
 
-def select(subject: Subject, editor: str, file: Path, cases: int | None = None) -> pd.DataFrame:
+def select(
+    subject: Subject, editor: str, file: Path, cases: int | None = None, datasets: Sequence[str] = DATASETS
+) -> pd.DataFrame:
     """Try an editor's grid and write the table ``file`` (CSV, one row a setting, in the grid's order); returns it.
+
+    Args:
+        cases: of each data set's 30 selection cases, the first so many (None: all).
+        datasets: an editor that trains for each data set may be tried on one of them alone.
 
     Raises:
         StudyError: the editor has no grid.
     """
     if editor not in GRIDS:
         raise StudyError(f"no grid to select {editor!r} from; known: {', '.join(GRIDS)}")
-    table = choose(measure(subject, editor, GRIDS[editor], file, values="transferred", cases=cases))
+    table = choose(measure(subject, editor, GRIDS[editor], file, values="transferred", cases=cases, datasets=datasets))
     _write(table, file)
     return table
 
@@ -105,9 +111,10 @@ def measure(
     *,
     values: Literal["subject", "transferred"],
     cases: int | None = None,
+    datasets: Sequence[str] = DATASETS,
     budgets: Sequence[Preset] = ("clean",),
 ) -> pd.DataFrame:
-    """Mean scores over both data sets' selection cases, one row a setting; a trained editor learns from the other cases.
+    """Mean scores over the data sets' selection cases, one row a setting; a trained editor learns from the other cases.
 
     Args:
         file: the table to be; what has been measured is kept beside it, so that an interrupted command goes on.
@@ -118,7 +125,7 @@ def measure(
     rows = []
     for setting in tqdm(settings, desc=f"measure {editor}", unit="setting"):
         means = []
-        for dataset in DATASETS:
+        for dataset in datasets:
             chosen, others = selection_cases(dataset, cases)
             made = load_editor(editor, subject, values=values, **setting)
             identity = seed_of(subject.fingerprint, subject.dtype_name, editor, made.values, budgets, _digest(chosen))
@@ -139,7 +146,7 @@ def measure(
             {
                 "editor": editor,
                 "setting": ", ".join(f"{name} {_shown(value)}" for name, value in setting.items()),
-                "cases": len(DATASETS) * len(chosen),
+                "cases": len(datasets) * len(chosen),
                 **mean,
                 "criterion": criterion(mean["effectiveness_em"], mean["specificity_rate"]),
             }

@@ -65,6 +65,8 @@ def test_select_measures_every_setting(llama, small_sets, monkeypatch, tmp_path)
     assert list(written["setting"]) == ["layer 1, steps 2", "layer 2, steps 40"]
     with pytest.raises(StudyError, match="no grid to select 'none' from"):
         selection.select(llama, "none", tmp_path / "other.csv")
+    one = selection.select(llama, "grace", tmp_path / "one.csv", cases=1, datasets=["csne"])
+    assert list(one["cases"]) == [1, 1]
 
 
 def test_presets_are_every_combination_of_defects(llama, small_sets, monkeypatch, tmp_path):
