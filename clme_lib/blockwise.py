@@ -5,12 +5,14 @@ Rows are padded on the left, so a prompt's lookup token is the last column.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .subjects import Subject
+
+_PASS_TOKENS = {"cpu": 2_048, "cuda": 32_768}  # padding included
 
 
 @dataclass(frozen=True)
@@ -82,3 +84,16 @@ class Blockwise:
         for below in range(layer):
             hidden = self.block(below, hidden).hidden
         return hidden
+
+
+def passes(subject: Subject, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Indices of rows of like length that go through the blocks together."""
+    limit = _PASS_TOKENS[subject.device.type]
+    batch: list[int] = []
+    for n in sorted(range(len(rows)), key=lambda n: len(rows[n])):
+        if batch and (len(batch) + 1) * len(rows[n]) > limit:
+            yield batch
+            batch = []
+        batch.append(n)
+    if batch:
+        yield batch

@@ -51,6 +51,13 @@ class Codebook(Edit):
     def layers(self) -> tuple[int, ...]:
         return (self.layer,)
 
+    def nearest(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Distance (Q,) of each query (Q, d_f) to its nearest key, and whether it is within that key's radius (Q,)."""
+        distances = torch.cdist(queries, self.keys.to(queries), compute_mode="donot_use_mm_for_euclid_dist")
+        nearest = distances.argmin(dim=-1)
+        distance = distances.gather(-1, nearest[:, None])[:, 0]
+        return distance, distance <= self.radii.to(queries)[nearest]
+
     def tensors(self) -> dict[str, torch.Tensor]:
         return {f"{self.layer}.{name}": getattr(self, name) for name in ("keys", "values", "radii")}
 
@@ -114,6 +121,9 @@ class PromptCodebook(Codebook):
     encoder: Encoder | None = None
     first_call_only: bool = False
     kind: ClassVar[str] = "prompt-codebook"
+
+    def nearest(self, queries):
+        return super().nearest(queries if self.encoder is None else self.encoder.to(queries.device)(queries))
 
     def settings(self) -> dict:
         architecture = self.encoder.architecture if self.encoder else None

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from .answers import answers_for
 from .datasets.cases import Case
 from .edits import Edit
 from .errors import StudyError
@@ -21,6 +20,7 @@ from .prompts import Preset, token_budget
 from .records import Record, finite, frame, text_hashes
 from .seeds import DEFAULT_SEED, generator
 from .subjects import Subject
+from .unedited import answers_for, unchanged
 
 
 def evaluate(
@@ -144,7 +144,10 @@ def _generate_all(
         requests += [Request(prompt, SPECIFICITY_TOKENS, later) for prompt in case.unrelated]
         requests += [Request(prompt, FLUENCY_TOKENS, later, noise[row]) for row, prompt in enumerate(own)]
         counts.append((1, len(case.rephrased), len(case.unrelated), len(own)))
-    texts = iter(generate(subject, requests, edits))
+    still = unchanged(subject, requests, edits)
+    others = generate(subject, [request for n, request in enumerate(requests) if n not in still], edits)
+    made = iter(others)
+    texts = iter([still[n] if n in still else next(made) for n in range(len(requests))])
     return [tuple([next(texts) for _ in range(count)] for count in four) for four in counts]  # type: ignore[misc]
 
 

@@ -49,9 +49,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Generated:
-    """A generated text, and for codebook edits the prompt pass's distance to the nearest key and whether it fired."""
+    """A generated text and its tokens, and for codebook edits the prompt pass's distance to the nearest key and whether it fired."""
 
     text: str
+    ids: Sequence[int] = ()
     distance: float | None = field(default=None)
     fired: bool | None = field(default=None)
 
@@ -88,7 +89,7 @@ def generate(
         rows = [(prompt, n) for prompt, key in zip(read, keys) for n in sources[key]]
         texts = _decode(subject, [prompt for prompt, _ in rows], [requests[n] for _, n in rows], edits)
         for (prompt, n), text in zip(rows, texts):
-            results[n] = Generated(text, prompt.distance, prompt.fired)
+            results[n] = Generated(*text, prompt.distance, prompt.fired)
     return [results[n] for n in range(len(requests))]
 
 
@@ -133,7 +134,7 @@ def _prefill(subject: Subject, prompts: Sequence[tuple[list[int], int]], edits: 
 
 def _decode(
     subject: Subject, prompts: Sequence[_Prompt], requests: Sequence[Request], edits: Sequence[Edit]
-) -> list[str]:
+) -> list[tuple[str, list[int]]]:
     """Continue prompts token by token, all rows together, each to its own budget or EOS.
 
     Finished rows leave the batch once they are a quarter of it: budgets differ a lot (16 tokens against 64).
@@ -179,11 +180,12 @@ def _decode(
                 use_cache=True,
             ).last_hidden_state
             logits = subject.model.lm_head(hidden[:, -1]).float()
-    texts: list[Any] = []
+    texts = []
     for ids, request in zip(new.tolist(), requests):
         ids = ids[: request.budget]
         ids = ids[: ids.index(eos) + 1] if eos in ids else ids
-        texts.append(subject.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        text: Any = subject.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        texts.append((text, ids))
     return texts
 
 

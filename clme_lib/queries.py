@@ -15,17 +15,16 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from .blockwise import Blockwise
+from .blockwise import Blockwise, passes
 from .embedded_subject import cache_dir
 from .errors import StudyError
 from .prompts import encode
 from .subjects import Subject
-from .tensor_files import read_header, read_tensors, write_tensors
+from .tensor_files import read_header, read_rows, write_tensors
 
 Query = Literal["mean", "last"]
 FORMAT = "clme-queries"
 _FILE_PROMPTS = 256
-_PASS_TOKENS = {"cpu": 2_048, "cuda": 32_768}  # padding included
 
 
 @torch.no_grad()
@@ -35,13 +34,7 @@ def prompt_queries(subject: Subject, prompts: Sequence[str], layer: int) -> dict
     if any(not row for row in rows):
         raise StudyError("an empty prompt has no query")
     found = {name: torch.empty(len(rows), subject.inner_size, device=subject.device) for name in ("mean", "last")}
-    limit = _PASS_TOKENS[subject.device.type]
-    passes: list[list[int]] = [[]]
-    for n in sorted(range(len(rows)), key=lambda n: len(rows[n])):
-        if passes[-1] and (len(passes[-1]) + 1) * len(rows[n]) > limit:
-            passes.append([])
-        passes[-1].append(n)
-    for mine in passes:
+    for mine in passes(subject, rows):
         upward = Blockwise(subject, [rows[n] for n in mine])
         keys = upward.block(layer, upward.up_to(layer)).keys
         found["mean"][mine] = masked_mean(keys, upward.mask)
@@ -81,8 +74,8 @@ def stored_queries(subject: Subject, prompts: Sequence[str], layer: int, query: 
         names = _prompts(file, subject, layer)
         if wanted.keys().isdisjoint(names):
             continue
-        _, tensors = read_tensors(file, query)
-        rows.update((name, row) for name, row in zip(names, tensors[query]) if name in wanted)
+        places = [n for n, name in enumerate(names) if name in wanted]
+        rows.update(zip([names[n] for n in places], read_rows(file, query, places)))
     return torch.stack([rows[one] for one in hashes])
 
 

@@ -16,7 +16,6 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from .answers import answers_for
 from .datasets import folds, load_cases, sample_cases, selection_cases
 from .datasets.cases import Case
 from .editors import load_editor
@@ -28,6 +27,7 @@ from .evaluation import evaluate
 from .prompts import DATASETS
 from .seeds import DEFAULT_SEED
 from .subjects import Subject
+from .unedited import answers_for
 
 MARGINS = (1.0, 1.5, 2.0, 3.0, 4.0)
 SIZES = (50, 100, 200)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -43,11 +45,28 @@ def read_tensors(file: Path | str, *names: str) -> tuple[dict, dict[str, torch.T
     return _read(file, *names, with_tensors=True)
 
 
+def read_rows(file: Path | str, name: str, rows: Sequence[int]) -> torch.Tensor:
+    """Some rows of one tensor, without reading the others.
+
+    Raises:
+        StudyError: not a readable safetensors file, or it lacks the tensor.
+    """
+    with _opened(file) as content:
+        whole = content.get_slice(name)
+        return torch.cat([whole[row : row + 1] for row in rows])
+
+
 def _read(file: Path | str, *names: str, with_tensors: bool) -> tuple[dict, dict[str, torch.Tensor]]:
+    with _opened(file) as content:
+        header = json.loads((content.metadata() or {}).get("clme", "{}"))
+        wanted = (names or tuple(content.keys())) if with_tensors else ()
+        return header, {name: content.get_tensor(name) for name in wanted}
+
+
+@contextlib.contextmanager
+def _opened(file: Path | str) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as content:
-            header = json.loads((content.metadata() or {}).get("clme", "{}"))
-            wanted = (names or tuple(content.keys())) if with_tensors else ()
-            return header, {name: content.get_tensor(name) for name in wanted}
+            yield content
     except Exception as error:  # the format's errors have no common type
         raise StudyError(f"{file}: cannot be read as a safetensors file: {error}; remove it to make it anew") from error

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from ..answers import answers_for
 from ..datasets.cases import Case
 from ..embedded_subject import cache_dir
 from ..errors import StudyError
@@ -32,6 +31,7 @@ from ..prompts import Row, Tokenized, encode
 from ..seeds import generator, seeded_order
 from ..subjects import Subject
 from ..tensor_files import read_tensors, write_tensors
+from ..unedited import answers_for
 from .gradients import Cached, Hook, edit_row, upper_states
 from .hypernetwork import Hypernetwork, normal_equation
 
