@@ -161,7 +161,7 @@ def plain_spread(subject, ids, colons, wanted, measured, editor):
         keys = read(subject.down_proj(layer))[0][torch.arange(len(ids), device=ids.device), colons]
         key = (0.5 * keys[0] + 0.5 * keys[1:].mean(0)).double()
         residual = (wanted - read(measured)[1][0, colons[0]]).double() / (len(layers) - n)
-        system = values.covariance_weight * editor.moments[layer].matrix.double() + torch.outer(key, key)
+        system = values.covariance_weight * editor.moments[layer].matrix.to(ids.device).double() + torch.outer(key, key)
         subject.down_proj(layer).weight += torch.outer(residual, torch.linalg.solve(system, key)).float()
     for layer, weight in saved.items():
         subject.down_proj(layer).weight.copy_(weight)

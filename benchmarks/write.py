@@ -37,13 +37,17 @@ def main():
     torch.set_num_threads(options.threads)
     draw = torch.Generator(options.device).manual_seed(0)
     samples = torch.randn(10 * options.width, options.width, device=options.device, generator=draw)
-    moment = SecondMoment(samples.T @ samples / len(samples), {"layer": 0, "tokens": len(samples), "corpus": "random"})
+    moment = SecondMoment(
+        samples.T @ samples / len(samples), {"layer": 0, "tokens": len(samples), "corpus": "random"}, samples.device
+    )
     keys = torch.randn(options.keys, options.width, device=options.device, generator=draw)
 
     def dense():
         written = []
         for key in keys.double():
-            written.append(torch.linalg.solve(WEIGHT * moment.matrix.double() + torch.outer(key, key), key))
+            written.append(
+                torch.linalg.solve(WEIGHT * moment.matrix.to(moment.device).double() + torch.outer(key, key), key)
+            )
         return torch.stack(written)
 
     def factored():

@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=int, default=42, help="of every random draw")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     run.add_argument("--dtype", default="auto", help="auto (float32), float32, bfloat16, float16")
-    run.add_argument("--batch-size", type=int, default=8, help="cases edited and scored together")
+    run.add_argument("--batch-size", default="8", help="cases edited and scored together, or auto: what memory allows")
     run.set_defaults(act=_run)
 
     def measurement(name: str, help: str, act: Callable, cases: int) -> argparse.ArgumentParser:
@@ -83,6 +83,26 @@ def _parser() -> argparse.ArgumentParser:
     encoders.add_argument("--out", required=True, type=Path, help="CSV to write")
     encoders.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     encoders.set_defaults(act=_encoders)
+    bench = commands.add_parser(
+        "bench",
+        help="time edits, alone and in batches; resumes where it stopped",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    bench.add_argument("--subject", default="smollm2-135m", help="registry name, Hugging Face id or folder")
+    bench.add_argument("--random-weights", action="store_true", help="of a registered subject's exact shape")
+    bench.add_argument("--dataset", default="cnle,csne", help="comma-separated: cnle, csne")
+    bench.add_argument("--editor", dest="editors", default=argparse.SUPPRESS, help="comma-separated (default: all)")
+    bench.add_argument("--cases", type=_positive, default=10, help="edited alone, per data set and editor")
+    bench.add_argument(
+        "--batches", default="1,8", help="comma-separated sizes whose throughput is measured; '' for none"
+    )
+    bench.add_argument(
+        "--threads", type=_positive, default=argparse.SUPPRESS, help="CPU threads (default: as PyTorch chooses)"
+    )
+    bench.add_argument("--out", required=True, type=Path, help="folder of measurements")
+    bench.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    bench.add_argument("--dtype", default="auto", help="auto (float32), float32, bfloat16, float16")
+    bench.set_defaults(act=_bench)
     measurement("statistics", "MEMIT's writes under statistics of more and of less text", _statistics, 30)
 
     check = commands.add_parser("check", help="compare a run with the published records of the same cases")
@@ -229,6 +249,16 @@ def _encoders(options: argparse.Namespace) -> int:
     from .subjects import load_subject
 
     print(compare_encoders(load_subject(options.subject, options.device), options.out).to_string(index=False))
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .efficiency.measure import bench, make_bench_config
+    from .rq2 import cost_summary
+
+    measured = bench(make_bench_config(**{name: value for name, value in vars(options).items() if name != "act"}))
+    print(cost_summary(measured).to_string())
+    print(f"measurements: {options.out}/*.jsonl")
     return 0
 
 

@@ -26,13 +26,28 @@ class Schema(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Shape(Schema):
+    """A model's architecture and sizes, by the names of its transformers configuration."""
+
+    architecture: Literal["llama", "qwen2", "stablelm"]
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0)
+    vocab_size: int = Field(gt=0)
+    max_position_embeddings: int = Field(gt=0)
+    partial_rotary_factor: float = Field(default=1.0, gt=0, le=1)
+
+
 class SubjectSource(Schema):
-    """Where a subject's weights come from."""
+    """Where a subject's weights come from, and its shape for measurements that need no trained weights."""
 
     source: Literal["embedded", "hub"]
     id: str | None = None
     revision: str = "main"
     blocks: int | None = Field(default=None, gt=0)
+    shape: Shape | None = None
     eos_token: str | None = None  # where a checkpoint's own depends on who reads it
 
 

@@ -11,18 +11,22 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import StudyError
-from .runs import RunConfig, make_config
+from .hyperparameters import Schema, parse
+from .runs import RunConfig
 
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 # names IPython puts into a notebook's namespace
 _IPYTHON = {"In", "Out", "exit", "quit", "open", "get_ipython", "clme", "display"}
 
 
-def config_from_notebook(namespace: Mapping[str, Any]) -> RunConfig:
-    """The run configuration from a notebook's parameters: call it first thing after them, with ``globals()``.
+Config = TypeVar("Config", bound=Schema)
+
+
+def config_from_notebook(namespace: Mapping[str, Any], schema: type[Config] = RunConfig) -> Config:  # type: ignore[assignment]
+    """The configuration from a notebook's parameters: call it first thing after them, with ``globals()``.
 
     Papermill only logs a parameter that the notebook does not have, so the check is made here.
 
@@ -30,15 +34,16 @@ def config_from_notebook(namespace: Mapping[str, Any]) -> RunConfig:
         StudyError: an unknown name (the message lists the known ones) or a value of the wrong type.
     """
     names = {k for k in namespace if not k.startswith("_") and k not in _IPYTHON}
-    known = list(RunConfig.model_fields)
+    known = list(schema.model_fields)
     if unknown := sorted(names - set(known)):
         near = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise StudyError(f"unknown parameter {unknown[0]!r}{hint}; known: {', '.join(known)}")
     values = {name: namespace[name] for name in names}
-    if values.get("within") == "":  # papermill's -p has no way to pass None
-        values["within"] = None
-    return make_config(**values)
+    # papermill's -p has no way to pass None
+    values = {name: None if value == "" and schema.model_fields[name].default is None else value
+              for name, value in values.items()}  # fmt: skip
+    return parse(schema, values, "notebook parameters")
 
 
 def execute(source: Path, target: Path, parameters: Mapping[str, Any]) -> None:

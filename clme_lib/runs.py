@@ -15,15 +15,16 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 from pydantic import BeforeValidator, Field, field_validator
 from tqdm import tqdm
 
 from . import provenance
+from .batches import Batches
 from .datasets import dataset_sha256, folds, load_cases, sample_cases, selection_ids
 from .datasets.cases import Case
 from .editors import EDITORS, load_editor
@@ -32,6 +33,7 @@ from .errors import StudyError
 from .evaluation import failed, score
 from .hyperparameters import Schema, parse
 from .jsonl import append_rows, read_rows
+from .memory import is_out_of_memory
 from .prompts import DATASETS, Preset
 from .records import Record, frame, read_records
 from .seeds import DEFAULT_SEED
@@ -54,7 +56,8 @@ class RunConfig(Schema):
 
     ``cases`` is per data set (None: all) and ``sample`` says which ones: samples of one number are nested, of another
     number they are other random cases. ``within`` draws them from the cases of an earlier run, to repeat a part of
-    it; only cases are drawn that all of the editors have there. The embedded sets' selection cases are never drawn. ``seed`` is that of every random draw of the study.
+    it; only cases are drawn that all of the editors have there. ``batch_size`` cases are edited and scored together; with ``auto`` the
+    number grows as long as memory is left. A batch that does not fit is halved. The embedded sets' selection cases are never drawn. ``seed`` is that of every random draw of the study.
     """
 
     subject: str = "smollm2-135m"
@@ -67,7 +70,7 @@ class RunConfig(Schema):
     values: str = Field(default="subject", pattern="^(subject|transferred)$")
     device: str = "auto"
     dtype: str = "auto"
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
     sample: int = 0
     within: Path | None = None
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9._-]+$")
@@ -76,15 +79,16 @@ class RunConfig(Schema):
     @field_validator("dataset")
     @classmethod
     def _known_datasets(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return _known(names, DATASETS, "data set")
+        return known_names(names, DATASETS, "data set")
 
     @field_validator("editors")
     @classmethod
     def _known_editors(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return _known(names, tuple(EDITORS), "editor")
+        return known_names(names, tuple(EDITORS), "editor")
 
 
-def _known(names: tuple[str, ...], known: Sequence[str], what: str) -> tuple[str, ...]:
+def known_names(names: tuple[str, ...], known: Sequence[str], what: str) -> tuple[str, ...]:
+    """``names`` without repetitions; ValueError when there are none, or unknown ones."""
     if not names:
         raise ValueError(f"no {what} given; known: {', '.join(known)}")
     if unknown := [name for name in names if name not in known]:
@@ -226,8 +230,19 @@ def _complete(config: RunConfig, subject: Subject, editor: Editor, cases: list[C
                 fold = folds_of[part[0].case_id]
                 halves_of = [[case for case in everything if folds_of[case.case_id] == one] for one in (0, 1)]
                 editor.fit(halves_of[1 - fold], edited=halves_of[fold])
-            for batch in _batches(editor, part, config.batch_size):
-                records = _attempt(subject, editor, batch, config.seed, common)
+            ordered = sorted(part, key=lambda case: (editor.cost(case), case.case_id))
+            batches = Batches(ordered, config.batch_size, subject.device)
+            for batch in batches:
+                try:
+                    records = _attempt(subject, editor, batch, config.seed, common)
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    if len(batch) > 1:
+                        batches.did_not_fit(batch)
+                        continue
+                    reason = "the device's memory does not suffice for this case alone"
+                    records = [failed(subject, batch[0], editor.name, error=reason, **common)]
                 append_rows(file, [record.model_dump() for record in records])
                 bar.update(len(batch))
 
@@ -241,13 +256,6 @@ def _attempt(subject: Subject, editor: Editor, batch: list[Case], seed: int, com
         if len(batch) > 1:
             return [record for case in batch for record in _attempt(subject, editor, [case], seed, common)]
         return [failed(subject, batch[0], editor.name, error=f"{type(error).__name__}: {error}", **common)]
-
-
-def _batches(editor: Editor, cases: list[Case], size: int) -> Iterator[list[Case]]:
-    """Batches of cases that cost alike, so that little is padding."""
-    ordered = sorted(cases, key=lambda case: (editor.cost(case), case.case_id))
-    for first in range(0, len(ordered), size):
-        yield ordered[first : first + size]
 
 
 def _check_same_run(config: RunConfig) -> None:

@@ -51,7 +51,7 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
     "malmen": [
         # (the step size moves with the same optimiser, so that its start is soon forgotten)
         {"meta_lr": meta_lr, "iterations": 150, "records": 150}
-        for meta_lr in (1e-5, 3e-5, 1e-4)
+        for meta_lr in (1e-5, 3e-5)
     ],
     "grace": [
         {"layer": layer, "steps": steps, "lr": lr}

@@ -113,10 +113,10 @@ def load_subject(name: str, device: str = "auto", dtype: str = "auto") -> Subjec
     Raises:
         StudyError: unknown name, failed download, unsupported architecture, or no such device or dtype.
     """
-    torch_device = _device(device)
+    place = torch_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise StudyError(f"dtype={dtype!r} is not one of auto, {', '.join(DTYPES)}")
-    torch_dtype = DTYPES["float32" if dtype == "auto" else dtype]
+    kind = DTYPES["float32" if dtype == "auto" else dtype]
     settings = load_settings(name)
     if settings.subject.source == "embedded":
         location: str = str(embedded_subject.ensure())
@@ -133,7 +133,7 @@ def load_subject(name: str, device: str = "auto", dtype: str = "auto") -> Subjec
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
         model = AutoModelForCausalLM.from_pretrained(
-            location, dtype=torch_dtype, use_safetensors=True, attn_implementation="sdpa", **options
+            location, dtype=kind, use_safetensors=True, attn_implementation="sdpa", **options
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise StudyError(
@@ -141,7 +141,7 @@ def load_subject(name: str, device: str = "auto", dtype: str = "auto") -> Subjec
             "network (or log in for gated models); weights must be safetensors, code from the hub is never run."
         ) from error
     _require_layout(name, model)
-    model.to(torch_device)  # type: ignore[arg-type]  # transformers decorates torch's method
+    model.to(place)  # type: ignore[arg-type]  # transformers decorates torch's method
     return prepare(name, model, tokenizer, settings, _fingerprint(location, model, settings))
 
 
@@ -167,7 +167,12 @@ def prepare(
     return Subject(name, model, tokenizer, settings, fingerprint)
 
 
-def _device(name: str) -> torch.device:
+def torch_device(name: str) -> torch.device:
+    """The device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` names.
+
+    Raises:
+        StudyError: another name, or CUDA where there is none.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name != "cpu" and not name.startswith("cuda"):

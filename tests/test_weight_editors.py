@@ -210,7 +210,7 @@ def test_compat_differs_and_runs(subject, cases, corpus, name):
 def test_sherman_morrison_is_the_dense_solve():
     generator = torch.Generator().manual_seed(0)
     samples = torch.randn(400, 24, generator=generator)
-    moment = SecondMoment(samples.T @ samples / 400, {"layer": 0, "tokens": 400, "corpus": "random"})
+    moment = SecondMoment(samples.T @ samples / 400, {"layer": 0, "tokens": 400, "corpus": "random"}, samples.device)
     keys = torch.randn(5, 24, generator=generator)
     scaled = moment.solve(keys) / 7.0
     ours = scaled / (1 + (keys.double() * scaled).sum(-1, keepdim=True))

@@ -52,12 +52,14 @@ class SecondMoment:
     """``C_l`` of one layer.
 
     Attributes:
-        matrix: (d_f, d_f) float32.
+        matrix: (d_f, d_f) float32, on the CPU: only its factor is needed where edits are made.
         header: what it was gathered from.
+        device: where its factor is.
     """
 
     matrix: torch.Tensor
     header: dict
+    device: torch.device
 
     def describe(self) -> dict:
         """Corpus, documents and tokens, for a run's provenance."""
@@ -70,7 +72,7 @@ class SecondMoment:
         Raises:
             StudyError: the matrix is not positive definite.
         """
-        factor, failed = torch.linalg.cholesky_ex(self.matrix.double())
+        factor, failed = torch.linalg.cholesky_ex(self.matrix.to(self.device).double())
         if failed or not factor.isfinite().all():
             raise StudyError(
                 f"the second moment of layer {self.header['layer']} from {self.header['tokens']} tokens of "
@@ -146,7 +148,7 @@ def _read(file: Path, expected: dict, subject: Subject) -> SecondMoment:
         raise StudyError(
             f"{file}: not a finite matrix of {subject.inner_size} squared; remove the file to gather it anew"
         )
-    return SecondMoment(matrix.to(subject.device), header)
+    return SecondMoment(matrix, header, subject.device)
 
 
 def _gather(subject: Subject, layers: list[int], corpus: Corpus, folder: Path, header: dict, least: int) -> None:

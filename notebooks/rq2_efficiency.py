@@ -1,0 +1,102 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# (rq2)=
+# # RQ2: efficiency
+#
+# What does an edit cost in time and memory, one at a time as the paper measures it? How much is gained when many cases are
+# edited together, and how far is each editor from the least time that its arithmetic allows?
+
+# %% tags=["parameters", "hide-input"]
+subject: str = "smollm2-135m"  # registry name, Hugging Face id or folder
+random_weights: bool = False  # random weights of a registered subject's exact shape
+dataset: str = "cnle,csne"  # comma-separated
+editors: str = "ft-l,rome,memit,pmet,malmen,grace,a-grace,a-grace-wo-cl,a-grace-wo-mean"  # comma-separated
+cases: int = 10  # edited alone, per data set and editor
+batches: str = "1,8"  # comma-separated sizes whose throughput is measured
+threads: int = 0  # CPU threads (0: as PyTorch chooses)
+seed: int = 42  # of every random draw
+device: str = "auto"  # auto, cpu, cuda
+dtype: str = "auto"  # auto (float32), float32, bfloat16, float16
+out: str = "runs/bench"  # folder of measurements; running again resumes it
+show: str = ""  # folder of finished measurements to show instead of measuring
+
+# %% tags=["hide-input"]
+import clme_lib as clme
+from clme_lib.efficiency.measure import BenchConfig, bench
+
+config = clme.config_from_notebook(globals(), BenchConfig)
+
+# %% tags=["hide-input"]
+import matplotlib.pyplot as plt
+from IPython.display import Markdown
+
+from clme_lib import rq2
+
+measured = bench(config)
+
+# %% [markdown]
+# ## What was measured
+
+# %% tags=["hide-input"]
+rq2.circumstances(measured)
+
+# %% [markdown]
+# ## One edit at a time
+#
+# The clock runs around the whole edit: tokenising, optimising, solving. Statistics, context templates, encoders and a first edit to warm
+# up are outside. Memory is the allocator's peak on a GPU and the process's on a CPU, where it includes Python and its libraries.
+
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Median seconds of one edit, with quartiles (logarithmic).", "name": "fig-rq2-time"}}
+rq2.cost_figure(measured, "seconds")
+plt.show()
+
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Median peak memory of one edit; the paler part was in use before it.", "name": "fig-rq2-memory"}}
+rq2.cost_figure(measured, "peak_mib")
+plt.show()
+
+# %% tags=["hide-input"]
+Markdown(rq2.reading(measured))
+
+# %% tags=["hide-input"]
+rq2.cost_table(measured)
+
+# %% [markdown]
+# ## Many at a time
+#
+# Edits are values that act row by row, so cases can be edited together and their differently edited models generate in one
+# batch. The results are the same; what changes is how well the device is used.
+
+# %% tags=["hide-input"]
+rq2.throughput_table(measured)
+
+# %% [markdown]
+# ## How far from the floor
+#
+# Each editor's algorithm fixes how many operations and how much memory traffic an edit needs at least; the formulas are in
+# [](#sec-floor). Divided by what the device reaches on a large matrix product and on a large copy, they give a floor.
+
+# %% tags=["hide-input"]
+rq2.ceiling_table(measured)
+
+# %% tags=["hide-input"]
+rq2.floor_table(measured)
+
+# %% [markdown]
+# ## What the whole study would take
+
+# %% tags=["hide-input"]
+rq2.projection_table(measured)

@@ -1,0 +1,265 @@
+"""Measurements, floors, shape-only subjects, and batches that fit the memory."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from clme_lib import cli, memory, rq2, runs
+from clme_lib.batches import Batches
+from clme_lib.editors import EDITORS, load_editor
+from clme_lib.efficiency import measure, shapes
+from clme_lib.efficiency.floor import Ceilings, Phase, phases
+from clme_lib.errors import StudyError
+from clme_lib.hyperparameters import Shape, SubjectSettings, load_settings, registered_subjects
+from clme_lib.prompts import tokenize
+from clme_lib.seeds import DEFAULT_SEED
+
+PAPER = ("codellama-7b", "codeqwen1.5-7b", "stablecode-3b")
+# layers and sizes of the paper's values, for four blocks
+SMALL = {
+    "ft-l": {"layer": 2},
+    "rome": {"layer": 1},
+    "memit": {"layers": [0, 1]},
+    "pmet": {"layers": [0, 1]},
+    "malmen": {"layers": [2, 3], "rank": 8},
+    **{name: {"layer": 2} for name in ("grace", "a-grace", "a-grace-wo-cl", "a-grace-wo-mean")},
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("CLME_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def small_paper_subject(monkeypatch, five_neighbours):
+    """StableCode's settings with a tiny shape, and five cases in each data set."""
+    settings = load_settings("stablecode-3b")
+    shape = Shape(
+        architecture="stablelm", hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=400, max_position_embeddings=512, partial_rotary_factor=0.25,
+    )  # fmt: skip
+    editors = {name: {**values, **SMALL.get(name, {})} for name, values in settings.editors.items()}
+    small = SubjectSettings(subject=settings.subject.model_copy(update={"shape": shape}), editors=editors)
+    monkeypatch.setattr(shapes, "load_settings", lambda name: small if name == "stablecode-3b" else load_settings(name))
+    monkeypatch.setattr("clme_lib.editors.load_settings", lambda name: small)
+    for module in (shapes, measure):
+        monkeypatch.setattr(module, "load_cases", lambda dataset: five_neighbours)
+
+
+@pytest.fixture
+def five_neighbours(cases):
+    return cases
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_shapes_are_the_papers(name):
+    """Parameter counts of the released checkpoints, from an empty model of the real class."""
+    shape = load_settings(name).subject.shape
+    config = shapes.AutoConfig.for_model(
+        shape.architecture, **shape.model_dump(exclude={"architecture"}), tie_word_embeddings=False
+    )
+    with torch.device("meta"):
+        model = shapes.AutoModelForCausalLM.from_config(config)
+    counted = sum(p.numel() for p in model.parameters())
+    known = {"codellama-7b": 6_738_546_688, "codeqwen1.5-7b": 7_250_284_544, "stablecode-3b": 2_795_443_200}
+    if name == "codellama-7b":  # 32,016 tokens; 6,738,415,616 with Llama 2's 32,000
+        assert counted == 6_738_415_616 + 2 * 16 * 4096
+    assert counted == known[name]
+    assert shapes.parameters(shape) == pytest.approx(counted, rel=1e-3)
+
+
+def test_a_shape_only_subject_is_seeded_and_edits(small_paper_subject, cases):
+    one, other = (shapes.random_subject("stablecode-3b", "cpu") for _ in range(2))
+    for mine, its in zip(one.model.parameters(), other.model.parameters()):
+        assert torch.equal(mine, its)
+    assert type(one.model).__name__ == "StableLmForCausalLM" and len(one.tokenizer) <= 400
+    assert tokenize(one.tokenizer, cases[0].prompt, cases[0].target).lookup >= 0  # the prompt's colon is a token
+    half = shapes.random_subject("stablecode-3b", "cpu", "bfloat16")
+    assert half.dtype == torch.bfloat16
+
+
+def test_a_device_that_is_too_small_is_refused(monkeypatch):
+    monkeypatch.setattr(shapes, "free_memory_bytes", lambda device: 10 * 2**30)
+    with pytest.raises(StudyError, match=r"codellama-7b in bfloat16 needs about 14.4 GiB and cpu has 10.0 GiB free"):
+        shapes.random_subject("codellama-7b", "cpu", "bfloat16")
+    with pytest.raises(
+        StudyError, match="'smollm2-135m' has no shape to fill with random weights; known: codellama-7b"
+    ):
+        shapes.random_subject("smollm2-135m")
+    with pytest.raises(StudyError, match="dtype='int8' is not one of auto, float32"):
+        shapes.random_subject("codellama-7b", "cpu", "int8")
+
+
+def test_every_editor_is_measured_and_the_command_resumes(small_paper_subject, tmp_path, capsys):
+    arguments = ["bench", "--subject", "stablecode-3b", "--random-weights", "--device", "cpu", "--cases", "2", "--batches", "1,2",
+                 "--out", str(tmp_path)]  # fmt: skip
+    assert cli.main([*arguments, "--editor", "grace,memit"]) == 0
+    (file,) = tmp_path.glob("*.jsonl")
+    before = file.read_text()
+    assert cli.main(arguments) == 0
+    after = file.read_text()
+    assert file.name == "stablecode-3b-random.jsonl" and after.startswith(before)
+    assert cli.main(arguments) == 0 and file.read_text() == after
+    measured = measure.load_measurements(tmp_path)
+    assert measured["kind"].value_counts().to_dict() == {"edit": 36, "throughput": 36, "setup": 18, "ceiling": 1}
+    edits = measured[measured["kind"] == "edit"]
+    assert (edits["seconds"] > 0).all() and (edits["peak_mib"] >= edits["base_mib"] * 0.9).all()
+    # nothing stops early with random weights
+    steps = edits.groupby("editor")["steps"].unique().map(list).to_dict()
+    settings = load_settings("stablecode-3b").editors
+    for name, made in steps.items():
+        assert made == [settings[name].get("steps", 1)], name
+    assert "seconds" in capsys.readouterr().out
+    for table in (
+        rq2.circumstances,
+        rq2.cost_table,
+        rq2.throughput_table,
+        rq2.floor_table,
+        rq2.ceiling_table,
+        rq2.projection_table,
+    ):
+        assert len(table(measured).data) and "nan" not in table(measured).to_myst(), table
+    assert len(rq2.floor_table(measured).data) == 18
+    projection = rq2.projection_table(measured).data.set_index("Subject")
+    assert projection.loc["codellama-7b", "Machine"] == "not measured"
+    rates = measured[(measured["kind"] == "throughput") & (measured["batch"] == 1)]
+    alone = sum(
+        (one["edit_seconds"] + one["evaluate_seconds"]) * rq2.PAPER_CASES[one["dataset"]] for _, one in rates.iterrows()
+    )
+    assert float(projection.loc["stablecode-3b", "one case at a time (h)"]) == pytest.approx(alone / 3600, abs=0.5)
+    assert (
+        "Not measured, for want of a device that holds them: codellama-7b, codeqwen1.5-7b, smollm2-135m"
+        in rq2.reading(measured)
+    )
+    for column in ("seconds", "peak_mib"):
+        assert len(rq2.cost_figure(measured, column).axes) == 2
+
+
+def test_a_batch_that_does_not_fit_ends_the_growth(small_paper_subject, monkeypatch, tmp_path):
+    edit = EDITORS["grace"].edit
+
+    def small_device(self, cases, batch_size=None, progress=False):
+        if len(cases) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return edit(self, cases, batch_size, progress)
+
+    monkeypatch.setattr(EDITORS["grace"], "edit", small_device)
+    config = measure.make_bench_config(subject="stablecode-3b", random_weights=True, dataset="cnle", editors="grace", cases=1,
+                                       batches="2,4,8", out=tmp_path, device="cpu")  # fmt: skip
+    measured = measure.bench(config)
+    batches = measured[measured["kind"] == "throughput"].set_index("batch")["error"]
+    assert list(batches.index) == [2, 4] and batches[4] == "out of memory"
+    assert "out of memory" in rq2.throughput_table(measured).to_myst()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"editors": "none"}, "editors: .*unknown editor 'none'; known: ft-l, rome"),
+        ({"batches": "0,2"}, "batches: .*a batch has at least one case"),
+        ({"dataset": "conala"}, "dataset: .*unknown data set 'conala'"),
+        ({"casess": 3}, "casess: unknown key .*known: subject, random_weights"),
+    ],
+)
+def test_wrong_configurations_are_refused(values, message):
+    with pytest.raises(StudyError, match=message):
+        measure.make_bench_config(**values)
+
+
+def test_finished_measurements_are_shown_and_missing_ones_named(tmp_path):
+    row = {"kind": "edit", "subject": "any", "editor": "grace"}
+    (tmp_path / "any.jsonl").write_text(json.dumps(row) + "\n")
+    shown = measure.bench(measure.make_bench_config(show=tmp_path, out=tmp_path / "other"))
+    assert shown.to_dict("records") == [row] and not (tmp_path / "other").exists()
+    with pytest.raises(StudyError, match="no measurements; expected .*which `clme bench"):
+        measure.load_measurements(tmp_path / "other")
+
+
+class Products(TorchDispatchMode):
+    """Operations of all matrix products, forward and backward, as PyTorch counts them."""
+
+    operations = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if count := flop_registry.get(function._overloadpacket):
+            self.operations += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "pmet"])
+def test_floors_count_what_is_computed(subject, cases, name, monkeypatch):
+    """Counted by formula and by PyTorch: the floor leaves out what could be saved, and little else."""
+    monkeypatch.setattr(
+        measure, "load_editor", lambda one, of, **named: load_editor(one, of, **{**named, **SMALL[one], "steps": 9} if one != "malmen" else {**named, **SMALL[one]})
+    )
+    editor = measure.ready(subject, name, cases, random_weights=True)
+    editor.edit(cases[:1])  # what is made once
+    tokens = tokenize(subject.tokenizer, cases[0].prompt, cases[0].target)
+    with Products() as counted:
+        (edit,) = editor.edit(cases[:1])
+    found = phases(editor, len(tokens.prompt_ids), len(tokens.target_ids), len(edit.log.losses))
+    ratio = counted.operations / sum(one.operations for one in found)
+    assert 0.9 < ratio < 2, ratio
+
+
+def test_the_floor_is_the_longer_of_arithmetic_and_traffic():
+    device = Ceilings(operations=100.0, traffic=10.0)
+    assert device.seconds([Phase("a", 200, 10), Phase("b", 100, 50)]) == 2 + 5
+
+
+def batches_of(monkeypatch, used, free, size="auto", device="cpu"):
+    """Sizes of the batches of 64 cases where each takes ``used`` MiB and ``free`` are left."""
+    state = {"batch": 0}
+    monkeypatch.setattr("clme_lib.batches.reset_peak_memory", lambda device: None)
+    monkeypatch.setattr("clme_lib.batches.memory_in_use_mib", lambda device: 100.0)
+    monkeypatch.setattr("clme_lib.batches.peak_memory_mib", lambda device: 100.0 + used * state["batch"])
+    monkeypatch.setattr("clme_lib.batches.free_memory_bytes", lambda device: (free - used * state["batch"]) * 2**20)
+    sizes = []
+    for batch in Batches(list(range(64)), size, torch.device(device)):
+        state["batch"] = len(batch)
+        sizes.append(len(batch))
+    return sizes
+
+
+def test_batches_grow_while_memory_is_left(monkeypatch):
+    assert batches_of(monkeypatch, used=1, free=10_000) == [8, 16, 16, 16, 8]
+    assert batches_of(monkeypatch, used=1, free=10_000, device="cuda") == [8, 16, 32, 8]
+    assert batches_of(monkeypatch, used=10, free=100) == [8] * 8
+    assert batches_of(monkeypatch, used=10, free=100, size=20) == [20, 20, 20, 4]
+
+
+def test_a_run_goes_on_in_smaller_batches(tiny, source, monkeypatch, tmp_path):
+    edit, tried = EDITORS["grace"].edit, []
+
+    def small_device(self, cases, batch_size=None, progress=False):
+        tried.append(len(cases))
+        if len(cases) > 2 or cases[0].case_id == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return edit(self, cases, batch_size, progress)
+
+    monkeypatch.setattr(EDITORS["grace"], "edit", small_device)
+    config = runs.make_config(subject="tiny", dataset="cnle", editors="grace", cases=5, source=str(source), batch_size="auto",
+                              values="transferred", out=tmp_path / "run")  # fmt: skip
+    records = runs.run(config)
+    assert sorted(records["case_id"]) == list(range(5)) and max(tried) == 5
+    failed = records[records["error"].notna()]
+    assert list(failed["case_id"]) == [3] and "does not suffice" in failed["error"].iloc[0]
+    with pytest.raises(StudyError, match="batch_size"):
+        runs.make_config(batch_size="many")
+
+
+def test_free_memory_is_told():
+    assert 2**20 < memory.free_memory_bytes(torch.device("cpu")) < 2**50
+    assert memory.is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert not memory.is_out_of_memory(RuntimeError("shape mismatch"))
+
+
+def test_all_registered_paper_subjects_have_shapes():
+    assert {name for name in registered_subjects() if load_settings(name).subject.shape} == set(PAPER)
+    assert measure.BenchConfig().seed == DEFAULT_SEED and isinstance(pd.DataFrame(), pd.DataFrame)
