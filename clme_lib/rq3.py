@@ -25,7 +25,10 @@ VARIANTS = ("grace", "a-grace", "a-grace-wo-cl", "a-grace-wo-mean")
 def compat_run(config: RunConfig) -> pd.DataFrame:
     """The same cases with the released program's defects, in the folder ``<out>-compat``."""
     folder = config.out.with_name(f"{config.out.name}-compat")
-    return run(config.model_copy(update={"preset": "compat", "out": folder, "name": f"{config.name}-compat"}))
+    # nothing was wrong with leaving a model unedited
+    editors = tuple(name for name in config.editors if name in VARIANTS)
+    changed = {"preset": "compat", "out": folder, "name": f"{config.name}-compat", "editors": editors}
+    return run(config.model_copy(update=changed))
 
 
 def ablation_table(records: pd.DataFrame) -> Table:
@@ -295,3 +298,55 @@ def reading(records: pd.DataFrame, compat: pd.DataFrame) -> str:
                 f"{100 * released['specificity_em'].mean():.1f} %."
             )
     return " ".join(sentences) or "_GRACE and A-GRACE are needed for a comparison: add them to `editors`._"
+
+
+def encoder_tables(measured: pd.DataFrame) -> tuple[Table, Table]:
+    """Encoders by setting (trained on all of the other half), and by training size; means over both halves.
+
+    Args:
+        measured: what ``clme encoders`` writes (:func:`clme_lib.radius.compare_encoders`).
+    """
+    settings = ["dataset", "editor", "architecture", "selection", "patience", "margin"]
+    sizes = measured.groupby(settings)["cases"].transform("max") // 10 * 10 <= measured["cases"]
+    whole = measured[sizes].groupby(settings, sort=False)
+    by_setting = [{**_encoder_setting(keys), **_encoder_scores(mine)} for keys, mine in whole]
+    grown = measured.groupby(settings).filter(lambda mine: mine["cases"].nunique() > 2)
+    # the halves of a data set of odd size differ by one case
+    grown = grown.assign(cases=grown["cases"].where(~sizes, grown.groupby("dataset")["cases"].transform("max")))
+    by_size = [
+        {"Data": dataset_name(dataset), "Training cases": str(count), **_encoder_scores(mine)}
+        for (dataset, count), mine in grown.groupby(["dataset", "cases"])
+    ]
+    caption = (
+        "Balanced accuracy of *within the radius* on the half that was not trained on, means of both halves (0.5 is what any constant gets), at "
+        "the editors' radius and at the radius that would be best there; and the shares of rephrased and neighbour prompts within the radius."
+    )
+    one = Table(pd.DataFrame(by_setting), f"Encoders by setting. {caption}", "tab-encoders")
+    margin = ", ".join(f"{value:g}" for value in grown["margin"].unique())
+    return one, Table(
+        pd.DataFrame(by_size), f"A-GRACE's encoder (margin {margin}) by training size.", "tab-encoder-sizes"
+    )
+
+
+def _encoder_setting(keys: tuple) -> dict[str, str]:
+    dataset, editor, architecture, selection, patience, margin = keys
+    chosen_by = {"training": "held-out training cases", "edited": "the edited cases"}[selection]
+    return {
+        "Data": dataset_name(dataset),
+        "Editor": editor_name(editor),
+        "Layers": architecture,
+        "Epoch chosen by": chosen_by,
+        "Patience": str(patience),
+        "Margin": f"{margin:g}",
+    }
+
+
+def _encoder_scores(mine: pd.DataFrame) -> dict[str, str]:
+    means = mine[["held_out", "accuracy", "best", "best_radius", "inside", "neighbours_inside"]].mean()
+    return {
+        "Held out": f"{means['held_out']:.3f}",
+        "Other half": f"{means['accuracy']:.3f}",
+        "At its best radius": f"{means['best']:.3f} ({means['best_radius']:.2f})",
+        "Rephrased inside": f"{100 * means['inside']:.0f} %",
+        "Neighbours inside": f"{100 * means['neighbours_inside']:.0f} %",
+    }

@@ -196,7 +196,11 @@ class Products(TorchDispatchMode):
 def test_floors_count_what_is_computed(subject, cases, name, monkeypatch):
     """Counted by formula and by PyTorch: the floor leaves out what could be saved, and little else."""
     monkeypatch.setattr(
-        measure, "load_editor", lambda one, of, **named: load_editor(one, of, **{**named, **SMALL[one], "steps": 9} if one != "malmen" else {**named, **SMALL[one]})
+        measure,
+        "load_editor",
+        lambda one, of, **named: load_editor(
+            one, of, **{**named, **SMALL[one], "steps": 9} if one != "malmen" else {**named, **SMALL[one]}
+        ),
     )
     editor = measure.ready(subject, name, cases, random_weights=True)
     editor.edit(cases[:1])  # what is made once

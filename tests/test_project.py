@@ -1,5 +1,6 @@
 """The project as its users meet it: versions, notebooks, the command line, imports."""
 
+import ast
 import importlib.metadata
 import re
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from clme_lib.cli import main
+from clme_lib.efficiency.measure import BenchConfig
 from clme_lib.errors import StudyError
 from clme_lib.notebook import execute
 from clme_lib.runs import RunConfig
@@ -60,7 +62,15 @@ def test_notebooks_are_well_formed(path):
     for line in tagged[0].source.splitlines():
         assert re.fullmatch(r"\w+: \w+ = .+  # .+", line), f"parameter without type or comment: {line}"
     names = [line.split(":")[0] for line in tagged[0].source.splitlines()]
-    assert set(names) == set(RunConfig.model_fields)
+    schema = BenchConfig if path.stem == "rq2_efficiency" else RunConfig
+    assert set(names) == set(schema.model_fields)
+    defaults = schema.model_validate({})
+    for line in tagged[0].source.splitlines():
+        name, value = re.match(r"(\w+): \w+ = (.+?)  # ", line).groups()
+        if path.stem != "rq3_a_grace" or name != "editors":  # RQ3 has its own editors
+            given = schema.model_validate({name: ast.literal_eval(value)} if value != '""' else {})
+            if name not in ("name", "out"):
+                assert getattr(given, name) == getattr(defaults, name), name
 
 
 def test_runner_refuses_unknown_parameters(tmp_path):

@@ -8,6 +8,7 @@ import pandas as pd
 def _numbers(root: Path) -> dict[str, str]:
     from clme_lib.datasets import embedded_cnle, embedded_csne
     from clme_lib.report import editor_name, interval
+    from clme_lib.rq3 import encoder_tables
     from clme_lib.runs import load_manifest, load_run
 
     numbers = {}
@@ -34,6 +35,9 @@ def _numbers(root: Path) -> dict[str, str]:
         numbers[f"{dataset}_rephrased_distance"] = f"{distances[1].median():.1f}"
         numbers[f"{dataset}_nearest_neighbour"] = f"{distances.iloc[:, 2:].min().min():.1f}"
         numbers[f"{dataset}_rephrased_fired"] = f"{100 * (distances[1] <= 1).mean():.1f} %"
+    encoders = pd.read_csv(root / "results" / "encoders" / "smollm2-135m.csv")
+    numbers["encoder_table"], numbers["encoder_sizes"] = (table.to_myst() for table in encoder_tables(encoders))
+    numbers["encoder_count"] = str(len(encoders))
     numbers["editors"] = ", ".join(editor_name(name) for name in records["editor"].unique())
     return numbers
 

@@ -1,7 +1,7 @@
 """The floor under an edit: the arithmetic and the memory traffic that its algorithm cannot do without.
 
 For one case alone, with P prompt and T target tokens, L blocks of b weights each, n blocks above the edited layer, a head
-of h = |vocabulary| d weights, and S steps (multiply-adds; one is two operations)::
+of h = V d weights (V: vocabulary), and S steps (multiply-adds; one is two operations)::
 
     read once        (P + T) b per block up to the edited layer, P b per block above it        every editor
     GRACE, A-GRACE   S * 2 (T n b + T h)                                  touched columns only; forward and backward
