@@ -116,6 +116,58 @@ def _parser() -> argparse.ArgumentParser:
     notebook.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     notebook.set_defaults(act=_notebook)
 
+    data = commands.add_parser("data", help="build and check data sets").add_subparsers(required=True, metavar="ACTION")
+    building = data.add_parser(
+        "build",
+        help="CNLE or CSNE from its source, stage by stage; resumes where it stopped",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    building.add_argument("dataset", choices=("cnle", "csne"))
+    building.add_argument("--out", required=True, type=Path, help="folder of the stages and of the data set")
+    building.add_argument(
+        "--source", default="embedded", help="embedded, hub (CoNaLa, CodeSearchNet), or a file or folder"
+    )
+    building.add_argument("--targets", type=_cases, default=None, help="edit inputs at most")
+    building.add_argument("--seed", type=int, default=42, help="of the split")
+    building.add_argument("--encoder", default=None, help="Hugging Face encoder of the neighbours (default: TF-IDF)")
+    building.add_argument(
+        "--model", default=None, help="cnle: language model that scores and rewrites (default: offline)"
+    )
+    building.add_argument("--endpoint", default=None, help="cnle: base of an OpenAI-compatible endpoint")
+    building.add_argument("--concurrency", type=_positive, default=8, help="cnle: questions under way at once")
+    building.add_argument("--budget", type=_positive, default=None, help="cnle: tokens that may be spent")
+    building.add_argument(
+        "--names", default=None, help="csne: masked language model that renames (default: the corpus)"
+    )
+    building.add_argument(
+        "--tokenizer", default=None, help="csne: counts the 256 tokens (default: the embedded subject's)"
+    )
+    building.add_argument("--answers", default=None, help="subject whose answers to the neighbours are written as well")
+    building.add_argument("--device", default="cpu", help="of encoder and masked language model")
+    building.set_defaults(act=_data_build)
+    labels = data.add_parser("labels", help="pairs for people to label, or their agreement once they have")
+    labels.add_argument("build", type=Path, help="folder of a built CNLE")
+    labels.add_argument("file", type=Path, help="CSV; written when it is not there, read when it is")
+    labels.add_argument("--margin", type=float, default=0.05, help="of a share, at 95 %% confidence")
+    labels.set_defaults(act=_data_labels)
+    tuning = data.add_parser(
+        "fine-tune",
+        help="an encoder on code search, for CSNE's neighbours",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    tuning.add_argument("build", type=Path, help="folder of a built CSNE: its non-targeted functions are learnt from")
+    tuning.add_argument("--encoder", default="microsoft/codebert-base", help="Hugging Face encoder or folder")
+    tuning.add_argument("--out", required=True, type=Path, help="folder of the fine-tuned encoder")
+    tuning.add_argument("--epochs", type=_positive, default=3)
+    tuning.add_argument("--batch", type=_positive, default=32)
+    tuning.add_argument("--lr", type=float, default=2e-5)
+    tuning.add_argument("--device", default="cpu")
+    tuning.set_defaults(act=_data_fine_tune)
+    checking = data.add_parser("check", help="what is wrong with a data set in the published layout; fails on errors")
+    checking.add_argument("path", type=Path, help="JSON file")
+    checking.add_argument("--dataset", choices=("cnle", "csne"), default=None, help="default: from the file's name")
+    checking.set_defaults(act=_data_check)
+
     publish = commands.add_parser("publish", help="copy a finished run to where the repository keeps it")
     publish.add_argument("run", type=Path, help="the run's folder")
     publish.add_argument("target", type=Path, help="results/runs/NAME")
@@ -269,6 +321,75 @@ def _check(options: argparse.Namespace) -> int:
     comparison = compare(load_run(options.run), load_run(options.published))
     print(describe(comparison))
     return 0 if comparison.passed else 1
+
+
+def _data_build(options: argparse.Namespace) -> int:
+    from .construction import pipeline, relevance, rephrasing
+    from .construction.endpoint import Endpoint
+
+    common: dict = {"targets": options.targets, "seed": options.seed, "subject": options.answers}
+    if options.encoder:
+        from .construction.language_models import TextEncoder
+
+        common["embed"] = TextEncoder(options.encoder, options.device)
+    if options.dataset == "cnle":
+        scorer: pipeline.Scorer = relevance.OfflineScorer()
+        rephraser: pipeline.Rephraser = rephrasing.GivenIntents()
+        if options.model:
+            limits = {"concurrency": options.concurrency, "budget": options.budget}
+            endpoint = Endpoint(options.model, options.endpoint, options.out / "answers.jsonl", **limits)
+            scorer, rephraser = relevance.ModelScorer(endpoint), rephrasing.ModelIntents(endpoint)
+        report = pipeline.build_cnle(options.out, options.source, scorer, rephraser, **common)
+        print(pipeline.level_counts(options.out).to_string(index=False))
+    else:
+        if options.names:
+            from .construction.language_models import MaskedNames
+
+            masked = MaskedNames(options.names, options.device)
+        report = pipeline.build_csne(
+            options.out,
+            options.source,
+            (lambda _corpus: masked) if options.names else rephrasing.CorpusNames,
+            tokenizer=options.tokenizer,
+            **common,
+        )
+    print(report)
+    return 0 if report.passed else 1
+
+
+def _data_labels(options: argparse.Namespace) -> int:
+    from .construction.agreement import agreement, draw
+    from .jsonl import read_rows
+
+    levels = {str(row["id"]): row["level"] for row in read_rows(options.build / "02-score.jsonl") if "level" in row}
+    if options.file.exists():
+        print(agreement(options.file, levels).to_string(index=False))
+        return 0
+    pairs = [row for row in read_rows(options.build / "01-collect.jsonl") if str(row["id"]) in levels]
+    print(f"{draw(pairs, options.file, options.margin, seed=42)} pairs to label in {options.file}")
+    return 0
+
+
+def _data_fine_tune(options: argparse.Namespace) -> int:
+    from .construction.language_models import TextEncoder, fine_tune
+    from .jsonl import read_rows
+
+    functions = {row["id"]: row for row in read_rows(options.build / "01-collect.jsonl")}
+    split = read_rows(options.build / "03-split.jsonl")
+    pairs = [(functions[row["id"]]["doc"], functions[row["id"]]["code"]) for row in split if not row["targeted"]]
+    encoder = TextEncoder(options.encoder, options.device)
+    settings = {"epochs": options.epochs, "batch": options.batch, "lr": options.lr}
+    losses = fine_tune(encoder, pairs, options.out, **settings, seed=42)
+    print(f"{len(pairs)} pairs, loss {losses[0]:.2f} -> {losses[-1]:.2f}: {options.out}")
+    return 0
+
+
+def _data_check(options: argparse.Namespace) -> int:
+    from .datasets.checking import check_file
+
+    report = check_file(options.path, options.dataset)
+    print(report)
+    return 0 if report.passed else 1
 
 
 def _notebook(options: argparse.Namespace) -> int:

@@ -222,7 +222,12 @@ def _complete(config: RunConfig, subject: Subject, editor: Editor, cases: list[C
     parts = [missing]
     if editor.needs_training:
         parts = [part for fold in (0, 1) if (part := [case for case in missing if folds_of[case.case_id] == fold])]
-    common: dict[str, Any] = {"preset": config.preset, "run": config.name, "source": config.source, "folds_of": folds_of}
+    common: dict[str, Any] = {
+        "preset": config.preset,
+        "run": config.name,
+        "source": config.source,
+        "folds_of": folds_of,
+    }
     description = f"{missing[0].dataset} {editor.name}"
     with tqdm(total=len(cases), initial=len(cases) - len(missing), desc=description, unit="case") as bar:
         for part in parts:

@@ -217,7 +217,8 @@ def _package_functions(distribution: str, package: str) -> Iterator[MinedFunctio
 
 
 @cache
-def _tokenizer():
+def tokenizer():
+    """The embedded subject's, which counts tokens where no other is at hand."""
     from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(embedded_subject.ensure() / "tokenizer.json"))
@@ -245,7 +246,7 @@ def _accept(lines: list[str], name: str, node: ast.FunctionDef) -> tuple[str, st
     code = _without_docstring_and_comments(lines, node)
     if code is None or not code.isascii() or code.count("\n") < 2:
         return None
-    return (code, doc) if len(_tokenizer().encode(code, add_special_tokens=False).ids) <= MAX_TOKENS else None
+    return (code, doc) if len(tokenizer().encode(code, add_special_tokens=False).ids) <= MAX_TOKENS else None
 
 
 def _without_docstring_and_comments(lines: list[str], node: ast.FunctionDef) -> str | None:

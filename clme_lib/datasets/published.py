@@ -29,7 +29,7 @@ from .neighbours import NEIGHBOURS
 ZENODO_RECORD = "12818365"
 ZENODO_DOI = "10.5281/zenodo.12818365"
 _FIELDS = {"cnle": ("intent", "snippet", "rewritten_intent"), "csne": ("code", "code_doc", "code_rewrite")}
-_FILES = {"cnle": "EditConala", "csne": "EditCodeSearchNet"}
+FILES = {"cnle": "EditConala", "csne": "EditCodeSearchNet"}
 
 
 def read(path: str | os.PathLike, dataset: DatasetName) -> list[Case]:
@@ -38,14 +38,8 @@ def read(path: str | os.PathLike, dataset: DatasetName) -> list[Case]:
     Raises:
         StudyError: the file cannot be read, or a record is malformed (the message names record and field).
     """
-    path = Path(path)
-    try:
-        records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise StudyError(f"{path}: cannot be read as UTF-8 JSON: {error}") from error
-    if not isinstance(records, list) or not records:
-        raise StudyError(f"{path}: expected a JSON list of records, found {type(records).__name__} of no records")
-    cases = [_case(record, f"{path}, record {n}", dataset) for n, record in enumerate(records)]
+    records = read_records(path)
+    cases = [parse_record(record, f"{path}, record {n}", dataset) for n, record in enumerate(records)]
     ids: set[int] = set()
     for case in cases:
         if case.case_id in ids:
@@ -54,7 +48,23 @@ def read(path: str | os.PathLike, dataset: DatasetName) -> list[Case]:
     return cases
 
 
-def _case(record: object, where: str, dataset: DatasetName) -> Case:
+def read_records(path: str | os.PathLike) -> list:
+    """The records of a file in the published layout, not looked into.
+
+    Raises:
+        StudyError: it cannot be read, or is not a list of records.
+    """
+    try:
+        records = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise StudyError(f"{path}: cannot be read as UTF-8 JSON: {error}") from error
+    if not isinstance(records, list) or not records:
+        raise StudyError(f"{path}: expected a JSON list of records, found {type(records).__name__} of no records")
+    return records
+
+
+def parse_record(record: object, where: str, dataset: DatasetName) -> Case:
+    """A record of the published layout as a case; StudyError names the field that is wrong."""
     prompt, target, rephrased = _FIELDS[dataset]
     case_id = _field(record, "case_id", int, where)
     request = _field(record, "edit_request", dict, where)
@@ -90,8 +100,12 @@ def _field(record: object, name: str, kind: type, where: str):
     return record[name]
 
 
-def write(path: str | os.PathLike, cases: list[Case]) -> None:
-    """Write cases in the published layout (without answers)."""
+def write(path: str | os.PathLike, cases: list[Case], answers: dict[str, list[list[str]]] | None = None) -> None:
+    """Write cases in the published layout, whole or not at all.
+
+    Args:
+        answers: of each model, the continuations of every case's neighbours.
+    """
     prompt, target, rephrased = _FIELDS[cases[0].dataset]
     from ..prompts import prompt_text
 
@@ -102,11 +116,14 @@ def write(path: str | os.PathLike, cases: list[Case]) -> None:
         {
             "case_id": case.case_id,
             "edit_request": {prompt: case.text, target: case.target, rephrased: text(case.rephrased[0])},
-            "neighborhoods": {"items": [{prompt: text(one)} for one in case.unrelated], "answers": {}},
+            "neighborhoods": {"items": [{prompt: text(one)} for one in case.unrelated],
+                              "answers": {model: its[n] for model, its in (answers or {}).items()}},
         }
-        for case in cases
-    ]
-    Path(path).write_text(json.dumps(records, indent=1), encoding="utf-8")
+        for n, case in enumerate(cases)
+    ]  # fmt: skip
+    unfinished = Path(f"{path}.part")
+    unfinished.write_text(json.dumps(records, indent=1), encoding="utf-8")
+    os.replace(unfinished, path)
 
 
 def fetch(dataset: DatasetName, api: str = "https://zenodo.org/api") -> Path:
@@ -120,13 +137,13 @@ def fetch(dataset: DatasetName, api: str = "https://zenodo.org/api") -> Path:
     folder = cache_dir() / "clmeeval" / ZENODO_RECORD
     if not folder.is_dir():
         _download(folder, api)
-    wanted = _FILES[dataset].lower()
+    wanted = FILES[dataset].lower()
     found = [file for file in sorted(folder.rglob("*.json")) if wanted in str(file.relative_to(folder)).lower()]
     # two-fold layout: <fold>/<data set>/{train,test}.json beside one all.json
     whole = [file for file in found if file.stem.lower() in ("all", wanted)] or found
     if not whole:
         names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*.json"))
-        raise StudyError(f"record {ZENODO_DOI} in {folder}: no JSON file named like {_FILES[dataset]}; it has {names}")
+        raise StudyError(f"record {ZENODO_DOI} in {folder}: no JSON file named like {FILES[dataset]}; it has {names}")
     return whole[0]
 
 

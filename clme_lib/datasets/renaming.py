@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import ast
 import builtins
+import dis
 import keyword
 import symtable
+import types
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 MIN_OCCURRENCES = 12
 _INTROSPECTION = {"locals", "eval", "exec", "vars", "globals", "dir"}
 _FORBIDDEN = set(keyword.kwlist) | set(keyword.softkwlist) | set(dir(builtins)) | {"self", "cls", "mcs"}
+# instructions whose argument is a variable's name (a global's or an attribute's is never renamed)
+_OF_VARIABLES = {dis.opname[code] for code in (*dis.haslocal, *dis.hasfree)}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -94,6 +98,38 @@ def verified(code: str, variant: str, mapping: dict[str, str]) -> bool:
     except (SyntaxError, ValueError):
         return False
     return there and back and _isomorphic(tables[0], tables[1], mapping)
+
+
+def same_bytecode(code: str, variant: str, mapping: dict[str, str]) -> bool:
+    """Whether both compile to the same instructions up to ``mapping``, in all nested code objects."""
+    try:
+        one, other = (compile(text, "function", "exec", dont_inherit=True, optimize=0) for text in (code, variant))
+    except (SyntaxError, ValueError):
+        return False
+    return _instructions(one, mapping) == _instructions(other, {})
+
+
+def _instructions(code: types.CodeType, names: dict[str, str]) -> list:
+    found: list = []
+    for step in dis.get_instructions(code):
+        value = step.argval
+        if isinstance(value, types.CodeType):
+            value = (
+                value.co_name,
+                value.co_argcount,
+                value.co_kwonlyargcount,
+                value.co_flags,
+                _instructions(value, names),
+            )
+        elif step.opname in _OF_VARIABLES:
+            # newer interpreters load two variables at once
+            value = (
+                tuple(names.get(name, name) for name in value) if isinstance(value, tuple) else names.get(value, value)
+            )
+        elif isinstance(value, tuple | frozenset):
+            value = repr(sorted(map(repr, value)))
+        found.append((step.opname, value if step.opname != "LOAD_CONST" else repr(value)))
+    return found
 
 
 class Substitutes:

@@ -1,0 +1,132 @@
+"""The generalization inputs: intents in other words (CNLE), functions with other names (CSNE)."""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+
+from ..datasets.renaming import Substitutes, eligible_names, rename, same_bytecode, verified
+from .endpoint import Endpoint
+from .stages import Row
+
+INSTRUCTION = (
+    "Rewrite the programming request so that another person could have asked it: other words, the same meaning, one sentence. Keep every "
+    "name, number and string of the request exactly as it is. Answer with the rewritten request alone."
+)
+# from a function's code to its new names
+Chooser = Callable[[str], dict[str, str]]
+
+
+class GivenIntents:
+    """The source's own second wording, as CoNaLa's annotated part and the embedded set have one."""
+
+    def settings(self) -> dict:
+        """For the stage's manifest."""
+        return {"rephraser": "given"}
+
+    def rephrase(self, rows: Sequence[Row]) -> Iterator[Row]:
+        """Each row's ``rephrased``; a row without another wording is dropped."""
+        for row in rows:
+            yield _rephrased(row, row.get("rewritten_intent") or "")
+
+
+class ModelIntents:
+    """Rewritten by a language model."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+
+    def settings(self) -> dict:
+        """For the stage's manifest."""
+        return {"rephraser": "model", "instruction": INSTRUCTION, **self.endpoint.settings()}
+
+    def rephrase(self, rows: Sequence[Row]) -> Iterator[Row]:
+        """Each row's ``rephrased``; an answer that is empty, repeats the intent or is a paragraph drops the row."""
+        for n, answer in self.endpoint.ask(INSTRUCTION, [row["intent"] for row in rows]):
+            yield _rephrased(rows[n], answer.strip().strip('"'))
+
+
+def _rephrased(row: Row, text: str) -> Row:
+    reason = None
+    if not text.strip():
+        reason = "no other wording"
+    elif " ".join(text.split()).casefold() == " ".join(row["intent"].split()).casefold():
+        reason = "the other wording repeats the intent"
+    elif "\n" in text.strip() or len(text) > 5 * len(row["intent"]) + 100:
+        reason = "unusable answer"
+    return {"id": row["id"], "dropped": reason} if reason else {"id": row["id"], "rephrased": text.strip()}
+
+
+def renamed(row: Row, choose: Chooser) -> Row:
+    """A function's ``rephrased`` code: names chosen, applied by source position, and verified.
+
+    The variant has the same syntax tree up to the names in both directions, isomorphic symbol tables and the same byte code.
+    """
+    code = row["code"]
+    if not code.isascii():  # positions are in bytes
+        return {"id": row["id"], "dropped": "not ASCII"}
+    try:
+        mapping = choose(code)
+        variant = rename(code, mapping) if mapping else code
+    except (SyntaxError, RecursionError) as error:
+        return {"id": row["id"], "dropped": f"could not be renamed: {type(error).__name__}"}
+    if not mapping:
+        return {"id": row["id"], "dropped": "no name to change"}
+    if not verified(code, variant, mapping) or not same_bytecode(code, variant, mapping):
+        return {"id": row["id"], "dropped": "variant not verified"}
+    return {"id": row["id"], "rephrased": variant, "names": mapping}
+
+
+class CorpusNames:
+    """Names that are used alike in a corpus of functions (:class:`~clme_lib.datasets.renaming.Substitutes`), on all cores."""
+
+    def __init__(self, corpus: Sequence[str]) -> None:
+        self._corpus = list(corpus)
+
+    def settings(self) -> dict:
+        """For the stage's manifest."""
+        return {"names": "corpus", "functions": len(self._corpus)}
+
+    def rephrase(self, rows: Sequence[Row]) -> Iterator[Row]:
+        """Each row's ``rephrased`` code."""
+        workers = min(os.cpu_count() or 1, 1 + len(rows) // 500)
+        if workers == 1:
+            _prepare(self._corpus)
+            yield from map(_by_corpus, rows)
+            return
+        with ProcessPoolExecutor(workers, initializer=_prepare, initargs=(self._corpus,)) as pool:
+            yield from pool.map(_by_corpus, rows, chunksize=50)
+
+
+_substitutes: Substitutes | None = None  # of a worker process
+
+
+def _prepare(corpus: list[str]) -> None:
+    global _substitutes
+    _substitutes = Substitutes(function for code in corpus if (function := definition(code)) is not None)
+
+
+def _by_corpus(row: Row) -> Row:
+    def choose(code: str) -> dict[str, str]:
+        assert _substitutes is not None
+        function = definition(code)
+        return {} if function is None else _substitutes.choose(function)
+
+    return renamed(row, choose)
+
+
+def definition(code: str) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+    """The one function that ``code`` defines, or None."""
+    try:
+        body = ast.parse(code).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    return body[0] if len(body) == 1 and isinstance(body[0], ast.FunctionDef | ast.AsyncFunctionDef) else None
+
+
+def candidates(code: str) -> list[str]:
+    """Names of the function that may change, none when it is not one function."""
+    function = definition(code)
+    return [] if function is None else eligible_names(function)

@@ -1,0 +1,237 @@
+"""Reading what the data sets are made from: CoNaLa and CodeSearchNet, from the Hub, files or the embedded stand-ins.
+
+Files are JSON (a list), JSON Lines (also gzipped) or Parquet. A row that cannot be used is dropped with its reason, which the
+stage's counts show; a file that cannot be read is an error that names it.
+"""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import inspect
+import io
+import json
+import re
+import textwrap
+import tokenize
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..datasets import embedded_cnle, embedded_csne
+from ..errors import StudyError
+from .stages import Row
+
+# data set -> (Hub repository, files of the part that the paper uses)
+HUB = {
+    "cnle": ("neulab/conala", "data/conala-mined*"),
+    "csne": ("code-search-net/code_search_net", "python/*.parquet"),
+}
+LONGEST = 100_000  # characters; nothing longer can have 256 tokens, and parsing it may take minutes
+
+
+def read_table(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a JSON, JSON Lines (``.gz``) or Parquet file.
+
+    Raises:
+        StudyError: it cannot be read; the message has the line.
+    """
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as parquet
+        from pyarrow import ArrowException
+
+        try:
+            for batch in parquet.ParquetFile(path).iter_batches():
+                yield from batch.to_pylist()
+        except (OSError, ArrowException) as error:
+            raise StudyError(f"{path}: cannot be read as Parquet: {error}") from error
+        return
+    number = 0  # of the last line that was read
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+            first = stream.peek(64)[:64].lstrip(b"\xef\xbb\xbf \r\n\t")
+            if first.startswith(b"["):
+                yield from _objects(json.loads(stream.read().decode("utf-8-sig")), path)
+                return
+            for line in io.TextIOWrapper(stream, encoding="utf-8-sig", newline=None):
+                number += 1
+                if line.strip():
+                    yield from _objects([json.loads(line)], path)
+    except (OSError, EOFError, zlib.error) as error:
+        raise StudyError(f"{path}: cannot be read after line {number}: {error}; is the download complete?") from error
+    except UnicodeDecodeError as error:
+        raise StudyError(f"{path}: not UTF-8 after line {number} ({error.reason}); convert it") from error
+    except ValueError as error:
+        raise StudyError(f"{path}, line {max(number, 1)}: not JSON: {error}") from error
+
+
+def _objects(rows: Any, path: Path) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        if not isinstance(row, dict):
+            raise StudyError(f"{path}: a row is {type(row).__name__}, expected an object")
+        yield row
+
+
+def hub_files(dataset: str) -> list[Path]:
+    """The data set's source files, downloaded to the Hugging Face cache."""
+    from huggingface_hub import snapshot_download
+
+    repository, pattern = HUB[dataset]
+    try:
+        folder = Path(snapshot_download(repository, repo_type="dataset", allow_patterns=[pattern]))
+    except Exception as error:  # the hub's errors have no common type
+        raise StudyError(
+            f"{repository} could not be downloaded: {error}; get its files by hand and pass them with --source"
+        ) from error
+    files = sorted(
+        file for file in folder.rglob("*") if file.is_file() and file.suffix in (".parquet", ".json", ".jsonl", ".gz")
+    )
+    if not files:
+        raise StudyError(f"{repository} has no files like {pattern}")
+    return files
+
+
+def source_files(dataset: str, source: str) -> list[Path]:
+    """The files of ``source``: ``hub``, a file, or a folder of files."""
+    if source == "hub":
+        return hub_files(dataset)
+    path = Path(source)
+    files = sorted(path.glob("*")) if path.is_dir() else [path]
+    files = [file for file in files if file.suffix in (".json", ".jsonl", ".gz", ".parquet")]
+    if not files or not all(file.is_file() for file in files):
+        raise StudyError(
+            f"source {source!r} is neither hub, embedded, nor a JSON, JSON Lines, gzip or Parquet file or a folder of them"
+        )
+    return files
+
+
+def collect_pairs(source: str) -> Iterator[Row]:
+    """CoNaLa's pairs: ``id``, ``intent``, ``snippet``, and ``rewritten_intent`` where there is one."""
+    if source == "embedded":
+        rows: Iterator[dict] = iter([*embedded_cnle.read_rows("cnle-targets"), *embedded_cnle.read_rows("cnle-pool")])
+    else:
+        rows = (row for file in source_files("cnle", source) for row in read_table(file))
+    for number, row in enumerate(rows):
+        found = {name: _clean(row.get(name)) for name in ("intent", "snippet", "rewritten_intent")}
+        reason = next((f"no {name}" for name in ("intent", "snippet") if not found[name]), None)
+        if reason is None and max(map(len, found.values())) > LONGEST:
+            reason = "too long"
+        yield {"id": number, **({"dropped": reason} if reason else found)}
+
+
+def collect_functions(source: str) -> Iterator[Row]:
+    """CodeSearchNet's functions: ``id``, ``code`` without docstring and comments, ``doc``, ``partition`` and ``package``."""
+    if source == "embedded":
+        content = embedded_csne.load_content()
+        for part, partition in (("targets", "test"), ("pool", "train")):
+            for row in content[part]:
+                yield {
+                    "id": row["origin"],
+                    "code": row["code"],
+                    "doc": row["doc"],
+                    "partition": partition,
+                    "package": row["package"],
+                }
+        return
+    number = -1
+    for file in source_files("csne", source):
+        named = next((part for part in ("train", "valid", "test") if part in file.stem), None)
+        for row in read_table(file):
+            number += 1
+            yield _function(number, row, row.get("partition") or row.get("split_name") or named)
+
+
+def _function(number: int, row: dict, partition: str | None) -> Row:
+    # the Hub's columns, then those of the jsonl files
+    code, doc = (next((row[name] for name in names if row.get(name) is not None), None)
+                 for names in (("func_code_string", "code"), ("func_documentation_string", "docstring", "doc")))  # fmt: skip
+    dropped = None
+    if not _text(code) or not _text(doc):
+        dropped = f"no {'code' if not _text(code) else 'docstring'}"
+    elif len(code) > LONGEST:
+        dropped = "too long"
+    else:
+        bare, sentence = without_docstring(code), embedded_csne.first_sentence(doc)
+        dropped = (
+            "not one Python 3 function" if bare is None else "no describing sentence" if sentence is None else None
+        )
+    if dropped:
+        return {"id": number, "dropped": dropped}
+    package = str(row.get("repository_name") or row.get("repo") or "")
+    return {"id": number, "code": bare, "doc": sentence, "partition": partition, "package": package}
+
+
+def without_docstring(code: str) -> str | None:
+    """A function's source without docstring, comments and decorators; None when it is not one function of Python 3."""
+    code = textwrap.dedent(code.replace("\r\n", "\n").expandtabs(4))
+    if not code.startswith(("def ", "async def ", "@")):
+        code = code.lstrip()
+    first, _, rest = code.partition("\n")
+    # CodeSearchNet strips the first line's indentation and keeps the others'
+    candidates = [code, first + "\n" + _outdented(rest)]
+    for text in candidates:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                tree = ast.parse(text)
+            except (SyntaxError, ValueError, RecursionError, MemoryError):
+                continue
+        if len(tree.body) == 1 and isinstance(tree.body[0], ast.FunctionDef | ast.AsyncFunctionDef):
+            return _stripped(text, tree.body[0])
+    return None
+
+
+def _outdented(rest: str) -> str:
+    lines = rest.split("\n")
+    least = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=4)
+    return "\n".join(line[max(0, least - 4) :] for line in lines)
+
+
+def _stripped(code: str, function: ast.FunctionDef | ast.AsyncFunctionDef) -> str | None:
+    lines = code.split("\n")
+    body = function.body
+    if ast.get_docstring(function, clean=False) is not None:
+        if len(body) == 1 or body[0].lineno == function.lineno or body[1].lineno == body[0].end_lineno:
+            return None
+        lines[body[0].lineno - 1 : body[0].end_lineno] = ["\0"] * (body[0].end_lineno - body[0].lineno + 1)  # type: ignore[operator]
+    try:
+        comments = [t.start for t in tokenize.generate_tokens(io.StringIO(code).readline) if t.type == tokenize.COMMENT]
+    except (tokenize.TokenError, SyntaxError):
+        return None
+    for row, column in comments:
+        if lines[row - 1] != "\0":
+            lines[row - 1] = lines[row - 1][:column].rstrip() or "\0"
+    kept = "\n".join(line.rstrip() for line in lines[function.lineno - 1 :] if line != "\0").strip("\n")
+    try:
+        ast.parse(kept)
+    except (SyntaxError, ValueError):
+        return None
+    return kept
+
+
+def first_sentence(docstring: str) -> str | None:
+    """The first sentence of a docstring's first paragraph; None with fewer than three words or more than sixty."""
+    paragraph = inspect.cleandoc(docstring).split("\n\n")[0]
+    sentence = re.split(r"(?<=[.!?])\s", " ".join(paragraph.split()))[0]
+    return sentence if 3 <= len(sentence.split()) <= 60 else None
+
+
+def _clean(value: Any) -> str:
+    """Text with line feeds alone, without white space around it; nothing for what is no text."""
+    return value.replace("\r\n", "\n").strip() if isinstance(value, str) else ""
+
+
+def too_long(texts: Sequence[str], limit: int, tokenizer: str | None) -> list[bool]:
+    """Which texts have more than ``limit`` tokens: of a Hugging Face tokenizer (the paper: CodeBERT's), or of the embedded subject's."""
+    if tokenizer is None:
+        encoder = embedded_csne.tokenizer()
+        return [len(one.ids) > limit for one in encoder.encode_batch(list(texts), add_special_tokens=False)]
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise StudyError(f"tokenizer {tokenizer!r} could not be loaded: {str(error).splitlines()[0]}") from error
+    return [len(ids) > limit for ids in loaded(list(texts), add_special_tokens=True)["input_ids"]]

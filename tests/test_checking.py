@@ -1,0 +1,150 @@
+"""The validation report finds every kind of damage, and nothing in the embedded sets."""
+
+import copy
+import json
+
+import pytest
+
+from clme_lib import cli
+from clme_lib.datasets import load_cases, published
+from clme_lib.datasets.checking import check_cases, check_file, same_up_to_names
+from clme_lib.errors import StudyError
+
+
+@pytest.fixture
+def records():
+    """Four sound CNLE records."""
+    return [
+        {
+            "case_id": n,
+            "edit_request": {
+                "intent": f"sort list `{name}` in place",
+                "snippet": f"{name}.sort(reverse=True)",
+                "rewritten_intent": f"put `{name}` in order",
+            },
+            "neighborhoods": {"items": [{"intent": f"open file `{name}` number {k}"} for k in range(5)], "answers": {}},
+        }
+        for n, name in enumerate(("alpha", "beta", "gamma", "delta"))
+    ]
+
+
+def report_of(records, tmp_path, name="EditConala.json"):
+    (tmp_path / name).write_text(json.dumps(records))
+    return check_file(tmp_path / name)
+
+
+def test_sound_records_pass(records, tmp_path, capsys):
+    report = report_of(records, tmp_path)
+    assert report.passed and not report.findings and report.cases == 4
+    number = {one.text: (one.number, one.median) for one in report.lengths}
+    assert number["edit inputs"] == (4, 7) and number["neighbours"][0] == 20 and number["targets"] == (4, 8)
+    assert cli.main(["data", "check", str(tmp_path / "EditConala.json")]) == 0
+    assert "4 readable cases of cnle" in capsys.readouterr().out
+
+
+def damage(name):
+    def change(records):
+        one, other = records[1], records[2]
+        request, items = one["edit_request"], one["neighborhoods"]["items"]
+        match name:
+            case "twice":
+                one["case_id"] = other["case_id"]
+            case "same input":
+                request["intent"] = other["edit_request"]["intent"]
+            case "not rephrased":
+                request["rewritten_intent"] = request["intent"]
+            case "own neighbour":
+                items[3]["intent"] = request["rewritten_intent"]
+            case "targeted neighbour":
+                items[3]["intent"] = other["edit_request"]["intent"]
+            case "repeated neighbour":
+                items[3] = items[4]
+            case "close neighbour":
+                items[3]["intent"] = "Sort list `beta` in place!"
+            case "short":
+                request["snippet"] = "foo()"
+            case "no letters":
+                request["snippet"] = "[] + [] + {}"
+            case "white space":
+                request["snippet"] += "\n"
+            case "not Python":
+                request["snippet"] = "print 'a', b, c"
+            case "missing field":
+                del request["snippet"]
+            case "four neighbours":
+                items.pop()
+            case "some answers":
+                one["neighborhoods"]["answers"] = {"CodeLlama-7b-hf": ["a"] * 5}
+            case "null":
+                request["intent"] = None
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("kind", "level", "message"),
+    [
+        ("twice", "error", "case_id occurs twice"),
+        ("same input", "error", "edit input occurs in several cases"),
+        ("not rephrased", "error", "rephrased input repeats the edit input"),
+        ("own neighbour", "error", "the case's own edit or rephrased input"),
+        ("targeted neighbour", "error", "a neighbour is another case's edit input"),
+        ("repeated neighbour", "error", "a neighbour occurs twice"),
+        ("close neighbour", "warning", "closer than 0.97"),
+        ("short", "warning", "too short for BLEU"),
+        ("no letters", "warning", "no letter or digit"),
+        ("white space", "warning", "begins or ends with white space"),
+        ("not Python", "warning", "snippet is not Python 3"),
+        ("missing field", "error", "field 'snippet' is missing"),
+        ("four neighbours", "error", "items has 4 entries, expected 5"),
+        ("null", "error", "field 'intent' is NoneType, expected str"),
+        ("some answers", "warning", "answers of CodeLlama-7b-hf are missing"),
+    ],
+)
+def test_damage_is_found(records, tmp_path, capsys, kind, level, message):
+    damage(kind)(records)
+    report = report_of(records, tmp_path)
+    found = [finding for finding in report.findings if message in str(finding)]
+    assert [finding.level for finding in found] == [level]
+    assert report.passed == (level == "warning")
+    if kind not in ("missing field", "four neighbours", "null", "some answers"):
+        assert found[0].cases[0] in (1, 2)
+    assert cli.main(["data", "check", str(tmp_path / "EditConala.json")]) == (level == "error")
+    assert message in capsys.readouterr().out
+
+
+def test_the_embedded_sets_have_no_errors(monkeypatch):
+    for dataset in ("cnle", "csne"):
+        findings = check_cases(load_cases(dataset))
+        assert not [one for one in findings if one.level == "error"], findings
+        assert not [one for one in findings if "up to names" in one.problem]
+
+
+def test_a_wrong_renaming_is_found(tmp_path):
+    cases = load_cases("csne")[:2]
+    file = tmp_path / "EditCodeSearchNet.json"
+    published.write(file, cases)
+    records = json.loads(file.read_text())
+    assert check_file(file).findings == ()
+    broken = copy.deepcopy(records)
+    broken[0]["edit_request"]["code_rewrite"] += "\n    pass"
+    file.write_text(json.dumps(broken))
+    (finding,) = check_file(file).findings
+    assert finding.cases == (records[0]["case_id"],) and "up to names" in finding.problem
+
+
+def test_names_are_compared_one_to_one():
+    assert same_up_to_names("def f(a, b):\n    return a + b", "def g(x, y):\n    return x + y")
+    assert not same_up_to_names("def f(a, b):\n    return a + b", "def f(x, y):\n    return x + x")
+    assert not same_up_to_names("a.b", "a.c") and not same_up_to_names("a", "a b")
+
+
+def test_unreadable_files_are_refused(tmp_path):
+    for name, text, message in (
+        ("EditConala.json", '[{"case', "cannot be read as UTF-8 JSON"),
+        ("EditConala.json", "{}", "expected a JSON list"),
+        ("mine.json", "[{}]", "say which it is with --dataset"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(StudyError, match=message):
+            check_file(tmp_path / name)
