@@ -353,6 +353,7 @@ def _data_build(options: argparse.Namespace) -> int:
             tokenizer=options.tokenizer,
             **common,
         )
+    print(pipeline.stage_counts(options.out).to_string(index=False))
     print(report)
     return 0 if report.passed else 1
 

@@ -22,6 +22,7 @@ CSNE::
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -148,6 +149,16 @@ def level_counts(folder: Path) -> pd.DataFrame:
     counts = Counter(row.get("level", row.get("dropped")) for row in rows)
     names = [*LEVELS[::-1], *(name for name in counts if name not in LEVELS)]
     return pd.DataFrame([{"level": name, "pairs": counts[name], "share": counts[name] / len(rows)} for name in names])
+
+
+def stage_counts(folder: Path) -> pd.DataFrame:
+    """What each stage of a construction kept, and dropped for which reason."""
+    rows = []
+    for file in sorted(folder.glob("[0-9][0-9]-*.json")):
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        for what, count in manifest.get("counts", {}).items():
+            rows.append({"stage": manifest["stage"], "what": what, "count": count})
+    return pd.DataFrame(rows)
 
 
 def _source(source: str, dataset: str) -> dict[str, Any]:

@@ -145,20 +145,15 @@ def collect_functions(source: str) -> Iterator[Row]:
 
 def _function(number: int, row: dict, partition: str | None) -> Row:
     # the Hub's columns, then those of the jsonl files
-    code, doc = (next((row[name] for name in names if row.get(name) is not None), None)
+    code, doc = (next((found for name in names if (found := _clean(row.get(name)))), "")
                  for names in (("func_code_string", "code"), ("func_documentation_string", "docstring", "doc")))  # fmt: skip
-    dropped = None
-    if not _text(code) or not _text(doc):
-        dropped = f"no {'code' if not _text(code) else 'docstring'}"
-    elif len(code) > LONGEST:
-        dropped = "too long"
-    else:
-        bare, sentence = without_docstring(code), embedded_csne.first_sentence(doc)
-        dropped = (
-            "not one Python 3 function" if bare is None else "no describing sentence" if sentence is None else None
-        )
-    if dropped:
-        return {"id": number, "dropped": dropped}
+    if not code or not doc:
+        return {"id": number, "dropped": f"no {'docstring' if code else 'code'}"}
+    if len(code) > LONGEST:
+        return {"id": number, "dropped": "too long"}
+    bare, sentence = without_docstring(code), first_sentence(doc)
+    if bare is None or sentence is None:
+        return {"id": number, "dropped": "no describing sentence" if bare else "not one Python 3 function"}
     package = str(row.get("repository_name") or row.get("repo") or "")
     return {"id": number, "code": bare, "doc": sentence, "partition": partition, "package": package}
 

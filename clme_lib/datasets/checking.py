@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -87,7 +87,7 @@ def check_file(path: Path | str, dataset: str | None = None) -> Report:
         StudyError: the file is not a JSON list, or its name does not say which data set it is.
     """
     path = Path(path)
-    kind = dataset or next(
+    kind: Any = dataset or next(
         (name for name, part in FILES.items() if part.removeprefix("Edit").lower() in path.name.lower()), None
     )
     if kind not in FILES:
