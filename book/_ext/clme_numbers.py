@@ -1,5 +1,6 @@
 """Sphinx extension: numbers in the prose are computed from the published records, never typed."""
 
+import tempfile
 from pathlib import Path
 
 import pandas as pd
@@ -18,6 +19,7 @@ def _numbers(root: Path) -> dict[str, str]:
     numbers["csne_targets"], numbers["csne_pool"] = str(embedded_csne.TARGETS), str(embedded_csne.POOL)
     numbers["cnle_median"] = str(lengths[len(lengths) // 2])
     numbers["cnle_calls"] = str(len(set().union(*(embedded_cnle.calls(row["snippet"]) for row in targets))))
+    numbers |= _benchmark()
     folder = root / "results" / "runs" / "smollm2-135m"
     records = load_run(folder)
     counts = records.groupby(["dataset", "editor"]).size()
@@ -40,6 +42,28 @@ def _numbers(root: Path) -> dict[str, str]:
     numbers["encoder_count"] = str(len(encoders))
     numbers["editors"] = ", ".join(editor_name(name) for name in records["editor"].unique())
     return numbers
+
+
+def _benchmark() -> dict[str, str]:
+    """Tables II and III and sample cases of the embedded sets; CSNE's only where it has been mined already."""
+    from clme_lib.construction import pipeline, relevance, rephrasing, tables
+    from clme_lib.datasets import embedded_csne, load_cases
+
+    sets = {"cnle": load_cases("cnle")}
+    if embedded_csne.is_mined():
+        sets["csne"] = load_cases("csne")
+    with tempfile.TemporaryDirectory() as folder:
+        pipeline.build_cnle(
+            Path(folder), "embedded", relevance.OfflineScorer(), rephrasing.GivenIntents(), targets=None, seed=42
+        )
+        levels = tables.level_table(pipeline.level_counts(Path(folder)), "the embedded pairs by the offline scorer")
+    missing = "_CSNE is mined on the reader's machine by_ `clme prepare`; _this page was built before that._"
+    return {
+        "level_table": levels.to_myst(),
+        "length_table": tables.length_table(sets).to_myst(),
+        "cnle_samples": tables.sample_cases(sets["cnle"]),
+        "csne_samples": tables.sample_cases(sets["csne"]) if "csne" in sets else missing,
+    }
 
 
 def _provenance(starts: list[dict], counts: pd.Series) -> str:

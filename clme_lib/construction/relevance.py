@@ -18,7 +18,7 @@ INSTRUCTION = (
     "You judge pairs of a natural-language intent and a Python snippet. Say how well the snippet does what the intent asks, with one of these "
     "levels and nothing else: " + "; ".join(f"{n} = {level}" for n, level in enumerate(LEVELS, 1)) + "."
 )
-_NUMBER = re.compile(r"(?<![\d.])([1-5])(?![\d.])")
+_NUMBER = re.compile(r"(?<![\d.])([1-5])(?!\.?\d)")
 
 
 class OfflineScorer:

@@ -164,18 +164,25 @@ def without_docstring(code: str) -> str | None:
     if not code.startswith(("def ", "async def ", "@")):
         code = code.lstrip()
     first, _, rest = code.partition("\n")
-    # CodeSearchNet strips the first line's indentation and keeps the others'
-    candidates = [code, first + "\n" + _outdented(rest)]
-    for text in candidates:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                tree = ast.parse(text)
-            except (SyntaxError, ValueError, RecursionError, MemoryError):
-                continue
-        if len(tree.body) == 1 and isinstance(tree.body[0], ast.FunctionDef | ast.AsyncFunctionDef):
-            return _stripped(text, tree.body[0])
-    return None
+    # CodeSearchNet strips a method's first line of its indentation and leaves the others theirs
+    outdented = first + "\n" + _outdented(rest)
+    trees = {text: tree for text in (code, outdented) if (tree := _one_function(text)) is not None}
+    if not trees:
+        return None
+    # moving the lines must not have moved the text of a string
+    same = code not in trees or (outdented in trees and ast.dump(trees[code]) == ast.dump(trees[outdented]))
+    text = outdented if same else code
+    return _stripped(text, trees[text])
+
+
+def _one_function(text: str) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            body = ast.parse(text).body
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return None
+    return body[0] if len(body) == 1 and isinstance(body[0], ast.FunctionDef | ast.AsyncFunctionDef) else None
 
 
 def _outdented(rest: str) -> str:

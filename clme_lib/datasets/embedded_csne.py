@@ -78,6 +78,15 @@ def load() -> list[Case]:
     return _cases(load_content())
 
 
+def is_mined() -> bool:
+    """Whether the set is in the cache, so that loading it mines nothing."""
+    return _cached(json.loads((_resource() / "csne.json").read_text(encoding="utf-8"))["sha256"]).is_file()
+
+
+def _cached(sha256: str) -> Path:
+    return embedded_subject.cache_dir() / "datasets" / f"csne-{sha256[:16]}.json"
+
+
 def load_content() -> dict:
     """Targets and pool as plain data (see :func:`build`): mined on first use (under a minute), then read from the cache.
 
@@ -85,7 +94,7 @@ def load_content() -> dict:
         StudyError: a package is missing or differs from its pin, so the set would not be the committed one.
     """
     committed = json.loads((_resource() / "csne.json").read_text(encoding="utf-8"))
-    cached = embedded_subject.cache_dir() / "datasets" / f"csne-{committed['sha256'][:16]}.json"
+    cached = _cached(committed["sha256"])
     if cached.is_file():
         with contextlib.suppress(OSError, ValueError):
             content = json.loads(cached.read_text(encoding="utf-8"))

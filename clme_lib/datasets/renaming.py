@@ -20,7 +20,7 @@ MIN_OCCURRENCES = 12
 _INTROSPECTION = {"locals", "eval", "exec", "vars", "globals", "dir"}
 _FORBIDDEN = set(keyword.kwlist) | set(keyword.softkwlist) | set(dir(builtins)) | {"self", "cls", "mcs"}
 # instructions whose argument is a variable's name (a global's or an attribute's is never renamed)
-_OF_VARIABLES = {dis.opname[code] for code in (*dis.haslocal, *dis.hasfree)}
+_OF_VARIABLES = {*dis.haslocal, *dis.hasfree}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -101,16 +101,32 @@ def verified(code: str, variant: str, mapping: dict[str, str]) -> bool:
 
 
 def same_bytecode(code: str, variant: str, mapping: dict[str, str]) -> bool:
-    """Whether both compile to the same instructions up to ``mapping``, in all nested code objects."""
+    """Whether both compile to the same instructions up to ``mapping``, in all nested code objects.
+
+    Annotations are left out: a function keeps them by its parameters' names. So is the order in which a closure's cells are
+    handed over, which follows the alphabet.
+    """
     try:
-        one, other = (compile(text, "function", "exec", dont_inherit=True, optimize=0) for text in (code, variant))
+        one, other = (compile(_unannotated(text), "function", "exec", dont_inherit=True) for text in (code, variant))
     except (SyntaxError, ValueError):
         return False
     return _instructions(one, mapping) == _instructions(other, {})
 
 
-def _instructions(code: types.CodeType, names: dict[str, str]) -> list:
-    found: list = []
+def _unannotated(code: str) -> ast.Module:
+    tree = ast.parse(code)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg):
+            node.annotation = None
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            node.returns = None
+    return tree
+
+
+def _instructions(code: types.CodeType, names: dict[str, str]) -> list[tuple]:
+    found: list[tuple] = []
+    cells: list[tuple] = []  # a run of instructions that make or hand over cells
+    shared = {names.get(name, name) for name in (*code.co_cellvars, *code.co_freevars)}
     for step in dis.get_instructions(code):
         value = step.argval
         if isinstance(value, types.CodeType):
@@ -121,15 +137,19 @@ def _instructions(code: types.CodeType, names: dict[str, str]) -> list:
                 value.co_flags,
                 _instructions(value, names),
             )
-        elif step.opname in _OF_VARIABLES:
-            # newer interpreters load two variables at once
+        elif step.opcode in _OF_VARIABLES:
+            # newer interpreters load two variables with one instruction
             value = (
                 tuple(names.get(name, name) for name in value) if isinstance(value, tuple) else names.get(value, value)
             )
-        elif isinstance(value, tuple | frozenset):
-            value = repr(sorted(map(repr, value)))
-        found.append((step.opname, value if step.opname != "LOAD_CONST" else repr(value)))
-    return found
+        elif isinstance(value, frozenset):
+            value = sorted(map(repr, value))
+        if step.opcode in _OF_VARIABLES and value in shared:
+            cells.append((step.opname, repr(value)))
+            continue
+        found += [*sorted(cells), (step.opname, repr(value))]
+        cells = []
+    return found + sorted(cells)
 
 
 class Substitutes:

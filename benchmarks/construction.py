@@ -1,0 +1,105 @@
+"""Construction at scale: seconds and peak memory of finding neighbours and of renaming, at growing synthetic sizes.
+
+Intents are random words in Zipf's proportions, as long as CNLE's; vectors are random and as wide as Arctic-embed's; functions are the mined
+ones, repeated. Each measurement runs in a process of its own, so that its peak is its own. The last column extrapolates to the paper's
+size by the number of comparisons (neighbours) or of functions (renaming).
+
+usage: python benchmarks/construction.py [--threads 2] [--out FILE.csv]
+"""
+
+import argparse
+import multiprocessing
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+PAPER = {"neighbours, TF-IDF": 20_000 * 500_000, "neighbours, 768 dimensions": 20_000 * 500_000, "renaming": 16_000}
+SIZES = [("neighbours, TF-IDF", (1_000, 25_000)), ("neighbours, TF-IDF", (2_000, 100_000)), ("neighbours, TF-IDF", (2_000, 500_000)),
+         ("neighbours, 768 dimensions", (1_000, 25_000)), ("neighbours, 768 dimensions", (2_000, 100_000)),
+         ("renaming", (500, 2_200)), ("renaming", (2_000, 2_200))]  # fmt: skip
+
+
+def intents(count, draw):
+    vocabulary = np.array(
+        [f"w{chr(97 + n % 26)}{chr(97 + n // 26 % 26)}{chr(97 + n // 676 % 26)}" for n in range(15_000)]
+    )
+    words = np.minimum(draw.zipf(1.2, (count, 10)) - 1, len(vocabulary) - 1)
+    return [" ".join(row) for row in vocabulary[words]]
+
+
+def neighbours(targets, pool, embed=None):
+    from clme_lib.datasets.neighbours import nearest, tfidf
+
+    texts = intents(targets + pool, np.random.default_rng(0))
+    started = time.perf_counter()
+    found = nearest(texts[:targets], texts[targets:], allowed=lambda one, other: True, embed=embed or tfidf)
+    assert len(found) == targets
+    return time.perf_counter() - started
+
+
+def dense(texts):
+    vectors = np.random.default_rng(1).standard_normal((len(texts), 768), dtype=np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors
+
+
+def renaming(count, corpus):
+    from clme_lib.construction.rephrasing import CorpusNames
+    from clme_lib.datasets import embedded_csne
+
+    content = embedded_csne.load_content()
+    codes = [row["code"] for row in content["targets"]]
+    rows = [{"id": n, "code": codes[n % len(codes)]} for n in range(count)]
+    started = time.perf_counter()
+    made = list(CorpusNames([row["code"] for row in content["pool"][:corpus]]).rephrase(rows))
+    assert len(made) == count
+    return time.perf_counter() - started
+
+
+def measure(kind, sizes, threads, answer):
+    torch.set_num_threads(threads)
+    acts = {
+        "neighbours, TF-IDF": neighbours,
+        "renaming": renaming,
+        "neighbours, 768 dimensions": lambda *given: neighbours(*given, dense),
+    }
+    seconds = acts[kind](*sizes)
+    answer.put((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    rows = []
+    for kind, sizes in SIZES:
+        context = multiprocessing.get_context("spawn")
+        answer = context.Queue()
+        process = context.Process(target=measure, args=(kind, sizes, options.threads, answer))
+        process.start()
+        seconds, peak = answer.get()
+        process.join()
+        done = sizes[0] * sizes[1] if kind.startswith("neighbours") else sizes[0]
+        rows.append(
+            {
+                "what": kind,
+                "targets": sizes[0],
+                "pool": sizes[1],
+                "seconds": round(seconds, 1),
+                "peak MiB": round(peak),
+                "paper's size, hours": round(seconds * PAPER[kind] / done / 3600, 2),
+            }
+        )
+        print(rows[-1], flush=True)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame(rows).to_csv(options.out, index=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,524 @@
+"""CNLE and CSNE from their sources: stages that resume, an endpoint that misbehaves, hostile input, and what is written."""
+
+import ast
+import gzip
+import http.server
+import json
+import multiprocessing
+import re
+import threading
+import time
+import types
+
+import pandas as pd
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerFast
+
+from clme_lib import cli
+from clme_lib.construction import agreement, endpoint, language_models, pipeline, relevance, rephrasing, sources
+from clme_lib.construction.stages import Stages, kept
+from clme_lib.datasets import load_cases
+from clme_lib.datasets.neighbours import nearest, tfidf
+from clme_lib.datasets.published import read
+from clme_lib.datasets.renaming import same_bytecode
+from clme_lib.errors import StudyError
+from clme_lib.jsonl import read_rows
+
+NAMES = ("alpha", "beta", "gamma", "delta", "omega", "sigma", "kappa", "theta", "zeta", "lambda_", "iota", "rho")
+
+
+@pytest.fixture
+def conala(tmp_path):
+    """Twenty-four mined rows, and four that cannot be used."""
+    rows = [
+        {
+            "intent": f"sort list `{name}` {way}",
+            "snippet": f"{name}.sort(reverse={flag})",
+            "rewritten_intent": f"put `{name}` {way}",
+        }
+        for name in NAMES
+        for way, flag in (("upwards", False), ("downwards", True))
+    ]
+    rows += [
+        {"intent": None, "snippet": "x"},
+        {"intent": "  ", "snippet": "x"},
+        {"intent": "x"},
+        {"intent": "y", "snippet": "z" * 200_000},
+    ]
+    file = tmp_path / "conala.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+class Model(http.server.BaseHTTPRequestHandler):
+    """An OpenAI-compatible endpoint: ``server.answers(question, count)`` gives text, or a status to fail with."""
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question = asked["messages"][1]["content"]
+        with self.server.lock:
+            self.server.asked.append(question)
+            answer = self.server.answers(question, len(self.server.asked))
+        status = answer if isinstance(answer, int) else 200
+        body = {"choices": [{"index": 0, "message": {"role": "assistant", "content": answer}, "finish_reason": "stop"}], "id": "1",
+                "object": "chat.completion", "created": 0, "model": asked["model"],
+                "usage": {"total_tokens": 10, "prompt_tokens": 9, "completion_tokens": 1}}  # fmt: skip
+        content = json.dumps(body if status == 200 else {"error": {"message": "told to"}}).encode()
+        self.send_response(status)
+        if status == 429:
+            self.send_header("Retry-After", "0.01")
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Model)
+    running.asked, running.lock, running.answers = [], threading.Lock(), sensible
+    running.url = f"http://127.0.0.1:{running.server_port}/v1"
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield running
+    running.shutdown()
+
+
+def sensible(question, count):
+    if question.startswith("Intent:"):
+        return "3" if "theta" in question else "very relevant"
+    return "Please " + question
+
+
+def build(conala, folder, server, *extra):
+    return cli.main(["data", "build", "cnle", "--source", str(conala), "--out", str(folder), "--targets", "8", "--model", "fake",
+                     "--endpoint", server.url, *extra])  # fmt: skip
+
+
+def test_cnle_is_built_by_a_model(conala, tmp_path, server, capsys):
+    assert build(conala, tmp_path / "out", server) == 0
+    shown = capsys.readouterr().out
+    levels = pipeline.level_counts(tmp_path / "out").set_index("level")["pairs"].to_dict()
+    assert levels["very relevant"] == 22 and levels["partly relevant"] == 2 and "very relevant" in shown
+    cases = read(tmp_path / "out" / "EditConala.json", "cnle")
+    assert len(cases) == 8 and len(server.asked) == 24 + 8
+    split = kept(read_rows(tmp_path / "out" / "04-split.jsonl"))
+    by_id = {row["id"]: row for row in read_rows(tmp_path / "out" / "01-collect.jsonl")}
+    targeted = {by_id[row["id"]]["intent"] for row in split if row["targeted"]}
+    assert {case.text for case in cases} == targeted
+    for case in cases:
+        assert case.rephrased[0] == f"Intent: Please {case.text}\nCode:"
+        assert not {one.removeprefix("Intent: ").removesuffix("\nCode:") for one in case.unrelated} & targeted
+        # the same name, the other way, is nearest unless it is targeted itself
+        name = re.search("`(.*)`", case.text)[1]
+        if sum(name in text for text in targeted) == 1 and name != "theta":
+            assert f"`{name}`" in case.unrelated[0]
+    counts = pipeline.stage_counts(tmp_path / "out").set_index(["stage", "what"])["count"].to_dict()
+    assert counts["collect", "dropped: no intent"] == 2 and counts["collect", "dropped: no snippet"] == 1
+    assert counts["collect", "dropped: too long"] == 1 and counts["select", "dropped: not very relevant"] == 2
+    before = (tmp_path / "out" / "EditConala.json").read_bytes()
+    assert build(conala, tmp_path / "out", server) == 0 and len(server.asked) == 32, "nothing is asked again"
+    assert (tmp_path / "out" / "EditConala.json").read_bytes() == before
+
+
+def test_an_endpoint_that_limits_fails_and_babbles(conala, tmp_path, server, capsys):
+    seen = set()
+
+    def moody(question, count):
+        if question not in seen:
+            seen.add(question)
+            return 429 if count % 2 else 503
+        return "I would rather not say" if "kappa" in question else sensible(question, count)
+
+    server.answers = moody
+    assert build(conala, tmp_path / "out", server) == 0
+    counts = pipeline.stage_counts(tmp_path / "out").set_index(["stage", "what"])["count"].to_dict()
+    assert counts["score", "dropped: unusable answer"] == 2
+    capsys.readouterr()
+
+
+def test_nothing_is_paid_twice(conala, tmp_path, server, capsys):
+    assert build(conala, tmp_path / "out", server, "--budget", "60", "--concurrency", "2") == 1
+    assert "the budget of 60 tokens is spent" in capsys.readouterr().err
+    first = len(server.asked)
+    assert 6 <= first <= 8 and not (tmp_path / "out" / "EditConala.json").exists()
+    server.answers = lambda question, count: 400
+    assert build(conala, tmp_path / "out", server) == 1
+    assert "BadRequestError" in (error := capsys.readouterr().err) and "start the same command again" in error
+    server.answers, server.asked = sensible, []
+    assert build(conala, tmp_path / "out", server) == 0
+    assert len(server.asked) == 24 + 8 - first
+    assert not [line for line in read_rows(tmp_path / "out" / "answers.jsonl") if line["tokens"] != 10]
+
+
+def test_a_silent_endpoint_times_out(tmp_path, server, monkeypatch):
+    server.answers = lambda question, count: time.sleep(0.5) or "5"
+    asking = endpoint.Endpoint("fake", server.url, tmp_path / "answers.jsonl", retries=0, timeout=0.1)
+    with pytest.raises(StudyError, match="APITimeoutError.*the answers so far are kept"):
+        list(asking.ask("", ["q"]))
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(StudyError, match="OPENAI_API_KEY is not set"):
+        endpoint.Endpoint("gpt", None, tmp_path / "answers.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("answer", "level"),
+    [
+        ("5", "very relevant"),
+        ("Level: 4.", "mostly relevant"),
+        ("**Irrelevant**", "irrelevant"),
+        ("very relevant (5)", "very relevant"),
+        ("between 3 and 4", None),
+        ("0.5", None),
+        ("15", None),
+        ("", None),
+    ],
+)
+def test_levels_are_read_from_answers(answer, level):
+    assert relevance.parse_level(answer) == level
+
+
+def test_the_offline_scorer_prefers_true_pairs():
+    rows = [{"id": n, "intent": case.text, "snippet": case.target} for n, case in enumerate(load_cases("cnle")[:200])]
+    shuffled = [{**row, "snippet": other["snippet"]} for row, other in zip(rows, rows[1:] + rows[:1])]
+    true, false = (
+        [relevance.LEVELS.index(one["level"]) for one in relevance.OfflineScorer().score(part)]
+        for part in (rows, shuffled)
+    )
+    assert sum(a > b for a, b in zip(true, false)) > 5 * sum(a < b for a, b in zip(true, false))
+
+
+def slow_build(source, folder):
+    """CNLE built offline by a scorer that takes its time."""
+
+    class Slow(relevance.OfflineScorer):
+        def score(self, rows):
+            for row in super().score(rows):
+                time.sleep(0.15)
+                yield row
+
+    pipeline.build_cnle(folder, str(source), Slow(), rephrasing.GivenIntents(), targets=4, seed=1)
+
+
+def test_a_killed_construction_goes_on(conala, tmp_path):
+    (tmp_path / "killed").mkdir()
+    process = multiprocessing.get_context("spawn").Process(target=slow_build, args=(conala, tmp_path / "killed"))
+    process.start()
+    file = tmp_path / "killed" / "02-score.jsonl"
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not (file.is_file() and file.stat().st_size):
+        time.sleep(0.05)
+    process.kill()
+    process.join()
+    made = len(read_rows(file))
+    assert 0 < made < 24 and not json.loads(file.with_suffix(".json").read_text())["finished"]
+    file.write_bytes(file.read_bytes() + b'{"id": 7, "lev')  # torn
+    scored = []
+
+    class Counting(relevance.OfflineScorer):
+        def score(self, rows):
+            scored.extend(rows)
+            return super().score(rows)
+
+    for folder in ("killed", "whole"):
+        pipeline.build_cnle(tmp_path / folder, str(conala), Counting(), rephrasing.GivenIntents(), targets=4, seed=1)
+    assert len(scored) == (24 - made) + 24
+    for name in ("02-score.jsonl", "03-select.jsonl", "EditConala.json"):
+        assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+def test_changed_settings_and_inputs_are_refused(conala, tmp_path):
+    def make(seed):
+        return pipeline.build_cnle(
+            tmp_path / "out", str(conala), relevance.OfflineScorer(), rephrasing.GivenIntents(), targets=4, seed=seed
+        )
+
+    make(1)
+    with pytest.raises(
+        StudyError,
+        match=r"04-split.jsonl: made with other settings \(seed 1, now 2\); remove the file and those after it",
+    ):
+        make(2)
+    for file in (tmp_path / "out").glob("0[4-9]*"):
+        file.unlink()
+    assert make(2).passed
+    conala.write_text(conala.read_text() + json.dumps({"intent": "new one", "snippet": "new()"}) + "\n")
+    with pytest.raises(StudyError, match="01-collect.jsonl: made with other settings"):
+        make(2)
+    with pytest.raises(StudyError, match="03-select.jsonl: made with other inputs"):
+        file = tmp_path / "out" / "02-score.jsonl"
+        conala.write_text("".join(conala.read_text().splitlines(keepends=True)[:-1]))
+        file.write_text(file.read_text().replace("very relevant", "irrelevant", 1))
+        make(2)
+
+
+VOCABULARIES = (("items", "limit", "result", "item"), ("rows", "bound", "found", "row"))
+FUNCTIONS = [
+    f'''def {verb}_{name}({many}, {most}):
+    """{verb.capitalize()} the {name} of all of them.
+
+    More about it.
+    """
+    {made} = []  # collected
+    for {one} in {many}:
+        if {one}.{name} < {most}:
+            {made}.append({one}.{verb}())
+    return {made}'''
+    for k, name in enumerate(NAMES)
+    for n, verb in enumerate(("sum", "keep", "drop"))
+    for many, most, made, one in [VOCABULARIES[(k + n) % 2]]
+]
+
+
+@pytest.fixture
+def code_search_net(tmp_path):
+    folder = tmp_path / "csn"
+    folder.mkdir()
+    for part, mine in (("train", FUNCTIONS[:20]), ("valid", FUNCTIONS[20:28]), ("test", FUNCTIONS[28:])):
+        with gzip.open(folder / f"python_{part}_0.jsonl.gz", "wt") as stream:
+            for code in mine:
+                row = {
+                    "code": code,
+                    "docstring": ast.get_docstring(ast.parse(code).body[0]),
+                    "partition": part,
+                    "repo": "a/b",
+                }
+                stream.write(json.dumps(row) + "\n")
+    return folder
+
+
+def test_csne_is_built_offline(code_search_net, tmp_path, capsys):
+    assert cli.main(["data", "build", "csne", "--source", str(code_search_net), "--out", str(tmp_path / "out")]) == 0
+    assert "EditCodeSearchNet.json: 8 records" in capsys.readouterr().out
+    cases = read(tmp_path / "out" / "EditCodeSearchNet.json", "csne")
+    bare = {
+        sources.without_docstring(code): ast.get_docstring(ast.parse(code).body[0]).split("\n")[0] for code in FUNCTIONS
+    }
+    tested = list(bare)[28:]
+    assert {case.text for case in cases} == set(tested)
+    for case in cases:
+        assert '"""' not in case.text and "#" not in case.text and case.target == bare[case.text]
+        assert not {one.removeprefix("Code: ").removesuffix("\nDescription:") for one in case.unrelated} & set(tested)
+        variant = case.rephrased[0].removeprefix("Code: ").removesuffix("\nDescription:")
+        assert variant != case.text
+        results = []
+        for code in (case.text, variant):  # both do the same
+            space: dict = {}
+            exec(code, space)
+            function = next(one for one in space.values() if isinstance(one, types.FunctionType))
+            things = [
+                types.SimpleNamespace(
+                    **dict.fromkeys(NAMES, n), sum=lambda n=n: n, keep=lambda n=n: -n, drop=lambda n=n: n * n
+                )
+                for n in range(5)
+            ]
+            results.append(function(things, 3))
+        assert results[0] == results[1] and len(results[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"intent": "x"\n', "line 1: not JSON"),
+        ("a.jsonl", b'{"intent": "caf\xe9", "snippet": "x"}\n', "not UTF-8 after line 0"),
+        ("a.jsonl.gz", gzip.compress(b'{"intent": "x", "snippet": "y"}\n' * 5000)[:-40], "is the download complete"),
+        ("a.jsonl.gz", b"no gzip", "is the download complete"),
+        ("a.parquet", b"PAR1", "cannot be read as Parquet"),
+        ("a.json", b"[1]", "a row is int, expected an object"),
+        ("a.txt", b"", "is neither hub, embedded, nor a JSON"),
+    ],
+)
+def test_damaged_sources_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(StudyError, match=message) as caught:
+        list(sources.collect_pairs(str(tmp_path / name)))
+    assert name in str(caught.value)
+
+
+def test_odd_rows_are_dropped_with_a_reason(tmp_path):
+    rows = [
+        {"code": "def f(a):\r\n    return a\r\n", "docstring": "Give it back again."},
+        {"code": "def f(a):\n    return a", "docstring": None},
+        {"code": None, "docstring": "Give it back again."},
+        {"code": "def f(a):\n    print a", "docstring": "Print a thing once."},
+        {"code": "x = 1", "docstring": "No function at all."},
+        {"code": "def f(a):\n    return a\n\ndef g(b):\n    return b", "docstring": "Two functions at once."},
+        {"code": "def f(a):\n" + "    a += 1\n" * 500_000, "docstring": "Five million characters of code."},
+        {"code": "def f(a):\n    return a", "docstring": "Short."},
+        # as CodeSearchNet has methods: the first line's indentation is gone
+        {
+            "code": 'def f(self, a):\n        """Doc string."""\n        # why\n        if a:\n            return a',
+            "docstring": "Take the first one.",
+        },
+        {"code": '@wraps\ndef f(a):\n    """Doc string."""\n    return "#", a', "docstring": "Keep the hash sign."},
+        {
+            "func_code_string": "def f(a):\n    return a",
+            "func_documentation_string": "The hub has other names.",
+            "split_name": "test",
+        },
+    ]
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(rows))
+    started = time.monotonic()
+    made = list(sources.collect_functions(str(file)))
+    assert time.monotonic() - started < 5
+    assert [row.get("dropped") for row in made] == [
+        None, "no docstring", "no code", "not one Python 3 function", "not one Python 3 function", "not one Python 3 function", "too long",
+        "no describing sentence", None, None, None,
+    ]  # fmt: skip
+    assert made[0]["code"] == "def f(a):\n    return a" and made[10]["partition"] == "test"
+    assert made[8]["code"] == "def f(self, a):\n    if a:\n        return a"
+    assert made[9]["code"] == 'def f(a):\n    return "#", a'
+
+
+def test_parquet_is_read(tmp_path):
+    pd.DataFrame({"intent": ["a b"], "snippet": ["c()"]}).to_parquet(tmp_path / "mined.parquet")
+    (row,) = sources.collect_pairs(str(tmp_path))
+    assert row == {"id": 0, "intent": "a b", "snippet": "c()", "rewritten_intent": ""}
+
+
+def test_bytecode_is_compared_up_to_names():
+    code = "def f(data, other: int):\n    return [data[other.index(n)] for n in data]"
+    for mapping in ({"data": "value"}, {"data": "zzz", "other": "aaa"}):
+        variant = code.replace("data", mapping["data"]).replace("other", mapping.get("other", "other"))
+        assert same_bytecode(code, variant, mapping)
+        assert not same_bytecode(code, variant.replace("index", "count"), mapping)
+    assert not same_bytecode("def f(a, b):\n    return a - b", "def f(x, y):\n    return y - x", {"a": "x", "b": "y"})
+    assert same_bytecode("def f(a):\n    return 'a'", "def f(b):\n    return 'a'", {"a": "b"})
+    assert not same_bytecode("def f(a):\n    return 'a'", "def f(b):\n    return 'b'", {"a": "b"})
+
+
+def test_neighbours_do_not_depend_on_how_many_are_held(monkeypatch):
+    cases = load_cases("cnle")
+    texts = [case.text for case in cases[:60]], [case.text for case in cases[60:]]
+    allowed = lambda one, other: (one + other) % 3 > 0  # noqa: E731
+    groups = [n % 7 for n in range(60)], [n % 7 for n in range(len(cases) - 60)]
+    options = {"allowed": allowed, "groups": groups, "from_other_groups": 2}
+    expected = nearest(*texts, **options)
+    vectors = tfidf([*texts[0], *texts[1]])
+    similarity = (vectors[:60] @ vectors[60:].T).toarray().round(9)
+    for target, found in enumerate(nearest(*texts, allowed=allowed)):
+        order = sorted(range(similarity.shape[1]), key=lambda n: (-similarity[target, n], n))
+        assert found == [n for n in order if allowed(target, n) and similarity[target, n] <= 0.97][:5]
+    monkeypatch.setattr("clme_lib.datasets.neighbours._SIMILARITIES", 1)
+    assert nearest(*texts, **options) == expected
+    # only the last of the pool is allowed: the search goes on until it has looked at all
+    assert nearest(texts[0][:2], texts[1], allowed=lambda one, other: other > len(texts[1]) - 3) == [
+        sorted(found, key=lambda n: (-similarity[t, n], n))
+        for t, found in enumerate([[len(texts[1]) - 2, len(texts[1]) - 1]] * 2)
+    ]
+
+
+@pytest.fixture
+def tiny_bert(tmp_path):
+    """A random BERT, its tokenizer, and a card that says CLS."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *sorted(set(re.findall(r"\w+|[^\w\s]", " ".join(FUNCTIONS)))),
+        *"xyzw",
+        "rows",
+        "total",
+    ]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(dict.fromkeys(words))}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+                                   sep_token="[SEP]", mask_token="[MASK]")  # fmt: skip
+    config = BertConfig(
+        vocab_size=len(fast), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    torch.manual_seed(0)
+    for name, kind in (("encoder", BertModel), ("masked", BertForMaskedLM)):
+        kind(config).save_pretrained(tmp_path / name)
+        fast.save_pretrained(tmp_path / name)
+    (tmp_path / "encoder" / "1_Pooling").mkdir()
+    (tmp_path / "encoder" / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    return tmp_path
+
+
+def test_an_encoder_pools_as_its_card_says(tiny_bert):
+    encoder = language_models.TextEncoder(str(tiny_bert / "encoder"))
+    texts = ["sum the items", "drop", "keep all of the items here"]
+    vectors = encoder(texts)
+    assert encoder.pooling == "cls" and encoder.settings()["pooling"] == "cls"
+    for text, vector in zip(texts, vectors):
+        with torch.no_grad():
+            hidden = encoder.model(**encoder.tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+        assert torch.tensor(vector) == pytest.approx((hidden[0] / hidden[0].norm()).numpy(), abs=1e-5)
+    assert language_models.card_pooling(str(tiny_bert / "masked")) == "mean"
+    with pytest.raises(StudyError, match="could not be loaded as an encoder"):
+        language_models.TextEncoder(str(tiny_bert))
+
+
+def test_fine_tuning_brings_descriptions_to_their_functions(tiny_bert, code_search_net, tmp_path, capsys):
+    assert cli.main(["data", "build", "csne", "--source", str(code_search_net), "--out", str(tmp_path / "out")]) == 0
+    arguments = ["data", "fine-tune", str(tmp_path / "out"), "--encoder", str(tiny_bert / "encoder"), "--out", str(tmp_path / "tuned"),
+                 "--epochs", "12", "--lr", "3e-3", "--batch", "14"]  # fmt: skip
+    assert cli.main(arguments) == 0
+    first, last = map(float, re.search(r"loss ([\d.]+) -> ([\d.]+)", capsys.readouterr().out).groups())
+    assert last < 0.8 * first
+    tuned = language_models.TextEncoder(str(tmp_path / "tuned"))
+    assert tuned.pooling == "cls" and not list((tmp_path / "tuned").glob("*.bin"))
+
+
+def test_a_masked_model_renames(tiny_bert):
+    names = language_models.MaskedNames(str(tiny_bert / "masked"))
+    rows = [{"id": n, "code": sources.without_docstring(code)} for n, code in enumerate(FUNCTIONS[:3])]
+    for row, made in zip(rows, names.rephrase(rows)):
+        assert made["id"] == row["id"] and set(made["names"]) <= {*VOCABULARIES[0], *VOCABULARIES[1]} and made["names"]
+        taken = set(re.findall(r"\w+", row["code"]))
+        assert not set(made["names"].values()) & taken
+    assert (
+        language_models._masked("def f(a):\n    b = a\n    return a + f.a", "a", "M")
+        == "def f(M):\n    b = M\n    return M + f.a"
+    )
+
+
+def test_labels_are_drawn_and_compared(conala, tmp_path, capsys):
+    pipeline.build_cnle(
+        tmp_path / "out", str(conala), relevance.OfflineScorer(), rephrasing.GivenIntents(), targets=4, seed=1
+    )
+    arguments = ["data", "labels", str(tmp_path / "out"), str(tmp_path / "labels.csv"), "--margin", "0.1"]
+    assert cli.main(arguments) == 0
+    table = pd.read_csv(tmp_path / "labels.csv")
+    assert len(table) == agreement.sample_size(24, 0.1) == 20 and "level" not in table.columns
+    assert cli.main(arguments) == 1 and "line 2, labeller 1: '' is not a level" in capsys.readouterr().err
+    levels = {row["id"]: row["level"] for row in read_rows(tmp_path / "out" / "02-score.jsonl")}
+    table["labeller 1"] = [levels[one] for one in table["id"]]
+    table["labeller 2"] = [5 - n % 2 for n in range(20)]
+    table.to_csv(tmp_path / "labels.csv", index=False)
+    assert cli.main(arguments) == 0
+    found = agreement.agreement(tmp_path / "labels.csv", {str(one): level for one, level in levels.items()})
+    assert list(zip(found["one"], found["other"])) == [
+        ("labeller 1", "labeller 2"),
+        ("labeller 1", "scorer"),
+        ("labeller 2", "scorer"),
+    ]
+    assert found["agree"][1] == 1 and found["agree"][2] == found["agree"][0] < 1
+    assert agreement.sample_size(594_000, 0.05) == 384
+    with pytest.raises(StudyError, match="exists already: somebody may have filled it in"):
+        agreement.draw([], tmp_path / "labels.csv", 0.1, 0)
+
+
+def test_stages_say_what_is_wrong_with_their_files(tmp_path):
+    def rows(_):
+        return [{"id": 1}]
+
+    Stages(tmp_path).run("a", {}, [], rows)
+    (tmp_path / "01-a.json").write_text("{")
+    with pytest.raises(StudyError, match="01-a.json: not JSON"):
+        Stages(tmp_path).run("a", {}, [], rows)
+    (tmp_path / "01-a.json").unlink()
+    with pytest.raises(StudyError, match="has no 01-a.json beside it"):
+        Stages(tmp_path).run("a", {}, [], rows)
