@@ -10,7 +10,8 @@ SAMPLE ?= 1
 TORCH_INDEX ?=
 PUBLISHED := results/runs/smollm2-135m
 NAME := $(notdir $(PUBLISHED))
-ALL := none,ft-l,rome,memit,pmet,grace
+ALL := none,ft-l,rome,memit,pmet,malmen,grace
+RQ3 := a-grace,a-grace-wo-cl,a-grace-wo-mean
 # a changed library edits the cases anew: resuming would show what the old one did
 LIBRARY := $(shell find clme_lib -type f \( -name '*.py' -o -name '*.yaml' -o -name '*.json*' \) | LC_ALL=C sort | xargs cat | sha256sum | cut -c1-8)
 OWN := runs/book-$(LIBRARY)-$(SAMPLE)-$(CASES)
@@ -85,7 +86,7 @@ gpu-bench: $(GPU_READY)
 	  $(GPU_RUN) -m clme_lib.cli bench --device $(DEVICE) --batches 1,16,64 --out $(GPU)/bench'
 
 gpu-run: $(GPU_READY)
-	timeout $(LIMIT) env $(GPU_RUN) -m clme_lib.cli run --editor $(ALL),a-grace,a-grace-wo-cl,a-grace-wo-mean --cases 300 --batch-size auto --device $(DEVICE) \
+	timeout $(LIMIT) env $(GPU_RUN) -m clme_lib.cli run --editor $(ALL),$(RQ3) --cases 300 --batch-size auto --device $(DEVICE) \
 	  --name $(NAME) --out $(GPU)/$(NAME)
 
 # the only target that writes results/: all steps resume, and published records are never overwritten
@@ -100,13 +101,11 @@ publish: .venv/.ready
 	test -f results/diagnosis/smollm2-135m.pmet.csv || $(BIN)/clme pmet-parts --out results/diagnosis/smollm2-135m.pmet.csv
 	$(BIN)/clme encoders --out results/encoders/smollm2-135m.csv
 	test -f results/statistics/smollm2-135m.csv || $(BIN)/clme statistics --out results/statistics/smollm2-135m.csv
-	test -d $(PUBLISHED) || { $(BIN)/clme run --editor $(ALL) --cases 100 --out runs/publish/$(NAME) && \
-	  $(BIN)/clme publish runs/publish/$(NAME) $(PUBLISHED); }
+	test -d $(PUBLISHED) || { $(BIN)/clme run --editor $(ALL),$(RQ3) --cases 100 --out runs/publish/$(NAME) && \
+	  $(BIN)/clme notebook notebooks/rq3_a_grace.py runs/publish/rq3.ipynb -p cases 100 -p name $(NAME) -p out runs/publish/$(NAME) && \
+	  $(BIN)/clme publish runs/publish/$(NAME)-compat $(PUBLISHED)-compat && $(BIN)/clme publish runs/publish/$(NAME) $(PUBLISHED); }
 	$(BIN)/clme notebook notebooks/rq1_proficiency.py results/notebooks/rq1_proficiency.ipynb -p editors $(ALL) -p cases 100 -p name $(NAME) -p out $(PUBLISHED)
-	test -d $(PUBLISHED)-rq3 || { $(BIN)/clme notebook notebooks/rq3_a_grace.py runs/publish/rq3.ipynb -p cases 100 -p name $(NAME)-rq3 -p out runs/publish/$(NAME)-rq3 && \
-	  $(BIN)/clme publish runs/publish/$(NAME)-rq3-compat $(PUBLISHED)-rq3-compat && \
-	  $(BIN)/clme publish runs/publish/$(NAME)-rq3 $(PUBLISHED)-rq3; }
-	$(BIN)/clme notebook notebooks/rq3_a_grace.py results/notebooks/rq3_a_grace.ipynb -p cases 100 -p name $(NAME)-rq3 -p out $(PUBLISHED)-rq3
+	$(BIN)/clme notebook notebooks/rq3_a_grace.py results/notebooks/rq3_a_grace.ipynb -p cases 100 -p name $(NAME) -p out $(PUBLISHED)
 
 clean:
 	rm -rf _build .venv

@@ -374,6 +374,26 @@ def test_odd_rows_are_dropped_with_a_reason(tmp_path):
     assert made[9]["code"] == 'def f(a):\n    return "#", a'
 
 
+def test_the_hub_is_asked_for_the_papers_sources(tmp_path, monkeypatch):
+    asked = {}
+
+    def download(repository, repo_type, allow_patterns):
+        asked[repository] = (repo_type, allow_patterns)
+        if "conala" not in repository:
+            raise ConnectionError("no network")
+        (tmp_path / "data").mkdir(exist_ok=True)
+        pd.DataFrame({"intent": ["a b"], "snippet": ["c()"]}).to_parquet(tmp_path / "data" / "train-0.parquet")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert [row["intent"] for row in sources.collect_pairs("hub")] == ["a b"]
+    assert asked == {"codeparrot/conala-mined-curated": ("dataset", ["**.parquet"])}
+    with pytest.raises(
+        StudyError, match="code_search_net could not be downloaded: no network; get its files by hand and pass them"
+    ):
+        list(sources.collect_functions("hub"))
+
+
 def test_parquet_is_read(tmp_path):
     pd.DataFrame({"intent": ["a b"], "snippet": ["c()"]}).to_parquet(tmp_path / "mined.parquet")
     (row,) = sources.collect_pairs(str(tmp_path))

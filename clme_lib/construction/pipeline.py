@@ -38,6 +38,7 @@ from ..errors import StudyError
 from ..prompts import DatasetName, make_prompt
 from ..seeds import seeded_order
 from .relevance import LEVELS
+from .rephrasing import GivenIntents
 from .sources import collect_functions, collect_pairs, source_files, too_long
 from .stages import Row, Stages, kept
 
@@ -86,7 +87,10 @@ def build_cnle(
     levels = {row["id"]: row.get("level") for row in scores}
     selected = stages.run("select", {"level": LEVELS[-1]}, kept(scores), lambda rows: _select(rows, by_id, levels))
     chosen = [by_id[row["id"]] for row in kept(selected)]
-    split = stages.run("split", {"targets": targets, "seed": seed}, chosen, lambda rows: _split(rows, targets, seed))
+    # without a model only rows that have a second wording can be targeted
+    given = isinstance(rephraser, GivenIntents)
+    settings = {"targets": targets, "seed": seed, "second wording": given}
+    split = stages.run("split", settings, chosen, lambda rows: _split(rows, targets, seed, given))
     targeted, pool = _halves(split, by_id)
     near = stages.run(
         "neighbours", _embedding(embed), targeted, lambda rows: _neighbours(rows, pool, "intent", "snippet", embed)
@@ -198,15 +202,18 @@ def _distinct_functions(rows: Sequence[Row], tokenizer: str | None) -> Iterator[
         yield {"id": row["id"], **({"dropped": reason} if reason else {})}
 
 
-def _split(rows: Sequence[Row], targets: int | None, seed: int) -> Iterator[Row]:
-    """Parts of the source decide where there are any; rows that can be rephrased without a model come first."""
+def _split(rows: Sequence[Row], targets: int | None, seed: int, given: bool = False) -> Iterator[Row]:
+    """Parts of the source decide where there are any.
+
+    Args:
+        given: whether only rows with a second wording can be targeted.
+    """
     by_id = {row["id"]: row for row in rows}
     order = seeded_order(by_id, "construction", seed)
     parts = {row.get("partition") for row in rows}
     if "test" in parts and parts != {"test"}:
         wanted = [one for one in order if by_id[one]["partition"] == "test"]
     else:
-        given = any(row.get("rewritten_intent") for row in rows)
         wanted = [one for one in order if not given or by_id[one].get("rewritten_intent")]
         wanted = wanted if targets is not None else wanted[: len(rows) // 2]
     targeted = set(wanted[:targets])

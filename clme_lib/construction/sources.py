@@ -26,8 +26,8 @@ from .stages import Row
 
 # data set -> (Hub repository, files of the part that the paper uses)
 HUB = {
-    "cnle": ("neulab/conala", "data/conala-mined*"),
-    "csne": ("code-search-net/code_search_net", "python/*.parquet"),
+    "cnle": ("codeparrot/conala-mined-curated", "**.parquet"),
+    "csne": ("code-search-net/code_search_net", "python/**.parquet"),
 }
 LONGEST = 100_000  # characters; nothing longer can have 256 tokens, and parsing it may take minutes
 
