@@ -53,7 +53,15 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     run.add_argument("--dtype", default="auto", help="auto (float32), float32, bfloat16, float16")
     run.add_argument("--batch-size", default="8", help="cases edited and scored together, or auto: what memory allows")
+    run.add_argument(
+        "--unscored", dest="scored", action="store_false", help="keep the texts and score them later: clme score"
+    )
     run.set_defaults(act=_run)
+
+    scoring = commands.add_parser("score", help="score a run that was made with --unscored")
+    scoring.add_argument("run", type=Path, help="the run's folder")
+    scoring.add_argument("target", type=Path, help="folder of the scored run to write")
+    scoring.set_defaults(act=_score)
 
     def measurement(name: str, help: str, act: Callable, cases: int) -> argparse.ArgumentParser:
         """A command that measures on the selection cases and writes a table."""
@@ -224,20 +232,29 @@ def _list(_options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from .records import UNSCORED
     from .report import summary
     from .runs import make_config, run
 
     values = {name: value for name, value in vars(options).items() if name != "act"}
     values["name"] = options.name or options.out.resolve().name
     records = run(make_config(**values))
-    print(summary(records).to_string())
+    if options.scored:
+        print(summary(records).to_string())
     print(f"records: {options.out}/records, provenance: {options.out}/run.json")
-    failures = records[records["error"].notna()]
+    failures = records[records["error"].notna() & (records["error"] != UNSCORED)]
     for _, row in failures.iterrows():
         print(
             f"failed: {row['dataset']} case {row['case_id']} by {row['editor']}: {row['error']}",
             file=sys.stderr,
         )
+    return 0
+
+
+def _score(options: argparse.Namespace) -> int:
+    from .scoring import score_run
+
+    print(f"{score_run(options.run, options.target)} records scored in {options.target}")
     return 0
 
 

@@ -7,7 +7,7 @@ compared with the subject's own unedited answers) and fluency (top-5 sampling, 6
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
@@ -17,7 +17,7 @@ from .errors import StudyError
 from .generation import FLUENCY_TOKENS, SPECIFICITY_TOKENS, Generated, Request, generate, gumbel
 from .metrics import exact_match_rate, fluency, preserved_scores, target_scores
 from .prompts import Preset, token_budget
-from .records import Record, finite, frame, text_hashes
+from .records import UNSCORED, Record, finite, frame, text_hashes
 from .seeds import DEFAULT_SEED, generator
 from .subjects import Subject
 from .unedited import answers_for, unchanged
@@ -51,8 +51,13 @@ def score(
     run: str,
     source: str,
     folds_of: dict[int, int],
+    scored: bool = True,
 ) -> list[Record]:
-    """Records of a batch of cases and their edits."""
+    """Records of a batch of cases and their edits.
+
+    Args:
+        scored: False keeps the texts, and what specificity is compared with, to be scored later (scoring.py).
+    """
     if [case.case_id for case in cases] != [edit.case_id for edit in edits]:
         raise StudyError("edits and cases differ: pass one edit per case, in the cases' order")
     written = _generate_all(subject, cases, edits, seed, preset)
@@ -66,21 +71,14 @@ def score(
             "specificity": [one.text for one in specific],
             "fluency": [one.text for one in sampled],
         }
-        scores = {
-            "effectiveness": _mean_scores([target_scores(text, case.target) for text in texts["effectiveness"]]),
-            "generalization": _mean_scores([target_scores(text, case.target) for text in texts["generalization"]]),
-            "specificity": preserved_scores(texts["specificity"], expected) if expected else {},
-        }
         looked_up = [*effect, *general, *specific]
         has_codebook = any(one.distance is not None for one in looked_up)
         records.append(
             _record(
                 _identity(subject, case, edit.editor, preset, run, source, folds_of),
-                {f"{measure}_{metric}": v for measure, found in scores.items() for metric, v in found.items()},
+                scores_of(texts, case.target, expected) if scored else {"answers": expected, "error": UNSCORED},
                 {f"generated_{name}": found for name, found in texts.items()},
                 {f"sha256_{name}": text_hashes(found) for name, found in texts.items()},
-                specificity_rate=exact_match_rate(texts["specificity"], expected) if expected else None,
-                fluency=fluency(texts["fluency"]),
                 edit_seconds=edit.log.seconds,
                 edit_batch=edit.log.batch,
                 steps=edit.log.steps,
@@ -92,6 +90,20 @@ def score(
             )
         )
     return records
+
+
+def scores_of(texts: Mapping[str, Sequence[str]], target: str, answers: Sequence[str]) -> dict[str, float | None]:
+    """The score columns of a record, from its texts by measure, the case's target and the unedited subject's answers."""
+    scores = {
+        "effectiveness": _mean_scores([target_scores(text, target) for text in texts["effectiveness"]]),
+        "generalization": _mean_scores([target_scores(text, target) for text in texts["generalization"]]),
+        "specificity": preserved_scores(texts["specificity"], answers) if answers else {},
+    }
+    return {
+        **{f"{measure}_{metric}": value for measure, found in scores.items() for metric, value in found.items()},
+        "specificity_rate": exact_match_rate(texts["specificity"], answers) if answers else None,
+        "fluency": fluency(texts["fluency"]),
+    }
 
 
 def failed(

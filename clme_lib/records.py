@@ -29,6 +29,7 @@ class Record(Schema):
     Scores are in [0, 1] (fluency in bits); seconds and memory describe the batch the edit was made in, seconds divided by
     its size. ``distances`` are a codebook's query distances: edit prompt, rephrased prompt, then the neighbours (None where it was not
     consulted).
+    ``answers`` are the unedited subject's, in records that were left to be scored later (:mod:`clme_lib.scoring`), which say so as their error.
     ``generated_*`` hold the texts, or None where they are not ours to publish; ``sha256_*`` their hashes always.
     """
 
@@ -69,7 +70,11 @@ class Record(Schema):
     sha256_generalization: list[str] | None = None
     sha256_specificity: list[str] | None = None
     sha256_fluency: list[str] | None = None
+    answers: list[str] | None = None
     error: str | None = None
+
+
+UNSCORED = "not scored yet: clme score"
 
 
 def text_hashes(texts: Sequence[str]) -> list[str]:

@@ -57,7 +57,7 @@ class RunConfig(Schema):
     ``cases`` is per data set (None: all) and ``sample`` says which ones: samples of one number are nested, of another
     number they are other random cases. ``within`` draws them from the cases of an earlier run, to repeat a part of
     it; only cases are drawn that all of the editors have there. ``batch_size`` cases are edited and scored together; with ``auto`` the
-    number grows as long as memory is left. A batch that does not fit is halved. The embedded sets' selection cases are never drawn. ``seed`` is that of every random draw of the study.
+    number grows as long as memory is left. A batch that does not fit is halved. ``scored=False`` leaves the scores to ``clme score``. The embedded sets' selection cases are never drawn. ``seed`` is that of every random draw of the study.
     """
 
     subject: str = "smollm2-135m"
@@ -73,6 +73,7 @@ class RunConfig(Schema):
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
     sample: int = 0
     within: Path | None = None
+    scored: bool = True
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9._-]+$")
     out: Path = Path("runs/run")
 
@@ -228,6 +229,7 @@ def _complete(config: RunConfig, subject: Subject, editor: Editor, cases: list[C
         "source": config.source,
         "folds_of": folds_of,
     }
+    scoring = {"seed": config.seed, "scored": config.scored}
     description = f"{missing[0].dataset} {editor.name}"
     with tqdm(total=len(cases), initial=len(cases) - len(missing), desc=description, unit="case") as bar:
         for part in parts:
@@ -239,7 +241,7 @@ def _complete(config: RunConfig, subject: Subject, editor: Editor, cases: list[C
             batches = Batches(ordered, config.batch_size, subject.device)
             for batch in batches:
                 try:
-                    records = _attempt(subject, editor, batch, config.seed, common)
+                    records = _attempt(subject, editor, batch, scoring, common)
                 except Exception as error:
                     if not is_out_of_memory(error):
                         raise
@@ -252,14 +254,14 @@ def _complete(config: RunConfig, subject: Subject, editor: Editor, cases: list[C
                 bar.update(len(batch))
 
 
-def _attempt(subject: Subject, editor: Editor, batch: list[Case], seed: int, common: dict) -> list[Record]:
+def _attempt(subject: Subject, editor: Editor, batch: list[Case], scoring: dict, common: dict) -> list[Record]:
     """Records of a batch. If it fails, its cases are tried alone, so that one bad case spoils no other's result."""
     try:
         edits = editor.edit(batch, batch_size=len(batch))
-        return score(subject, batch, edits, seed=seed, **common)
+        return score(subject, batch, edits, **scoring, **common)
     except (StudyError, ValueError, ArithmeticError) as error:
         if len(batch) > 1:
-            return [record for case in batch for record in _attempt(subject, editor, [case], seed, common)]
+            return [record for case in batch for record in _attempt(subject, editor, [case], scoring, common)]
         return [failed(subject, batch[0], editor.name, error=f"{type(error).__name__}: {error}", **common)]
 
 

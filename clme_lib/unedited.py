@@ -36,7 +36,7 @@ def answers_for(subject: Subject, prompts: Sequence[str]) -> list[str]:
 def unedited(subject: Subject, requests: Sequence[Request]) -> list[Generated]:
     """What the subject writes without any edit: from the cache, or generated now."""
     file = _cache_file(subject)
-    known = {row["key"]: row for row in read_rows(file)}
+    known = _known(file)
     keys = [_key(request) for request in requests]
     missing = {key: replace(request, edit=-1) for key, request in zip(keys, requests) if key not in known}
     if missing:
@@ -44,6 +44,8 @@ def unedited(subject: Subject, requests: Sequence[Request]) -> list[Generated]:
         rows = [{"key": key, "text": one.text, "ids": one.ids} for key, one in zip(missing, made)]
         append_rows(file, rows)
         known.update((row["key"], row) for row in rows)
+        # what another process appended meanwhile is missed, and at worst generated again
+        _read[file] = (file.stat().st_size, known)
     return [Generated(known[key]["text"], known[key]["ids"]) for key in keys]
 
 
@@ -99,6 +101,17 @@ def _fires_later(
                 if edits[requests[mine[k]].edit].nearest(own[-written:].float())[1].any():  # type: ignore[attr-defined]
                     found.add(mine[k])
     return found
+
+
+_read: dict[Path, tuple[int, dict[str, dict]]] = {}
+
+
+def _known(file: Path) -> dict[str, dict]:
+    """The cache's rows by key; read again only when another process has made the file grow."""
+    size = file.stat().st_size if file.is_file() else 0
+    if _read.get(file, (None, {}))[0] != size:
+        _read[file] = (size, {row["key"]: row for row in read_rows(file)})
+    return _read[file][1]
 
 
 def _key(request: Request) -> str:

@@ -35,6 +35,7 @@ seed: int = 42  # of every random draw
 device: str = "auto"  # auto, cpu, cuda
 dtype: str = "auto"  # auto (float32), float32, bfloat16, float16
 batch_size: str = "8"  # cases edited and scored together, or auto: what memory allows
+scored: bool = True  # False: keep the texts, score them later with `clme score`
 name: str = "rq3"  # the run's name in its records
 out: str = "runs/rq3"  # the run's folder; running again resumes it
 

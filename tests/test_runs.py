@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from clme_lib import provenance, runs
+from clme_lib.cli import main
 from clme_lib.datasets import published
 from clme_lib.datasets.cases import Case
 from clme_lib.editors.malmen import MALMEN
@@ -20,8 +21,9 @@ from clme_lib.jsonl import append_rows, read_rows
 from clme_lib.notebook import config_from_notebook
 from clme_lib.prompts import make_prompt
 from clme_lib.publish import publish
-from clme_lib.records import TEXTS, read_records
+from clme_lib.records import TEXTS, UNSCORED, read_records
 from clme_lib.report import examples, interval, proficiency_table, reading, transfer_table
+from clme_lib.report import scored as scored_records
 from clme_lib.spot_check import compare, describe, to_markdown
 
 
@@ -55,6 +57,22 @@ def test_a_run_is_completed_extended_and_never_repeated(tiny, source, tmp_path):
     manifest = json.loads((out / "run.json").read_text())
     assert len(manifest["starts"]) == 2 and manifest["starts"][0]["hyperparameters"]["grace"]["values"]["steps"] == 30
     assert set(json.loads((out / "folds.json").read_text())) == {"cnle"}
+
+
+def test_scores_can_wait(tiny, source, tmp_path, capsys):
+    """A run without scores, scored afterwards, is the run with scores; its own records stay as they are."""
+    now, later = (config(source, tmp_path / name, scored=scored) for name, scored in (("now", True), ("later", False)))
+    whole = runs.run(now)
+    assert runs.run(later)["error"].eq(UNSCORED).all() and scored_records(runs.run(later)).empty
+    before = {file: file.read_bytes() for file in (later.out / "records").iterdir()}
+    assert main(["score", str(later.out), str(tmp_path / "scored")]) == 0
+    assert f"{len(whole)} records scored" in capsys.readouterr().out
+    filled = runs.load_run(tmp_path / "scored")
+    shared = [name for name in whole.columns if name not in ("edit_seconds", "peak_memory_mib", "run")]
+    pd.testing.assert_frame_equal(filled[shared], whole[shared])
+    assert before == {file: file.read_bytes() for file in (later.out / "records").iterdir()}
+    assert main(["score", str(later.out), str(tmp_path / "scored")]) == 1
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_trained_editors_learn_from_the_other_fold(tiny, source, tmp_path, monkeypatch):
@@ -135,7 +153,7 @@ def test_one_bad_case_spoils_no_other(tiny, source, tmp_path):
     bad = Case(2, "cnle", cases[2].prompt, "  ", cases[2].rephrased, cases[2].unrelated)
     editor = runs.load_editor("grace", tiny, steps=2, layer=1)
     common = {"preset": "clean", "run": "r", "source": "s", "folds_of": {}}
-    records = runs._attempt(tiny, editor, [cases[0], bad, cases[1]], 42, common)
+    records = runs._attempt(tiny, editor, [cases[0], bad, cases[1]], {"seed": 42}, common)
     assert [record.error is None for record in records] == [True, False, True]
     assert "case 2 of cnle" in records[1].error and records[1].effectiveness_em is None
 
