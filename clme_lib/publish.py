@@ -69,7 +69,8 @@ def _finished_sample(run: Path, manifest: dict, records: list[Record]) -> set[in
     done = {record.case_id for record in records}
     found: set[int] = set()
     for start in manifest["starts"]:
-        if "finished" in start and dataset in start["cases"] and editor in start["hyperparameters"]:
+        # a start that was killed counts as well, once another has completed its sample
+        if dataset in start["cases"] and editor in start["hyperparameters"]:
             config = {**manifest["config"], "cases": start["cases"][dataset], "sample": start["sample"], "out": run}
             sample = {case.case_id for case in sampled(make_config(**config), dataset)}
             if sample <= done and len(sample) > len(found):
@@ -87,5 +88,7 @@ def draw(published: Path) -> Path:
     from .report import proficiency_figure
 
     file = published / "proficiency.png"
-    proficiency_figure(load_run(published)).savefig(file, dpi=160, bbox_inches="tight", metadata={"Software": None})
+    records = load_run(published)
+    whole = records[~records["editor"].str.contains("-wo-")]  # ablations are RQ3's
+    proficiency_figure(whole).savefig(file, dpi=160, bbox_inches="tight", metadata={"Software": None})
     return file

@@ -74,12 +74,9 @@ def _provenance(starts: list[dict], counts: pd.Series) -> str:
     rows = ["| Editor | Cases | Hardware | PyTorch | Transformers | Program |", "|---|---|---|---|---|---|"]
     by_editor = dict(iter(counts.groupby("editor")))
     for editor, mine in ((name, by_editor[name]) for name in EDITORS if name in by_editor):
-        # the first start that finished what is published; later ones found nothing to do
-        made = [
-            s
-            for s in starts
-            if editor in s["hyperparameters"] and "finished" in s and max(s["cases"].values()) >= mine.max()
-        ]
+        # the first start that finished what is published (later ones found nothing to do), else the last that worked on it
+        worked = [s for s in starts if editor in s["hyperparameters"] and max(s["cases"].values()) >= mine.max()]
+        made = [s for s in worked if "finished" in s] or worked[-1:]
         hardware, versions = made[0]["hardware"], made[0]["versions"]
         threads = "" if hardware["device"] == "cuda" else f", {hardware['threads']} thread(s)"
         known = made[0]["commit"] != "unknown"
