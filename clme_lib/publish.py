@@ -49,7 +49,7 @@ def publish(run: Path, target: Path) -> int:
     shutil.rmtree(unfinished, ignore_errors=True)
     for name, records in contents.items():
         kept = [record for record in records if record.case_id in samples[name]]
-        rows = [record.model_dump() for record in sorted(kept, key=lambda record: record.case_id)]
+        rows = [record.row() for record in sorted(kept, key=lambda record: record.case_id)]
         append_rows(
             unfinished / "records" / name,
             [without_texts(row) if row["dataset"] == "csne" else row for row in rows],

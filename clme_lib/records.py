@@ -73,6 +73,10 @@ class Record(Schema):
     answers: list[str] | None = None
     error: str | None = None
 
+    def row(self) -> dict:
+        """The record as it is written: ``answers`` only where there are any."""
+        return self.model_dump(exclude={"answers"} if self.answers is None else None)
+
 
 UNSCORED = "not scored yet: clme score"
 

@@ -213,7 +213,7 @@ def radius_figure(sweep: pd.DataFrame):
             )
             at_one = curve[curve["radius"] == 1]
             axis.plot(100 * at_one["specificity_rate"], 100 * at_one["generalization"], "o", color=colours[margin])
-        axis.set_title(dataset_name(dataset))
+        axis.set_title(f"{dataset_name(dataset)}, {mine['cases'].iloc[0]} selection cases")
         axis.set_xlabel("neighbours unchanged (%)")
     axes[0][0].set_ylabel("generalization, exact match (%)")
     return _with_legend(figure, axes, top=1.14, columns=4)

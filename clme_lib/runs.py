@@ -250,7 +250,7 @@ def _complete(config: RunConfig, subject: Subject, editor: Editor, cases: list[C
                         continue
                     reason = "the device's memory does not suffice for this case alone"
                     records = [failed(subject, batch[0], editor.name, error=reason, **common)]
-                append_rows(file, [record.model_dump() for record in records])
+                append_rows(file, [record.row() for record in records])
                 bar.update(len(batch))
 
 

@@ -37,7 +37,7 @@ def score_run(run: Path, target: Path) -> int:
         for record in read_records([file]):
             if record.error == UNSCORED:
                 record, count = _scored(record, file), count + 1
-            rows.append(record.model_dump())
+            rows.append(record.row())
         append_rows(unfinished / "records" / file.name, rows)
     manifest["config"]["scored"] = True
     (unfinished / "run.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

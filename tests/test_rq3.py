@@ -98,7 +98,7 @@ def test_small_files_are_made_once_and_published(both, monkeypatch, tmp_path):
     def sweep(subject, file, cases):
         made.append(cases)
         table = pd.DataFrame(
-            [{"dataset": "cnle", "editor": editor, "margin": margin, "radius": r, "generalization": r / 2, "specificity_rate": 1 - r / 2}
+            [{"dataset": "cnle", "editor": editor, "margin": margin, "radius": r, "cases": 4, "generalization": r / 2, "specificity_rate": 1 - r / 2}
              for editor, margin in (("grace", None), ("a-grace-wo-cl", None), ("a-grace", 2.0)) for r in (0.0, 1.0, 2.0)]
         )  # fmt: skip
         table.to_csv(file, index=False)
