@@ -41,9 +41,9 @@ def unedited(subject: Subject, requests: Sequence[Request]) -> list[Generated]:
     missing = {key: replace(request, edit=-1) for key, request in zip(keys, requests) if key not in known}
     if missing:
         made = generate(subject, list(missing.values()))
-        rows = [{"key": key, "text": one.text, "ids": one.ids} for key, one in zip(missing, made)]
-        append_rows(file, rows)
-        known.update((row["key"], row) for row in rows)
+        rows = {key: {"key": key, "text": one.text, "ids": one.ids} for key, one in zip(missing, made)}
+        append_rows(file, rows.values())
+        known.update(rows)
         # what another process appended meanwhile is missed, and at worst generated again
         _read[file] = (file.stat().st_size, known)
     return [Generated(known[key]["text"], known[key]["ids"]) for key in keys]
