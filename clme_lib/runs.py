@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pandas as pd
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field
 from tqdm import tqdm
 
 from . import provenance
@@ -51,6 +51,19 @@ def _split(value: Any) -> Any:
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 
 
+def named(known: Sequence[str], what: str) -> Any:
+    """The type of a configuration's list of names: each among ``known``, kept once, and at least one."""
+
+    def check(names: tuple[str, ...]) -> tuple[str, ...]:
+        if not names:
+            raise ValueError(f"no {what} given; known: {', '.join(known)}")
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"unknown {what} {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
+        return tuple(dict.fromkeys(names))
+
+    return Annotated[Names, AfterValidator(check)]
+
+
 class RunConfig(Schema):
     """What to run. Lists may be given as comma-separated text.
 
@@ -61,8 +74,8 @@ class RunConfig(Schema):
     """
 
     subject: str = "smollm2-135m"
-    dataset: Names = ("cnle", "csne")
-    editors: Names = ("none", "ft-l", "grace")
+    dataset: named(DATASETS, "data set") = DATASETS  # type: ignore[valid-type]
+    editors: named(tuple(EDITORS), "editor") = ("none", "ft-l", "grace")  # type: ignore[valid-type]
     cases: int | None = Field(default=8, ge=1)
     seed: int = DEFAULT_SEED
     source: str = "embedded"
@@ -76,25 +89,6 @@ class RunConfig(Schema):
     scored: bool = True
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9._-]+$")
     out: Path = Path("runs/run")
-
-    @field_validator("dataset")
-    @classmethod
-    def _known_datasets(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return known_names(names, DATASETS, "data set")
-
-    @field_validator("editors")
-    @classmethod
-    def _known_editors(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return known_names(names, tuple(EDITORS), "editor")
-
-
-def known_names(names: tuple[str, ...], known: Sequence[str], what: str) -> tuple[str, ...]:
-    """``names`` without repetitions; ValueError when there are none, or unknown ones."""
-    if not names:
-        raise ValueError(f"no {what} given; known: {', '.join(known)}")
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"unknown {what} {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
-    return tuple(dict.fromkeys(names))
 
 
 def make_config(**values: Any) -> RunConfig:

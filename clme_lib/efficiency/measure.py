@@ -46,7 +46,7 @@ from ..hyperparameters import Schema, parse
 from ..jsonl import append_rows, read_rows
 from ..memory import is_out_of_memory, memory_in_use_mib, release_memory
 from ..prompts import DATASETS, tokenize
-from ..runs import Names, known_names
+from ..runs import named
 from ..seeds import DEFAULT_SEED, generator
 from ..subjects import Subject, load_subject
 from ..unedited import answers_for
@@ -68,8 +68,8 @@ class BenchConfig(Schema):
 
     subject: str = "smollm2-135m"
     random_weights: bool = False
-    dataset: Names = ("cnle", "csne")
-    editors: Names = TIMED
+    dataset: named(DATASETS, "data set") = DATASETS  # type: ignore[valid-type]
+    editors: named(TIMED, "editor") = TIMED  # type: ignore[valid-type]
     cases: int = Field(default=10, ge=1)
     batches: tuple[int, ...] = (1, 8)
     device: str = "auto"
@@ -86,16 +86,6 @@ class BenchConfig(Schema):
         if any(int(part) < 1 for part in parts):
             raise ValueError("a batch has at least one case")
         return tuple(sorted({int(part) for part in parts}))
-
-    @field_validator("dataset")
-    @classmethod
-    def _known_datasets(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return known_names(names, DATASETS, "data set")
-
-    @field_validator("editors")
-    @classmethod
-    def _known_editors(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return known_names(names, TIMED, "editor")
 
 
 def make_bench_config(**values: Any) -> BenchConfig:
