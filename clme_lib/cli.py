@@ -377,23 +377,23 @@ def _data_build(options: argparse.Namespace) -> int:
 
 def _data_labels(options: argparse.Namespace) -> int:
     from .construction.agreement import agreement, draw
-    from .jsonl import read_rows
+    from .construction.pipeline import stage_rows
 
-    levels = {str(row["id"]): row["level"] for row in read_rows(options.build / "02-score.jsonl") if "level" in row}
+    levels = {str(row["id"]): row["level"] for row in stage_rows(options.build, "score") if "level" in row}
     if options.file.exists():
         print(agreement(options.file, levels).to_string(index=False))
         return 0
-    pairs = [row for row in read_rows(options.build / "01-collect.jsonl") if str(row["id"]) in levels]
+    pairs = [row for row in stage_rows(options.build, "collect") if str(row["id"]) in levels]
     print(f"{draw(pairs, options.file, options.margin, seed=42)} pairs to label in {options.file}")
     return 0
 
 
 def _data_fine_tune(options: argparse.Namespace) -> int:
     from .construction.language_models import TextEncoder, fine_tune
-    from .jsonl import read_rows
+    from .construction.pipeline import stage_rows
 
-    functions = {row["id"]: row for row in read_rows(options.build / "01-collect.jsonl")}
-    split = read_rows(options.build / "03-split.jsonl")
+    functions = {row["id"]: row for row in stage_rows(options.build, "collect")}
+    split = stage_rows(options.build, "split")
     pairs = [(functions[row["id"]]["doc"], functions[row["id"]]["code"]) for row in split if not row["targeted"]]
     encoder = TextEncoder(options.encoder, options.device)
     settings = {"epochs": options.epochs, "batch": options.batch, "lr": options.lr}

@@ -64,6 +64,12 @@ def named(known: Sequence[str], what: str) -> Any:
     return Annotated[Names, AfterValidator(check)]
 
 
+def _batch_size(value: Any) -> Any:
+    if value != "auto" and not (str(value).isdigit() and int(value) >= 1):
+        raise ValueError("a whole number of at least 1 is needed, or auto")
+    return value
+
+
 class RunConfig(Schema):
     """What to run. Lists may be given as comma-separated text.
 
@@ -83,7 +89,7 @@ class RunConfig(Schema):
     values: str = Field(default="subject", pattern="^(subject|transferred)$")
     device: str = "auto"
     dtype: str = "auto"
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
+    batch_size: Annotated[int | Literal["auto"], BeforeValidator(_batch_size)] = 8
     sample: int = 0
     within: Path | None = None
     scored: bool = True

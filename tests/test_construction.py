@@ -531,6 +531,16 @@ def test_labels_are_drawn_and_compared(conala, tmp_path, capsys):
         agreement.draw([], tmp_path / "labels.csv", 0.1, 0)
 
 
+def test_what_has_not_been_built_is_named(tmp_path, capsys):
+    for arguments in (
+        ["labels", str(tmp_path), str(tmp_path / "labels.csv")],
+        ["fine-tune", str(tmp_path), "--out", str(tmp_path / "tuned")],
+    ):
+        assert cli.main(["data", *arguments]) == 1
+        assert "build the data set first" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_stages_say_what_is_wrong_with_their_files(tmp_path):
     def rows(_):
         return [{"id": 1}]

@@ -254,7 +254,7 @@ def test_a_run_goes_on_in_smaller_batches(tiny, source, monkeypatch, tmp_path):
     assert sorted(records["case_id"]) == list(range(5)) and max(tried) == 5
     failed = records[records["error"].notna()]
     assert list(failed["case_id"]) == [3] and "does not suffice" in failed["error"].iloc[0]
-    with pytest.raises(StudyError, match="batch_size"):
+    with pytest.raises(StudyError, match="batch_size: .*at least 1 is needed, or auto"):
         runs.make_config(batch_size="many")
 
 

@@ -35,6 +35,7 @@ from ..datasets.cases import Case
 from ..datasets.checking import Report, check_file
 from ..datasets.neighbours import Embedder, nearest, tfidf
 from ..errors import StudyError
+from ..jsonl import read_rows
 from ..prompts import DatasetName, make_prompt
 from ..seeds import seeded_order
 from .relevance import LEVELS
@@ -142,14 +143,24 @@ def build_csne(
     return _finish(stages, "csne", by_id, near, others, ("code", "doc"), subject)
 
 
+def stage_rows(folder: Path, name: str) -> list[Row]:
+    """The rows of a stage that was built before.
+
+    Raises:
+        StudyError: there are none.
+    """
+    files = sorted(folder.glob(f"[0-9][0-9]-{name}.jsonl"))
+    rows = read_rows(files[0]) if files else []
+    if not rows:
+        raise StudyError(
+            f"{folder}: no stage {name!r} there; build the data set first: clme data build ... --out {folder}"
+        )
+    return rows
+
+
 def level_counts(folder: Path) -> pd.DataFrame:
     """Table II: how many pairs the scorer gave each level."""
-    from ..jsonl import read_rows
-
-    file = folder / "02-score.jsonl"
-    rows = read_rows(file)
-    if not rows:
-        raise StudyError(f"{file}: no scores; build CNLE there first")
+    rows = stage_rows(folder, "score")
     counts = Counter(row.get("level", row.get("dropped")) for row in rows)
     names = [*LEVELS[::-1], *(name for name in counts if name not in LEVELS)]
     return pd.DataFrame([{"level": name, "pairs": counts[name], "share": counts[name] / len(rows)} for name in names])
