@@ -75,13 +75,18 @@ def select(
     """
     if editor not in GRIDS:
         raise StudyError(f"no grid to select {editor!r} from; known: {', '.join(GRIDS)}")
-    table = choose(measure(subject, editor, GRIDS[editor], file, values="transferred", cases=cases, datasets=datasets))
+    measured = measure(subject, editor, GRIDS[editor], file, values="transferred", cases=cases, datasets=datasets)
+    settings = measured.groupby(["editor", "setting"], sort=False)
+    table = settings["cases"].sum().to_frame().join(settings[SCORES].mean()).reset_index()
+    reached = [criterion(*one) for one in zip(table["effectiveness_em"], table["specificity_rate"])]
+    table = choose(table.assign(criterion=reached))
     _write(table, file)
     return table
 
 
 def compare_presets(subject: Subject, editor: str, file: Path, cases: int | None = None) -> pd.DataFrame:
-    """Measure what each of the released program's defects does to an editor, alone and together; written like :func:`select`.
+    """Measure what each of the released program's defects does to an editor, alone and together, on each data set; written
+    like :func:`select`.
 
     The defects are the editor's ``compat`` values, every combination of them (of a trained editor none and all, since each
     would train anew); ``released_budget_em`` is effectiveness
@@ -98,7 +103,6 @@ def compare_presets(subject: Subject, editor: str, file: Path, cases: int | None
     settings = [dict(zip(defects, one)) for one in product(*((clean[name], defects[name]) for name in defects))]
     settings = [settings[0], settings[-1]] if EDITORS[editor].needs_training else settings
     table = measure(subject, editor, settings, file, values="subject", cases=cases, budgets=("clean", "compat"))
-    table = table.drop(columns="criterion")
     _write(table, file)
     return table
 
@@ -114,7 +118,8 @@ def measure(
     datasets: Sequence[str] = DATASETS,
     budgets: Sequence[Preset] = ("clean",),
 ) -> pd.DataFrame:
-    """Mean scores over the data sets' selection cases, one row a setting; a trained editor learns from the other cases.
+    """Mean scores over a data set's selection cases, one row a setting and data set; a trained editor learns from the other
+    cases.
 
     Args:
         file: the table to be; what has been measured is kept beside it, so that an interrupted command goes on.
@@ -124,7 +129,6 @@ def measure(
     done = {(row["identity"], row["dataset"]): row for row in read_rows(kept)}
     rows = []
     for setting in tqdm(settings, desc=f"measure {editor}", unit="setting"):
-        means = []
         for dataset in datasets:
             chosen, others = selection_cases(dataset, cases)
             made = load_editor(editor, subject, values=values, **setting)
@@ -140,17 +144,18 @@ def measure(
                 scores = {name: finite(one) for name, one in mean.items()}
                 done[identity, dataset] = {"identity": identity, "dataset": dataset, "scores": scores}
                 append_rows(kept, [done[identity, dataset]])
-            means.append(pd.Series(done[identity, dataset]["scores"], dtype=float))
-        mean = sum(means) / len(means)
-        rows.append(
-            {
-                "editor": editor,
-                "setting": ", ".join(f"{name} {_shown(value)}" for name, value in setting.items()),
-                "cases": len(datasets) * len(chosen),
-                **mean,
-                "criterion": criterion(mean["effectiveness_em"], mean["specificity_rate"]),
-            }
-        )
+            rows.append(
+                {
+                    "editor": editor,
+                    "setting": ", ".join(f"{name} {_shown(value)}" for name, value in setting.items()),
+                    "dataset": dataset,
+                    "cases": len(chosen),
+                    **{
+                        name: float("nan") if one is None else one
+                        for name, one in done[identity, dataset]["scores"].items()
+                    },
+                }
+            )
     return pd.DataFrame(rows)
 
 

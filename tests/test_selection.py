@@ -73,14 +73,15 @@ def test_presets_are_every_combination_of_defects(llama, small_sets, monkeypatch
     quick = lambda name, subject, **named: load_editor(name, subject, **named, layer=1, steps=3)  # noqa: E731
     monkeypatch.setattr(selection, "load_editor", quick)
     table = selection.compare_presets(llama, "rome", tmp_path / "table.csv", cases=1)
-    assert list(table["setting"]) == [
+    assert list(table["setting"][::2]) == [
         "padding aligned, targets in-context",
         "padding aligned, targets alone",
         "padding released, targets in-context",
         "padding released, targets alone",
     ]
-    assert list(table["cases"]) == [2] * 4 and table["released_budget_em"].notna().all()
-    assert table["loss"].nunique() == 4
+    assert list(table["dataset"]) == ["cnle", "csne"] * 4
+    assert list(table["cases"]) == [1] * 8 and table["released_budget_em"].notna().all()
+    assert table["loss"].nunique() == 4  # the fixture gives both data sets the same case
     with pytest.raises(
         StudyError, match="'grace' has no presets to compare; known: rome, memit, pmet, malmen, a-grace"
     ):
