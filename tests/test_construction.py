@@ -59,7 +59,8 @@ class Model(http.server.BaseHTTPRequestHandler):
         question = asked["messages"][1]["content"]
         with self.server.lock:
             self.server.asked.append(question)
-            answer = self.server.answers(question, len(self.server.asked))
+            count = len(self.server.asked)
+        answer = self.server.answers(question, count)
         status = answer if isinstance(answer, int) else 200
         body = {"choices": [{"index": 0, "message": {"role": "assistant", "content": answer}, "finish_reason": "stop"}], "id": "1",
                 "object": "chat.completion", "created": 0, "model": asked["model"],
@@ -152,6 +153,15 @@ def test_nothing_is_paid_twice(conala, tmp_path, server, capsys):
     assert build(conala, tmp_path / "out", server) == 0
     assert len(server.asked) == 24 + 8 - first
     assert not [line for line in read_rows(tmp_path / "out" / "answers.jsonl") if line["tokens"] != 10]
+
+
+def test_answers_are_kept_as_they_come_and_given_in_order(tmp_path, server):
+    server.answers = lambda question, count: time.sleep(0.5 if question == "q0" else 0) or f"to {question}"
+    asking = endpoint.Endpoint("fake", server.url, tmp_path / "answers.jsonl", concurrency=3)
+    questions = ["q0", "q1", "q2", "q3", "q4", "q1"]
+    assert list(asking.ask("", questions)) == [f"to {question}" for question in questions]
+    assert sorted(server.asked) == questions[:5], "the same question is asked once"
+    assert [row["answer"] for row in read_rows(tmp_path / "answers.jsonl")][-1] == "to q0"
 
 
 def test_a_silent_endpoint_times_out(tmp_path, server, monkeypatch):

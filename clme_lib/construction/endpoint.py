@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -61,23 +62,21 @@ class Endpoint:
         """What an answer depends on, for a stage's manifest."""
         return {"model": self.model, "temperature": 0}
 
-    def ask(self, instruction: str, questions: Sequence[str]) -> Iterator[tuple[int, str]]:
-        """Index and answer of each question, as they come.
+    def ask(self, instruction: str, questions: Sequence[str]) -> Iterator[str]:
+        """The answer of each question, in the order of the questions whenever they come: what is built from them is the same each time.
 
         Raises:
             StudyError: the endpoint refuses or cannot be reached, or the budget is spent; what was answered is kept.
         """
-        waiting = []
-        for n, question in enumerate(questions):
-            key = self._key(instruction, question)
-            if key in self._known:
-                yield n, self._known[key]
-            else:
-                waiting.append((n, key, question))
+        keys = [self._key(instruction, question) for question in questions]
+        waiting = deque(
+            (key, question) for key, question in dict(zip(keys, questions)).items() if key not in self._known
+        )
+        answered = 0
         with ThreadPoolExecutor(self.concurrency) as pool:
-            under_way: dict[Future, tuple[int, str]] = {}
+            under_way: dict[Future, str] = {}
             failure: StudyError | None = None
-            while (waiting and failure is None) or under_way:
+            while True:
                 while waiting and failure is None and len(under_way) < self.concurrency:
                     if self.budget is not None and self.spent >= self.budget:
                         failure = StudyError(
@@ -85,11 +84,16 @@ class Endpoint:
                             "with a larger --budget, the answers are kept"
                         )
                         break
-                    n, key, question = waiting.pop(0)
-                    under_way[pool.submit(self._answer, instruction, question)] = (n, key)
-                done, _ = wait(under_way, return_when=FIRST_COMPLETED) if under_way else (set(), None)
+                    key, question = waiting.popleft()
+                    under_way[pool.submit(self._answer, instruction, question)] = key
+                while answered < len(keys) and keys[answered] in self._known:
+                    yield self._known[keys[answered]]
+                    answered += 1
+                if not under_way:
+                    break
+                done, _ = wait(under_way, return_when=FIRST_COMPLETED)
                 for future in done:
-                    n, key = under_way.pop(future)
+                    key = under_way.pop(future)
                     try:
                         answer, tokens = future.result()
                     except StudyError as error:
@@ -98,7 +102,6 @@ class Endpoint:
                     append_rows(self.cache, [{"key": key, "answer": answer, "tokens": tokens}])
                     self._known[key] = answer
                     self.spent += tokens
-                    yield n, answer
             if failure:
                 raise failure
 

@@ -49,11 +49,10 @@ class ModelScorer:
 
     def score(self, rows: Sequence[Row]) -> Iterator[Row]:
         """Each row's ``level``; an answer that names none drops the row."""
-        for n, answer in self.endpoint.ask(
-            INSTRUCTION, [f"Intent: {row['intent']}\nSnippet: {row['snippet']}" for row in rows]
-        ):
+        questions = [f"Intent: {row['intent']}\nSnippet: {row['snippet']}" for row in rows]
+        for row, answer in zip(rows, self.endpoint.ask(INSTRUCTION, questions)):
             level = parse_level(answer)
-            yield {"id": rows[n]["id"], **({"level": level} if level else {"dropped": "unusable answer"})}
+            yield {"id": row["id"], **({"level": level} if level else {"dropped": "unusable answer"})}
 
 
 def parse_level(answer: str) -> str | None:

@@ -44,8 +44,8 @@ class ModelIntents:
 
     def rephrase(self, rows: Sequence[Row]) -> Iterator[Row]:
         """Each row's ``rephrased``; an answer that is empty, repeats the intent or is a paragraph drops the row."""
-        for n, answer in self.endpoint.ask(INSTRUCTION, [row["intent"] for row in rows]):
-            yield _rephrased(rows[n], answer.strip().strip('"'))
+        for row, answer in zip(rows, self.endpoint.ask(INSTRUCTION, [row["intent"] for row in rows])):
+            yield _rephrased(row, answer.strip().strip('"'))
 
 
 def _rephrased(row: Row, text: str) -> Row:
