@@ -410,6 +410,17 @@ def test_parquet_is_read(tmp_path):
     assert row == {"id": 0, "intent": "a b", "snippet": "c()", "rewritten_intent": ""}
 
 
+def test_a_function_without_variant_says_why():
+    def why(code, mapping):
+        return rephrasing.renamed({"id": 1, "code": code}, lambda _: mapping).get("dropped")
+
+    assert why("def f(self):\n    return self.x()", {}) == "no name to change"
+    assert why("def f(value):\n    return value", {}) == "no substitute for its names"
+    assert why("def f(value):\n    return 'é'", {"value": "other"}) == "not ASCII"
+    assert why("def f(value, other):\n    return value - other", {"value": "other"}) == "variant not verified"
+    assert why("def f(value):\n    return value", {"value": "other"}) is None
+
+
 def test_bytecode_is_compared_up_to_names():
     code = "def f(data, other: int):\n    return [data[other.index(n)] for n in data]"
     for mapping in ({"data": "value"}, {"data": "zzz", "other": "aaa"}):

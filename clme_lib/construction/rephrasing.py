@@ -73,7 +73,7 @@ def renamed(row: Row, choose: Chooser) -> Row:
     except (SyntaxError, RecursionError) as error:
         return {"id": row["id"], "dropped": f"could not be renamed: {type(error).__name__}"}
     if not mapping:
-        return {"id": row["id"], "dropped": "no name to change"}
+        return {"id": row["id"], "dropped": "no substitute for its names" if candidates(code) else "no name to change"}
     if not verified(code, variant, mapping) or not same_bytecode(code, variant, mapping):
         return {"id": row["id"], "dropped": "variant not verified"}
     return {"id": row["id"], "rephrased": variant, "names": mapping}
