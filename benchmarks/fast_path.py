@@ -227,8 +227,9 @@ def seconds(subject, act):
     return time.perf_counter() - started
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(description, measure):
+    """Read the command line, and measure every editor and data set that it asks for."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cases", type=int, default=12)
     parser.add_argument("--editors", default="grace,ft-l")
@@ -262,8 +263,8 @@ def write(file, row):
     table.to_csv(file, index=False)
 
 
-def measure(subject, name, chosen, dataset, count):
-    """Time one editor on one data set both ways."""
+def prepare(subject, name, chosen, dataset, count):
+    """(editor, cases, tokenized cases) of one measurement, set up and warmed up."""
     cases = sample_cases(load_cases(dataset), 200, seed=0)
     tokenized = [tokenize(subject.tokenizer, case.prompt, case.target) for case in cases]
     # CSNE stands for long prompts here: at least 110 tokens
@@ -274,29 +275,39 @@ def measure(subject, name, chosen, dataset, count):
     if name == "malmen":  # an untrained network takes as long as a trained one
         editor.network = Training(subject, editor.values, cases, 0).network
     editor.edit(cases[:1])  # warm-up: first calls allocate
+    return editor, cases, tokenized
+
+
+def plain_edit(editor, case, tokens):
+    """One case by the plain procedure."""
+    if editor.name == "grace":
+        plain_grace(editor.subject, tokens, editor.values)
+    elif editor.name == "ft-l":
+        plain_ft_l(editor.subject, tokens, editor.values)
+    elif editor.name == "malmen":
+        plain_malmen(editor.subject, tokens, editor)
+    else:
+        plain_rewriting(editor.subject, case, editor)
+
+
+def measure(subject, name, chosen, dataset, count):
+    """Time one editor on one data set both ways."""
+    editor, cases, tokenized = prepare(subject, name, chosen, dataset, count)
 
     def plain():
         for case, tokens in zip(cases, tokenized):
-            if name == "grace":
-                plain_grace(subject, tokens, editor.values)
-            elif name == "ft-l":
-                plain_ft_l(subject, tokens, editor.values)
-            elif name == "malmen":
-                plain_malmen(subject, tokens, editor)
-            else:
-                plain_rewriting(subject, case, editor)
+            plain_edit(editor, case, tokens)
 
     slow = seconds(subject, plain) / len(cases)
     fast = seconds(subject, lambda: editor.edit(cases)) / len(cases)
     rows = len(getattr(editor, "contexts", [0]))
     limit = None if name == "malmen" else ceiling(subject, tokenized, editor.values, name == "ft-l", rows)
-    median = statistics.median(len(tokens.prompt_ids) + len(tokens.target_ids) for tokens in tokenized)
     return {
         "editor": name,
         "values": chosen,
         "data": dataset,
         "cases": len(cases),
-        "median tokens": round(median),
+        "median tokens": median_tokens(tokenized),
         "plain s/case": round(slow, 2),
         "ours s/case": round(fast, 2),
         "ratio": round(slow / fast, 1),
@@ -304,5 +315,10 @@ def measure(subject, name, chosen, dataset, count):
     }
 
 
+def median_tokens(tokenized):
+    """Of prompt and target together."""
+    return round(statistics.median(len(tokens.prompt_ids) + len(tokens.target_ids) for tokens in tokenized))
+
+
 if __name__ == "__main__":
-    main()
+    main(__doc__, measure)
