@@ -68,29 +68,6 @@ def test_distances_are_drawn_as_recorded(both):
     plt.close(figure)
 
 
-def test_encoder_tables_are_means_over_both_halves():
-    row = {"dataset": "cnle", "editor": "a-grace", "architecture": "released", "selection": "training", "patience": 5, "margin": 2.0,
-           "accuracy": 0.5, "inside": 1.0, "neighbours_inside": 0.0, "best": 0.6, "best_radius": 1.0, "held_out": 0.5}  # fmt: skip
-    measured = pd.DataFrame(
-        [
-            {**row, "fold": fold, "cases": cases, "accuracy": accuracy}
-            for fold, cases, accuracy in (
-                (0, 342, 0.8),
-                (1, 343, 0.7),
-                (0, 50, 0.5),
-                (1, 50, 0.6),
-                (0, 100, 0.6),
-                (1, 100, 0.6),
-            )
-        ]
-        + [{**row, "fold": fold, "cases": 342 + fold, "margin": 1.0, "accuracy": 0.5} for fold in (0, 1)]
-    )
-    settings, sizes = (table.data for table in rq3.encoder_tables(measured))
-    assert list(settings["Margin"]) == ["2", "1"] and list(settings["Other half"]) == ["0.750", "0.500"]
-    assert list(sizes["Training cases"]) == ["50", "100", "343"]
-    assert list(sizes["Other half"]) == ["0.550", "0.600", "0.750"]
-
-
 def test_small_files_are_made_once_and_published(both, monkeypatch, tmp_path):
     chosen, clean, _ = both
     made = []

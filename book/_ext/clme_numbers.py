@@ -9,7 +9,6 @@ import pandas as pd
 def _numbers(root: Path) -> dict[str, str]:
     from clme_lib.datasets import embedded_cnle, embedded_csne
     from clme_lib.report import editor_name, interval
-    from clme_lib.rq3 import encoder_tables
     from clme_lib.runs import load_manifest, load_run
 
     numbers = {}
@@ -37,11 +36,39 @@ def _numbers(root: Path) -> dict[str, str]:
         numbers[f"{dataset}_rephrased_distance"] = f"{distances[1].median():.1f}"
         numbers[f"{dataset}_nearest_neighbour"] = f"{distances.iloc[:, 2:].min().min():.1f}"
         numbers[f"{dataset}_rephrased_fired"] = f"{100 * (distances[1] <= 1).mean():.1f} %"
-    encoders = pd.read_csv(root / "results" / "encoders" / "smollm2-135m.csv")
-    numbers["encoder_table"], numbers["encoder_sizes"] = (table.to_myst() for table in encoder_tables(encoders))
-    numbers["encoder_count"] = str(len(encoders))
+    numbers |= _appendices(root / "results")
     numbers["editors"] = ", ".join(editor_name(name) for name in records["editor"].unique())
     return numbers
+
+
+def _appendices(results: Path) -> dict[str, str]:
+    """The appendices' tables."""
+    from clme_lib import appendices
+    from clme_lib.editors import EDITORS
+
+    def read(part: str, name: str = "") -> pd.DataFrame:
+        return pd.read_csv(results / part / f"smollm2-135m{name}.csv")
+
+    def by_editor(part: str) -> dict[str, pd.DataFrame]:
+        return {
+            name: read(part, f".{name}") for name in EDITORS if (results / part / f"smollm2-135m.{name}.csv").is_file()
+        }
+
+    encoders = read("encoders")
+    by_setting, by_size = appendices.encoder_tables(encoders)
+    tables = {
+        **{
+            f"selection_{name.replace('-', '_')}": appendices.selection_table(one)
+            for name, one in by_editor("selection").items()
+        },
+        "preset_table": appendices.preset_table(by_editor("presets")),
+        "diagnosis_table": appendices.diagnosis_table(read("diagnosis")),
+        "pmet_table": appendices.pmet_table(read("diagnosis", ".pmet")),
+        "statistics_table": appendices.statistics_table(read("statistics")),
+        "encoder_table": by_setting,
+        "encoder_sizes": by_size,
+    }
+    return {"encoder_count": str(len(encoders)), **{name: table.to_myst() for name, table in tables.items()}}
 
 
 def _benchmark() -> dict[str, str]:

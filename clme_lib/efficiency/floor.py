@@ -1,14 +1,17 @@
 """The floor under an edit: the arithmetic and the memory traffic that its algorithm cannot do without.
 
-For one case alone, with P prompt and T target tokens, L blocks of b weights each, n blocks above the edited layer, a head
-of h = V d weights (V: vocabulary), and S steps (multiply-adds; one is two operations)::
+For one case alone, with P prompt and T target tokens, b weights in a block, n blocks above the edited layer, a head
+of h weights, w of the edited matrix, and S steps. In multiply-adds, each of which is two operations::
 
-    read once        (P + T) b per block up to the edited layer, P b per block above it        every editor
-    GRACE, A-GRACE   S * 2 (T n b + T h)                                  touched columns only; forward and backward
-    ROME family      R = 6 rows:  S * 2 R (T n b + T h)
-    MEMIT, PMET      + R P b per written layer and P b per block above it, + d_f^2 per written layer (the solve)
-    FT-L             S * 2 ((P + T) (w + n b) + T h)                      w = d d_f: every column passes the edited matrix
-    MALMEN           2 T h + (P + T) b per block from the top to the lowest edited one, + its network on T rows a layer
+    every editor     the prompt and target up to the edited layer: (P + T) b a block
+                     the prompt above it: P b a block
+    GRACE, A-GRACE   2 S (T n b + T h): touched columns, forward and backward
+    ROME family      the same for each of its 6 rows
+    MEMIT, PMET      and 6 P b for each written layer, P b for each block
+                     from there to the last written one, d_f^2 for each solve
+    FT-L             2 S ((P + T) (w + n b) + T h): every column passes W
+    MALMEN           (P + T) b for each block down to the lowest edited one and
+                     2 T h; its network, for T rows a layer
 
 Attention's products add ``2 d`` multiply-adds for every pair of columns it compares. Memory traffic: every weight that
 takes part in a pass is read once in it, forward and backward; FT-L's optimiser reads four matrices of the size of W and

@@ -1,0 +1,96 @@
+"""The appendices' tables, from small measurements and from the published ones."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from clme_lib import appendices
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+
+
+def test_selection_marks_the_chosen_setting():
+    row = {
+        "editor": "rome",
+        "cases": 10,
+        "generalization_em": 0.0,
+        "specificity_rate": 0.02,
+        "loss": 0.5,
+        "criterion": 0.1,
+    }
+    measured = pd.DataFrame(
+        [
+            {**row, "setting": "layer 5", "effectiveness_em": 0.1, "chosen": False},
+            {**row, "setting": "layer 10", "effectiveness_em": 0.7, "chosen": True},
+        ]
+    )
+    table = appendices.selection_table(measured)
+    assert list(table.data["Setting"]) == ["layer 5", "**layer 10**"] and list(table.data["Eff."]) == [
+        "10.0",
+        "**70.0**",
+    ]
+    assert list(table.data["Neighbours unchanged"]) == ["2.0", "**2.0**"] and table.name == "tab-selection-rome"
+
+
+def test_presets_stand_together_by_data_set():
+    row = {"cases": 20, "generalization_em": 0.1, "specificity_rate": 0.0, "loss": 0.2}
+    made = {
+        editor: pd.DataFrame(
+            [
+                {
+                    **row,
+                    "setting": setting,
+                    "dataset": dataset,
+                    "effectiveness_em": effect,
+                    "released_budget_em": effect / 2,
+                }
+                for setting, effect in (("clean", 0.6), ("defects", 0.1))
+                for dataset in ("cnle", "csne")
+            ]
+        )
+        for editor in ("pmet", "rome")
+    }
+    table = appendices.preset_table(made).data
+    assert list(table["Editor"]) == ["ROME"] * 4 + ["PMET"] * 4
+    assert list(table["Data"][:4]) == ["CNLE", "CNLE", "CSNE", "CSNE"]
+    assert list(table["Setting"][:4]) == ["clean", "defects"] * 2
+    assert list(table["Eff."][:2]) == ["60.0", "10.0"] and list(table["released budget"][:2]) == ["30.0", "5.0"]
+
+
+def test_published_measurements_are_shown_whole():
+    def read(name):
+        return pd.read_csv(RESULTS / name)
+
+    for name, table in (
+        ("diagnosis/smollm2-135m.csv", appendices.diagnosis_table),
+        ("diagnosis/smollm2-135m.pmet.csv", appendices.pmet_table),
+        ("statistics/smollm2-135m.csv", appendices.statistics_table),
+    ):
+        measured = read(name)
+        shown = table(measured).data
+        assert len(shown) == len(measured) and not shown.isna().any(axis=None)
+    for file in (RESULTS / "selection").glob("*.csv"):
+        assert appendices.selection_table(pd.read_csv(file)).data["Setting"].str.startswith("**").sum() == 1
+
+
+def test_encoder_tables_are_means_over_both_halves():
+    row = {"dataset": "cnle", "editor": "a-grace", "architecture": "released", "selection": "training", "patience": 5, "margin": 2.0,
+           "accuracy": 0.5, "inside": 1.0, "neighbours_inside": 0.0, "best": 0.6, "best_radius": 1.0, "held_out": 0.5}  # fmt: skip
+    measured = pd.DataFrame(
+        [
+            {**row, "fold": fold, "cases": cases, "accuracy": accuracy}
+            for fold, cases, accuracy in (
+                (0, 342, 0.8),
+                (1, 343, 0.7),
+                (0, 50, 0.5),
+                (1, 50, 0.6),
+                (0, 100, 0.6),
+                (1, 100, 0.6),
+            )
+        ]
+        + [{**row, "fold": fold, "cases": 342 + fold, "margin": 1.0, "accuracy": 0.5} for fold in (0, 1)]
+    )
+    settings, sizes = (table.data for table in appendices.encoder_tables(measured))
+    assert list(settings["Margin"]) == ["2", "1"] and list(settings["Other half"]) == ["0.750", "0.500"]
+    assert list(sizes["Training cases"]) == ["50", "100", "343"]
+    assert list(sizes["Other half"]) == ["0.550", "0.600", "0.750"]
