@@ -96,7 +96,7 @@ publish: .venv/.ready
 	test -f results/selection/smollm2-135m.malmen.csv || \
 	  $(BIN)/clme select --editor malmen --dataset cnle --cases 10 --out results/selection/smollm2-135m.malmen.csv
 	for editor in rome memit pmet malmen; do test -f results/presets/smollm2-135m.$$editor.csv || \
-	  $(BIN)/clme presets --editor $$editor --out results/presets/smollm2-135m.$$editor.csv || exit 1; done
+	  $(BIN)/clme presets --editor $$editor --cases 20 --out results/presets/smollm2-135m.$$editor.csv || exit 1; done
 	test -f results/diagnosis/smollm2-135m.csv || $(BIN)/clme diagnose --out results/diagnosis/smollm2-135m.csv
 	test -f results/diagnosis/smollm2-135m.pmet.csv || $(BIN)/clme pmet-parts --out results/diagnosis/smollm2-135m.pmet.csv
 	$(BIN)/clme encoders --out results/encoders/smollm2-135m.csv
