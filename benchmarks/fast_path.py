@@ -245,8 +245,18 @@ def main(description, measure):
         if name not in options.editors.split(","):
             continue
         for dataset in options.data.split(","):
-            row = measure(subject, name, chosen, dataset, options.cases)
-            row |= {"device": machine, "threads": options.threads}
+            editor, cases, tokenized = prepare(subject, name, chosen, dataset, options.cases)
+            tokens = statistics.median(len(one.prompt_ids) + len(one.target_ids) for one in tokenized)
+            row = {
+                "editor": name,
+                "values": chosen,
+                "data": dataset,
+                "cases": len(cases),
+                "median tokens": round(tokens),
+                **measure(editor, cases, tokenized),
+                "device": machine,
+                "threads": options.threads,
+            }
             print(", ".join(f"{column} {value}" for column, value in row.items()), flush=True)
             if options.out:
                 write(options.out, row)
@@ -278,46 +288,33 @@ def prepare(subject, name, chosen, dataset, count):
     return editor, cases, tokenized
 
 
-def plain_edit(editor, case, tokens):
-    """One case by the plain procedure."""
-    if editor.name == "grace":
-        plain_grace(editor.subject, tokens, editor.values)
-    elif editor.name == "ft-l":
-        plain_ft_l(editor.subject, tokens, editor.values)
-    elif editor.name == "malmen":
-        plain_malmen(editor.subject, tokens, editor)
-    else:
-        plain_rewriting(editor.subject, case, editor)
+def plain_edits(editor, cases, tokenized):
+    """Every case by the plain procedure."""
+    for case, tokens in zip(cases, tokenized):
+        if editor.name == "grace":
+            plain_grace(editor.subject, tokens, editor.values)
+        elif editor.name == "ft-l":
+            plain_ft_l(editor.subject, tokens, editor.values)
+        elif editor.name == "malmen":
+            plain_malmen(editor.subject, tokens, editor)
+        else:
+            plain_rewriting(editor.subject, case, editor)
 
 
-def measure(subject, name, chosen, dataset, count):
-    """Time one editor on one data set both ways."""
-    editor, cases, tokenized = prepare(subject, name, chosen, dataset, count)
-
-    def plain():
-        for case, tokens in zip(cases, tokenized):
-            plain_edit(editor, case, tokens)
-
-    slow = seconds(subject, plain) / len(cases)
+def measure(editor, cases, tokenized):
+    """Time editing both ways."""
+    subject = editor.subject
+    slow = seconds(subject, lambda: plain_edits(editor, cases, tokenized)) / len(cases)
     fast = seconds(subject, lambda: editor.edit(cases)) / len(cases)
     rows = len(getattr(editor, "contexts", [0]))
-    limit = None if name == "malmen" else ceiling(subject, tokenized, editor.values, name == "ft-l", rows)
+    known = editor.name != "malmen"
+    limit = ceiling(subject, tokenized, editor.values, editor.name == "ft-l", rows) if known else None
     return {
-        "editor": name,
-        "values": chosen,
-        "data": dataset,
-        "cases": len(cases),
-        "median tokens": median_tokens(tokenized),
         "plain s/case": round(slow, 2),
         "ours s/case": round(fast, 2),
         "ratio": round(slow / fast, 1),
         "ceiling": limit and round(limit, 1),
     }
-
-
-def median_tokens(tokenized):
-    """Of prompt and target together."""
-    return round(statistics.median(len(tokens.prompt_ids) + len(tokens.target_ids) for tokens in tokenized))
 
 
 if __name__ == "__main__":

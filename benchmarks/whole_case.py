@@ -10,7 +10,7 @@ usage: python benchmarks/whole_case.py, with the options of fast_path.py
 """
 
 import torch
-from fast_path import main, median_tokens, plain_edit, prepare, seconds
+from fast_path import main, plain_edits, seconds
 
 from clme_lib.evaluation import evaluate
 from clme_lib.generation import FLUENCY_TOKENS, FLUENCY_TOP_K, SPECIFICITY_TOKENS
@@ -45,16 +45,15 @@ def evaluate_plainly(subject, cases, edits):
     return [text for case, edit in zip(cases, edits) for text in plain_texts(subject, case, edit)]
 
 
-def measure(subject, name, chosen, dataset, count):
+def measure(editor, cases, tokenized):
     """Time editing and evaluating both ways."""
-    editor, cases, tokenized = prepare(subject, name, chosen, dataset, count)
+    subject = editor.subject
     edits = editor.edit(cases)
     evaluate(subject, cases, edits)  # what the unedited subject writes is kept
     texts, again, tables = [], [], []
 
     def plain():
-        for case, tokens in zip(cases, tokenized):
-            plain_edit(editor, case, tokens)
+        plain_edits(editor, cases, tokenized)
         texts.extend(evaluate_plainly(subject, cases, edits))
 
     slow = seconds(subject, plain) / len(cases)
@@ -63,11 +62,6 @@ def measure(subject, name, chosen, dataset, count):
     measures = ("effectiveness", "generalization", "specificity")
     ours = [text for _, row in tables[0].iterrows() for one in measures for text in row[f"generated_{one}"]]
     return {
-        "editor": name,
-        "values": chosen,
-        "data": dataset,
-        "cases": len(cases),
-        "median tokens": median_tokens(tokenized),
         "plain s/case": round(slow, 2),
         "our edit s/case": round(editing, 2),
         "our evaluation s/case": round(evaluating, 2),

@@ -22,7 +22,6 @@ from .editors import load_editor
 from .editors.a_grace import EncodedGRACE
 from .editors.encoder_training import Pairs, make_pairs
 from .encoder import Encoder, balanced_accuracy
-from .errors import StudyError
 from .evaluation import evaluate
 from .prompts import DATASETS
 from .seeds import DEFAULT_SEED
@@ -104,8 +103,6 @@ def sweep_radius(subject: Subject, file: Path, cases: int, margins: Sequence[flo
     rows = []
     for dataset in DATASETS:
         chosen, others = selection_cases(dataset, cases)
-        if not chosen:
-            raise StudyError(f"{dataset} has no selection cases")
         everything = load_editor("a-grace-wo-cl", subject, radius=_EVERYTHING).edit(chosen, progress=True)
         if_fired = evaluate(subject, chosen, everything)
         otherwise = evaluate(subject, chosen, load_editor("none", subject).edit(chosen))

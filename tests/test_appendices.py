@@ -54,7 +54,7 @@ def test_presets_stand_together_by_data_set():
     assert list(table["Editor"]) == ["ROME"] * 4 + ["PMET"] * 4
     assert list(table["Data"][:4]) == ["CNLE", "CNLE", "CSNE", "CSNE"]
     assert list(table["Setting"][:4]) == ["clean", "defects"] * 2
-    assert list(table["Eff."][:2]) == ["60.0", "10.0"] and list(table["released budget"][:2]) == ["30.0", "5.0"]
+    assert list(table["Eff."][:2]) == ["60.0", "10.0"] and list(table["Eff., released budget"][:2]) == ["30.0", "5.0"]
 
 
 def test_published_measurements_are_shown_whole():

@@ -18,6 +18,7 @@ from clme_lib.datasets import (
     load_cases,
     published,
     sample_cases,
+    selection_cases,
     selection_ids,
 )
 from clme_lib.datasets.renaming import eligible_names, rename, verified
@@ -307,6 +308,9 @@ def test_selection_cases_exist():
     ids = {case.case_id for case in load_cases("cnle")}
     assert len(selection_ids("cnle")) == 30 and selection_ids("cnle") <= ids
     assert len(selection_ids("csne")) == 30
+    for count in (0, 31):
+        with pytest.raises(StudyError, match=f"cases={count}: cnle has 30 selection cases; choose from 1 to 30"):
+            selection_cases("cnle", count)
 
 
 def test_mining_refuses_other_versions(monkeypatch, tmp_path):

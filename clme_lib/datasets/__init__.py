@@ -55,9 +55,13 @@ def selection_ids(dataset: str) -> frozenset[int]:
 
 
 def selection_cases(dataset: str, count: int | None = None) -> tuple[list[Case], list[Case]]:
-    """(the first ``count`` selection cases of a data set (None: all 30), all its cases that are not for selection)."""
+    """(the first ``count`` selection cases of a data set (None: all 30), all its cases that are not for selection).
+
+    Raises:
+        StudyError: there are not so many.
+    """
     everything, chosen = load_cases(dataset), selection_ids(dataset)
-    return (
-        [case for case in everything if case.case_id in chosen][:count],
-        [case for case in everything if case.case_id not in chosen],
-    )
+    there = [case for case in everything if case.case_id in chosen]
+    if count is not None and not 1 <= count <= len(there):
+        raise StudyError(f"cases={count}: {dataset} has {len(there)} selection cases; choose from 1 to {len(there)}")
+    return there[:count], [case for case in everything if case.case_id not in chosen]
