@@ -432,7 +432,7 @@ def test_bytecode_is_compared_up_to_names():
     assert not same_bytecode("def f(a):\n    return 'a'", "def f(b):\n    return 'b'", {"a": "b"})
 
 
-def test_neighbours_do_not_depend_on_how_many_are_held(monkeypatch):
+def test_neighbours_do_not_depend_on_how_many_are_asked_for_or_held(monkeypatch):
     cases = load_cases("cnle")
     texts = [case.text for case in cases[:60]], [case.text for case in cases[60:]]
     allowed = lambda one, other: (one + other) % 3 > 0  # noqa: E731
@@ -444,8 +444,14 @@ def test_neighbours_do_not_depend_on_how_many_are_held(monkeypatch):
     for target, found in enumerate(nearest(*texts, allowed=allowed)):
         order = sorted(range(similarity.shape[1]), key=lambda n: (-similarity[target, n], n))
         assert found == [n for n in order if allowed(target, n) and similarity[target, n] <= 0.97][:5]
-    monkeypatch.setattr("clme_lib.datasets.neighbours._SIMILARITIES", 1)
-    assert nearest(*texts, **options) == expected
+    # equal texts tie: the earlier comes first, also when the index is asked for fewer than tie
+    tied = [*texts[1][:9], *[texts[1][9]] * 9]
+    firsts = nearest([texts[1][9]], tied, allowed=lambda one, other: True, ceiling=1.0)
+    for asked, held in ((7, 1), (3, 2**24)):
+        monkeypatch.setattr("clme_lib.datasets.neighbours._FIRST_ASKED", asked)
+        monkeypatch.setattr("clme_lib.datasets.neighbours._HELD", held)
+        assert nearest(*texts, **options) == expected
+        assert nearest([texts[1][9]], tied, allowed=lambda one, other: True, ceiling=1.0) == firsts == [[*range(9, 14)]]
     # only the last of the pool is allowed: the search goes on until it has looked at all
     assert nearest(texts[0][:2], texts[1], allowed=lambda one, other: other > len(texts[1]) - 3) == [
         sorted(found, key=lambda n: (-similarity[t, n], n))

@@ -1,18 +1,20 @@
 """Nearest non-targeted inputs: the unrelated prompts of a case (paper section III-C: five a case).
 
-Any embedder is a function from texts to a matrix of unit row vectors; the embedded one is TF-IDF.
+Any embedder is a function from texts to a matrix of row vectors; the embedded one is TF-IDF. scikit-learn's index computes the exact cosines
+a part at a time and keeps each target's best, so that the whole matrix is never held.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 NEIGHBOURS = 5
-_SIMILARITIES = 2**25  # held at one time
+_FIRST_ASKED = 200  # of the index, for a target
+_HELD = 2**24  # similarities kept at one time
 Embedder = Callable[[Sequence[str]], Any]  # a dense array or a sparse matrix
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
@@ -48,44 +50,45 @@ def nearest(
         groups: group (say, package) of each target and pool entry.
         from_other_groups: at least this many neighbours come from a group other than the target's.
     """
+    from sklearn.neighbors import NearestNeighbors
+
+    chosen: list[list[int]] = [[] for _ in targets]
+    if not pool:
+        return chosen
     vectors = embed([*targets, *pool])
-    chosen = []
-    for target, row in enumerate(_similarities(vectors, len(targets))):
-        wanted = NEIGHBOURS
-        while True:
-            # most targets find theirs among the first few: the others are not sorted
-            order = _largest(row, 40 * wanted)
-            near = [int(n) for n in order if row[n] <= ceiling and allowed(target, int(n))]
-            best = near[:NEIGHBOURS]
-            foreign = [n for n in near if groups and groups[1][n] != groups[0][target]][:from_other_groups]
-            if len(order) == len(row) or (len(best) == NEIGHBOURS and len(foreign) == from_other_groups * bool(groups)):
-                break
-            wanted *= 10
-        if groups:
-            own = groups[0][target]
-            missing = from_other_groups - sum(groups[1][n] != own for n in best)
-            if missing > 0:
-                keep = [n for n in best if groups[1][n] == own][: NEIGHBOURS - len(foreign)]
-                best = sorted([*keep, *foreign], key=near.index)
-        chosen.append(best)
+    index = NearestNeighbors(algorithm="brute", metric="cosine").fit(vectors[len(targets) :])
+    needed_foreign = from_other_groups if groups else 0
+    # most targets find theirs among the first few; the others ask for more
+    unsettled, asked = list(range(len(targets))), min(_FIRST_ASKED, len(pool))
+    while unsettled:
+        open_ends = []
+        at_once = max(1, _HELD // asked)
+        for first in range(0, len(unsettled), at_once):
+            some = unsettled[first : first + at_once]
+            for target, distances, found in zip(some, *index.kneighbors(vectors[some], asked)):
+                order = _settled(distances, found, everything=asked == len(pool))
+                near = [n for n, cosine in order if cosine <= ceiling and allowed(target, n)]
+                best = near[:NEIGHBOURS]
+                foreign = [n for n in near if groups and groups[1][n] != groups[0][target]][:needed_foreign]
+                if asked < len(pool) and (len(best) < NEIGHBOURS or len(foreign) < needed_foreign):
+                    open_ends.append(target)
+                    continue
+                if groups:
+                    own = groups[0][target]
+                    if sum(groups[1][n] != own for n in best) < needed_foreign:
+                        keep = [n for n in best if groups[1][n] == own][: NEIGHBOURS - len(foreign)]
+                        best = sorted([*keep, *foreign], key=near.index)
+                chosen[target] = best
+        unsettled, asked = open_ends, min(10 * asked, len(pool))
     return chosen
 
 
-def _similarities(vectors: Any, targets: int) -> Iterator[np.ndarray]:
-    """Cosines of each of the first ``targets`` rows with all others, a few targets at a time."""
-    others = vectors[targets:].T
-    at_once = max(1, _SIMILARITIES // max(1, others.shape[1]))
-    for first in range(0, targets, at_once):
-        part = vectors[first : min(first + at_once, targets)] @ others
-        yield from part.toarray() if hasattr(part, "toarray") else np.asarray(part)
+def _settled(distances: np.ndarray, found: np.ndarray, everything: bool) -> list[tuple[int, float]]:
+    """(index, cosine) of what the index found, nearest first, up to where its order depends on what it did not find.
 
-
-def _largest(row: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the ``count`` largest (more when some equal the last), largest first, ties in their own order."""
-    # rounding makes the order of (near) ties the pool's own, whatever the machine
-    rounded = np.round(row, 9)
-    if count >= len(row):
-        return np.argsort(-rounded, kind="stable")
-    last = np.partition(rounded, len(row) - count)[len(row) - count]
-    candidates = np.flatnonzero(rounded >= last)
-    return candidates[np.argsort(-rounded[candidates], kind="stable")]
+    Rounding makes the order of (near) ties the pool's own, whatever the machine; of those that tie with the last, some may be missing.
+    """
+    cosines = np.round(1 - distances, 9)
+    order = np.lexsort((found, -cosines))
+    last = -np.inf if everything else cosines.min()
+    return [(int(found[n]), float(cosines[n])) for n in order if cosines[n] > last]
