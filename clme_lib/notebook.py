@@ -19,7 +19,8 @@ from .runs import RunConfig
 
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 # names IPython puts into a notebook's namespace
-_IPYTHON = {"In", "Out", "exit", "quit", "open", "get_ipython", "clme", "display"}
+_IPYTHON = {"In", "Out"}
+_PLAIN = (str, int, float, list, tuple, type(None))
 
 
 Config = TypeVar("Config", bound=Schema)
@@ -33,7 +34,12 @@ def config_from_notebook(namespace: Mapping[str, Any], schema: type[Config] = Ru
     Raises:
         StudyError: an unknown name (the message lists the known ones) or a value of the wrong type.
     """
-    names = {k for k in namespace if not k.startswith("_") and k not in _IPYTHON}
+    # what a notebook imported or computed is no parameter: so the cell can be run again
+    names = {
+        name
+        for name, value in namespace.items()
+        if not name.startswith("_") and name not in _IPYTHON and isinstance(value, _PLAIN)
+    }
     known = list(schema.model_fields)
     if unknown := sorted(names - set(known)):
         near = difflib.get_close_matches(unknown[0], known, n=1)

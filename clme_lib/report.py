@@ -16,6 +16,7 @@ from scipy import stats
 
 from .datasets.cases import Case
 from .editors import EDITORS
+from .errors import StudyError
 from .prompts import prompt_text
 from .records import MEASURES, METRICS, SCORES
 
@@ -36,6 +37,18 @@ _EDITOR_NAMES = {
     "a-grace-wo-mean": "A-GRACE w/o Mean",
 }
 _DATASET_NAMES = {"cnle": "CNLE", "csne": "CSNE"}
+# places in seaborn's colourblind palette, the same in all figures
+_COLOURS = {
+    "ft-l": 0,
+    "rome": 1,
+    "memit": 8,
+    "pmet": 4,
+    "malmen": 9,
+    "grace": 2,
+    "a-grace": 3,
+    "a-grace-wo-cl": 5,
+    "a-grace-wo-mean": 6,
+}
 
 
 @dataclass(frozen=True)
@@ -110,29 +123,33 @@ def proficiency_table(records: pd.DataFrame) -> Table:
     subject = ", ".join(records["subject"].unique())
     caption = (
         f"Proficiency on {subject} (the paper's Table IV): effectiveness (Eff.), generalization (Gen.), specificity "
-        "(Spec.) and fluency (FL.) by exact match, BLEU and ROUGE-L (R-L), times 100, with 95 % intervals below; best edited "
-        "row in bold."
+        "(Spec.) and fluency (FL.) by exact match, BLEU and ROUGE-L (R-L), times 100, with 95 % intervals below; *kept* is the share of "
+        "neighbours left unchanged; best edited row in bold."
     )
     return Table(score_rows(records), caption, "tab-rq1-proficiency")
 
 
 def score_rows(records: pd.DataFrame) -> pd.DataFrame:
-    """Cells of a table of all ten scores, a row per data set and editor, best edited row in bold."""
+    """Cells of a table of all ten scores and the share of unchanged neighbours, a row per data set and editor.
+
+    The best edited row is in bold, but for fluency: its entropy tells broken text (too low), not better text, apart.
+    """
     rows = []
+    shown = [*SCORES[:-1], "specificity_rate", SCORES[-1]]
     for dataset, mine in scored(records).groupby("dataset", sort=False):
         cells = {
-            editor: {score: interval(own[score], score in BINARY) for score in SCORES}
+            editor: {score: interval(own[score], score in BINARY) for score in shown}
             for editor, own in mine.groupby("editor", sort=False)
         }
-        best = {s: max((c[s].mean for editor, c in cells.items() if editor != "none"), default=None) for s in SCORES}
+        best = {s: max((c[s].mean for editor, c in cells.items() if editor != "none"), default=None) for s in shown}
         for editor, intervals in cells.items():
             row = {
                 "Data": dataset_name(str(dataset)),
                 "Editor": editor_name(str(editor)),
                 "n": str(next(iter(intervals.values())).n),
             }
-            for score in SCORES:
-                bold = editor != "none" and intervals[score].mean == best[score]
+            for score in shown:
+                bold = editor != "none" and score != "fluency" and intervals[score].mean == best[score]
                 row[column_name(score)] = _cell(intervals[score], bold)
             rows.append(row)
     return pd.DataFrame(rows)
@@ -159,15 +176,22 @@ def transfer_table(records: pd.DataFrame) -> Table:
 
 
 def proficiency_figure(records: pd.DataFrame):
-    """Exact match of the three measures by editor, one panel a data set, with 95 % intervals (a matplotlib figure)."""
+    """Exact match of the three measures by editor, one panel a data set, with 95 % intervals (a matplotlib figure).
+
+    Raises:
+        StudyError: no record has scores.
+    """
     import matplotlib.pyplot as plt
     import seaborn as sns
 
     sns.set_theme(style="whitegrid", context="paper")
     data = scored(records)
+    if data.empty:
+        raise StudyError("no record has scores to draw: score the run with `clme score FOLDER` first")
+    edited = data[data["editor"] != "none"]
+    data = data if edited.empty else edited
     datasets = list(data["dataset"].unique())
     editors = list(data["editor"].unique())
-    colours = sns.color_palette("colorblind", len(editors))
     figure, axes = plt.subplots(1, len(datasets), figsize=(4.2 * len(datasets), 3.1), sharey=True, squeeze=False)
     width = 0.8 / len(editors)
     for axis, dataset in zip(axes[0], datasets):
@@ -181,10 +205,12 @@ def proficiency_figure(records: pd.DataFrame):
             low = np.maximum(means - np.array([one.low for one in found]) * 100, 0)
             high = np.maximum(np.array([one.high for one in found]) * 100 - means, 0)
             places = np.arange(len(MEASURES)) + (k - (len(editors) - 1) / 2) * width
-            axis.bar(places, means, width, color=colours[k], label=editor_name(editor))
+            axis.bar(places, means, width, color=editor_colour(editor), label=editor_name(editor))
             axis.errorbar(places, means, yerr=[low, high], fmt="none", ecolor="0.2", elinewidth=0.8, capsize=2)
         axis.set_xticks(range(len(MEASURES)), [measure.capitalize() for measure in MEASURES])
-        axis.set_title(dataset_name(dataset))
+        counts = data[data["dataset"] == dataset].groupby("editor").size()
+        size = str(counts.min()) if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
+        axis.set_title(f"{dataset_name(dataset)}, {size} cases an editor")
         axis.set_ylim(0, 105)
         axis.grid(axis="x", visible=False)
     axes[0][0].set_ylabel("exact match (%)")
@@ -227,34 +253,50 @@ def reading(records: pd.DataFrame) -> str:
     """Markdown that says what the numbers show, a paragraph a data set; every figure is computed here."""
     paragraphs = []
     for dataset, mine in scored(records).groupby("dataset", sort=False):
-        sentences, careful = [], {}
-        for editor in [name for name in mine["editor"].unique() if name != "none"]:
-            own = mine[mine["editor"] == editor]
-            found = {measure: interval(own[f"{measure}_em"], binary=True) for measure in MEASURES}
-            sentences.append(
-                f"{editor_name(editor)} makes {_percent(found['effectiveness'])} of {len(own)} edits hold exactly and "
-                f"carries {_percent(found['generalization'])} of them over to the rephrased prompt; all five neighbours stay "
-                f"unchanged for {_percent(found['specificity'])} of the cases."
-            )
-            if found["effectiveness"].mean >= 0.5 and found["specificity"].mean >= 0.5:
-                careful[editor_name(editor)] = found["generalization"].mean
+        found = {
+            editor: {measure: interval(own[f"{measure}_em"], binary=True) for measure in MEASURES}
+            for editor, own in mine.groupby("editor", sort=False)
+            if editor != "none"
+        }
+        if not found:
+            continue
+        best = {measure: max(found, key=lambda editor: found[editor][measure].mean) for measure in MEASURES}
+        top = {measure: _percent(found[editor][measure]) for measure, editor in best.items()}
+        sentences = [
+            f"{editor_name(best['effectiveness'])} makes most edits hold exactly, {top['effectiveness']}; "
+            f"{editor_name(best['generalization'])} writes the target after most rephrased prompts, {top['generalization']}; "
+            f"{editor_name(best['specificity'])} leaves all five neighbours unchanged in most cases, {top['specificity']}."
+        ]
+        careful = {
+            editor_name(editor): one["generalization"].mean
+            for editor, one in found.items()
+            if one["effectiveness"].mean >= 0.5 and one["specificity"].mean >= 0.5
+        }
         if careful:
             most = max(careful, key=careful.__getitem__)
             sentences.append(
                 f"Of the editors that make at least half of the edits hold and keep all neighbours in at least half of the cases "
                 f"({', '.join(careful)}), the most that any carries over is {100 * careful[most]:.1f} % ({most})."
             )
-        elif sentences:
+        else:
             sentences.append(
                 "No editor both makes half of the edits hold and keeps all neighbours in half of the cases."
             )
         paragraphs.append(f"On {dataset_name(str(dataset))}: " + " ".join(sentences))
-    return "\n\n".join(paragraphs)
+    return "\n\n".join(paragraphs) or "_Nothing to read yet: these records have no edited case with scores._"
 
 
 def editor_name(name: str) -> str:
     """An editor's name as the paper writes it."""
     return _EDITOR_NAMES.get(name, name if name in EDITORS else name.upper())
+
+
+def editor_colour(name: str) -> tuple[float, float, float]:
+    """An editor's colour in every figure."""
+    import seaborn as sns
+
+    # an editor that is not the paper's takes the palette's grey
+    return sns.color_palette("colorblind", 10)[_COLOURS.get(name, 7)]
 
 
 def dataset_name(name: str) -> str:
@@ -264,8 +306,8 @@ def dataset_name(name: str) -> str:
 
 def column_name(score: str) -> str:
     """A score's name in a table's head."""
-    if score == "fluency":
-        return "FL."
+    if score in ("fluency", "specificity_rate"):
+        return "FL." if score == "fluency" else "Spec. kept"
     measure, metric = score.split("_", 1)
     return (
         {"effectiveness": "Eff.", "generalization": "Gen.", "specificity": "Spec."}[measure]

@@ -1,7 +1,7 @@
 """RQ3's tables and figures: A-GRACE beside GRACE and its ablations.
 
-Most are functions of records. What is not (the sweep of the radius, the picture of one case) is computed once and kept
-as a small CSV in the run's folder, so that a published run needs no model to be shown.
+Most are functions of records. What is not (the sweep of the radius, the picture of one case, the times of edits made alone) is
+computed once and kept as a small CSV in the run's folder, so that a published run needs no model to be shown.
 """
 
 from __future__ import annotations
@@ -15,15 +15,35 @@ from scipy import stats
 
 from .datasets import load_cases
 from .errors import StudyError
+from .provenance import hardware
 from .records import SCORES
-from .report import BINARY, RESAMPLES, Table, column_name, dataset_name, editor_name, score_rows, scored
+from .report import (
+    BINARY,
+    RESAMPLES,
+    Table,
+    column_name,
+    dataset_name,
+    editor_colour,
+    editor_name,
+    score_rows,
+    scored,
+)
 from .runs import RunConfig, is_published, run, sampled
 
+# of the edit prompt (OI), the rephrased prompt (GRI) and the neighbours (SRI)
+_KIND_COLOURS = (7, 0, 1)
 VARIANTS = ("grace", "a-grace", "a-grace-wo-cl", "a-grace-wo-mean")
+_TIMED = 5  # cases edited alone, per data set and variant
 
 
 def compat_run(config: RunConfig) -> pd.DataFrame:
-    """The same cases with the released program's defects, in the folder ``<out>-compat``."""
+    """The same cases with the released program's defects, in the folder ``<out>-compat``.
+
+    Raises:
+        StudyError: the run itself has them.
+    """
+    if config.preset != "clean":
+        raise StudyError("preset: RQ3 compares both presets by itself; leave it at 'clean'")
     folder = config.out.with_name(f"{config.out.name}-compat")
     # nothing was wrong with leaving a model unedited
     editors = tuple(name for name in config.editors if name in VARIANTS)
@@ -82,46 +102,68 @@ def _difference(one: np.ndarray, other: np.ndarray, binary: bool) -> str:
 
 
 def preset_table(clean: pd.DataFrame, compat: pd.DataFrame) -> Table:
-    """Specificity and fluency of each variant with the codebook active in every generation, and as released."""
-    wanted = ("generalization_em", "specificity_em", "specificity_bleu", "specificity_rouge_l", "fluency")
+    """Each variant with the codebook active in every generation, and with the released defects, on the cases that both have."""
+    wanted = (
+        "effectiveness_em",
+        "generalization_em",
+        "specificity_em",
+        "specificity_rate",
+        "specificity_bleu",
+        "fluency",
+    )
+    presets = {"clean": scored(clean), "compat": scored(compat)}
     rows = []
     for dataset in clean["dataset"].unique():
+        mine = {name: one[one["dataset"] == dataset] for name, one in presets.items()}
+        # nothing was wrong with leaving a model unedited, so the compat run has no such row
+        shared = set.intersection(
+            *(set(own["case_id"]) for one in mine.values() for editor, own in one.groupby("editor") if editor != "none")
+        )
         for editor in ("none", *VARIANTS):
-            for preset, records in (("clean", clean), ("compat", compat)):
-                mine = scored(records)
-                mine = mine[(mine["dataset"] == dataset) & (mine["editor"] == editor)]
-                if mine.empty:
+            for preset, records in mine.items():
+                own = records[(records["editor"] == editor) & records["case_id"].isin(shared)]
+                if own.empty:
                     continue
                 row = {
                     "Data": dataset_name(dataset),
                     "Editor": editor_name(editor),
-                    "Preset": preset,
-                    "n": str(len(mine)),
+                    "Preset": "–" if editor == "none" else preset,
+                    "n": str(len(own)),
                 }
-                rows.append(row | {column_name(score): f"{100 * mine[score].mean():.2f}" for score in wanted})
-    caption = "Both presets side by side: the codebook active in every generation (clean), and in the first one only (compat)."
+                rows.append(row | {column_name(score): f"{100 * own[score].mean():.2f}" for score in wanted})
+    caption = (
+        "Both presets on the same cases. Compat repeats the released program's defects with this subject's values: the codebook of A-GRACE "
+        "and of w/o CL is not consulted after the first generation, the encoders of A-GRACE and of w/o Mean are chosen by the edited cases, "
+        "and every text may have as many tokens as the target tokenised alone."
+    )
     return Table(pd.DataFrame(rows), caption, "tab-rq3-presets")
 
 
-def overhead_table(records: pd.DataFrame) -> Table:
-    """Edit time and peak memory of each variant beside GRACE's, from the run's own records."""
+def overhead_table(alone: pd.DataFrame) -> Table:
+    """Edit time and memory of each variant beside GRACE's.
+
+    Args:
+        alone: edits made one at a time (:func:`overhead`).
+    """
     rows = []
-    for dataset, mine in scored(records).groupby("dataset", sort=False):
-        medians = mine.groupby("editor")[["edit_seconds", "peak_memory_mib"]].median()
-        for editor in [one for one in VARIANTS if one in medians.index]:
-            row = {"Data": dataset_name(str(dataset)), "Editor": editor_name(editor)}
-            for name, (column, unit) in {
-                "time": ("edit_seconds", "s"),
-                "peak memory": ("peak_memory_mib", "MiB"),
-            }.items():
-                value = medians.loc[editor, column]
-                row[f"{name} ({unit})"] = f"{value:.2f}" if unit == "s" else f"{value:.0f}"
-                if "grace" in medians.index:
-                    row[f"{name} / GRACE"] = f"{value / medians.loc['grace', column]:.2f}"
-            rows.append(row)
+    for dataset, mine in alone.groupby("dataset", sort=False):
+        seconds = mine.pivot(index="case_id", columns="editor", values="seconds")
+        taken = (mine["peak_mib"] - mine["base_mib"]).groupby(mine["editor"]).median()
+        for editor in [one for one in VARIANTS if one in seconds]:
+            rows.append(
+                {
+                    "Data": dataset_name(str(dataset)),
+                    "Editor": editor_name(editor),
+                    "n": str(seconds[editor].count()),
+                    "time (s)": f"{seconds[editor].median():.2f}",
+                    "time / GRACE": f"{(seconds[editor] / seconds['grace']).median():.2f}",
+                    "memory beside the model (MiB)": f"{taken[editor]:.0f}",
+                }
+            )
+    place = alone[["machine", "threads"]].drop_duplicates().iloc[0]
     caption = (
-        "Median edit time and peak memory, from the run with the released program's defects, which one machine made "
-        "in one go. The encoder's training is not part of an edit and not in here."
+        f"Median time and memory of one edit made alone ({place['machine']}, {place['threads']} thread(s)), and the median ratio of a "
+        "case's time to GRACE's. The encoder's training is not part of an edit and not in here."
     )
     return Table(pd.DataFrame(rows), caption, "tab-rq3-overhead")
 
@@ -136,7 +178,7 @@ def distance_figure(records: pd.DataFrame, radius: float = 1.0, editors: tuple[s
 
     datasets = list(records["dataset"].unique())
     figure, axes = _panels(len(editors), len(datasets), height=2.6)
-    near, far = sns.color_palette("colorblind", 2)
+    near, far = (sns.color_palette("colorblind", 10)[place] for place in _KIND_COLOURS[1:])
     for row, editor in zip(axes, editors):
         for axis, dataset in zip(row, datasets):
             mine = scored(records)
@@ -166,25 +208,45 @@ def distance_figure(records: pd.DataFrame, radius: float = 1.0, editors: tuple[s
 
 def projection_figure(places: pd.DataFrame):
     """One case's prompts in the plane of their first two principal components, for each kind of key; a matplotlib figure."""
+    import seaborn as sns
+
     datasets = list(places["dataset"].unique())
     titles = {"last": "last-token key", "mean": "encoded mean key"}
+    palette = sns.color_palette("colorblind", 10)
+    looks = dict(zip(("edit", "rephrased", "neighbour"), zip("*oX", _KIND_COLOURS, (200, 70, 70))))
     figure, axes = _panels(len(titles), len(datasets), height=3.2)
     for row, (query, title) in zip(axes, titles.items()):
         for axis, dataset in zip(row, datasets):
             mine = places[(places["query"] == query) & (places["dataset"] == dataset)]
-            for (kind, points), marker in zip(mine.groupby("kind", sort=False), ("*", "o", "X")):
-                axis.scatter(points["x"], points["y"], marker=marker, s=90, label=kind)
-                for _, point in points.iterrows():
-                    if kind != "edit":
-                        axis.annotate(
-                            f"{point['distance']:.2f}",
-                            (point["x"], point["y"]),
-                            xytext=(5, 5),
-                            textcoords="offset points",
-                        )
+            for kind, (marker, colour, size) in looks.items():
+                points = mine[mine["kind"] == kind]
+                axis.scatter(points["x"], points["y"], marker=marker, s=size, color=palette[colour], label=kind)
             axis.set_title(f"{dataset_name(dataset)} case {mine['case_id'].iloc[0]}, {title}")
-            axis.margins(0.2)
+            axis.set_xlabel("first component")
+            axis.set_ylabel("second component")
+            axis.margins(0.15)
     return _with_legend(figure, axes, top=1.04, columns=3)
+
+
+def projection_table(places: pd.DataFrame, radius: float = 1.0) -> Table:
+    """How far the prompts of the pictured case are from its edit prompt, in the whole space of each kind of key."""
+    rows = []
+    for (dataset, query), mine in places.groupby(["dataset", "query"], sort=False):
+        rephrased = mine[mine["kind"] == "rephrased"]["distance"].iloc[0]
+        neighbours = sorted(mine[mine["kind"] == "neighbour"]["distance"])
+        inside = sum(one <= radius for one in neighbours)
+        rows.append(
+            {
+                "Case": f"{dataset_name(str(dataset))} {mine['case_id'].iloc[0]}",
+                "Key": {"last": "last token (GRACE)", "mean": "encoded mean (A-GRACE)"}[str(query)],
+                "Rephrased": f"{rephrased:.2f}",
+                "Neighbours": ", ".join(f"{one:.2f}" for one in neighbours),
+                f"Within {radius:g}": f"{'the rephrased prompt' if rephrased <= radius else 'not the rephrased prompt'}, "
+                f"{inside} of {len(neighbours)} neighbours",
+            }
+        )
+    caption = "The pictured cases: distances from the edit prompt in the whole space of the keys."
+    return Table(pd.DataFrame(rows), caption, "tab-rq3-case")
 
 
 def radius_figure(sweep: pd.DataFrame):
@@ -192,6 +254,7 @@ def radius_figure(sweep: pd.DataFrame):
     import seaborn as sns
 
     datasets = list(sweep["dataset"].unique())
+    widths = np.linspace(5, 1.2, sweep["margin"].nunique())  # curves that coincide stay visible
     figure, axes = _panels(1, len(datasets), height=3.6)
     margins = sorted(sweep["margin"].dropna().unique())
     colours = dict(zip(margins, sns.color_palette("viridis", len(margins))))
@@ -203,15 +266,16 @@ def radius_figure(sweep: pd.DataFrame):
                 100 * curve["specificity_rate"],
                 100 * curve["generalization"],
                 style,
-                color="0.4",
+                color=editor_colour(editor),
                 label=editor_name(editor),
             )
-        for margin in margins:
+        for margin, width in zip(margins, widths):
             curve = mine[(mine["editor"] == "a-grace") & (mine["margin"] == margin)]
             axis.plot(
                 100 * curve["specificity_rate"],
                 100 * curve["generalization"],
                 color=colours[margin],
+                lw=width,
                 label=f"A-GRACE, margin {margin:g}",
             )
             at_one = curve[curve["radius"] == 1]
@@ -261,6 +325,34 @@ def projection(config: RunConfig) -> pd.DataFrame:
     return _kept(config, "case_study.csv", make)
 
 
+def overhead(config: RunConfig) -> pd.DataFrame:
+    """A few edits by every variant, each made alone (time_edit), made when the run's folder does not have them.
+
+    The variants take turns on a case, so that a machine that slows down slows all of them.
+    """
+    from .efficiency.measure import ready, time_edit
+
+    def make(subject, file) -> None:
+        machine = hardware(subject)
+        rows = []
+        for name in config.dataset:
+            cases = sampled(config, name)
+            editors = {
+                one: ready(subject, one, load_cases(name, config.source), False, config.seed) for one in VARIANTS
+            }
+            for editor in editors.values():
+                editor.edit(cases[-1:], batch_size=1)  # the first pays for what a process does once
+            for case in cases[:_TIMED]:
+                for one, editor in editors.items():
+                    measured = time_edit(editor, case)
+                    kept = {column: measured[column] for column in ("case_id", "seconds", "peak_mib", "base_mib")}
+                    place = {"machine": machine["name"], "threads": machine["threads"]}
+                    rows.append({"dataset": name, "editor": one, **kept, **place})
+        pd.DataFrame(rows).round(4).to_csv(file, index=False)
+
+    return _kept(config, "overhead.csv", make)
+
+
 def _kept(config: RunConfig, name: str, make: Callable[..., Any]) -> pd.DataFrame:
     from .subjects import load_subject
 
@@ -272,32 +364,56 @@ def _kept(config: RunConfig, name: str, make: Callable[..., Any]) -> pd.DataFram
     return pd.read_csv(file)
 
 
-def reading(records: pd.DataFrame, compat: pd.DataFrame) -> str:
-    """Markdown that says what the tables show; every figure is computed here."""
+def distance_reading(records: pd.DataFrame, radius: float = 1.0) -> str:
+    """Markdown that says what the distances show; every figure is computed here."""
     sentences = []
     for dataset, mine in scored(records).groupby("dataset", sort=False):
-        means = (
-            100
-            * mine.groupby("editor")[
-                ["effectiveness_em", "generalization_em", "specificity_em", "specificity_rate"]
-            ].mean()
-        )
-        if not {"grace", "a-grace"} <= set(means.index):
+        for editor in ("grace", "a-grace"):
+            found = [one[1:] for one in mine[mine["editor"] == editor]["distances"] if one is not None]
+            if not found:
+                continue
+            distances = np.array(found, dtype=float)
+            rephrased, nearest = distances[:, 0], distances[:, 1:].min(1)
+            sentences.append(
+                f"On {dataset_name(str(dataset))} with {editor_name(editor)}'s keys, the rephrased prompt is nearer than every neighbour in "
+                f"{(rephrased < nearest).sum()} of {len(distances)} cases, and within the radius in {(rephrased <= radius).sum()}; a neighbour "
+                f"is within it in {(nearest <= radius).sum()}."
+            )
+    return " ".join(sentences)
+
+
+def reading(records: pd.DataFrame, compat: pd.DataFrame) -> str:
+    """Markdown that says what the tables show; every figure is computed here, on the cases that all variants have."""
+    sentences = []
+    for dataset, mine in scored(records).groupby("dataset", sort=False):
+        mine = mine[mine["editor"].isin(VARIANTS)]
+        if not {"grace", "a-grace"} <= set(mine["editor"]):
             continue
+        shared = set.intersection(*(set(own["case_id"]) for _, own in mine.groupby("editor")))
+        mine = mine[mine["case_id"].isin(shared)]
+        shown = ["effectiveness_em", "generalization_em", "specificity_em", "specificity_rate"]
+        means = 100 * mine.groupby("editor")[shown].mean()
         before, after = means.loc["grace"], means.loc["a-grace"]
-        name = dataset_name(str(dataset))
         sentences.append(
-            f"On {name}, A-GRACE carries {after['generalization_em']:.1f} % of the edits over to the rephrased prompt, GRACE "
-            f"{before['generalization_em']:.1f} %; effectiveness goes from {before['effectiveness_em']:.1f} to "
-            f"{after['effectiveness_em']:.1f} %. With the codebook active in every generation, A-GRACE leaves "
-            f"{after['specificity_rate']:.1f} % of the neighbours unchanged, and all five of a case in "
-            f"{after['specificity_em']:.1f} % of the cases (GRACE: {before['specificity_em']:.1f} %)."
+            f"On the {len(shared)} {dataset_name(str(dataset))} cases that all variants edited, the target follows the rephrased prompt in "
+            f"{after['generalization_em']:.1f} % with A-GRACE and in {before['generalization_em']:.1f} % with GRACE; effectiveness goes from "
+            f"{before['effectiveness_em']:.1f} to {after['effectiveness_em']:.1f} %. With the codebook active in every generation, "
+            f"{after['specificity_rate']:.1f} % of the neighbours stay unchanged, and all five in {after['specificity_em']:.1f} % of the cases "
+            f"(GRACE: {before['specificity_em']:.1f} %)."
         )
+        for name, left_out in (("a-grace-wo-cl", "the encoder"), ("a-grace-wo-mean", "the mean over the prompt")):
+            if name in means.index:
+                one = means.loc[name]
+                sentences.append(
+                    f"Without {left_out} ({editor_name(name)}) it generalizes in {one['generalization_em']:.1f} % and keeps "
+                    f"{one['specificity_rate']:.1f} % of the neighbours."
+                )
         released = scored(compat)
         released = released[(released["dataset"] == dataset) & (released["editor"] == "a-grace")]
         if len(released):
+            own = mine[(mine["editor"] == "a-grace") & mine["case_id"].isin(released["case_id"])]
             sentences.append(
-                f"As released, where the codebook is not consulted there, the same measure reads "
-                f"{100 * released['specificity_em'].mean():.1f} %."
+                f"With the released program's defects all five neighbours stay unchanged in {100 * released['specificity_em'].mean():.1f} % of "
+                f"{len(released)} cases; without them, in {100 * own['specificity_em'].mean():.1f} % of the {len(own)} of these edited so."
             )
     return " ".join(sentences) or "_GRACE and A-GRACE are needed for a comparison: add them to `editors`._"

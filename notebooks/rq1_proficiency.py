@@ -46,7 +46,7 @@ import clme_lib as clme
 config = clme.config_from_notebook(globals())
 
 # %% tags=["hide-input"]
-from IPython.display import Markdown
+from IPython.display import Markdown, display
 
 from clme_lib import report
 
@@ -81,8 +81,8 @@ report.transfer_table(records)
 # Line breaks are shown as ⏎. A neighbour's continuation should be the one in the unedited row.
 
 # %% tags=["hide-input"]
-shown = "cnle" if "cnle" in config.dataset else config.dataset[0]
-Markdown(report.examples(records, clme.load_cases(shown, config.source)))
+with_texts = clme.load_cases("cnle" if "cnle" in config.dataset else config.dataset[0], config.source)
+Markdown(report.examples(records, with_texts))
 
 # %% [markdown]
 # [](#weight-editors) looks at updates of weights before any text is generated, to tell the method, the model and the code apart.
@@ -90,9 +90,6 @@ Markdown(report.examples(records, clme.load_cases(shown, config.source)))
 # %% tags=["hide-input"]
 from clme_lib import spot_check
 
-Markdown(
-    "## The same cases, published and here\n\n"
-    + spot_check.to_markdown(spot_check.compare(clme.load_run(config.out), clme.load_run(config.within)))
-    if config.within
-    else ""
-)
+if config.within:
+    compared = spot_check.compare(clme.load_run(config.out), clme.load_run(config.within))
+    display(Markdown("## The same cases, published and here\n\n" + spot_check.to_markdown(compared)))

@@ -31,13 +31,15 @@ def test_tables_are_functions_of_records(both, tmp_path):
     mean = 100 * clean[clean["editor"] == "a-grace"]["generalization_bleu"].mean()
     assert f"{mean:.2f}" in shown.set_index("Editor").loc["A-GRACE", "Gen. BLEU"]
     presets = rq3.preset_table(clean, compat).data
-    assert len(presets) == 1 + 2 * 4 and set(presets["Preset"]) == {"clean", "compat"}
+    assert len(presets) == 1 + 2 * 4 and set(presets["Preset"]) == {"–", "clean", "compat"}
     released = presets[(presets["Editor"] == "A-GRACE") & (presets["Preset"] == "compat")].iloc[0]
     assert released["Spec. EM"] == "100.00"
-    overhead = rq3.overhead_table(clean).data.set_index("Editor")
-    assert overhead.loc["GRACE", "time / GRACE"] == "1.00" and float(overhead.loc["A-GRACE", "time (s)"]) > 0
+    fewer = rq3.preset_table(clean, compat[compat["case_id"] != clean["case_id"].iloc[0]]).data
+    assert set(presets["n"]) == {"4"} and set(fewer["n"]) == {"3"}, "only cases that both presets have are compared"
     text = rq3.reading(clean, compat)
-    assert "On CNLE, A-GRACE carries" in text and "reads 100.0 %" in text
+    assert "On the 4 CNLE cases that all variants edited" in text and "stay unchanged in 100.0 % of 4 cases" in text
+    kept = 100 * clean[clean["editor"] == "a-grace-wo-mean"]["specificity_rate"].mean()
+    assert f"keeps {kept:.1f} % of the neighbours" in text
     assert "are needed for a comparison" in rq3.reading(clean[clean["editor"] == "grace"], compat)
 
 
@@ -66,6 +68,15 @@ def test_distances_are_drawn_as_recorded(both):
         assert axis.lines[0].get_ydata().tolist() == recorded
         assert axis.lines[1].get_ydata()[0] == 1.0, "the radius"
     plt.close(figure)
+    text = rq3.distance_reading(clean)
+    found = np.array([one[1:] for one in clean[clean["editor"] == "grace"]["distances"]], dtype=float)
+    nearer = sum(one[0] < min(one[1:]) for one in found)
+    assert f"with GRACE's keys, the rephrased prompt is nearer than every neighbour in {nearer} of 4 cases" in text
+
+
+def test_presets_are_compared_by_the_notebook_itself(source, tmp_path):
+    with pytest.raises(StudyError, match="RQ3 compares both presets by itself"):
+        rq3.compat_run(config(source, tmp_path / "rq3", editors=EDITORS, preset="compat"))
 
 
 def test_small_files_are_made_once_and_published(both, monkeypatch, tmp_path):
@@ -83,9 +94,9 @@ def test_small_files_are_made_once_and_published(both, monkeypatch, tmp_path):
     monkeypatch.setattr(radius, "sweep_radius", sweep)
     monkeypatch.setattr("clme_lib.subjects.load_subject", lambda *args: runs.load_subject())
     for _ in range(2):
-        table = rq3.sweep(chosen)
-    assert made == [4] and len(table) == 9
-    figure = rq3.radius_figure(table)
+        swept = rq3.sweep(chosen)
+    assert made == [4] and len(swept) == 9
+    figure = rq3.radius_figure(swept)
     (dot,) = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
     assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (50.0, 50.0), "the paper's radius"
     places = rq3.projection(chosen)
@@ -102,8 +113,21 @@ def test_small_files_are_made_once_and_published(both, monkeypatch, tmp_path):
     figure = rq3.projection_figure(places)
     assert len(figure.axes) == 2
     plt.close("all")
+    shown_case = rq3.projection_table(places).data
+    rephrased = places[(places["query"] == "last") & (places["kind"] == "rephrased")]["distance"].iloc[0]
+    assert len(shown_case) == 2 and shown_case["Rephrased"].iloc[0] == f"{rephrased:.2f}"
+    alone = rq3.overhead(chosen)
+    assert len(alone) == 4 * 4 and (alone["seconds"] > 0).all()
+    table = rq3.overhead_table(alone).data.set_index("Editor")
+    wide = alone.pivot(index="case_id", columns="editor", values="seconds")
+    assert table.loc["GRACE", "time / GRACE"] == "1.00"
+    assert table.loc["A-GRACE", "time / GRACE"] == f"{(wide['a-grace'] / wide['grace']).median():.2f}"
     publish(chosen.out, tmp_path / "published")
-    assert sorted(one.name for one in (tmp_path / "published").glob("*.csv")) == ["case_study.csv", "radius.csv"]
+    assert sorted(one.name for one in (tmp_path / "published").glob("*.csv")) == [
+        "case_study.csv",
+        "overhead.csv",
+        "radius.csv",
+    ]
     shown = chosen.model_copy(update={"out": tmp_path / "published"})
     assert rq3.projection(shown).equals(places) and made == [4]
     (tmp_path / "published" / "radius.csv").unlink()

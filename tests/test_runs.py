@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
@@ -22,7 +23,7 @@ from clme_lib.notebook import config_from_notebook
 from clme_lib.prompts import make_prompt
 from clme_lib.publish import publish
 from clme_lib.records import TEXTS, UNSCORED, read_records
-from clme_lib.report import examples, interval, proficiency_table, reading, transfer_table
+from clme_lib.report import examples, interval, proficiency_figure, proficiency_table, reading, transfer_table
 from clme_lib.report import scored as scored_records
 from clme_lib.spot_check import compare, describe, to_markdown
 
@@ -215,6 +216,13 @@ def test_notebook_parameters_are_checked(values, message):
         config_from_notebook({"subject": "smollm2-135m", "_hidden": 1, "In": [], **values})
 
 
+def test_a_notebooks_own_names_are_no_parameters():
+    """The cell can be run again after the others."""
+    imported = {"pd": pd, "Case": Case, "main": main, "records": pd.DataFrame({"n": [1]})}
+    first = config_from_notebook({"subject": "smollm2-135m", **imported})
+    assert config_from_notebook({"subject": "smollm2-135m", "config": first, **imported}) == first
+
+
 def test_notebook_parameters_may_be_text():
     found = config_from_notebook({"cases": "8", "dataset": "cnle", "editors": "none, grace", "within": ""})
     assert (found.cases, found.dataset, found.editors, found.within) == (
@@ -346,8 +354,19 @@ def test_report_is_computed_from_records(tiny, source, tmp_path):
     assert f"{mean:.2f}" in shown.data[shown.data["Editor"] == "GRACE"].iloc[0]["Eff. BLEU"]
     bundle = shown._repr_mimebundle_()
     assert bundle["text/markdown"].startswith("```{table}") and "<table" in bundle["text/html"]
+    assert none["Spec. kept"].startswith("100.00")
+    kept = 100 * table[table["editor"] == "grace"]["specificity_rate"].mean()
+    assert f"{kept:.2f}" in shown.data[shown.data["Editor"] == "GRACE"].iloc[0]["Spec. kept"]
+    assert not shown.data["FL."].str.contains("strong").any()
+    figure = proficiency_figure(table)
+    assert figure.axes[0].get_title() == "CNLE, 5 cases an editor"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["GRACE"]
+    plt.close(figure)
+    with pytest.raises(StudyError, match="score the run with"):
+        proficiency_figure(table.assign(error="not scored"))
     text = reading(table)
-    assert text.startswith("On CNLE: GRACE makes")
+    assert text.startswith("On CNLE: GRACE makes most edits hold exactly")
+    assert reading(table[table["editor"] == "none"]).startswith("_Nothing to read yet")
     own = table[table["editor"] == "grace"]
     both = own["effectiveness_em"].mean() >= 0.5 and own["specificity_em"].mean() >= 0.5
     assert ("the most that any carries over is" if both else "No editor both makes half") in text
