@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import pandas as pd
 
 from .editors import EDITORS
+from .hyperparameters import load_settings
 from .report import Table, dataset_name, editor_name
 
 _VALUES = {"transferred": "the paper's", "subject": "selected"}
@@ -34,6 +35,38 @@ def selection_table(measured: pd.DataFrame) -> Table:
         rows.append({name: f"**{cell}**" for name, cell in cells.items()} if one["chosen"] else cells)
     caption = f"{editor_name(editor)} on the selection cases; the chosen setting in bold."
     return Table(pd.DataFrame(rows), caption, f"tab-selection-{editor}")
+
+
+def values_table(paper: str = "codellama-7b", own: str = "smollm2-135m") -> Table:
+    """The hyper-parameters in which two registered subjects differ, a row each."""
+    settings = {name: load_settings(name).editors for name in (paper, own)}
+    rows = []
+    for editor in (name for name in EDITORS if name in settings[paper]):
+        theirs, ours = settings[paper][editor], settings[own][editor]
+        differing = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+        rows += [
+            {
+                "Editor": editor_name(editor),
+                "Value": f"`{name}`",
+                f"{paper} (the paper's)": _value(theirs.get(name)),
+                own: _value(ours.get(name)),
+            }
+            for name in differing
+        ]
+    caption = (
+        f"Hyper-parameters of {own} that are not those of {paper}; layers are zero-based. All others are the same."
+    )
+    return Table(pd.DataFrame(rows), caption, "tab-values")
+
+
+def _value(value: object) -> str:
+    if value is None:
+        return "all"  # of the records there are
+    if isinstance(value, dict):
+        return ", ".join(f"{dataset_name(name)} {_value(one)}" for name, one in value.items())
+    if isinstance(value, list | tuple):
+        return f"{value[0]}–{value[-1]}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def preset_table(measured: Mapping[str, pd.DataFrame]) -> Table:

@@ -180,6 +180,8 @@ def floor_table(measured: pd.DataFrame) -> Table:
         device = Ceilings(ceiling["operations_per_second"].iloc[0], ceiling["bytes_per_second"].iloc[0])
         for (dataset, editor), edits in _edits(mine).groupby(["dataset", "editor"], sort=False):
             parts = [[Phase(*one) for one in case] for case in edits["phases"]]
+            if not all(parts):
+                continue  # nobody has counted this editor's operations
             floors = np.array([device.seconds(case) for case in parts])
             longest = [max(case, key=lambda one: device.seconds([one])) for case in parts]
             bound = [one.operations / device.operations > one.traffic / device.traffic for one in longest]

@@ -61,6 +61,7 @@ def _appendices(results: Path) -> dict[str, str]:
             f"selection_{name.replace('-', '_')}": appendices.selection_table(one)
             for name, one in by_editor("selection").items()
         },
+        "values_table": appendices.values_table(),
         "preset_table": appendices.preset_table(by_editor("presets")),
         "diagnosis_table": appendices.diagnosis_table(read("diagnosis")),
         "pmet_table": appendices.pmet_table(read("diagnosis", ".pmet")),

@@ -29,7 +29,10 @@ from typing import Any
 import torch
 
 from ..editors.base import Editor, synchronize
-from ..editors.hypernetwork import Hypernetwork
+from ..editors.ft_l import FTL
+from ..editors.grace import ValueEditor
+from ..editors.malmen import MALMEN
+from ..editors.rewriting import RewritingEditor
 from ..encoder import Encoder
 from ..subjects import Subject
 
@@ -80,25 +83,28 @@ class _Sizes:
 
 
 def phases(editor: Editor, prompt: int, target: int, steps: int) -> list[Phase]:
-    """The phases of one edit of a case with so many tokens, when it made ``steps`` evaluations of its loss."""
+    """The phases of one edit of a case with so many tokens, when it made ``steps`` evaluations of its loss.
+
+    An editor whose operations have not been counted here has none, and no floor.
+    """
     values: Any = editor.values
     sizes = _Sizes(editor.subject)
     layers = sorted(getattr(values, "layers", None) or [getattr(values, "layer", 0)])
     above = sizes.blocks - 1 - layers[-1]
     columns = prompt + target - 1
-    if editor.name == "none":
+    if not isinstance(editor, FTL | RewritingEditor | MALMEN | ValueEditor):
         return []
-    if editor.name in ("rome", "memit", "pmet"):
+    if isinstance(editor, RewritingEditor):
         return _rewriting(editor, sizes, layers, prompt, target, steps)
-    if editor.name == "malmen":
+    if isinstance(editor, MALMEN):
         upper = sizes.blocks - layers[0]
         operations, traffic = sizes.step(columns, columns / 2, upper, target)
-        network: Hypernetwork | None = getattr(editor, "network", None)
+        network = editor.network
         weights = sum(p.numel() for p in network.parameters() if p.dim() == 2) if network else 0
         of_network = Phase("network", 2 * target * len(layers) * weights, 4 * weights)
         return [sizes.read(columns, sizes.blocks - upper), Phase("gradient", operations, traffic), of_network]
     read = [sizes.read(columns, layers[-1] + 1), sizes.read(prompt, above)]
-    if editor.name == "ft-l":
+    if isinstance(editor, FTL):
         matrix = sizes.hidden * sizes.inner
         operations, traffic = sizes.step(columns, columns / 2, above, target)
         operations += 4 * columns * matrix  # the product with the change, and its gradient
