@@ -1,4 +1,4 @@
-"""An edit is a value: plain tensors that say which module's output changes and how (design idea 1).
+"""An edit is a value: plain tensors that say which module's output changes and how.
 
 Here are updates of weights; codebooks.py has GRACE's memories, and applying.py runs a subject as edited.
 """

@@ -1,4 +1,4 @@
-"""The partial forward pass: start at the edited layer, from cached constants (design idea 2).
+"""The partial forward pass: start at the edited layer, from cached constants.
 
 While an edit at block ``l`` is optimised, three things never change: everything below the output of ``W_l``;
 the residual stream that output is added to; and, attention being causal, the keys and values of blocks above ``l``

@@ -1,4 +1,4 @@
-"""Records: one row per (run, case). Every table, figure and number of the book is a function of them (design idea 3).
+"""Records: one row per (run, case). Every table, figure and number of the book is a function of them.
 
 Prompts and targets are never in a record; the case id finds them and ``case_sha256`` proves they are the same.
 """

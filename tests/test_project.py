@@ -11,9 +11,11 @@ from pathlib import Path
 import jupytext
 import papermill
 import pytest
+import torch
 import yaml
 
 from clme_lib.cli import main
+from clme_lib.diagnosis import diagnose
 from clme_lib.efficiency.measure import BenchConfig
 from clme_lib.errors import StudyError
 from clme_lib.notebook import execute
@@ -148,3 +150,18 @@ def test_no_unsafe_loading():
     for path in (ROOT / "clme_lib").rglob("*.py"):
         text = path.read_text()
         assert not re.search(r"torch\.load\(|pickle\.load|trust_remote_code\W+True", text), path
+
+
+def test_the_editor_in_the_book_edits(subject, cases):
+    """The example of "Add an editor", word for word: its step down the gradient lowers the loss."""
+    text = (ROOT / "book" / "new_experiments.md").read_text(encoding="utf-8")
+    code = text.split("## Add an editor")[1].split("```python\n")[1].split("```")[0]
+    names = {"__name__": "clme_lib.editors.mine", "__package__": "clme_lib.editors"}
+    exec(compile(code, "mine.py", "exec"), names)
+    editor = names["Mine"](subject, names["MineHyperparameters"](layer=1, lr=0.01))
+    edits = editor.edit(cases)
+    found = diagnose(subject, cases, edits)
+    assert (found["nll_after"] < found["nll_before"]).all()
+    assert found["learnt"].tolist() == pytest.approx(found["nll_before"].tolist(), rel=1e-4)
+    (alone,) = editor.edit(cases[:1])
+    torch.testing.assert_close(alone.delta(1), edits[0].delta(1), rtol=1e-3, atol=1e-6)

@@ -1,6 +1,6 @@
 """Context templates: what ROME, MEMIT and PMET put before a prompt, so that an edit does not hang on the prompt's start.
 
-The empty context and five continuations by the unedited subject (spec: ten tokens each, top-5 sampling). They
+The empty context and five continuations by the unedited subject (ten tokens each, top-5 sampling). They
 depend on the subject and the seed only and are recorded with a run.
 """
 
