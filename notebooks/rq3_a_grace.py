@@ -112,6 +112,8 @@ plt.show()
 
 # %% [markdown]
 # ## What an edit costs
+#
+# The variants take turns on each case, so that their ratio holds even where the machine had other work and the seconds are long.
 
 # %% tags=["hide-input"]
 rq3.overhead_table(rq3.overhead(config))
