@@ -2,16 +2,19 @@
 
 Both compute ``(weight * C + k k^T)^-1 k`` in double precision for one key after another, on the same second moment.
 
-usage: python benchmarks/write.py [--device cpu|cuda] [--width 1536] [--keys 20] [--threads 2]
+usage: python benchmarks/write.py [--device cpu|cuda] [--width 1536] [--keys 20] [--threads 2] [--out FILE.csv]
 """
 
 import argparse
 import os
 import time
+from pathlib import Path
 
+import pandas as pd
 import torch
 
 from clme_lib.editors.statistics import SecondMoment
+from clme_lib.provenance import processor
 
 WEIGHT = 15_000.0
 
@@ -33,6 +36,7 @@ def main():
     parser.add_argument("--width", type=int, default=1536)
     parser.add_argument("--keys", type=int, default=20)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     draw = torch.Generator(options.device).manual_seed(0)
@@ -60,11 +64,20 @@ def main():
     slow, expected = seconds(options.device, dense)
     fast, found = seconds(options.device, factored)
     apart = ((found - expected).norm() / expected.norm()).item()
-    print(f"d_f={options.width} on {options.device}, {options.keys} keys one by one, {options.threads} threads")
-    print(
-        f"dense {slow / options.keys:.4f} s a key, factored {fast / options.keys:.6f} s a key, ratio {slow / fast:.0f}"
-    )
-    print(f"relative difference of the results {apart:.1e}")
+    row = {
+        "width": options.width,
+        "keys": options.keys,
+        "dense s/key": round(slow / options.keys, 4),
+        "factored s/key": float(f"{fast / options.keys:.2g}"),
+        "ratio": round(slow / fast),
+        "relative difference": f"{apart:.0e}",
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else processor(),
+        "threads": options.threads,
+    }
+    print(", ".join(f"{column} {value}" for column, value in row.items()))
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame([row]).to_csv(options.out, index=False)
 
 
 if __name__ == "__main__":

@@ -34,13 +34,13 @@ def config_from_notebook(namespace: Mapping[str, Any], schema: type[Config] = Ru
     Raises:
         StudyError: an unknown name (the message lists the known ones) or a value of the wrong type.
     """
-    # what a notebook imported or computed is no parameter: so the cell can be run again
+    known = list(schema.model_fields)
+    # what a notebook imported or computed is no misspelt parameter: so the cell can be run again
     names = {
         name
         for name, value in namespace.items()
-        if not name.startswith("_") and name not in _IPYTHON and isinstance(value, _PLAIN)
+        if name in known or (not name.startswith("_") and name not in _IPYTHON and isinstance(value, _PLAIN))
     }
-    known = list(schema.model_fields)
     if unknown := sorted(names - set(known)):
         near = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""

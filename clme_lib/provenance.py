@@ -43,7 +43,7 @@ def versions() -> dict[str, str]:
 def hardware(subject: Subject) -> dict[str, str | int]:
     """What the run runs on."""
     device = subject.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "device": device.type,
         "name": name,
@@ -92,7 +92,7 @@ def _git(folder: Path, *arguments: str) -> str:
     ).stdout.strip()
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

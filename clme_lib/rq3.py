@@ -415,6 +415,6 @@ def reading(records: pd.DataFrame, compat: pd.DataFrame) -> str:
             own = mine[(mine["editor"] == "a-grace") & mine["case_id"].isin(released["case_id"])]
             sentences.append(
                 f"With the released program's defects all five neighbours stay unchanged in {100 * released['specificity_em'].mean():.1f} % of "
-                f"{len(released)} cases; without them, in {100 * own['specificity_em'].mean():.1f} % of the {len(own)} of these edited so."
+                f"{len(released)} cases; without them, in {100 * own['specificity_em'].mean():.1f} % of {len(own)} of the same cases."
             )
     return " ".join(sentences) or "_GRACE and A-GRACE are needed for a comparison: add them to `editors`._"

@@ -103,8 +103,8 @@ rq3.preset_table(records, compat)
 # ## Margin and radius
 #
 # A larger radius finds more rephrased prompts and more neighbours. The curves come from the selection cases, which are in no
-# table above, with encoders trained on all the others; a dot marks the paper's radius of 1. The tables above use margin 2 on CNLE
-# and 3 on CSNE for the embedded subject.
+# table above, with encoders trained on all the others; a dot marks the paper's radius of 1. The margins
+# that the tables above use are among the values in [](#sec-subject).
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Generalization against unchanged neighbours as the radius grows, for encoders trained with several margins.", "name": "fig-rq3-radius"}}
 rq3.radius_figure(rq3.sweep(config))

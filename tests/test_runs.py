@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -221,6 +222,10 @@ def test_a_notebooks_own_names_are_no_parameters():
     imported = {"pd": pd, "Case": Case, "main": main, "records": pd.DataFrame({"n": [1]})}
     first = config_from_notebook({"subject": "smollm2-135m", **imported})
     assert config_from_notebook({"subject": "smollm2-135m", "config": first, **imported}) == first
+    # a parameter is checked, whatever its type
+    assert config_from_notebook({"out": Path("elsewhere")}).out == Path("elsewhere")
+    with pytest.raises(StudyError, match="cases: .*integer"):
+        config_from_notebook({"cases": pd.DataFrame()})
 
 
 def test_notebook_parameters_may_be_text():
