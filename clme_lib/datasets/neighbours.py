@@ -15,6 +15,7 @@ import numpy as np
 NEIGHBOURS = 5
 _FIRST_ASKED = 200  # of the index, for a target
 _HELD = 2**24  # similarities kept at one time
+_PART_MIB = 128  # of all similarities, that are computed before the best are kept
 Embedder = Callable[[Sequence[str]], Any]  # a dense array or a sparse matrix
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
@@ -50,6 +51,7 @@ def nearest(
         groups: group (say, package) of each target and pool entry.
         from_other_groups: at least this many neighbours come from a group other than the target's.
     """
+    from sklearn import config_context
     from sklearn.neighbors import NearestNeighbors
 
     chosen: list[list[int]] = [[] for _ in targets]
@@ -65,7 +67,9 @@ def nearest(
         at_once = max(1, _HELD // asked)
         for first in range(0, len(unsettled), at_once):
             some = unsettled[first : first + at_once]
-            for target, distances, found in zip(some, *index.kneighbors(vectors[some], asked)):
+            with config_context(working_memory=_PART_MIB):
+                answers = index.kneighbors(vectors[some], asked)
+            for target, distances, found in zip(some, *answers):
                 order = _settled(distances, found, everything=asked == len(pool))
                 near = [n for n, cosine in order if cosine <= ceiling and allowed(target, n)]
                 best = near[:NEIGHBOURS]
