@@ -263,9 +263,9 @@ def reading(records: pd.DataFrame) -> str:
         best = {measure: max(found, key=lambda editor: found[editor][measure].mean) for measure in MEASURES}
         top = {measure: _percent(found[editor][measure]) for measure, editor in best.items()}
         sentences = [
-            f"{editor_name(best['effectiveness'])} makes most edits hold exactly, {top['effectiveness']}; "
-            f"{editor_name(best['generalization'])} writes the target after most rephrased prompts, {top['generalization']}; "
-            f"{editor_name(best['specificity'])} leaves all five neighbours unchanged in most cases, {top['specificity']}."
+            f"The most edits hold exactly with {editor_name(best['effectiveness'])}: {top['effectiveness']}. The target follows the most "
+            f"rephrased prompts with {editor_name(best['generalization'])}: {top['generalization']}. All five neighbours of a case stay "
+            f"unchanged most often with {editor_name(best['specificity'])}: {top['specificity']}."
         ]
         careful = {
             editor_name(editor): one["generalization"].mean
@@ -282,7 +282,7 @@ def reading(records: pd.DataFrame) -> str:
             sentences.append(
                 "No editor both makes half of the edits hold and keeps all neighbours in half of the cases."
             )
-        paragraphs.append(f"On {dataset_name(str(dataset))}: " + " ".join(sentences))
+        paragraphs.append(f"**{dataset_name(str(dataset))}.** " + " ".join(sentences))
     return "\n\n".join(paragraphs) or "_Nothing to read yet: these records have no edited case with scores._"
 
 

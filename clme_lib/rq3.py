@@ -116,9 +116,10 @@ def preset_table(clean: pd.DataFrame, compat: pd.DataFrame) -> Table:
     for dataset in clean["dataset"].unique():
         mine = {name: one[one["dataset"] == dataset] for name, one in presets.items()}
         # nothing was wrong with leaving a model unedited, so the compat run has no such row
-        shared = set.intersection(
-            *(set(own["case_id"]) for one in mine.values() for editor, own in one.groupby("editor") if editor != "none")
-        )
+        edited = [
+            set(own["case_id"]) for one in mine.values() for editor, own in one.groupby("editor") if editor != "none"
+        ]
+        shared = set.intersection(*edited) if edited else set()
         for editor in ("none", *VARIANTS):
             for preset, records in mine.items():
                 own = records[(records["editor"] == editor) & records["case_id"].isin(shared)]

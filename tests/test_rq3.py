@@ -34,6 +34,7 @@ def test_tables_are_functions_of_records(both, tmp_path):
     assert len(presets) == 1 + 2 * 4 and set(presets["Preset"]) == {"–", "clean", "compat"}
     released = presets[(presets["Editor"] == "A-GRACE") & (presets["Preset"] == "compat")].iloc[0]
     assert released["Spec. EM"] == "100.00"
+    assert rq3.preset_table(clean.assign(error="not scored"), compat.assign(error="not scored")).data.empty
     fewer = rq3.preset_table(clean, compat[compat["case_id"] != clean["case_id"].iloc[0]]).data
     assert set(presets["n"]) == {"4"} and set(fewer["n"]) == {"3"}, "only cases that both presets have are compared"
     text = rq3.reading(clean, compat)

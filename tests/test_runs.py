@@ -370,7 +370,7 @@ def test_report_is_computed_from_records(tiny, source, tmp_path):
     with pytest.raises(StudyError, match="score the run with"):
         proficiency_figure(table.assign(error="not scored"))
     text = reading(table)
-    assert text.startswith("On CNLE: GRACE makes most edits hold exactly")
+    assert text.startswith("**CNLE.** The most edits hold exactly with GRACE: ")
     assert reading(table[table["editor"] == "none"]).startswith("_Nothing to read yet")
     own = table[table["editor"] == "grace"]
     both = own["effectiveness_em"].mean() >= 0.5 and own["specificity_em"].mean() >= 0.5
