@@ -47,7 +47,7 @@ def config_from_notebook(namespace: Mapping[str, Any], schema: type[Config] = Ru
         raise StudyError(f"unknown parameter {unknown[0]!r}{hint}; known: {', '.join(known)}")
     values = {name: namespace[name] for name in names}
     # papermill's -p has no way to pass None
-    values = {name: None if value == "" and schema.model_fields[name].default is None else value
+    values = {name: None if isinstance(value, str) and not value and schema.model_fields[name].default is None else value
               for name, value in values.items()}  # fmt: skip
     return parse(schema, values, "notebook parameters")
 
