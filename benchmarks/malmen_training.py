@@ -54,6 +54,8 @@ def main():
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.records < 1:
+        parser.error("--records: at least one")
     torch.set_num_threads(options.threads)
     subject = clme.load_subject("smollm2-135m")
     machine = {"device": provenance.hardware(subject)["name"], "threads": options.threads}

@@ -53,8 +53,8 @@ from IPython.display import Markdown
 
 from clme_lib import rq3
 
-records = clme.run(config)
 compat = rq3.compat_run(config)
+records = clme.run(config)
 
 # %% [markdown]
 # ## A-GRACE and what it is made of
