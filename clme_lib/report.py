@@ -260,12 +260,15 @@ def reading(records: pd.DataFrame) -> str:
         }
         if not found:
             continue
-        best = {measure: max(found, key=lambda editor: found[editor][measure].mean) for measure in MEASURES}
-        top = {measure: _percent(found[editor][measure]) for measure, editor in best.items()}
+        best = {}
+        for measure in MEASURES:
+            most = max((one[measure] for one in found.values()), key=lambda reached: reached.mean)
+            level = [editor_name(editor) for editor, one in found.items() if one[measure].mean == most.mean]
+            best[measure] = f"{' and '.join(level)}: {_percent(most)}"
         sentences = [
-            f"The most edits hold exactly with {editor_name(best['effectiveness'])}: {top['effectiveness']}. The target follows the most "
-            f"rephrased prompts with {editor_name(best['generalization'])}: {top['generalization']}. All five neighbours of a case stay "
-            f"unchanged most often with {editor_name(best['specificity'])}: {top['specificity']}."
+            f"The most edits hold exactly with {best['effectiveness']}. The target follows the most "
+            f"rephrased prompts with {best['generalization']}. All five neighbours of a case stay "
+            f"unchanged most often with {best['specificity']}."
         ]
         careful = {
             editor_name(editor): one["generalization"].mean
@@ -273,10 +276,10 @@ def reading(records: pd.DataFrame) -> str:
             if one["effectiveness"].mean >= 0.5 and one["specificity"].mean >= 0.5
         }
         if careful:
-            most = max(careful, key=careful.__getitem__)
+            farthest = max(careful, key=careful.__getitem__)
             sentences.append(
                 f"Of the editors that make at least half of the edits hold and keep all neighbours in at least half of the cases "
-                f"({', '.join(careful)}), the most that any carries over is {100 * careful[most]:.1f} % ({most})."
+                f"({', '.join(careful)}), the most that any carries over is {100 * careful[farthest]:.1f} % ({farthest})."
             )
         else:
             sentences.append(

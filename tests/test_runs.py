@@ -371,6 +371,8 @@ def test_report_is_computed_from_records(tiny, source, tmp_path):
         proficiency_figure(table.assign(error="not scored"))
     text = reading(table)
     assert text.startswith("**CNLE.** The most edits hold exactly with GRACE: ")
+    twins = pd.concat([table, table[table["editor"] == "grace"].assign(editor="ft-l")])
+    assert reading(twins).startswith("**CNLE.** The most edits hold exactly with GRACE and FT-L: ")
     assert reading(table[table["editor"] == "none"]).startswith("_Nothing to read yet")
     own = table[table["editor"] == "grace"]
     both = own["effectiveness_em"].mean() >= 0.5 and own["specificity_em"].mean() >= 0.5
