@@ -27,8 +27,11 @@ from .errors import StudyError
 from .prompts import Row
 from .subjects import Subject
 
-# label columns whose logits exist at one time: enough to keep the product efficient, few enough for the memory
-_LABELS_AT_ONCE = {"cpu": 256, "cuda": 4_096}
+# label columns whose logits exist at one time: enough to keep the product efficient, few enough for the memory (on a CPU, below
+# the 32 MiB from which the C library asks the system for new pages each time)
+_LABELS_AT_ONCE = {"cpu": 128, "cuda": 4_096}
+# rows are read together up to this ratio of their lengths
+_LIKE_LENGTH = 1.2
 
 
 class _PrefixCache:
@@ -101,9 +104,25 @@ class _DistributionLoss(torch.autograd.Function):
         return upstream[:, None].to(gradient.dtype) * gradient, None, None
 
 
+def _of_like_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of rows that are read together."""
+    groups: list[list[int]] = []
+    for n in sorted(range(len(lengths)), key=lambda n: lengths[n]):
+        if not groups or lengths[n] > _LIKE_LENGTH * lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(n)
+    return groups
+
+
 def divergences(subject: Subject, states: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """``KL(p_reference || p)`` (N,) between the next-token distributions of two sets of last-block states (N, d)."""
     return _DistributionLoss.apply(states, subject.model.lm_head, reference)
+
+
+def padded_share(subject: Subject, layer: int) -> float:
+    """Share of the weights above ``W_l`` that also multiply padding: the blocks'; the head's multiply labels alone."""
+    above = sum(p.numel() for block in subject.blocks[layer + 1 :] for p in block.parameters())
+    return above / (above + subject.model.lm_head.weight.numel())
 
 
 class PartialForward:
@@ -168,7 +187,7 @@ class PartialForward:
         own = torch.eye(width, dtype=torch.bool, device=device)
         attended = ((causal & mask[:, None, :]) | own)[:, None]
         if residuals is None:
-            self._prefill(ids, attended, positions, prefix)
+            self._prefill(ids, attended, positions, starts, ends)
         else:
             self._start_from(residuals)
         self._mask = attended[:, :, prefix:]
@@ -176,19 +195,55 @@ class PartialForward:
         self._rotary = subject.decoder.rotary_emb(self.outputs, position_ids=self._positions)
 
     @torch.no_grad()
-    def _prefill(self, ids: torch.Tensor, attended: torch.Tensor, positions: torch.Tensor, prefix: int) -> None:
-        """One ordinary forward pass; keep the constants of layer l and the K/V of the blocks above."""
+    def _prefill(
+        self,
+        ids: torch.Tensor,
+        attended: torch.Tensor,
+        positions: torch.Tensor,
+        starts: Sequence[int],
+        ends: Sequence[int],
+    ) -> None:
+        """Ordinary forward passes; keep the constants of layer l and the K/V of the blocks above.
+
+        Rows of like length go together: they are read through all blocks, so padding costs more here than in a step.
+        """
+        (count, width), prefix = ids.shape, max(starts)
+        above = range(self.layer + 1, len(self.subject.blocks)) if prefix else ()
+        tails: dict[str, torch.Tensor] = {}
+        cached: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for group in _of_like_length(ends):
+            first = prefix - max(starts[n] for n in group)
+            last = prefix + max(ends[n] - starts[n] for n in group)
+            rows, columns = torch.tensor(group, device=ids.device), slice(first, last)
+            inputs = ids[rows, columns], attended[rows, :, columns, columns], positions[rows, columns]
+            read, cache = self._read(*inputs, use_cache=bool(prefix))
+            for name, states in read.items():
+                whole = tails.setdefault(name, states.new_zeros(count, width - prefix, states.shape[-1]))
+                whole[rows, : last - prefix] = states[:, prefix - first :]
+            for n in above:
+                pair = cache.layers[n].keys, cache.layers[n].values
+                if n not in cached:
+                    _, heads, _, size = pair[0].shape
+                    cached[n] = tuple(one.new_zeros(count, heads, prefix, size) for one in pair)
+                for whole, one in zip(cached[n], pair):
+                    whole[rows, :, first:] = one[:, :, : prefix - first]
+        self.keys, self.outputs, self.residual = tails["keys"], tails["outputs"], tails["residual"]
+        self.attention: torch.Tensor | None = tails["attention"]
+        self._cache = _PrefixCache(cached) if prefix else None
+
+    def _read(self, ids: torch.Tensor, attended: torch.Tensor, positions: torch.Tensor, use_cache: bool):
+        """What layer l reads and writes in one ordinary forward pass, by name, and the pass's K/V."""
         block = self.subject.blocks[self.layer]
-        kept: dict[str, torch.Tensor] = {}
+        read: dict[str, torch.Tensor] = {}
 
         def keep_attention(_module, _args, output):
-            kept["attention"] = output[:, prefix:]
+            read["attention"] = output
 
         def keep_residual(_module, args):
-            kept["residual"] = args[0][:, prefix:]
+            read["residual"] = args[0]
 
         def keep_mlp(_module, args, output):
-            kept["keys"], kept["outputs"] = args[0][:, prefix:], output[:, prefix:]
+            read["keys"], read["outputs"] = args[0], output
 
         hooks = [
             block.self_attn.o_proj.register_forward_hook(keep_attention),
@@ -197,24 +252,12 @@ class PartialForward:
         ]
         try:
             done = self.subject.decoder(
-                input_ids=ids, attention_mask=attended, position_ids=positions, use_cache=prefix > 0
+                input_ids=ids, attention_mask=attended, position_ids=positions, use_cache=use_cache
             )
         finally:
             for hook in hooks:
                 hook.remove()
-        self.keys, self.outputs = kept["keys"], kept["outputs"]
-        self.residual = kept["residual"]
-        self.attention: torch.Tensor | None = kept["attention"]
-        self._cache: _PrefixCache | None = None
-        if prefix:
-            layers = enumerate(done.past_key_values.layers)
-            self._cache = _PrefixCache(
-                {
-                    n: (cached.keys[:, :, :prefix], cached.values[:, :, :prefix])
-                    for n, cached in layers
-                    if n > self.layer
-                }
-            )
+        return read, done.past_key_values
 
     @torch.no_grad()
     def _start_from(self, residuals: Sequence[torch.Tensor]) -> None:

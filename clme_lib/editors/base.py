@@ -79,7 +79,7 @@ class Editor(ABC, Generic[Values]):
             if (
                 not batches
                 or len(batches[-1]) == (batch_size or self.default_batch)
-                or costs[n] > 1.5 * costs[batches[-1][0]]
+                or self._padded_share() * (costs[n] / costs[batches[-1][0]] - 1) > 0.5
             ):
                 batches.append([])
             batches[-1].append(n)
@@ -97,6 +97,10 @@ class Editor(ABC, Generic[Values]):
 
     def _cost(self, tokenized: Tokenized) -> int:
         return len(tokenized.inputs)
+
+    def _padded_share(self) -> float:
+        """Share of a step's work on a column that is also done on padding."""
+        return 1.0
 
     @abstractmethod
     def _edit_batch(self, cases: Sequence[Case], tokenized: Sequence[Tokenized]) -> list[Edit]:
