@@ -195,11 +195,10 @@ def plain_malmen(subject, tokens, editor):
             torch.linalg.solve(system, own.T @ wanted)
 
 
-def ceiling(subject, tokenized, values, touched_all, rows=1):
-    """Multiplications of the plain procedure over those of the fast path (steps only; batching and caching are free).
+def ceiling(subject, tokenized, values, touched_all):
+    """Multiplications of the plain procedure over those of the fast path, both for the values' full number of steps.
 
-    Args:
-        rows: rows a case; the context templates' tokens are left out on both sides.
+    Batching is free; attention's products and the tokens of context templates are left out on both sides.
     """
     layer = max(getattr(values, "layers", None) or [values.layer])
     block = sum(p.numel() for p in subject.blocks[0].parameters() if p.dim() == 2)
@@ -212,8 +211,9 @@ def ceiling(subject, tokenized, values, touched_all, rows=1):
         own = 2 * weight * columns if touched_all else 0  # the edited matrix itself: forward and its gradient
         plain += columns * (block * (blocks + above) + 2 * head) + own
         fast += (columns if touched_all else labels) * block * 2 * above + labels * 2 * head + own
-        if rows > 1:  # the rows' prompts are read once; a step of one-row editors is counted alone
-            fast += len(tokens.prompt_ids) * block * blocks / values.steps
+        # read once: everything up to the edited layer, and above it what no edit reaches
+        read = columns * (blocks - above) + (0 if touched_all else len(tokens.prompt_ids) * above)
+        fast += read * block / values.steps
     return plain / fast
 
 
@@ -306,9 +306,8 @@ def measure(editor, cases, tokenized):
     subject = editor.subject
     slow = seconds(subject, lambda: plain_edits(editor, cases, tokenized)) / len(cases)
     fast = seconds(subject, lambda: editor.edit(cases)) / len(cases)
-    rows = len(getattr(editor, "contexts", [0]))
     known = editor.name != "malmen"
-    limit = ceiling(subject, tokenized, editor.values, editor.name == "ft-l", rows) if known else None
+    limit = ceiling(subject, tokenized, editor.values, editor.name == "ft-l") if known else None
     return {
         "plain s/case": round(slow, 2),
         "ours s/case": round(fast, 2),
