@@ -1,4 +1,4 @@
-"""How many cases are worked on together: a given number, or what the device's memory allows."""
+"""What is worked on together: things of like length, and as many as are asked for or as the device's memory allows."""
 
 from __future__ import annotations
 
@@ -13,6 +13,21 @@ from .memory import free_memory_bytes, memory_in_use_mib, peak_memory_mib, relea
 _FIRST = 8
 _LARGEST = {"cpu": 16, "cuda": 256}  # beyond these nothing is gained
 _MOST = 0.4  # of the memory: twice as many cases need about twice as much
+
+
+def of_like_length(lengths: Sequence[int], longest: float, most: int | None = None) -> list[list[int]]:
+    """Indices in groups, each padded to its longest member.
+
+    Args:
+        longest: of a group, over its shortest.
+        most: members of a group.
+    """
+    groups: list[list[int]] = []
+    for n in sorted(range(len(lengths)), key=lambda n: lengths[n]):
+        if not groups or len(groups[-1]) == most or lengths[n] > longest * lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(n)
+    return groups
 
 
 class Batches:

@@ -19,10 +19,12 @@ them to it.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 
 import torch
 
+from .batches import of_like_length
 from .errors import StudyError
 from .prompts import Row
 from .subjects import Subject
@@ -30,8 +32,8 @@ from .subjects import Subject
 # label columns whose logits exist at one time: enough to keep the product efficient, few enough for the memory (on a CPU, below
 # the 32 MiB from which the C library asks the system for new pages each time)
 _LABELS_AT_ONCE = {"cpu": 128, "cuda": 4_096}
-# rows are read together up to this ratio of their lengths
-_LIKE_LENGTH = 1.2
+# of rows that are read together, the longest over the shortest
+_LONGEST_READ = 1.2
 
 
 class _PrefixCache:
@@ -104,25 +106,18 @@ class _DistributionLoss(torch.autograd.Function):
         return upstream[:, None].to(gradient.dtype) * gradient, None, None
 
 
-def _of_like_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices of rows that are read together."""
-    groups: list[list[int]] = []
-    for n in sorted(range(len(lengths)), key=lambda n: lengths[n]):
-        if not groups or lengths[n] > _LIKE_LENGTH * lengths[groups[-1][0]]:
-            groups.append([])
-        groups[-1].append(n)
-    return groups
-
-
 def divergences(subject: Subject, states: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """``KL(p_reference || p)`` (N,) between the next-token distributions of two sets of last-block states (N, d)."""
     return _DistributionLoss.apply(states, subject.model.lm_head, reference)
 
 
-def padded_share(subject: Subject, layer: int) -> float:
-    """Share of the weights above ``W_l`` that also multiply padding: the blocks'; the head's multiply labels alone."""
+def longest_above(subject: Subject, layer: int) -> float:
+    """Of rows that are optimised together, the longest over the shortest: padding is a third of the work at most.
+
+    Only the blocks above W_l work on padding; the head, a large part of a small model, works on labels alone.
+    """
     above = sum(p.numel() for block in subject.blocks[layer + 1 :] for p in block.parameters())
-    return above / (above + subject.model.lm_head.weight.numel())
+    return 1 + 0.5 * (1 + subject.model.lm_head.weight.numel() / above) if above else math.inf
 
 
 class PartialForward:
@@ -211,7 +206,7 @@ class PartialForward:
         above = range(self.layer + 1, len(self.subject.blocks)) if prefix else ()
         tails: dict[str, torch.Tensor] = {}
         cached: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        for group in _of_like_length(ends):
+        for group in of_like_length(ends, _LONGEST_READ):
             first = prefix - max(starts[n] for n in group)
             last = prefix + max(ends[n] - starts[n] for n in group)
             rows, columns = torch.tensor(group, device=ids.device), slice(first, last)

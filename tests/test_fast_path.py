@@ -1,14 +1,16 @@
 """The fast path equals the plain loop; cases do not depend on each other; the base model is untouched."""
 
 import hashlib
+import math
 
 import plain
 import pytest
 import torch
 
+from clme_lib.batches import of_like_length
 from clme_lib.datasets import load_cases
 from clme_lib.editors import load_editor
-from clme_lib.partial import PartialForward
+from clme_lib.partial import PartialForward, longest_above
 from clme_lib.prompts import tokenize
 
 
@@ -26,10 +28,27 @@ def close(one, other, tolerance=1e-4):
 @pytest.mark.parametrize("from_lookup", [True, False])
 def test_partial_forward_gives_the_plain_losses(subject, cases, from_lookup):
     tokenized = [tokenize(subject.tokenizer, case.prompt, case.target) for case in cases]
+    lengths = [len(tokens.inputs) for tokens in tokenized]
+    assert max(lengths) > 1.2 * min(lengths), "the test needs rows that are not read together"
     for layer in (0, 2, 3):
         forward = PartialForward(subject, tokenized, layer, from_lookup=from_lookup)
         expected = torch.stack([plain.target_loss(subject, tokens) for tokens in tokenized])
         assert torch.allclose(forward.losses(forward.outputs), expected, rtol=1e-4)
+
+
+def test_groups_hold_every_index_once_and_little_padding():
+    lengths = [7, 40, 9, 10, 12, 13, 39, 8]
+    groups = of_like_length(lengths, 1.5, most=3)
+    assert sorted(n for group in groups for n in group) == list(range(len(lengths)))
+    assert all(len(group) <= 3 for group in groups)
+    assert all(max(lengths[n] for n in group) <= 1.5 * min(lengths[n] for n in group) for group in groups)
+    assert [[lengths[n] for n in group] for group in groups] == [[7, 8, 9], [10, 12, 13], [39, 40]]
+
+
+def test_padding_is_free_where_only_the_head_is_above(subject):
+    by_layer = [longest_above(subject, layer) for layer in range(len(subject.blocks))]
+    assert by_layer == sorted(by_layer) and by_layer[0] > 1.5
+    assert by_layer[-1] == math.inf
 
 
 def test_grace_equals_the_plain_loop(subject, cases):

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from tqdm import tqdm
 
+from ..batches import of_like_length
 from ..datasets.cases import Case
 from ..edits import Edit
 from ..errors import StudyError
@@ -73,16 +74,7 @@ class Editor(ABC, Generic[Values]):
         self.setup()
         tokenized = [self._tokenize(case) for case in cases]
         costs = [self._cost(one) for one in tokenized]
-        batches: list[list[int]] = []
-        for n in sorted(range(len(cases)), key=lambda n: (costs[n], n)):
-            # a batch is padded to its longest case: start a new one rather than compute more than a third for nothing
-            if (
-                not batches
-                or len(batches[-1]) == (batch_size or self.default_batch)
-                or self._padded_share() * (costs[n] / costs[batches[-1][0]] - 1) > 0.5
-            ):
-                batches.append([])
-            batches[-1].append(n)
+        batches = of_like_length(costs, self._longest(), batch_size or self.default_batch)
         edits: dict[int, Edit] = {}
         with tqdm(total=len(cases), desc=f"{self.name}: edit", unit="case", disable=not progress) as bar:
             for batch in batches:
@@ -98,9 +90,9 @@ class Editor(ABC, Generic[Values]):
     def _cost(self, tokenized: Tokenized) -> int:
         return len(tokenized.inputs)
 
-    def _padded_share(self) -> float:
-        """Share of a step's work on a column that is also done on padding."""
-        return 1.0
+    def _longest(self) -> float:
+        """Of a batch's costs, the largest over the smallest: with every column padded, a third is computed for nothing."""
+        return 1.5
 
     @abstractmethod
     def _edit_batch(self, cases: Sequence[Case], tokenized: Sequence[Tokenized]) -> list[Edit]:

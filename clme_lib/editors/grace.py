@@ -16,7 +16,7 @@ from pydantic import Field
 from ..codebooks import Codebook
 from ..edits import EditLog
 from ..hyperparameters import Schema
-from ..partial import PartialForward, padded_share
+from ..partial import PartialForward, longest_above
 from ..seeds import generator
 from .base import Editor
 
@@ -64,8 +64,8 @@ class ValueEditor(Editor[Values]):
     def _cost(self, tokenized):
         return len(tokenized.target_ids)
 
-    def _padded_share(self):
-        return padded_share(self.subject, self.values.layer)
+    def _longest(self):
+        return longest_above(self.subject, self.values.layer)
 
     def _initial_value(self, case) -> torch.Tensor:
         draw = generator(self.seed, self.subject.name, case.dataset, self.name, case.case_id)

@@ -29,7 +29,7 @@ from ..datasets.cases import Case
 from ..edits import EditLog
 from ..errors import StudyError
 from ..hyperparameters import Schema
-from ..partial import PartialForward, padded_share
+from ..partial import PartialForward, longest_above
 from ..prompts import PlacedRow, Row, encode, tokenize
 from ..subjects import Subject
 from .base import Editor
@@ -175,9 +175,9 @@ class RewritingEditor(Editor[Values]):
     def _cost(self, tokenized):
         return len(tokenized.target_ids)
 
-    def _padded_share(self):
+    def _longest(self):
         values: Any = self.values
-        return padded_share(self.subject, max(getattr(values, "layers", None) or [values.layer]))
+        return longest_above(self.subject, max(getattr(values, "layers", None) or [values.layer]))
 
     def _rewriting(self, cases: Sequence[Case], layer: int) -> Rewriting:
         values = self.values
