@@ -58,6 +58,9 @@ records = clme.run(config)
 
 # %% [markdown]
 # ## A-GRACE and what it is made of
+#
+# In the paper A-GRACE raises GRACE's generalization on CNLE from almost zero to 80.86 % exact match, on average over its subjects. Its encoder
+# learns from 10,528 cases there, from a few hundred here; [](#encoders) shows what more of them change.
 
 # %% tags=["hide-input"]
 rq3.ablation_table(records)
@@ -107,8 +110,15 @@ rq3.preset_table(records, compat)
 # that the tables above use are among the values in [](#sec-subject).
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Generalization against unchanged neighbours as the radius grows, for encoders trained with several margins.", "name": "fig-rq3-radius"}}
-rq3.radius_figure(rq3.sweep(config))
+sweep = rq3.sweep(config)
+rq3.radius_figure(sweep)
 plt.show()
+
+# %% tags=["hide-input"]
+Markdown(rq3.radius_reading(sweep))
+
+# %% tags=["hide-input"]
+rq3.radius_table(sweep)
 
 # %% [markdown]
 # ## What an edit costs

@@ -80,6 +80,20 @@ def test_presets_are_compared_by_the_notebook_itself(source, tmp_path):
         rq3.compat_run(config(source, tmp_path / "rq3", editors=EDITORS, preset="compat"))
 
 
+def test_the_best_radius_by_hand():
+    points = [(0.0, 0.0, 1.0), (1.0, 0.2, 0.9), (2.0, 0.6, 0.8), (3.0, 0.8, 0.6), (4.0, 1.0, 0.1)]
+    columns = ["radius", "generalization", "specificity_rate"]
+    curve = pd.DataFrame(points, columns=columns).assign(dataset="cnle", cases=4)
+    swept = pd.concat([curve.assign(editor="grace", margin=None), curve[:3].assign(editor="a-grace", margin=1.5)])
+    table = rq3.radius_table(swept.reset_index(drop=True)).data
+    assert table["Margin"].tolist() == ["–", "1.5"]
+    assert table["Gen. EM, radius 1"].tolist() == ["20.0", "20.0"], "the paper's radius"
+    assert table["Best radius"].tolist() == ["2.00", "2.00"], "0.6 + 0.8, and the smaller radius of two as good"
+    assert table["Spec. kept, best"].tolist() == ["80.0", "80.0"]
+    read = rq3.radius_reading(swept.reset_index(drop=True))
+    assert "(2.00) generalizes in 60.0 %" in read and "(margin 1.5, radius 2.00) 60.0 % and 80.0 %" in read
+
+
 def test_small_files_are_made_once_and_published(both, monkeypatch, tmp_path):
     chosen, clean, _ = both
     made = []
