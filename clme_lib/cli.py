@@ -40,7 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--subject", default="smollm2-135m", help="registry name, Hugging Face id or folder")
     run.add_argument("--dataset", default="cnle,csne", help="comma-separated: cnle, csne")
-    run.add_argument("--editor", dest="editors", default="none,ft-l,grace", help="comma-separated; see clme list")
+    run.add_argument(
+        "--editor", "--editors", dest="editors", default="none,ft-l,grace", help="comma-separated; see clme list"
+    )
     run.add_argument("--cases", type=_cases, default=8, help="cases per data set, or 'all'")
     run.add_argument("--out", required=True, type=Path, help="the run's folder")
     run.add_argument("--name", default=None, help="the run's name in its records (default: the folder's)")
@@ -79,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     presets = measurement("presets", "what the released program's defects do to an editor", _presets, 30)
     presets.add_argument("--editor", required=True)
     diagnosis = measurement("diagnose", "what weight updates do to losses, before any text is generated", _diagnose, 6)
-    diagnosis.add_argument("--editor", dest="editors", default="ft-l,rome,memit,pmet", help="comma-separated")
+    diagnosis.add_argument(
+        "--editor", "--editors", dest="editors", default="ft-l,rome,memit,pmet", help="comma-separated"
+    )
     measurement("pmet-parts", "what leaving out the attention's vector and spreading cost PMET", _pmet_parts, 6)
     measurement("radius", "A-GRACE's measures as a function of margin and radius", _radius, 30)
     encoders = commands.add_parser(
@@ -99,7 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--subject", default="smollm2-135m", help="registry name, Hugging Face id or folder")
     bench.add_argument("--random-weights", action="store_true", help="of a registered subject's exact shape")
     bench.add_argument("--dataset", default="cnle,csne", help="comma-separated: cnle, csne")
-    bench.add_argument("--editor", dest="editors", default=argparse.SUPPRESS, help="comma-separated (default: all)")
+    bench.add_argument(
+        "--editor", "--editors", dest="editors", default=argparse.SUPPRESS, help="comma-separated (default: all)"
+    )
     bench.add_argument("--cases", type=_positive, default=10, help="edited alone, per data set and editor")
     bench.add_argument(
         "--batches", default="1,8", help="comma-separated sizes whose throughput is measured; '' for none"

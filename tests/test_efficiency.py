@@ -98,7 +98,7 @@ def test_a_device_that_is_too_small_is_refused(monkeypatch):
 def test_every_editor_is_measured_and_the_command_resumes(small_paper_subject, tmp_path, capsys):
     arguments = ["bench", "--subject", "stablecode-3b", "--random-weights", "--device", "cpu", "--cases", "2", "--batches", "1,2",
                  "--out", str(tmp_path)]  # fmt: skip
-    assert cli.main([*arguments, "--editor", "grace,memit"]) == 0
+    assert cli.main([*arguments, "--editors", "grace,memit"]) == 0
     (file,) = tmp_path.glob("*.jsonl")
     before = file.read_text()
     assert cli.main(arguments) == 0
