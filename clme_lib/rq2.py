@@ -7,7 +7,7 @@ import pandas as pd
 
 from .editors import EDITORS
 from .efficiency.floor import Ceilings, Phase
-from .hyperparameters import registered_subjects
+from .hyperparameters import load_settings, registered_subjects
 from .report import Table, dataset_name, editor_name
 
 # CLMEEval's sizes (paper section III-C; of CSNE the paper says a little over 16,000)
@@ -220,11 +220,12 @@ def ceiling_table(measured: pd.DataFrame) -> Table:
     )
 
 
-def projection_table(measured: pd.DataFrame) -> Table:
+def projection_table(measured: pd.DataFrame, plain: pd.DataFrame | None = None) -> Table:
     """Hours that the whole study would take: all of CLMEEval's cases by the nine editor variants, edited and evaluated.
 
     From each variant's measured rate with evaluation, one case at a time and in the best batch; a subject is projected only
-    when all variants were measured on both data sets.
+    when all variants were measured on both data sets. ``plain`` is the table of ``benchmarks/whole_case.py``: what the fixed plain
+    procedure needs for a case on the same machine, of the embedded subject. It is left out for a machine or subject that it lacks.
     """
     rows = []
     batches = measured[measured["kind"] == "throughput"]
@@ -242,12 +243,20 @@ def projection_table(measured: pd.DataFrame) -> Table:
                 "one case at a time (h)": f"{alone:.0f}",
                 "in batches (h)": f"{best:.0f}",
             }
-            rows.append(row | {"ratio": f"{alone / best:.1f}"})
+            row["ratio"] = f"{alone / best:.1f}"
+            slow = (
+                None if plain is None or load_settings(name).subject.source != "embedded" else _plain_hours(plain, keys)
+            )
+            if slow is not None:
+                row |= {"plain procedure (h)": f"{slow:.0f}", "plain / in batches": f"{slow / best:.1f}"}
+            rows.append(row)
     total = sum(PAPER_CASES.values())
     caption = (
         f"Projected hours for {total:,} cases (the paper's data sets; CSNE's lengths as mined here) by {len(VARIANTS)} editor variants, "
         "each edited and evaluated; training and set-up apart."
     )
+    if plain is not None:
+        caption += " The plain procedure's seconds a case are the speed appendix's, whose CSNE prompts have at least 110 tokens."
     return Table(pd.DataFrame(rows).fillna(""), caption, "tab-rq2-projection")
 
 
@@ -264,6 +273,17 @@ def _hours(batches: pd.DataFrame) -> tuple[float, float]:
         alone += PAPER_CASES[dataset] / rates[1] / 3600
         best += PAPER_CASES[dataset] / rates.max() / 3600
     return alone, best
+
+
+def _plain_hours(plain: pd.DataFrame, place: tuple) -> float | None:
+    mine = plain[(plain["device"] == place[3]) & (plain["threads"] == place[4])]
+    # the subject's own values where they were measured: sorted, "subject" comes before "transferred"
+    mine = mine.sort_values("values").drop_duplicates(["editor", "data"]).set_index(["data", "editor"])["plain s/case"]
+    # an encoder adds nothing to speak of to GRACE's edit
+    wanted = [(name, "grace" if "grace" in editor else editor) for name in PAPER_CASES for editor in VARIANTS]
+    if not set(wanted) <= set(mine.index):
+        return None
+    return sum(float(mine[one]) * PAPER_CASES[one[0]] for one in wanted) / 3600
 
 
 def reading(measured: pd.DataFrame) -> str:

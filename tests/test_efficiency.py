@@ -132,6 +132,20 @@ def test_every_editor_is_measured_and_the_command_resumes(small_paper_subject, t
         (one["edit_seconds"] + one["evaluate_seconds"]) * rq2.PAPER_CASES[one["dataset"]] for _, one in rates.iterrows()
     )
     assert float(projection.loc["stablecode-3b", "one case at a time (h)"]) == pytest.approx(alone / 3600, abs=0.5)
+    # ten seconds a case by the plain procedure, whatever the editor; twenty with values that are not the subject's own
+    places = [
+        (data, name) for data in ("cnle", "csne") for name in ("ft-l", "rome", "memit", "pmet", "malmen", "grace")
+    ]
+    plain = pd.DataFrame(
+        {"editor": name, "data": data, "values": values, "plain s/case": seconds, "device": "any", "threads": 2}
+        for data, name in places
+        for values, seconds in (("transferred", 20.0), ("subject", 10.0))
+    )
+    embedded = measured.assign(subject="smollm2-135m", machine="any", threads=2)
+    beside = rq2.projection_table(embedded, plain).data.set_index("Subject").loc["smollm2-135m"]
+    assert float(beside["plain procedure (h)"]) == pytest.approx(10 * 9 * 37_055 / 3600, abs=0.5)
+    assert "plain procedure (h)" not in rq2.projection_table(embedded, plain.iloc[4:]).data
+    assert "plain procedure (h)" not in rq2.projection_table(embedded.assign(threads=3), plain).data
     assert (
         "Not measured, for want of a device that holds them: codellama-7b, codeqwen1.5-7b, smollm2-135m"
         in rq2.reading(measured)

@@ -63,7 +63,7 @@ class BenchConfig(Schema):
 
     ``cases`` are edited alone, per data set and editor; ``batches`` are the sizes whose throughput is measured (none: no
     throughput); ``threads`` is PyTorch's number of CPU threads (0: as it is). ``show`` names a folder of finished measurements to
-    return instead of measuring.
+    return instead of measuring; ``plain`` names the table of ``benchmarks/whole_case.py``, which RQ2's projection is set beside.
     """
 
     subject: str = "smollm2-135m"
@@ -78,6 +78,7 @@ class BenchConfig(Schema):
     seed: int = DEFAULT_SEED
     out: Path = Path("runs/bench")
     show: Path | None = None
+    plain: Path | None = None
 
     @field_validator("batches", mode="before")
     @classmethod
