@@ -98,10 +98,10 @@ rq2.ceiling_table(measured)
 rq2.floor_table(measured)
 
 # %% [markdown]
-# An edit alone leaves the device idle between small products, most of all the codebooks' fifty steps on a dozen
-# columns; batches fill it. Profiled on long prompts, GRACE first spent a third of its time reading prompts, of which 40 % was padding,
-# and multiplied by the vocabulary for as few as 36 labels at a time. Cases of like length are read and edited together since. The
-# two products with the vocabulary in each step are about half of what is left, and they run at the rate of a large product.
+# An edit alone is made of small products, most of all the codebooks' steps on a dozen columns; batches make larger ones of
+# them. The profiler showed that GRACE, on long prompts, spent much of its time reading prompts that were padded to the longest of a batch,
+# and multiplied by the vocabulary for few labels at a time. Cases of like length are read and edited together since. What is
+# left is for the larger part the two products with the vocabulary in each step, and they run at the rate of a large product.
 
 # %% [markdown]
 # ## What the whole study would take
