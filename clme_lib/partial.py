@@ -20,9 +20,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
+from transformers import AttentionInterface, PreTrainedConfig
 
 from .batches import of_like_length
 from .errors import StudyError
@@ -36,30 +39,77 @@ _LABELS_AT_ONCE = {"cpu": 128, "cuda": 4_096}
 _LONGEST_READ = 1.2
 
 
-class _PrefixCache:
-    """Keys and values of the prefix, one pair a block. ``update`` joins without storing, so every step starts afresh."""
+# keys and values of a block's prefix, (B, key heads, P, size) each
+Prefix = dict[int, tuple[torch.Tensor, torch.Tensor]]
+# the one that blocks attend to: not all architectures hand their attention what a caller gives a block
+_PREFIX: ContextVar[Prefix] = ContextVar("prefix")
 
-    def __init__(self, prefix: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        self.prefix = prefix
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_, **__):
-        before_keys, before_values = self.prefix[layer]
-        return torch.cat([before_keys, keys], dim=2), torch.cat([before_values, values], dim=2)
+def _attend_with_prefix(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    *,
+    scaling: float,
+    **_,
+) -> tuple[torch.Tensor, None]:
+    """Attention of the tail's columns, (B, heads, S, size), to the prefix and to the tail: (B, S, heads, size).
+
+    Joining prefix and tail would copy the prefix, once for each head that shares its keys, and compute its gradient, in every step.
+    Only the scores are joined.
+    """
+    rows, heads, columns, size = query.shape
+    before_keys, before_values = (one.flatten(0, 1) for one in _PREFIX.get()[int(module.layer_idx)])  # type: ignore[arg-type]
+    asked = (query * scaling).reshape(len(before_keys), -1, size)
+    scores = torch.cat([asked @ before_keys.mT, asked @ key.flatten(0, 1).mT], dim=-1)
+    scores = scores.view(rows, heads, columns, -1).masked_fill(~attention_mask, -math.inf)
+    shares = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype).view(*asked.shape[:2], -1)
+    seen = before_keys.shape[1]
+    out = shares[..., :seen] @ before_values + shares[..., seen:] @ value.flatten(0, 1)
+    return out.view(rows, heads, columns, size).transpose(1, 2).contiguous(), None
+
+
+_WITH_PREFIX = "clme_with_prefix"
+AttentionInterface.register(_WITH_PREFIX, _attend_with_prefix)
+
+
+@contextmanager
+def _attending_to(prefix: Prefix, config: PreTrainedConfig) -> Iterator[None]:
+    """Blocks of a model with this configuration attend to the prefix as well; nothing changes where there is none."""
+    if not prefix:
+        yield
+        return
+    before = config._attn_implementation
+    config._attn_implementation = _WITH_PREFIX
+    token = _PREFIX.set(prefix)
+    try:
+        yield
+    finally:
+        _PREFIX.reset(token)
+        config._attn_implementation = before
 
 
 class _LabelLoss(torch.autograd.Function):
     """Cross-entropy of labels under a vocabulary head, with the gradient computed in the same pass.
 
     The gradient of ``-log softmax(W h)[y]`` with respect to ``h`` is ``W^T (softmax(W h) - onehot(y))``: the softmax is
-    at hand when the loss is, so the logits of a few labels at a time live only until both are taken from them.
+    at hand when the loss is, so the logits of a few labels at a time live only until both are taken from them. At ``compared``
+    label columns ``KL(p || p_reference)`` is taken from the same logits; its gradient is ``W^T (p (log p - log p_reference - KL))``.
     """
 
     @staticmethod
-    def forward(ctx, states, head, labels):
-        """(N, d) normalised last-block states, the head, (N,) labels -> losses (N,), whether the label is the arg-max (N,)."""
+    def forward(ctx, states, head, labels, compared, reference):
+        """(N, d) normalised last-block states, the head, (N,) labels, (C,) columns to compare and log-probabilities (C, V) or None
+        -> losses (N,), whether the label is the arg-max (N,), divergences (C,), log-probabilities (C, V); these have no gradient.
+        """
         weight = head.weight
         losses, greedy = torch.empty(len(states), device=states.device), torch.empty_like(labels, dtype=torch.bool)
         gradient = torch.empty_like(states)
+        divergences = torch.zeros(len(compared), device=states.device)
+        of_divergences = states.new_zeros(len(compared), states.shape[-1])
+        log_shares = torch.empty(len(compared), len(weight), device=states.device)
         at_once = _LABELS_AT_ONCE[states.device.type]
         for first in range(0, len(states), at_once):
             part = slice(first, first + at_once)
@@ -69,16 +119,36 @@ class _LabelLoss(torch.autograd.Function):
             # PyTorch's own kernel, so that losses round like anybody's cross-entropy
             logits = torch.log_softmax(logits, dim=-1)
             losses[part] = -logits.gather(-1, wanted)[:, 0]
-            logits.exp_().scatter_add_(-1, wanted, torch.full_like(wanted, -1.0, dtype=torch.float32))
-            gradient[part] = logits.to(weight.dtype) @ weight
-        ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(greedy)
-        return losses, greedy
+            mine = compared
+            if len(compared):  # else nothing waits for the device
+                mine = ((compared >= first) & (compared < first + at_once)).nonzero()[:, 0]
+                log_shares[mine] = logits[compared[mine] - first]
+            logits.exp_()
+            if reference is not None:
+                apart = log_shares[mine] - reference[mine]
+                shares = logits[compared[mine] - first]
+                divergences[mine] = (shares * apart).sum(dim=-1)
+                logits = torch.cat([logits, shares * (apart - divergences[mine, None])])
+            logits[: len(wanted)].scatter_add_(-1, wanted, torch.full_like(wanted, -1.0, dtype=torch.float32))
+            product = logits.to(weight.dtype) @ weight
+            gradient[part] = product[: len(wanted)]
+            if reference is not None:
+                of_divergences[mine] = product[len(wanted) :]
+        ctx.save_for_backward(gradient, compared, of_divergences)
+        ctx.mark_non_differentiable(greedy, log_shares)
+        return losses, greedy, divergences, log_shares
 
     @staticmethod
-    def backward(ctx, upstream, _greedy):
-        (gradient,) = ctx.saved_tensors
-        return upstream[:, None].to(gradient.dtype) * gradient, None, None
+    def backward(ctx, of_losses, _greedy, upstream, _log_shares):
+        gradient, compared, of_divergences = ctx.saved_tensors
+        whole = of_losses[:, None].to(gradient.dtype) * gradient
+        return (
+            whole.index_add(0, compared, upstream[:, None].to(gradient.dtype) * of_divergences),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class _DistributionLoss(torch.autograd.Function):
@@ -205,7 +275,7 @@ class PartialForward:
         (count, width), prefix = ids.shape, max(starts)
         above = range(self.layer + 1, len(self.subject.blocks)) if prefix else ()
         tails: dict[str, torch.Tensor] = {}
-        cached: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        cached: Prefix = {}
         for group in of_like_length(ends, _LONGEST_READ):
             first = prefix - max(starts[n] for n in group)
             last = prefix + max(ends[n] - starts[n] for n in group)
@@ -224,7 +294,7 @@ class PartialForward:
                     whole[rows, :, first:] = one[:, :, : prefix - first]
         self.keys, self.outputs, self.residual = tails["keys"], tails["outputs"], tails["residual"]
         self.attention: torch.Tensor | None = tails["attention"]
-        self._cache = _PrefixCache(cached) if prefix else None
+        self._before = cached
 
     def _read(self, ids: torch.Tensor, attended: torch.Tensor, positions: torch.Tensor, use_cache: bool):
         """What layer l reads and writes in one ordinary forward pass, by name, and the pass's K/V."""
@@ -264,7 +334,7 @@ class PartialForward:
             self.outputs = block.mlp(block.post_attention_layernorm(self.residual))
         finally:
             handle.remove()
-        (self.keys,), self.attention, self._cache = kept, None, None
+        (self.keys,), self.attention, self._before = kept, None, {}
 
     def select(self, rows: torch.Tensor) -> PartialForward:
         """The same for some of the rows (indices in ascending order): those of cases that are still being optimised."""
@@ -273,8 +343,7 @@ class PartialForward:
             if getattr(self, name) is not None:
                 setattr(chosen, name, getattr(self, name)[rows])
         chosen._rotary = tuple(part[rows] if len(part) > 1 else part for part in self._rotary)
-        if self._cache:
-            chosen._cache = _PrefixCache({n: (k[rows], v[rows]) for n, (k, v) in self._cache.prefix.items()})
+        chosen._before = {n: (keys[rows], values[rows]) for n, (keys, values) in self._before.items()}
         place = torch.full((len(self.touched),), -1, device=rows.device)
         place[rows] = torch.arange(len(rows), device=rows.device)
         kept = place[self.label_rows] >= 0
@@ -300,21 +369,36 @@ class PartialForward:
         if outputs.shape != self.outputs.shape:
             raise StudyError(f"outputs have shape {tuple(outputs.shape)}, expected {tuple(self.outputs.shape)}")
         hidden = self.residual + outputs.to(self.residual.dtype)
-        for block in self.subject.blocks[self.layer + 1 :]:
-            hidden = block(
-                hidden,
-                attention_mask=self._mask,
-                position_ids=self._positions,
-                past_key_values=self._cache,
-                position_embeddings=self._rotary,
-            )
-            if isinstance(hidden, tuple):  # older transformers return a tuple
-                hidden = hidden[0]
+        with _attending_to(self._before, self.subject.model.config):
+            for block in self.subject.blocks[self.layer + 1 :]:
+                hidden = block(
+                    hidden,
+                    attention_mask=self._mask,
+                    position_ids=self._positions,
+                    position_embeddings=self._rotary,
+                )
+                if isinstance(hidden, tuple):  # older transformers return a tuple
+                    hidden = hidden[0]
         return self.subject.decoder.norm(hidden[self.label_rows, self.label_columns])
 
     def label_losses(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy of each label (N,), and whether the label is the arg-max (N,), from :meth:`states`."""
-        return _LabelLoss.apply(states, self.subject.model.lm_head, self.labels)
+        nothing = self.labels.new_zeros(0)
+        return _LabelLoss.apply(states, self.subject.model.lm_head, self.labels, nothing, None)[:2]
+
+    def compared_losses(
+        self, states: torch.Tensor, compared: torch.Tensor, reference: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """:meth:`label_losses`, and how far some next-token distributions have moved.
+
+        Args:
+            compared: (C,) indices of labels, before which the distribution is looked at.
+            reference: (C, vocabulary) log-probabilities that it is compared with; None for itself.
+
+        Returns:
+            losses (N,); arg-max hits (N,); ``KL(p || p_reference)`` in nats (C,); log-probabilities (C, vocabulary), without gradient.
+        """
+        return _LabelLoss.apply(states, self.subject.model.lm_head, self.labels, compared, reference)
 
     def row_means(self, per_label: torch.Tensor) -> torch.Tensor:
         """Mean over each row's labels, (B,)."""

@@ -7,6 +7,7 @@ import plain
 import pytest
 import torch
 
+from clme_lib import partial
 from clme_lib.batches import of_like_length
 from clme_lib.datasets import load_cases
 from clme_lib.editors import load_editor
@@ -23,6 +24,31 @@ def weights_hash(subject) -> str:
 
 def close(one, other, tolerance=1e-4):
     return torch.linalg.vector_norm(one - other) <= tolerance * torch.linalg.vector_norm(other)
+
+
+@pytest.mark.parametrize("at_once", [2, 5, 1000])
+def test_losses_and_divergences_by_parts_equal_autograd(llama, cases, monkeypatch, at_once):
+    """Values and gradient of both, whether the logits of two labels exist at one time or of all."""
+    monkeypatch.setitem(partial._LABELS_AT_ONCE, "cpu", at_once)
+    tokenized = [tokenize(llama.tokenizer, case.prompt, case.target) for case in cases]
+    forward = PartialForward(llama, tokenized, 1, from_lookup=True)
+    compared = torch.tensor([0, 3, len(forward.labels) - 1])
+    drawn = torch.Generator().manual_seed(0)
+    shape = len(forward.labels), llama.hidden_size
+    start, other = (torch.randn(shape, generator=drawn) for _ in range(2))
+    reference = forward.compared_losses(other, compared, None)[3]
+    assert forward.compared_losses(other, compared, reference)[2].abs().max() < 1e-6
+    weights = torch.rand(shape[0], generator=drawn), torch.rand(3, generator=drawn)
+    states, same = (start.clone().requires_grad_(True) for _ in range(2))
+    losses, _, moved, logs = forward.compared_losses(states, compared, reference)
+    ((weights[0] * losses).sum() + (weights[1] * moved).sum()).backward()
+    all_logs = llama.model.lm_head(same).log_softmax(-1)
+    plain_losses = -all_logs.gather(-1, forward.labels[:, None])[:, 0]
+    plain_moved = (all_logs[compared].exp() * (all_logs[compared] - reference)).sum(-1)
+    ((weights[0] * plain_losses).sum() + (weights[1] * plain_moved).sum()).backward()
+    assert torch.allclose(losses, plain_losses, atol=1e-5) and torch.allclose(moved, plain_moved, atol=1e-5)
+    assert torch.allclose(logs, all_logs[compared], atol=1e-5) and plain_moved.min() > 1e-3
+    assert close(states.grad, same.grad, 1e-5)
 
 
 @pytest.mark.parametrize("from_lookup", [True, False])

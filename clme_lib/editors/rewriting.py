@@ -135,23 +135,27 @@ class Rewriting:
         bare = self.bare[cases] % each + torch.arange(len(cases), device=rows.device) * each
         return Rewriting(self.forward.select(rows), self.cases[cases], place // each, self.scored[rows], bare)
 
-    def evaluate(self, changed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def evaluate(
+        self, changed: torch.Tensor, reference: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """With ``changed`` (R, d) as W_l's output at the lookup columns.
+
+        Args:
+            reference: (B, vocabulary) log-distribution to compare with that after the bare prompt; None for itself.
 
         Returns:
             mean negative log-likelihood of each case's target (B,); whether every target token of all its rows is
-            the arg-max (B,); log-distribution after the bare prompt (B, vocabulary).
+            the arg-max (B,); the divergence from the reference (B,); log-distribution after the bare prompt (B, vocabulary).
         """
         forward = self.forward
         states = forward.states(forward.with_touched(changed))
-        losses, greedy = forward.label_losses(states)
+        first_label = forward.label_counts.cumsum(0)[self.bare] - forward.label_counts[self.bare]
+        losses, greedy, moved, after_bare = forward.compared_losses(states, first_label, reference)
         per_row = forward.row_means(losses)[self.scored]
         missed = torch.zeros(len(self.cases), dtype=torch.long, device=states.device)
         labels_scored = self.scored[forward.label_rows]
         missed = missed.index_add(0, self.owner[forward.label_rows], ((~greedy) & labels_scored).long())
-        first_label = forward.label_counts.cumsum(0)[self.bare] - forward.label_counts[self.bare]
-        after_bare = forward.subject.model.lm_head(states[first_label]).float().log_softmax(dim=-1)
-        return per_row.view(len(self.cases), -1).mean(dim=1), missed == 0, after_bare
+        return per_row.view(len(self.cases), -1).mean(dim=1), missed == 0, moved, after_bare
 
 
 # outputs of W_l at the lookup columns (R, d), given the rows and each case's vectors (R, d each, repeated by row)
@@ -213,10 +217,12 @@ class RewritingEditor(Editor[Values]):
                 rewriting = rewriting.select(torch.tensor(keep, device=self.subject.device))
             mine = rewriting.cases
             by_row = mine[rewriting.owner]
-            nll, agreed, after_bare = rewriting.evaluate(place(rewriting, [delta[by_row] for delta in deltas]))
+            nll, agreed, moved, after_bare = rewriting.evaluate(
+                place(rewriting, [delta[by_row] for delta in deltas]), None if reference is None else reference[mine]
+            )
             if reference is None:
-                reference = after_bare.detach()
-            kl = values.kl_factor * (after_bare.exp() * (after_bare - reference[mine])).sum(dim=-1)
+                reference = after_bare
+            kl = values.kl_factor * moved
             decay = sum(delta[mine].norm(dim=-1) / size[mine] ** 2 for delta, size in zip(deltas, sizes))
             total = factor[mine] * nll + kl + values.weight_decay * decay
             stop = self._stops(total.detach(), agreed, kl.detach(), factor, mine)
