@@ -115,18 +115,30 @@ def _layer_hook(applied: Applied, layer: int, device: torch.device) -> Callable:
         if members:
             changes.append((members, kind.stack([applied.edits[n] for n in members], layer, device)))
 
+    # which rows a change acts on, as the hook needs it, for the owners it was made for: the same in each pass of a generation
+    placed: list[tuple[list[int], torch.Tensor, torch.Tensor]] = []
+    known: list[int] | None = None
+
+    def place(owners: list[int]) -> None:
+        nonlocal known
+        placed.clear()
+        for members, _ in changes:
+            at = {edit: n for n, edit in enumerate(members)}
+            mine = [row for row, edit in enumerate(owners) if edit in at]
+            stacked = torch.tensor([at[owners[row]] for row in mine], device=device, dtype=torch.long)
+            placed.append((mine, torch.tensor(mine, device=device, dtype=torch.long), stacked))
+        known = list(owners)
+
     def hook(_module, args, output):
         inputs = args[0]
         owners = applied.rows_of(len(inputs))
-        for members, change in changes:
-            place = {edit: n for n, edit in enumerate(members)}
-            mine = [row for row, edit in enumerate(owners) if edit in place]
+        if owners != known:
+            place(owners)
+        for (_, change), (mine, index, stacked) in zip(changes, placed):
             applied.batch_rows = mine
-            stacked = torch.tensor([place[owners[row]] for row in mine], device=device, dtype=torch.long)
             if len(mine) == len(owners):
                 output = change(inputs, output, stacked, applied)
             elif mine:
-                index = torch.tensor(mine, device=device)
                 whole, applied.mask = applied.mask, applied.mask[index] if applied.mask is not None else None
                 changed = change(inputs[index], output[index], stacked, applied)
                 applied.mask = whole

@@ -28,6 +28,8 @@ FLUENCY_TOP_K = 5
 # caches, large enough to keep a GPU busy
 _ROWS = {"cpu": 64, "cuda": 512}
 _PREFILL_TOKENS = {"cpu": 2_048, "cuda": 32_768}
+# steps between two looks at which rows have ended: each waits for the device
+_LOOK_EVERY = {"cpu": 1, "cuda": 8}
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ def _decode(
 ) -> list[tuple[str, list[int]]]:
     """Continue prompts token by token, all rows together, each to its own budget or EOS.
 
-    Finished rows leave the batch once they are a quarter of it: budgets differ a lot (16 tokens against 64).
+    Finished rows leave the batch once they are a quarter of it: budgets differ a lot (16 tokens against 64). Until then
+    they repeat EOS, which is cut off.
     """
     device, eos = subject.device, subject.tokenizer.eos_token_id
     width = max(len(prompt.ids) for prompt in prompts)
@@ -163,11 +166,13 @@ def _decode(
                 token = torch.where(sampled[rows], _sample(logits, noise[rows, step]), token)
             new[rows, step] = torch.where(done, eos, token)
             done = done | (token == eos) | (budgets[rows] <= step + 1)
-            going = int((~done).sum())
-            if not going or step + 1 == steps:
+            if step + 1 == steps:
                 break
-            if going <= 0.75 * len(rows):
-                keep = (~done).nonzero()[:, 0]
+            looks = (step + 1) % _LOOK_EVERY[device.type] == 0
+            keep = (~done).nonzero()[:, 0] if looks else rows
+            if not len(keep):
+                break
+            if len(keep) <= 0.75 * len(rows):
                 rows, done, mask = rows[keep], done[keep], mask[keep]
                 for layer in cache.layers:
                     layer.batch_select_indices(keep)

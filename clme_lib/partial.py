@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface, PreTrainedConfig
@@ -91,42 +93,52 @@ def _attending_to(prefix: Prefix, config: PreTrainedConfig) -> Iterator[None]:
         config._attn_implementation = before
 
 
+class Places(NamedTuple):
+    """Indices of labels in ascending order, both where the host and where the device can read them without the other."""
+
+    known: tuple[int, ...]
+    there: torch.Tensor
+
+    @classmethod
+    def of(cls, indices: torch.Tensor) -> Places:
+        return cls(tuple(indices.tolist()), indices)
+
+
 class _LabelLoss(torch.autograd.Function):
     """Cross-entropy of labels under a vocabulary head, with the gradient computed in the same pass.
 
     The gradient of ``-log softmax(W h)[y]`` with respect to ``h`` is ``W^T (softmax(W h) - onehot(y))``: the softmax is
     at hand when the loss is, so the logits of a few labels at a time live only until both are taken from them. At ``compared``
-    label columns ``KL(p || p_reference)`` is taken from the same logits; its gradient is ``W^T (p (log p - log p_reference - KL))``.
+    labels' columns ``KL(p || p_reference)`` is taken from the same logits; its gradient is ``W^T (p (log p - log p_reference - KL))``.
     """
 
     @staticmethod
     def forward(ctx, states, head, labels, compared, reference):
-        """(N, d) normalised last-block states, the head, (N,) labels, (C,) columns to compare and log-probabilities (C, V) or None
+        """(N, d) normalised last-block states, the head, (N,) labels, the C to compare at and log-probabilities (C, V) or None
         -> losses (N,), whether the label is the arg-max (N,), divergences (C,), log-probabilities (C, V); these have no gradient.
         """
         weight = head.weight
         losses, greedy = torch.empty(len(states), device=states.device), torch.empty_like(labels, dtype=torch.bool)
         gradient = torch.empty_like(states)
-        divergences = torch.zeros(len(compared), device=states.device)
-        of_divergences = states.new_zeros(len(compared), states.shape[-1])
-        log_shares = torch.empty(len(compared), len(weight), device=states.device)
+        places = compared.there
+        divergences = torch.zeros(len(places), device=states.device)
+        of_divergences = states.new_zeros(len(places), states.shape[-1])
+        log_shares = torch.empty(len(places), len(weight), device=states.device)
         at_once = _LABELS_AT_ONCE[states.device.type]
         for first in range(0, len(states), at_once):
             part = slice(first, first + at_once)
+            mine = slice(bisect_left(compared.known, first), bisect_left(compared.known, first + at_once))
             wanted = labels[part, None]
             logits = head(states[part]).float()
             greedy[part] = logits.argmax(dim=-1) == labels[part]
             # PyTorch's own kernel, so that losses round like anybody's cross-entropy
             logits = torch.log_softmax(logits, dim=-1)
             losses[part] = -logits.gather(-1, wanted)[:, 0]
-            mine = compared
-            if len(compared):  # else nothing waits for the device
-                mine = ((compared >= first) & (compared < first + at_once)).nonzero()[:, 0]
-                log_shares[mine] = logits[compared[mine] - first]
+            log_shares[mine] = logits[places[mine] - first]
             logits.exp_()
             if reference is not None:
                 apart = log_shares[mine] - reference[mine]
-                shares = logits[compared[mine] - first]
+                shares = logits[places[mine] - first]
                 divergences[mine] = (shares * apart).sum(dim=-1)
                 logits = torch.cat([logits, shares * (apart - divergences[mine, None])])
             logits[: len(wanted)].scatter_add_(-1, wanted, torch.full_like(wanted, -1.0, dtype=torch.float32))
@@ -134,16 +146,16 @@ class _LabelLoss(torch.autograd.Function):
             gradient[part] = product[: len(wanted)]
             if reference is not None:
                 of_divergences[mine] = product[len(wanted) :]
-        ctx.save_for_backward(gradient, compared, of_divergences)
+        ctx.save_for_backward(gradient, places, of_divergences)
         ctx.mark_non_differentiable(greedy, log_shares)
         return losses, greedy, divergences, log_shares
 
     @staticmethod
     def backward(ctx, of_losses, _greedy, upstream, _log_shares):
-        gradient, compared, of_divergences = ctx.saved_tensors
+        gradient, places, of_divergences = ctx.saved_tensors
         whole = of_losses[:, None].to(gradient.dtype) * gradient
         return (
-            whole.index_add(0, compared, upstream[:, None].to(gradient.dtype) * of_divergences),
+            whole.index_add(0, places, upstream[:, None].to(gradient.dtype) * of_divergences),
             None,
             None,
             None,
@@ -369,30 +381,33 @@ class PartialForward:
         if outputs.shape != self.outputs.shape:
             raise StudyError(f"outputs have shape {tuple(outputs.shape)}, expected {tuple(self.outputs.shape)}")
         hidden = self.residual + outputs.to(self.residual.dtype)
-        with _attending_to(self._before, self.subject.model.config):
-            for block in self.subject.blocks[self.layer + 1 :]:
-                hidden = block(
-                    hidden,
-                    attention_mask=self._mask,
-                    position_ids=self._positions,
-                    position_embeddings=self._rotary,
-                )
-                if isinstance(hidden, tuple):  # older transformers return a tuple
-                    hidden = hidden[0]
+        for block in self.subject.blocks[self.layer + 1 :]:
+            hidden = self.through(block, hidden)
         return self.subject.decoder.norm(hidden[self.label_rows, self.label_columns])
+
+    def through(self, block: Callable[..., Any], hidden: torch.Tensor) -> torch.Tensor:
+        """The stream (B, S, d) at the tail columns after a block above the edited layer, from that before it."""
+        with _attending_to(self._before, self.subject.model.config):
+            after = block(
+                hidden,
+                attention_mask=self._mask,
+                position_ids=self._positions,
+                position_embeddings=self._rotary,
+            )
+        return after[0] if isinstance(after, tuple) else after  # older transformers return a tuple
 
     def label_losses(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy of each label (N,), and whether the label is the arg-max (N,), from :meth:`states`."""
-        nothing = self.labels.new_zeros(0)
-        return _LabelLoss.apply(states, self.subject.model.lm_head, self.labels, nothing, None)[:2]
+        nowhere = Places((), self.labels.new_zeros(0))
+        return _LabelLoss.apply(states, self.subject.model.lm_head, self.labels, nowhere, None)[:2]
 
     def compared_losses(
-        self, states: torch.Tensor, compared: torch.Tensor, reference: torch.Tensor | None
+        self, states: torch.Tensor, compared: Places, reference: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """:meth:`label_losses`, and how far some next-token distributions have moved.
 
         Args:
-            compared: (C,) indices of labels, before which the distribution is looked at.
+            compared: C labels, before which the distribution is looked at.
             reference: (C, vocabulary) log-probabilities that it is compared with; None for itself.
 
         Returns:

@@ -68,7 +68,7 @@ def cost_table(measured: pd.DataFrame) -> Table:
         )
     caption = (
         "One edit at a time: median seconds with quartiles, and median peak memory with what was in use before the edit. Set-up "
-        "(statistics, context templates and encoders, from the cache where they are there) and one warm-up edit are outside."
+        "(statistics, context templates and encoders, from the cache where they are there) and a warm-up are outside."
     )
     return Table(pd.DataFrame(rows), caption, "tab-rq2-cost")
 

@@ -33,11 +33,11 @@ from .errors import StudyError
 from .evaluation import failed, score
 from .hyperparameters import Schema, parse
 from .jsonl import append_rows, read_rows
-from .memory import is_out_of_memory
+from .memory import is_out_of_memory, raising_when_full
 from .prompts import DATASETS, Preset
 from .records import Record, frame, read_records
 from .seeds import DEFAULT_SEED
-from .subjects import Subject, load_subject
+from .subjects import Subject, load_subject, torch_device
 
 # what two starts of one run must agree on; the number of cases may grow, batching is free
 _IDENTITY = ("name", "subject", "source", "preset", "values", "seed", "dtype")
@@ -116,14 +116,15 @@ def run(config: RunConfig) -> pd.DataFrame:
                if _missing(config, name, editor, chosen[name])]  # fmt: skip
     _check_same_run(config)
     if pending:
-        subject = load_subject(config.subject, config.device, config.dtype)
-        editors = {name: load_editor(name, subject, values=config.values, preset=config.preset, seed=config.seed)  # type: ignore[arg-type]
-                   for name in dict.fromkeys(editor for _, editor in pending)}  # fmt: skip
-        start = _start(config, subject, editors, chosen)
-        for name, editor in pending:
-            missing = _missing(config, name, editor, chosen[name])
-            _complete(config, subject, editors[editor], chosen[name], missing)
-        _write_manifest(config, {**start, "finished": provenance.now()})
+        with raising_when_full(torch_device(config.device)):
+            subject = load_subject(config.subject, config.device, config.dtype)
+            editors = {name: load_editor(name, subject, values=config.values, preset=config.preset, seed=config.seed)  # type: ignore[arg-type]
+                       for name in dict.fromkeys(editor for _, editor in pending)}  # fmt: skip
+            start = _start(config, subject, editors, chosen)
+            for name, editor in pending:
+                missing = _missing(config, name, editor, chosen[name])
+                _complete(config, subject, editors[editor], chosen[name], missing)
+            _write_manifest(config, {**start, "finished": provenance.now()})
     return load_run(config.out, chosen=chosen, editors=config.editors)
 
 

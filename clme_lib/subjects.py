@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from . import embedded_subject
 from .errors import StudyError
 from .hyperparameters import SubjectSettings, load_settings, registered_subjects
+from .memory import free_memory_bytes, is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -111,7 +112,7 @@ def load_subject(name: str, device: str = "auto", dtype: str = "auto") -> Subjec
         dtype: ``auto`` (float32 on every device), ``float32``, ``bfloat16`` or ``float16``.
 
     Raises:
-        StudyError: unknown name, failed download, unsupported architecture, or no such device or dtype.
+        StudyError: unknown name, failed download, unsupported architecture, no such device or dtype, or too little memory.
     """
     place = torch_device(device)
     if dtype != "auto" and dtype not in DTYPES:
@@ -135,13 +136,20 @@ def load_subject(name: str, device: str = "auto", dtype: str = "auto") -> Subjec
         model = AutoModelForCausalLM.from_pretrained(
             location, dtype=kind, use_safetensors=True, attn_implementation="sdpa", **options
         )
+        _require_layout(name, model)
+        model.to(place)  # type: ignore[arg-type]  # transformers decorates torch's method
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise StudyError(
+            f"subject {name!r} in {str(kind).removeprefix('torch.')} does not fit into the memory of {place} "
+            f"({free_memory_bytes(place) / 2**30:.1f} GiB are free): use a 16-bit dtype, a smaller subject or a larger device"
+        ) from error
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise StudyError(
             f"subject {name!r} could not be loaded from {location!r}: {_first_line(error)}. Check the name and the "
             "network (or log in for gated models); weights must be safetensors, code from the hub is never run."
         ) from error
-    _require_layout(name, model)
-    model.to(place)  # type: ignore[arg-type]  # transformers decorates torch's method
     return prepare(name, model, tokenizer, settings, _fingerprint(location, model, settings))
 
 

@@ -59,8 +59,8 @@ rq2.circumstances(measured)
 # %% [markdown]
 # ## One edit at a time
 #
-# The clock runs around the whole edit: tokenising, optimising, solving. Statistics, context templates, encoders and a first edit to warm
-# up are outside. Memory is the allocator's peak on a GPU and the process's on a CPU, where it includes Python and its libraries.
+# The clock runs around the whole edit: tokenising, optimising, solving. Statistics, context templates, encoders and a warm-up
+# are outside. Memory is the allocator's peak on a GPU and the process's on a CPU, where it includes Python and its libraries.
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Median seconds of one edit, with quartiles (logarithmic).", "name": "fig-rq2-time"}}
 rq2.cost_figure(measured, "seconds")

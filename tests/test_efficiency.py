@@ -1,6 +1,7 @@
 """Measurements, floors, shape-only subjects, and batches that fit the memory."""
 
 import json
+import sys
 
 import pandas as pd
 import pytest
@@ -17,6 +18,8 @@ from clme_lib.errors import StudyError
 from clme_lib.hyperparameters import Shape, SubjectSettings, load_settings, registered_subjects
 from clme_lib.prompts import tokenize
 from clme_lib.seeds import DEFAULT_SEED
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems neither tell nor bound what a process takes")
 
 PAPER = ("codellama-7b", "codeqwen1.5-7b", "stablecode-3b")
 # layers and sizes of the paper's values, for four blocks
@@ -270,6 +273,37 @@ def test_a_run_goes_on_in_smaller_batches(tiny, source, monkeypatch, tmp_path):
     assert list(failed["case_id"]) == [3] and "does not suffice" in failed["error"].iloc[0]
     with pytest.raises(StudyError, match="batch_size: .*at least 1 is needed, or auto"):
         runs.make_config(batch_size="many")
+
+
+@linux
+def test_too_much_memory_raises_instead_of_ending_the_process(monkeypatch):
+    cpu = torch.device("cpu")
+    before = memory.resource.getrlimit(memory.resource.RLIMIT_DATA)
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda device: 2**28)
+    with memory.raising_when_full(cpu):
+        torch.empty(2**26, dtype=torch.uint8)
+        with pytest.raises(RuntimeError) as refused:
+            torch.empty(2**30, dtype=torch.uint8)
+    assert memory.is_out_of_memory(refused.value)
+    assert memory.resource.getrlimit(memory.resource.RLIMIT_DATA) == before
+    assert torch.empty(2**30, dtype=torch.uint8).numel() == 2**30
+
+
+@linux
+def test_a_limit_of_the_process_or_its_group_counts_as_what_is_free(monkeypatch, tmp_path):
+    for name, text in {
+        "memory.max": "4096",
+        "memory.current": "3000",
+        "memory.stat": "anon 5\ninactive_file 900",
+    }.items():
+        (tmp_path / name).write_text(text)
+    limited = "memory.max", "memory.current"
+    assert memory._free_in(tmp_path, "/", *limited) == memory._free_in(tmp_path, "/gone", *limited) == 1996
+    (tmp_path / "memory.max").write_text("max")
+    assert memory._free_in(tmp_path, "/", *limited) == float("inf")
+    monkeypatch.setattr(memory.resource, "getrlimit", lambda which: (2**40, 2**40))
+    assert 2**39 < memory._below_limit("RLIMIT_AS", "VmSize:") < 2**40
+    assert memory.free_memory_bytes(torch.device("cpu")) < 2**40
 
 
 def test_free_memory_is_told():

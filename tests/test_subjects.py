@@ -16,7 +16,7 @@ from clme_lib.hyperparameters import load_settings, parse, registered_subjects, 
 from clme_lib.subjects import load_subject
 
 
-def test_a_local_folder_is_a_subject(tmp_path, subject):
+def test_a_local_folder_is_a_subject(tmp_path, subject, monkeypatch):
     folder = tmp_path / "model"
     subject.model.save_pretrained(folder)
     subject.tokenizer.save_pretrained(folder)
@@ -27,6 +27,15 @@ def test_a_local_folder_is_a_subject(tmp_path, subject):
     assert loaded.tokenizer.padding_side == "left" and loaded.tokenizer.pad_token_id == loaded.tokenizer.eos_token_id
     half = load_subject(str(folder), "cpu", "bfloat16")
     assert half.dtype_name == "bfloat16"
+
+    def full(*_args, **_options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("clme_lib.subjects.AutoModelForCausalLM.from_pretrained", full)
+    with pytest.raises(
+        StudyError, match=r"in bfloat16 does not fit into the memory of cpu \(.* GiB are free\): use a 16-bit"
+    ):
+        load_subject(str(folder), "cpu", "bfloat16")
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ import pandas as pd
 import plain
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clme_lib import datasets, diagnosis
 from clme_lib.diagnosis import diagnose
-from clme_lib.editors import load_editor
+from clme_lib.editors import load_editor, rewriting
 from clme_lib.editors.rewriting import Rewriting, misplaced, rewriting_rows
 from clme_lib.editors.statistics import SecondMoment, second_moments
 from clme_lib.errors import StudyError
@@ -143,6 +144,54 @@ def test_batch_of_twenty_equals_one_by_one(llama, name, corpus, many_cases):
         assert alone.log.losses == pytest.approx(edit.log.losses, rel=1e-3)
         for layer in edit.layers:
             assert close(edit.delta(layer), alone.delta(layer), 5e-3)
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_the_host_may_look_seldom(llama, corpus, many_cases, monkeypatch, name):
+    """A case that has stopped stays as it was, however long the host takes to notice."""
+    editor = editor_of(name, llama, corpus, steps=12, loss_floor=5.62)
+    often = editor.edit(many_cases[:6])
+    assert len({edit.log.steps for edit in often}) > 1, "the test needs cases that stop at different times"
+    monkeypatch.setitem(rewriting._LOOK_EVERY, "cpu", 5)
+    for one, other in zip(often, editor.edit(many_cases[:6])):
+        assert one.log.steps == other.log.steps and one.log.losses == pytest.approx(other.log.losses, rel=1e-4)
+        for layer in one.layers:
+            assert close(one.delta(layer), other.delta(layer), 1e-3)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a device: reading a number, and finding where something is true."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._overloadpacket.__name__
+        masks = name in ("index", "index_put", "index_put_") and any(
+            one is not None and one.dtype == torch.bool for one in args[1]
+        )
+        if masks or name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero"):
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [*SMALL, "grace"])
+def test_steps_do_not_wait_for_the_device(llama, cases, corpus, monkeypatch, name):
+    """Twice the steps, and no more waiting."""
+    monkeypatch.setitem(rewriting._LOOK_EVERY, "cpu", 100)
+    counts = []
+    for steps in (8, 16):
+        editor = (
+            editor_of(name, llama, corpus, steps=steps, loss_floor=0.0)
+            if name in SMALL
+            else load_editor(name, llama, layer=2, steps=steps)
+        )
+        editor.edit(cases[:2])  # what is made once
+        with Waits() as waits:
+            editor.edit(cases[:2])
+        counts.append(waits.count - steps)  # Adam reads its own count, which the host has
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("name", list(SMALL))

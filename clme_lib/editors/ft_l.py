@@ -52,6 +52,7 @@ class FTL(Editor[FTLHyperparameters]):
         for _ in range(values.steps):
             changes = torch.stack([key @ delta.T for key, delta in zip(keys, deltas)])
             current = forward.losses(forward.outputs + changes.to(forward.outputs.dtype))
+            # this look waits for the device; a step of a case that has stopped would cost seven passes over its matrix
             for n, loss in enumerate(current.tolist()):
                 if n in active:
                     losses[n].append(loss)

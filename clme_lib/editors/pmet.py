@@ -60,7 +60,7 @@ class PMET(MEMIT):
     def _stops(self, total, agreed, kl, factor, cases):
         low = total < self.values.loss_floor
         factor[cases] = torch.where(agreed, self.values.agreement_factor, 1.0)
-        return (low | (agreed & (kl <= self.values.kl_stop))).tolist()
+        return low | (agreed & (kl <= self.values.kl_stop))
 
     @staticmethod
     def _held(read):

@@ -10,7 +10,8 @@ module's output at the lookup token of every row and learnt by Adam, to lower (p
 An iteration evaluates L; stops the case when L is below ``loss_floor`` or this was the last of ``steps`` evaluations; else
 makes an Adam update and shortens delta to ``clamp * |v_0|``. A case whose loss is no longer finite keeps the last delta
 whose loss was. Cases of a batch share nothing: the batch's loss is the sum of theirs, a stopped case's delta is
-restored after each update, and its rows leave the batch once a quarter of the cases have stopped.
+restored after each update, and its rows leave the batch once a quarter of the cases have stopped. Which have is known to
+the device; the host looks now and then, because each look waits.
 
 The released program misplaces rows (it reads columns counted without padding from a batch padded on the left) and
 tokenises targets alone, without the space before them. ``padding="released"`` and ``targets="alone"`` do as it does.
@@ -18,6 +19,7 @@ tokenises targets alone, without the space before them. ``padding="released"`` a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeVar
@@ -29,11 +31,14 @@ from ..datasets.cases import Case
 from ..edits import EditLog
 from ..errors import StudyError
 from ..hyperparameters import Schema
-from ..partial import PartialForward, longest_above
+from ..partial import PartialForward, Places, longest_above
 from ..prompts import PlacedRow, Row, encode, tokenize
 from ..subjects import Subject
 from .base import Editor
 from .contexts import context_templates
+
+# steps between two looks at which cases have stopped: a look waits for the device, and a stopped case costs a step of its rows
+_LOOK_EVERY = {"cpu": 1, "cuda": 5}
 
 
 class RewritingHyperparameters(Schema):
@@ -97,12 +102,15 @@ class Rewriting:
         cases: (B,) which cases of the editor's batch these are.
         forward: the partial forward pass over all their rows.
         owner: (R,) the case of each row, as an index into ``cases``.
-        scored: (R,) True for rows whose labels enter the loss.
-        bare: (B,) the row from which the next-token distribution of the bare prompt is read.
+        scored: (R,) True for rows whose labels enter the loss; scored_rows: their indices.
+        bare: (B,) the row from which the next-token distribution of the bare prompt is read; after_bare: the places of
+            their first labels among all.
     """
 
     def __init__(self, forward: PartialForward, cases, owner, scored, bare) -> None:
         self.forward, self.cases, self.owner, self.scored, self.bare = forward, cases, owner, scored, bare
+        self.scored_rows = scored.nonzero()[:, 0]
+        self.after_bare = Places.of(forward.label_counts.cumsum(0)[bare] - forward.label_counts[bare])
 
     @classmethod
     def of(cls, subject: Subject, rows: Sequence[Sequence[Row]], contexts: int, layer: int) -> Rewriting:
@@ -125,7 +133,7 @@ class Rewriting:
 
     def context_rows(self, per_row: torch.Tensor) -> torch.Tensor:
         """(B, 6, x) of a tensor by row: those of each case's rows with a target."""
-        return per_row[self.scored].view(len(self.cases), -1, *per_row.shape[1:])
+        return per_row[self.scored_rows].view(len(self.cases), -1, *per_row.shape[1:])
 
     def select(self, cases: torch.Tensor) -> Rewriting:
         """The same for some of the cases (indices into ``self.cases``, ascending)."""
@@ -149,9 +157,8 @@ class Rewriting:
         """
         forward = self.forward
         states = forward.states(forward.with_touched(changed))
-        first_label = forward.label_counts.cumsum(0)[self.bare] - forward.label_counts[self.bare]
-        losses, greedy, moved, after_bare = forward.compared_losses(states, first_label, reference)
-        per_row = forward.row_means(losses)[self.scored]
+        losses, greedy, moved, after_bare = forward.compared_losses(states, self.after_bare, reference)
+        per_row = forward.row_means(losses)[self.scored_rows]
         missed = torch.zeros(len(self.cases), dtype=torch.long, device=states.device)
         labels_scored = self.scored[forward.label_rows]
         missed = missed.index_add(0, self.owner[forward.label_rows], ((~greedy) & labels_scored).long())
@@ -199,22 +206,17 @@ class RewritingEditor(Editor[Values]):
         Raises:
             StudyError: a case's loss is not finite before the first update.
         """
-        values = self.values
-        count = len(cases)
+        values, count, device = self.values, len(cases), self.subject.device
         sizes = [start.float().norm(dim=-1) for start in initial]
         deltas = [torch.zeros_like(start, dtype=torch.float32, requires_grad=True) for start in initial]
         before = [delta.detach().clone() for delta in deltas]
         optimizer = torch.optim.Adam(deltas, lr=values.lr)
-        factor = torch.ones(count, device=self.subject.device)
-        losses: list[list[float]] = [[] for _ in cases]
-        updates = [0] * count
-        going = set(range(count))
+        factor = torch.ones(count, device=device)
+        going = torch.ones(count, dtype=torch.bool, device=device)
+        updates = torch.zeros(count, dtype=torch.long, device=device)
+        losses = torch.full((values.steps, count), math.nan, device=device)
         reference = None
         for iteration in range(values.steps):
-            if len(going) <= 0.75 * len(rewriting.cases):
-                now = rewriting.cases.tolist()
-                keep = [n for n, case in enumerate(now) if case in going]
-                rewriting = rewriting.select(torch.tensor(keep, device=self.subject.device))
             mine = rewriting.cases
             by_row = mine[rewriting.owner]
             nll, agreed, moved, after_bare = rewriting.evaluate(
@@ -225,39 +227,37 @@ class RewritingEditor(Editor[Values]):
             kl = values.kl_factor * moved
             decay = sum(delta[mine].norm(dim=-1) / size[mine] ** 2 for delta, size in zip(deltas, sizes))
             total = factor[mine] * nll + kl + values.weight_decay * decay
-            stop = self._stops(total.detach(), agreed, kl.detach(), factor, mine)
-            for n, (case, loss) in enumerate(zip(mine.tolist(), total.tolist())):
-                if case not in going:
-                    continue
-                if loss - loss != 0:  # not finite
-                    if not losses[case]:
-                        raise StudyError(
-                            f"case {cases[case].case_id}: the loss of {self.name} is not finite; use float32"
-                        )
-                    for delta, old in zip(deltas, before):
-                        delta.data[case] = old[case]
-                    updates[case] -= 1
-                    going.discard(case)
-                    continue
-                losses[case].append(loss)
-                if stop[n]:
-                    going.discard(case)
-            if not going or iteration == values.steps - 1:
+            found = total.detach()
+            counts = going[mine] & found.isfinite()
+            losses[iteration, mine] = torch.where(counts, found, math.nan)
+            lost = torch.zeros_like(going).index_copy(0, mine, going[mine] & ~counts)
+            with torch.no_grad():
+                for delta, old in zip(deltas, before):
+                    delta.copy_(torch.where(lost[:, None], old, delta))
+            updates -= lost.long()
+            going[mine] = counts & ~self._stops(found, agreed, kl.detach(), factor, mine)
+            looks = (iteration + 1) % _LOOK_EVERY[device.type] == 0
+            left = going[mine].nonzero()[:, 0] if looks else mine
+            if not len(left) or iteration == values.steps - 1:
                 break
-            active = torch.tensor([n for n, case in enumerate(mine.tolist()) if case in going], device=mine.device)
             optimizer.zero_grad(set_to_none=True)
-            total[active].sum().backward()
+            torch.where(going[mine], total, 0.0).sum().backward()
             before = [delta.detach().clone() for delta in deltas]
             optimizer.step()
             with torch.no_grad():
-                frozen = torch.tensor(sorted(set(range(count)) - going), device=mine.device, dtype=torch.long)
                 for delta, old, size in zip(deltas, before, sizes):
                     norm, bound = delta.norm(dim=-1), values.clamp * size
                     delta.mul_(torch.where(norm > bound, bound / norm, torch.ones_like(norm))[:, None])
-                    delta[frozen] = old[frozen]
-            for case in going:
-                updates[case] += 1
-        logs = [EditLog(steps=made, losses=tuple(seen)) for made, seen in zip(updates, losses)]
+                    delta.copy_(torch.where(going[:, None], delta, old))
+            updates += going.long()
+            if len(left) <= 0.75 * len(mine):
+                rewriting = rewriting.select(left)
+        logs = []
+        for case, made, row in zip(cases, updates.tolist(), losses.T.tolist()):
+            seen = tuple(loss for loss in row if loss == loss)
+            if not seen:
+                raise StudyError(f"case {case.case_id}: the loss of {self.name} is not finite; use float32")
+            logs.append(EditLog(steps=made, losses=seen))
         return [delta.detach() for delta in deltas], logs
 
     def _stops(
@@ -267,6 +267,6 @@ class RewritingEditor(Editor[Values]):
         kl: torch.Tensor,
         factor: torch.Tensor,
         cases: torch.Tensor,
-    ) -> list[bool]:
-        """Which of ``cases`` have learnt enough; may change their NLL ``factor`` (of all cases) for the next evaluation."""
-        return (total < self.values.loss_floor).tolist()
+    ) -> torch.Tensor:
+        """(B,) which of ``cases`` have learnt enough; may change their NLL ``factor`` (of all cases) for the next evaluation."""
+        return total < self.values.loss_floor

@@ -3,7 +3,7 @@
 A folder holds one JSON Lines file a subject, one row a measurement, each with the machine, dtype and threads it was made with:
 
 ``ceiling``     what the device can do (floor.py)
-``setup``       seconds to make an editor ready on a data set, and the warm-up's first edit, both outside any other clock
+``setup``       seconds to make an editor ready on a data set, and of a warm-up of two steps, both outside any other clock
 ``edit``        one case, edited alone: seconds around the whole of ``editor.edit``, peak memory, what was in use before
 ``throughput``  a batch: seconds of its edits, and of their evaluation
 
@@ -44,11 +44,11 @@ from ..errors import StudyError
 from ..evaluation import evaluate
 from ..hyperparameters import Schema, parse
 from ..jsonl import append_rows, read_rows
-from ..memory import is_out_of_memory, memory_in_use_mib, release_memory
+from ..memory import is_out_of_memory, memory_in_use_mib, raising_when_full, release_memory
 from ..prompts import DATASETS, tokenize
 from ..runs import named
 from ..seeds import DEFAULT_SEED, generator
-from ..subjects import Subject, load_subject
+from ..subjects import Subject, load_subject, torch_device
 from ..unedited import answers_for
 from .floor import measure_ceilings, phases
 from .shapes import random_subject
@@ -119,7 +119,8 @@ def bench(config: BenchConfig) -> pd.DataFrame:
     if config.threads:
         torch.set_num_threads(config.threads)
     load = random_subject if config.random_weights else load_subject
-    Bench(config, load(config.subject, config.device, config.dtype)).complete()
+    with raising_when_full(torch_device(config.device)):
+        Bench(config, load(config.subject, config.device, config.dtype)).complete()
     return load_measurements(config.out)
 
 
@@ -163,7 +164,7 @@ class Bench:
         try:
             editor = ready(self.subject, name, cases, self.config.random_weights, self.config.seed)
             prepared = time.perf_counter()
-            editor.edit(cases[-1:], batch_size=1)
+            _warm_up(editor, cases[-1])
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -171,7 +172,7 @@ class Bench:
             self._add(kind="setup", error="out of memory", **common)
             return
         now = time.perf_counter()
-        self._add(kind="setup", seconds=prepared - started, first_edit_seconds=now - prepared, **common)
+        self._add(kind="setup", seconds=prepared - started, warm_up_seconds=now - prepared, **common)
         for case in tqdm(alone, desc=f"{dataset} {name}", unit="edit"):
             self._add(kind="edit", **common, **time_edit(editor, case))
         for size in sizes:
@@ -222,19 +223,32 @@ def ready(subject: Subject, name: str, cases: Sequence[Case], random_weights: bo
         learnt, edited = ([case for case in cases if case.case_id in set(half)] for half in halves)
         editor.fit(learnt, edited=edited)
     if isinstance(editor, MEMIT) and random_weights:
-        editor.moments = {layer: _random_moment(subject, layer, seed) for layer in editor.values.layers}
+        editor.moments = _random_moments(subject, editor.values.layers, seed)
     editor.setup()
     return editor
 
 
-def _random_moment(subject: Subject, layer: int, seed: int) -> SecondMoment:
-    """A well-conditioned random positive-definite matrix of a second moment's shape, factorised."""
-    samples = torch.randn(subject.inner_size, 64, generator=generator(seed, "second moment", layer)).to(subject.device)
-    matrix = torch.addmm(torch.eye(subject.inner_size, device=subject.device), samples, samples.T, alpha=1 / 64)
-    names = {"corpus": "random", "identity": f"seed {seed}", "documents": 0, "tokens": 0, "layer": layer}
-    moment = SecondMoment(matrix.cpu(), names, subject.device)
-    _ = moment.factor
-    return moment
+def _warm_up(editor: Editor, case: Case) -> None:
+    """What the first edit pays for once: allocations, kernels. Two of an editor's steps reach all of its code."""
+    whole = editor.values
+    if "steps" in type(whole).model_fields:
+        editor.values = whole.model_copy(update={"steps": 2})
+    try:
+        editor.edit([case], batch_size=1)
+    finally:
+        editor.values = whole
+
+
+def _random_moments(subject: Subject, layers: Sequence[int], seed: int) -> dict[int, SecondMoment]:
+    """A well-conditioned random positive-definite matrix of a second moment's shape, factorised for each layer."""
+    samples = torch.randn(subject.inner_size, 64, generator=generator(seed, "second moment")).to(subject.device)
+    matrix = torch.addmm(torch.eye(subject.inner_size, device=subject.device), samples, samples.T, alpha=1 / 64).cpu()
+    names = {"corpus": "random", "identity": f"seed {seed}", "documents": 0, "tokens": 0}
+    # edits use the factors alone, of which each layer has its own as it would have
+    moments = {layer: SecondMoment(matrix, {**names, "layer": layer}, subject.device) for layer in layers}
+    for moment in moments.values():
+        _ = moment.factor
+    return moments
 
 
 def time_edit(editor: Editor, case: Case) -> dict[str, Any]:
