@@ -2,12 +2,14 @@
 # make site   render the book without running anything
 # make test   the test suite
 # Variables: PYTHON (3.11 to 3.13), CASES (per data set), SAMPLE (which random cases are checked), TORCH_INDEX
-#            (e.g. https://download.pytorch.org/whl/cpu for the small CPU build of torch)
+#            (e.g. https://download.pytorch.org/whl/cpu for the small CPU build of torch), BUILDS (folders of data sets that
+#            clme data build made, for the benchmark chapter to show)
 SHELL := /bin/bash
 PYTHON ?= python3
 CASES ?= 4
 SAMPLE ?= 1
 TORCH_INDEX ?=
+BUILDS ?=
 PUBLISHED := results/runs/smollm2-135m
 NAME := $(notdir $(PUBLISHED))
 ALL := none,ft-l,rome,memit,pmet,malmen,grace
@@ -44,7 +46,7 @@ setup: .venv/.ready
 
 book: $(OWN)/rq1_proficiency.ipynb
 	$(BIN)/clme check $(OWN) $(PUBLISHED)
-	@$(BIN)/python book/build.py $<
+	@CLME_BUILDS="$(abspath $(BUILDS))" $(BIN)/python book/build.py $<
 
 # one case of ROME and MEMIT, then the notebook, whose own cell runs or resumes the others'; it is executed again only when it, the library or the records change
 $(OWN)/rq1_proficiency.ipynb: .venv/.ready notebooks/rq1_proficiency.py $(shell find $(PUBLISHED) -type f)
@@ -53,7 +55,7 @@ $(OWN)/rq1_proficiency.ipynb: .venv/.ready notebooks/rq1_proficiency.py $(shell 
 	$(BIN)/clme notebook notebooks/rq1_proficiency.py $@ -p cases $(CASES) -p sample $(SAMPLE) -p within $(PUBLISHED) -p name $(NAME) -p out $(OWN)
 
 site: .venv/.ready
-	@$(BIN)/python book/build.py $(wildcard $(OWN)/rq1_proficiency.ipynb)
+	@CLME_BUILDS="$(abspath $(BUILDS))" $(BIN)/python book/build.py $(wildcard $(OWN)/rq1_proficiency.ipynb)
 
 test: .venv/.ready
 	$(BIN)/python -m pytest
@@ -106,6 +108,8 @@ publish: .venv/.ready
 	  $(BIN)/clme publish runs/publish/$(NAME)-compat $(PUBLISHED)-compat && $(BIN)/clme publish runs/publish/$(NAME) $(PUBLISHED); }
 	$(BIN)/clme notebook notebooks/rq1_proficiency.py results/notebooks/rq1_proficiency.ipynb -p editors $(ALL) -p cases 100 -p name $(NAME) -p out $(PUBLISHED)
 	$(BIN)/clme bench --threads 2 --out results/efficiency
+	for subject in $(SHAPES); do test -f results/efficiency/$$subject-random.jsonl || $(BIN)/clme bench --subject $$subject --random-weights \
+	  --dtype bfloat16 --device cpu --threads 2 --cases 1 --batches "" --out results/efficiency || exit 1; done
 	$(BIN)/clme notebook notebooks/rq2_efficiency.py results/notebooks/rq2_efficiency.ipynb -p show results/efficiency \
 	  -p plain results/benchmarks/whole_case.csv
 	$(BIN)/clme notebook notebooks/rq3_a_grace.py results/notebooks/rq3_a_grace.ipynb -p cases 100 -p name $(NAME) -p out $(PUBLISHED)

@@ -14,7 +14,7 @@ from .report import Table, dataset_name, editor_name
 PAPER_CASES = {"cnle": 21_055, "csne": 16_000}
 VARIANTS = tuple(name for name in EDITORS if name != "none")
 _PLACE = ["subject", "random_weights", "dtype", "machine", "threads"]
-_NOT_MEASURED = "not measured"
+_NOT_MEASURED, _TOO_LARGE = "not measured", "out of memory"
 
 
 def circumstances(measured: pd.DataFrame) -> Table:
@@ -48,50 +48,81 @@ def unmeasured(measured: pd.DataFrame) -> list[str]:
 
 
 def cost_table(measured: pd.DataFrame) -> Table:
-    """Seconds and peak memory of one edit alone: medians, with quartiles of the time."""
+    """Seconds and peak memory of one edit alone: medians, with quartiles of the time where there are several edits."""
+    edits, tried = _rows(measured, "edit"), _rows(measured, "edit", "setup")
+    too_large = _too_large(tried)
     rows = []
-    for keys, mine in _edits(measured).groupby([*_PLACE, "dataset", "editor"], sort=False):
-        low, middle, high = mine["seconds"].quantile([0.25, 0.5, 0.75])
-        peak, base = mine["peak_mib"].median(), mine["base_mib"].median()
-        rows.append(
-            {
-                "Subject": keys[0],
-                "Data": dataset_name(keys[-2]),
-                "Editor": editor_name(keys[-1]),
-                "n": str(len(mine)),
-                "s / edit": f"{middle:.2f}<br><small>{low:.2f} to {high:.2f}</small>",
-                "peak MiB": f"{peak:.0f}",
-                "of it before the edit": f"{base:.0f}",
-                "steps": f"{mine['steps'].median():.0f}",
-                "set-up s": _setup(measured, keys),
-            }
-        )
+    for (label, editor), whole in tried.groupby(["label", "editor"], sort=False):
+        mine = edits[(edits["label"] == label) & (edits["editor"] == editor)]
+        setup = whole[whole["kind"] == "setup"]
+        row = {"Subject": label, "Editor": editor_name(editor), "n": _counts(mine["dataset"].value_counts())}
+        names = list(measured["dataset"].dropna().unique())
+        for name in names:
+            full = (label, name, editor) in too_large
+            row[f"{dataset_name(name)} s / edit"] = (
+                _TOO_LARGE if full else _spread(mine[mine["dataset"] == name]["seconds"])
+            )
+        for name in names:
+            row[f"{dataset_name(name)} peak MiB"] = _whole(mine[mine["dataset"] == name]["peak_mib"].median())
+        row["before MiB"] = _whole(mine["base_mib"].median())
+        row["steps"] = _whole(mine["steps"].median())
+        row["set-up s"] = f"{setup['seconds'].max():.1f}" if setup["seconds"].notna().any() else ""
+        rows.append(row)
     caption = (
         "One edit at a time: median seconds with quartiles, and median peak memory with what was in use before the edit. Set-up "
-        "(statistics, context templates and encoders, from the cache where they are there) and a warm-up are outside."
+        "(statistics, context templates and encoders, from the cache where they are there) and a warm-up are outside; n is per data set."
     )
     return Table(pd.DataFrame(rows), caption, "tab-rq2-cost")
 
 
+def _too_large(tried: pd.DataFrame) -> set[tuple[str, str, str]]:
+    """(label, data set, editor) of what did not fit into the device's memory."""
+    failed = tried[tried["error"].notna()] if "error" in tried else tried.iloc[:0]
+    return set(zip(failed["label"], failed["dataset"], failed["editor"]))
+
+
+def _counts(counts: pd.Series) -> str:
+    return " and ".join(str(one) for one in sorted(set(counts))) or "0"
+
+
+def _spread(seconds: pd.Series) -> str:
+    if seconds.empty:
+        return ""
+    low, middle, high = seconds.quantile([0.25, 0.5, 0.75])
+    return f"{middle:.2f}" + (f"<br><small>{low:.2f} to {high:.2f}</small>" if len(seconds) > 1 else "")
+
+
+def _whole(value: float) -> str:
+    return "" if value != value else f"{value:.0f}"
+
+
 def cost_summary(measured: pd.DataFrame) -> pd.DataFrame:
     """Median seconds and peak memory (MiB) of one edit alone, a row per subject, data set and editor."""
-    groups = _edits(measured).groupby(["subject", "dataset", "editor"], sort=False)
+    groups = _rows(measured, "edit").groupby(["subject", "dataset", "editor"], sort=False)
     return groups[["seconds", "peak_mib"]].median().round(3)
 
 
-def _edits(measured: pd.DataFrame) -> pd.DataFrame:
-    order = {name: n for n, name in enumerate(EDITORS)}
-    edits = measured[measured["kind"] == "edit"]
-    return edits.sort_values(
-        ["dataset", "editor"], key=lambda one: one.map(order) if one.name == "editor" else one, kind="stable"
+def _labels(measured: pd.DataFrame) -> pd.Series:
+    """A row's subject, with what of weights, dtype and machine tells it apart from what one may take it for."""
+    machines = measured["machine"].nunique() > 1
+    kinds = measured["dtype"].nunique() > 1 or bool(measured["random_weights"].any())
+
+    def label(row: pd.Series) -> str:
+        said = {"random weights": row["random_weights"], row["dtype"]: kinds, row["machine"]: machines}
+        parts = [what for what, needed in said.items() if needed]
+        return row["subject"] + (f" ({', '.join(parts)})" if parts else "")
+
+    return pd.Series([label(row) for _, row in measured.iterrows()], index=measured.index)
+
+
+def _rows(measured: pd.DataFrame, *kinds: str) -> pd.DataFrame:
+    """Rows of some kinds with a column ``label``, those of random weights last; data sets and editors in the study's order."""
+    labelled = measured.assign(label=_labels(measured))
+    labels = list(labelled.sort_values("random_weights", kind="stable")["label"].unique())
+    ranks = {"label": labels, "dataset": list(PAPER_CASES), "editor": list(EDITORS)}
+    return labelled[labelled["kind"].isin(kinds)].sort_values(
+        list(ranks), key=lambda one: one.map({name: n for n, name in enumerate(ranks[one.name])}), kind="stable"
     )
-
-
-def _setup(measured: pd.DataFrame, keys: tuple) -> str:
-    mine = measured[measured["kind"] == "setup"]
-    for name, value in zip([*_PLACE, "dataset", "editor"], keys):
-        mine = mine[mine[name] == value]
-    return f"{mine['seconds'].iloc[0]:.1f}" if len(mine) else ""
 
 
 def cost_figure(measured: pd.DataFrame, column: str):
@@ -103,12 +134,11 @@ def cost_figure(measured: pd.DataFrame, column: str):
     import seaborn as sns
 
     sns.set_theme(style="whitegrid", context="paper")
-    edits = _edits(measured)
-    edits = edits.assign(label=edits["subject"] + np.where(edits["random_weights"], " (random weights)", ""))
+    edits = _rows(measured, "edit")
     datasets, subjects = list(edits["dataset"].unique()), list(edits["label"].unique())
     editors = [name for name in EDITORS if name in set(edits["editor"])]
     colours = dict(zip(subjects, sns.color_palette("colorblind", len(subjects))))
-    figure, axes = plt.subplots(1, len(datasets), figsize=(4.6 * len(datasets), 3.2), squeeze=False)
+    figure, axes = plt.subplots(1, len(datasets), figsize=(4.6 * len(datasets), 3.2), sharey=True, squeeze=False)
     for axis, dataset in zip(axes[0], datasets):
         for n, subject in enumerate(subjects):
             mine = edits[(edits["dataset"] == dataset) & (edits["label"] == subject)].groupby("editor")
@@ -145,10 +175,10 @@ def cost_figure(measured: pd.DataFrame, column: str):
 
 def throughput_table(measured: pd.DataFrame) -> Table:
     """Edits a second, alone and with their evaluation, by batch size."""
-    batches = measured[measured["kind"] == "throughput"]
+    batches = _rows(measured, "throughput")
     rows = []
-    for keys, mine in batches.groupby([*_PLACE, "dataset", "editor"], sort=False):
-        row = {"Subject": keys[0], "Data": dataset_name(keys[-2]), "Editor": editor_name(keys[-1])}
+    for (label, dataset, editor), mine in batches.groupby(["label", "dataset", "editor"], sort=False):
+        row = {"Subject": label, "Data": dataset_name(dataset), "Editor": editor_name(editor)}
         rates = _rates(mine)
         for size, rate in rates.iterrows():
             row[f"edits/s, batch {size}"] = _rate(rate["edits"])
@@ -167,36 +197,33 @@ def _rates(batches: pd.DataFrame) -> pd.DataFrame:
 
 
 def _rate(value: float) -> str:
-    return "out of memory" if value != value else f"{value:.3g}"
+    return _TOO_LARGE if value != value else f"{value:.3g}"
 
 
 def floor_table(measured: pd.DataFrame) -> Table:
     """Measured time over the least that counting allows (floor.py), medians over cases edited alone."""
+    edits, names = _rows(measured, "edit"), list(measured["dataset"].dropna().unique())
+    rates = _rows(measured, "ceiling").drop_duplicates("label").set_index("label")
     rows = []
-    for keys, mine in measured.groupby(_PLACE, sort=False):
-        ceiling = mine[mine["kind"] == "ceiling"]
-        if ceiling.empty:
-            continue
-        device = Ceilings(ceiling["operations_per_second"].iloc[0], ceiling["bytes_per_second"].iloc[0])
-        for (dataset, editor), edits in _edits(mine).groupby(["dataset", "editor"], sort=False):
-            parts = [[Phase(*one) for one in case] for case in edits["phases"]]
-            if not all(parts):
-                continue  # nobody has counted this editor's operations
-            floors = np.array([device.seconds(case) for case in parts])
-            longest = [max(case, key=lambda one: device.seconds([one])) for case in parts]
-            bound = [one.operations / device.operations > one.traffic / device.traffic for one in longest]
-            rows.append(
-                {
-                    "Subject": keys[0],
-                    "Data": dataset_name(dataset),
-                    "Editor": editor_name(editor),
-                    "floor s": f"{np.median(floors):.3f}",
-                    "measured s": f"{edits['seconds'].median():.3f}",
-                    "measured / floor": f"{np.median(edits['seconds'].to_numpy() / floors):.1f}",
-                    "longest phase": pd.Series([one.name for one in longest]).mode()[0],
-                    "bound by": "arithmetic" if np.mean(bound) > 0.5 else "memory",
-                }
-            )
+    for (label, editor), whole in edits.groupby(["label", "editor"], sort=False):
+        if label not in rates.index or not all(whole["phases"]):
+            continue  # nobody has counted this editor's operations
+        device = Ceilings(rates.loc[label, "operations_per_second"], rates.loc[label, "bytes_per_second"])
+        row = {"Subject": label, "Editor": editor_name(editor)}
+        parts = [[Phase(*one) for one in case] for case in whole["phases"]]
+        floors = pd.Series([device.seconds(case) for case in parts], index=whole.index)
+        for name in names:
+            mine = whole["dataset"] == name
+            row[f"{dataset_name(name)} floor s"] = f"{floors[mine].median():.3f}" if mine.any() else ""
+        for name in names:
+            mine = whole["dataset"] == name
+            ratio = (whole["seconds"] / floors)[mine].median()
+            row[f"{dataset_name(name)} measured / floor"] = f"{ratio:.1f}" if mine.any() else ""
+        longest = [max(case, key=lambda one: device.seconds([one])) for case in parts]
+        bound = [one.operations / device.operations > one.traffic / device.traffic for one in longest]
+        row["longest phase"] = pd.Series([one.name for one in longest]).mode()[0]
+        row["bound by"] = "arithmetic" if np.mean(bound) > 0.5 else "memory"
+        rows.append(row)
     caption = "How far one edit alone is from its floor: the least time that its arithmetic and memory traffic take on this device."
     return Table(pd.DataFrame(rows), caption, "tab-rq2-floor")
 
@@ -287,16 +314,53 @@ def _plain_hours(plain: pd.DataFrame, place: tuple) -> float | None:
 
 
 def reading(measured: pd.DataFrame) -> str:
-    """Markdown that says what was measured; every figure is computed here."""
+    """Markdown that says what was measured, and which of the paper's orderings it has; every figure is computed here."""
+    edits = _rows(measured, "edit")
+    middle = edits.groupby(["label", "dataset", "editor"], sort=False)["seconds"].median().unstack("editor")
     sentences = []
-    for (subject, *_), mine in _edits(measured).groupby(_PLACE, sort=False):
-        for dataset, edits in mine.groupby("dataset", sort=False):
-            middle = edits.groupby("editor")["seconds"].median()
-            fast, slow = middle.idxmin(), middle.idxmax()
-            sentences.append(
-                f"On {subject} and {dataset_name(str(dataset))}, {editor_name(fast)} is the fastest editor ({middle[fast]:.2f} s an "
-                f"edit) and {editor_name(slow)} the slowest ({middle[slow]:.1f} s)."
-            )
+    for label, mine in middle.groupby(level="label", sort=False):
+        costs = [
+            f"from {row.min():.2g} s ({editor_name(row.idxmin())}) to {row.max():.3g} s ({editor_name(row.idxmax())}) on {dataset_name(str(name))}"
+            for (_, name), row in mine.iterrows()
+        ]
+        sentences.append(f"On {label}, an edit takes {' and '.join(costs)}.")
+    sentences += _orderings(middle, edits)
+    if failed := sorted({(label, editor_name(editor)) for label, _, editor in _too_large(_rows(measured, "setup"))}):
+        lists = [f"{editor} on {label}" for label, editor in failed]
+        sentences.append(f"Did not fit into the device's memory: {'; '.join(lists)}.")
+    if not (measured["device"] == "cuda").any():
+        sentences.append("Nothing of this was measured on a GPU.")
     if missing := unmeasured(measured):
         sentences.append(f"Not measured, for want of a device that holds them: {', '.join(missing)}.")
     return " ".join(sentences)
+
+
+def _orderings(middle: pd.DataFrame, edits: pd.DataFrame) -> list[str]:
+    """What the paper found of its subjects on its GPU, counted in these measurements.
+
+    Args:
+        middle: median seconds of an edit, a row for each subject's label and data set, a column an editor.
+    """
+    sentences = []
+    if {"malmen", "memit", "pmet"} <= set(middle.columns):
+        whole = middle.dropna(subset=["malmen"])
+        first = (whole.idxmin(axis=1) == "malmen").sum()
+        last = whole.idxmax(axis=1).isin(["memit", "pmet"]).sum()
+        sentences.append(
+            f"The paper finds MALMEN fastest and MEMIT and PMET slowest: MALMEN is the fastest in {first} and one of the two the "
+            f"slowest in {last} of {len(whole)} pairs of subject and data set."
+        )
+    if {"cnle", "csne"} <= set(middle.index.get_level_values("dataset")):
+        both = middle.stack().unstack("dataset").dropna()
+        longer = (both["csne"] > both["cnle"]).sum()
+        sentences.append(
+            f"It finds CSNE dearer than CNLE: so it is in {longer} of {len(both)} pairs of subject and editor."
+        )
+    by_label = edits[edits["random_weights"]].groupby("label", sort=False)
+    if len(by_label) > 1:
+        slow, large = by_label["seconds"].median().idxmax(), by_label["peak_mib"].median().idxmax()
+        sentences.append(
+            f"It finds CodeQwen1.5-7B slowest and largest: of its subjects' shapes, {slow} has the largest median time here, and "
+            f"{large} the largest median memory."
+        )
+    return sentences

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from . import embedded_subject
-from .errors import StudyError
+from .errors import StudyError, first_line
 from .hyperparameters import SubjectSettings, load_settings, registered_subjects
 from .memory import free_memory_bytes, is_out_of_memory
 
@@ -147,10 +148,10 @@ def load_subject(name: str, device: str = "auto", dtype: str = "auto") -> Subjec
         ) from error
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise StudyError(
-            f"subject {name!r} could not be loaded from {location!r}: {_first_line(error)}. Check the name and the "
+            f"subject {name!r} could not be loaded from {location!r}: {first_line(error)}. Check the name and the "
             "network (or log in for gated models); weights must be safetensors, code from the hub is never run."
         ) from error
-    return prepare(name, model, tokenizer, settings, _fingerprint(location, model, settings))
+    return prepare(name, model, tokenizer, settings, _fingerprint(location, settings))
 
 
 def prepare(
@@ -204,7 +205,7 @@ def _require_layout(name: str, model: PreTrainedModel) -> None:
         )
 
 
-def _fingerprint(location: str, model: PreTrainedModel, settings: SubjectSettings) -> str:
+def _fingerprint(location: str, settings: SubjectSettings) -> str:
     if settings.subject.source == "embedded":
         return f"gguf-sha256:{embedded_subject.GGUF_SHA256}"
     folder = Path(location)
@@ -215,8 +216,10 @@ def _fingerprint(location: str, model: PreTrainedModel, settings: SubjectSetting
                 for chunk in iter(lambda: stream.read(1 << 24), b""):
                     digest.update(chunk)
         return f"safetensors-sha256:{digest.hexdigest()}"
-    return f"hub-commit:{getattr(model.config, '_commit_hash', None)}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    # the Hub's cache keeps the files of a commit in a folder of its name
+    file = try_to_load_from_cache(location, "config.json", revision=settings.subject.revision)
+    if not isinstance(file, str):
+        raise StudyError(
+            f"{location}: loaded, but not in the Hugging Face cache, so its commit is not known; pass its folder"
+        )
+    return f"hub-commit:{Path(file).parent.name}"

@@ -57,12 +57,16 @@ measured = bench(config)
 rq2.circumstances(measured)
 
 # %% [markdown]
+# Where a subject's trained weights are not at hand, its exact architecture is filled with seeded random weights: time and memory of an
+# edit depend on sizes. Nothing stops early then, every editor takes all of its steps; second moments are random positive-definite
+# matrices; networks and encoders are untrained; the tokenizer is trained on the embedded cases. Such rows and figures say *random weights*.
+#
 # ## One edit at a time
 #
 # The clock runs around the whole edit: tokenising, optimising, solving. Statistics, context templates, encoders and a warm-up
 # are outside. Memory is the allocator's peak on a GPU and the process's on a CPU, where it includes Python and its libraries.
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Median seconds of one edit, with quartiles (logarithmic).", "name": "fig-rq2-time"}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Median seconds of one edit, with quartiles where several were timed (logarithmic).", "name": "fig-rq2-time"}}
 rq2.cost_figure(measured, "seconds")
 plt.show()
 
@@ -106,6 +110,9 @@ rq2.floor_table(measured)
 # - Every step joined the prefix's keys and values to the new columns', which copied them once for each head that shares them and
 #   computed a gradient that nobody needs. Only the scores are joined now.
 # - ROME, MEMIT and PMET took their divergence from products of its own with the vocabulary; it now comes from the logits that the loss has.
+# - They also read each step's losses to find the cases that had stopped, for which a GPU has to be waited for. The device keeps this account
+#   now, and is asked every fifth step. What that gains on a GPU has not been measured.
+# - Compiled blocks were tried and are slower here ({numref}`tab-speed-compiled`).
 #
 # What is left is for the most part matrix products that run at the rate of large ones.
 

@@ -62,14 +62,15 @@ class Model(http.server.BaseHTTPRequestHandler):
             count = len(self.server.asked)
         answer = self.server.answers(question, count)
         status = answer if isinstance(answer, int) else 200
-        body = {"choices": [{"index": 0, "message": {"role": "assistant", "content": answer}, "finish_reason": "stop"}], "id": "1",
+        body = {"choices": [{"index": 0, "message": {"role": "assistant", "content": str(answer)}, "finish_reason": "stop"}], "id": "1",
                 "object": "chat.completion", "created": 0, "model": asked["model"],
                 "usage": {"total_tokens": 10, "prompt_tokens": 9, "completion_tokens": 1}}  # fmt: skip
         content = json.dumps(body if status == 200 else {"error": {"message": "told to"}}).encode()
+        content = answer if isinstance(answer, bytes) else content
         self.send_response(status)
         if status == 429:
             self.send_header("Retry-After", "0.01")
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", "text/html" if content.startswith(b"<") else "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
@@ -120,6 +121,9 @@ def test_cnle_is_built_by_a_model(conala, tmp_path, server, capsys):
     counts = pipeline.stage_counts(tmp_path / "out").set_index(["stage", "what"])["count"].to_dict()
     assert counts["collect", "dropped: no intent"] == 2 and counts["collect", "dropped: no snippet"] == 1
     assert counts["collect", "dropped: too long"] == 1 and counts["select", "dropped: not very relevant"] == 2
+    assert pipeline.built_cases(tmp_path / "out") == cases
+    with pytest.raises(StudyError, match="no data set there; build it first: clme data build"):
+        pipeline.built_cases(tmp_path)
     before = (tmp_path / "out" / "EditConala.json").read_bytes()
     assert build(conala, tmp_path / "out", server) == 0 and len(server.asked) == 32, "nothing is asked again"
     assert (tmp_path / "out" / "EditConala.json").read_bytes() == before
@@ -162,6 +166,18 @@ def test_answers_are_kept_as_they_come_and_given_in_order(tmp_path, server):
     assert list(asking.ask("", questions)) == [f"to {question}" for question in questions]
     assert sorted(server.asked) == questions[:5], "the same question is asked once"
     assert [row["answer"] for row in read_rows(tmp_path / "answers.jsonl")][-1] == "to q0"
+
+
+@pytest.mark.parametrize("reply", [b"<html>proxy</html>", b"{}", b'{"choices": []}', b"[1]", b"not json at all", b""])
+def test_a_reply_that_is_none_is_no_answer(tmp_path, server, reply):
+    server.answers = lambda question, count: reply if question == "q1" else "5"
+    asking = endpoint.Endpoint("fake", server.url, tmp_path / "answers.jsonl", concurrency=1, retries=0)
+    with pytest.raises(StudyError, match="the answers so far are kept"):
+        list(asking.ask("", ["q0", "q1", "q2"]))
+    assert [row["answer"] for row in read_rows(tmp_path / "answers.jsonl")] == ["5"], "what is no answer is asked again"
+    nothing = b'{"choices": [{"index": 0, "message": {"role": "assistant", "content": null}}]}'
+    server.answers = lambda question, count: nothing if question == "q1" else "5"
+    assert list(asking.ask("", ["q0", "q1", "q2"])) == ["5", "", "5"]
 
 
 def test_a_silent_endpoint_times_out(tmp_path, server, monkeypatch):
@@ -382,26 +398,6 @@ def test_odd_rows_are_dropped_with_a_reason(tmp_path):
     assert made[0]["code"] == "def f(a):\n    return a" and made[10]["partition"] == "test"
     assert made[8]["code"] == "def f(self, a):\n    if a:\n        return a"
     assert made[9]["code"] == 'def f(a):\n    return "#", a'
-
-
-def test_the_hub_is_asked_for_the_papers_sources(tmp_path, monkeypatch):
-    asked = {}
-
-    def download(repository, repo_type, allow_patterns):
-        asked[repository] = (repo_type, allow_patterns)
-        if "conala" not in repository:
-            raise ConnectionError("no network")
-        (tmp_path / "data").mkdir(exist_ok=True)
-        pd.DataFrame({"intent": ["a b"], "snippet": ["c()"]}).to_parquet(tmp_path / "data" / "train-0.parquet")
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert [row["intent"] for row in sources.collect_pairs("hub")] == ["a b"]
-    assert asked == {"codeparrot/conala-mined-curated": ("dataset", ["**.parquet"])}
-    with pytest.raises(
-        StudyError, match="code_search_net could not be downloaded: no network; get its files by hand and pass them"
-    ):
-        list(sources.collect_functions("hub"))
 
 
 def test_parquet_is_read(tmp_path):

@@ -17,6 +17,7 @@ from clme_lib.efficiency.floor import Ceilings, Phase, phases
 from clme_lib.errors import StudyError
 from clme_lib.hyperparameters import Shape, SubjectSettings, load_settings, registered_subjects
 from clme_lib.prompts import tokenize
+from clme_lib.report import editor_name
 from clme_lib.seeds import DEFAULT_SEED
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems neither tell nor bound what a process takes")
@@ -127,7 +128,25 @@ def test_every_editor_is_measured_and_the_command_resumes(small_paper_subject, t
         rq2.projection_table,
     ):
         assert len(table(measured).data) and "nan" not in table(measured).to_myst(), table
-    assert len(rq2.floor_table(measured).data) == 18
+    costs, floors = rq2.cost_table(measured).data, rq2.floor_table(measured).data
+    assert (
+        list(costs["Subject"].unique())
+        == list(floors["Subject"].unique())
+        == ["stablecode-3b (random weights, float32)"]
+    )
+    assert len(costs) == len(floors) == 9 and set(costs["n"]) == {"2"}
+    middle = edits.groupby(["editor", "dataset"])["seconds"].median()
+    for name, shown in zip(measure.TIMED, costs["CSNE s / edit"]):
+        assert float(shown.split("<br>")[0]) == pytest.approx(middle[name, "csne"], abs=0.006)
+    said = rq2.reading(measured)
+    fastest = middle.unstack("dataset")["cnle"].idxmin()
+    assert (
+        f"On stablecode-3b (random weights, float32), an edit takes from {middle[fastest, 'cnle']:.2g} s ({editor_name(fastest)})"
+        in said
+    )
+    assert "Nothing of this was measured on a GPU." in said
+    longer = (middle.unstack("dataset")["csne"] > middle.unstack("dataset")["cnle"]).sum()
+    assert f"so it is in {longer} of 9 pairs of subject and editor" in said
     projection = rq2.projection_table(measured).data.set_index("Subject")
     assert projection.loc["codellama-7b", "Machine"] == "not measured"
     rates = measured[(measured["kind"] == "throughput") & (measured["batch"] == 1)]
@@ -172,6 +191,22 @@ def test_a_batch_that_does_not_fit_ends_the_growth(small_paper_subject, monkeypa
     batches = measured[measured["kind"] == "throughput"].set_index("batch")["error"]
     assert list(batches.index) == [2, 4] and batches[4] == "out of memory"
     assert "out of memory" in rq2.throughput_table(measured).to_myst()
+
+
+def test_an_editor_that_does_not_fit_is_said_so(small_paper_subject, monkeypatch, tmp_path):
+    def full(self):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1445068800 bytes")
+
+    monkeypatch.setattr(EDITORS["memit"], "setup", full)
+    config = measure.make_bench_config(subject="stablecode-3b", random_weights=True, editors="memit,grace", cases=1, batches="",
+                                       out=tmp_path, device="cpu")  # fmt: skip
+    measured = measure.bench(config)
+    costs = rq2.cost_table(measured).data.set_index("Editor")
+    assert costs.loc["MEMIT", "CNLE s / edit"] == costs.loc["MEMIT", "CSNE s / edit"] == "out of memory"
+    assert costs.loc["MEMIT", "n"] == "0" and float(costs.loc["GRACE", "CNLE s / edit"]) > 0
+    assert "Did not fit into the device's memory: MEMIT on stablecode-3b" in rq2.reading(measured)
+    assert "nan" not in rq2.cost_table(measured).to_myst() and len(rq2.floor_table(measured).data) == 1
+    assert len(rq2.cost_figure(measured, "peak_mib").axes) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Sphinx extension: numbers in the prose are computed from the published records, never typed."""
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -73,24 +74,33 @@ def _appendices(results: Path) -> dict[str, str]:
 
 
 def _benchmark() -> dict[str, str]:
-    """Tables II and III and sample cases of the embedded sets; CSNE's only where it has been mined already."""
+    """Tables II and III and sample cases of what is at hand: the data sets built in the folders that CLME_BUILDS names
+    (``make site BUILDS="data/cnle data/csne"``), else the embedded ones; embedded CSNE only where it has been mined already."""
     from clme_lib.construction import pipeline, relevance, rephrasing, tables
     from clme_lib.datasets import embedded_csne, load_cases
 
-    sets = {"cnle": load_cases("cnle")}
+    sets = {"CNLE": load_cases("cnle")}
     if embedded_csne.is_mined():
-        sets["csne"] = load_cases("csne")
-    with tempfile.TemporaryDirectory() as folder:
-        pipeline.build_cnle(
-            Path(folder), "embedded", relevance.OfflineScorer(), rephrasing.GivenIntents(), targets=None, seed=42
-        )
-        levels = tables.level_table(pipeline.level_counts(Path(folder)), "the embedded pairs by the offline scorer")
+        sets["CSNE"] = load_cases("csne")
+    built = {}
+    for folder in map(Path, os.environ.get("CLME_BUILDS", "").split()):
+        cases = pipeline.built_cases(folder)
+        built[cases[0].dataset] = folder
+        sets[f"{cases[0].dataset.upper()} ({folder.name})"] = cases
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = built.get("cnle", Path(scratch))
+        if "cnle" not in built:
+            scorer, rephraser = relevance.OfflineScorer(), rephrasing.GivenIntents()
+            pipeline.build_cnle(folder, "embedded", scorer, rephraser, targets=None, seed=42)
+        what = f"those of {folder.name}" if "cnle" in built else "the embedded pairs by the offline scorer"
+        levels = tables.level_table(pipeline.level_counts(folder), what)
+    samples = {name.split()[0]: tables.sample_cases(cases) for name, cases in sets.items()}  # the built one comes last
     missing = "_CSNE is mined on the reader's machine by_ `clme prepare`; _this page was built before that._"
     return {
         "level_table": levels.to_myst(),
         "length_table": tables.length_table(sets).to_myst(),
-        "cnle_samples": tables.sample_cases(sets["cnle"]),
-        "csne_samples": tables.sample_cases(sets["csne"]) if "csne" in sets else missing,
+        "cnle_samples": samples["CNLE"],
+        "csne_samples": samples.get("CSNE", missing),
     }
 
 

@@ -113,8 +113,9 @@ class Endpoint:
             given = self._client.chat.completions.create(
                 model=self.model, messages=messages, temperature=0, max_tokens=256
             )
-            text = given.choices[0].message.content if given.choices else None
-            return text or "", given.usage.total_tokens if given.usage else 0
+            if not given.choices:
+                raise ValueError("the reply has no choices")
+            return given.choices[0].message.content or "", given.usage.total_tokens if given.usage else 0
         except (openai.OpenAIError, ValueError, AttributeError, TypeError) as error:
             raise StudyError(
                 f"{self._client.base_url}: {type(error).__name__}: {str(error)[:300]}; the answers so far are kept in {self.cache}, "

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..errors import StudyError
+from ..errors import StudyError, first_line
 from .rephrasing import candidates, definition, renamed
 from .stages import Row
 
@@ -207,7 +207,6 @@ def _load(name: str, kind: str) -> tuple[Any, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
         return tokenizer, getattr(transformers, kind).from_pretrained(name, use_safetensors=True, **options)
     except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise StudyError(
-            f"{name!r} could not be loaded as an encoder: {reason}. Weights must be safetensors, from the Hub or a folder"
+            f"{name!r} could not be loaded as an encoder: {first_line(error)}. Weights must be safetensors, from the Hub or a folder"
         ) from error

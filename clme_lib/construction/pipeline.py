@@ -41,7 +41,7 @@ from ..seeds import seeded_order
 from .relevance import LEVELS
 from .rephrasing import GivenIntents
 from .sources import collect_functions, collect_pairs, source_files, too_long
-from .stages import Row, Stages, kept
+from .stages import Row, Stages, file_sha256, kept
 
 MAX_TOKENS = 256
 
@@ -158,6 +158,18 @@ def stage_rows(folder: Path, name: str) -> list[Row]:
     return rows
 
 
+def built_cases(folder: Path) -> list[Case]:
+    """The cases of a data set that was built in ``folder``.
+
+    Raises:
+        StudyError: there is none, or its file is damaged.
+    """
+    for dataset, name in published.FILES.items():
+        if (file := folder / f"{name}.json").is_file():
+            return published.read(file, dataset)  # type: ignore[arg-type]
+    raise StudyError(f"{folder}: no data set there; build it first: clme data build ... --out {folder}")
+
+
 def level_counts(folder: Path) -> pd.DataFrame:
     """Table II: how many pairs the scorer gave each level."""
     rows = stage_rows(folder, "score")
@@ -177,10 +189,10 @@ def stage_counts(folder: Path) -> pd.DataFrame:
 
 
 def _source(source: str, dataset: str) -> dict[str, Any]:
-    """What a source is, so that another one in its place is noticed: names and sizes of its files."""
-    if source in ("embedded", "hub"):
+    """What a source is, so that another one in its place is noticed: its files with their hashes."""
+    if source == "embedded":
         return {"source": source}
-    return {"source": [[file.name, file.stat().st_size] for file in source_files(dataset, source)]}
+    return {"source": [[file.name, file_sha256(file)] for file in source_files(dataset, source)]}
 
 
 def _embedding(embed: Embedder) -> dict[str, Any]:

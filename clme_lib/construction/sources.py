@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..datasets import embedded_cnle, embedded_csne
-from ..errors import StudyError
+from ..errors import StudyError, first_line
 from .stages import Row
 
 # data set -> (Hub repository, files of the part that the paper uses)
@@ -75,22 +75,24 @@ def _objects(rows: Any, path: Path) -> Iterator[dict[str, Any]]:
 
 
 def hub_files(dataset: str) -> list[Path]:
-    """The data set's source files, downloaded to the Hugging Face cache."""
+    """The data set's source files, downloaded to the Hugging Face cache.
+
+    The Hub keeps most data sets as Parquet, and converts the others on a branch of its own, which is asked when the repository
+    itself has no such file.
+    """
     from huggingface_hub import snapshot_download
 
     repository, pattern = HUB[dataset]
     try:
-        folder = Path(snapshot_download(repository, repo_type="dataset", allow_patterns=[pattern]))
+        for revision in (None, "refs/convert/parquet"):
+            folder = snapshot_download(repository, repo_type="dataset", revision=revision, allow_patterns=[pattern])
+            if files := sorted(file for file in Path(folder).rglob("*.parquet") if file.is_file()):
+                return files
     except Exception as error:  # the hub's errors have no common type
         raise StudyError(
-            f"{repository} could not be downloaded: {error}; get its files by hand and pass them with --source"
+            f"{repository} could not be downloaded: {first_line(error)}; get its files by hand and pass them with --source"
         ) from error
-    files = sorted(
-        file for file in folder.rglob("*") if file.is_file() and file.suffix in (".parquet", ".json", ".jsonl", ".gz")
-    )
-    if not files:
-        raise StudyError(f"{repository} has no files like {pattern}")
-    return files
+    raise StudyError(f"{repository} has no files like {pattern}; get its files by hand and pass them with --source")
 
 
 def source_files(dataset: str, source: str) -> list[Path]:
@@ -137,7 +139,9 @@ def collect_functions(source: str) -> Iterator[Row]:
         return
     number = -1
     for file in source_files("csne", source):
-        named = next((part for part in ("train", "valid", "test") if part in file.stem), None)
+        parts = "train", "valid", "test"
+        # the hub's conversion has a folder for each part
+        named = next((part for part in parts if part in file.stem or part == file.parent.name), None)
         for row in read_table(file):
             number += 1
             yield _function(number, row, row.get("partition") or row.get("split_name") or named)
@@ -235,5 +239,5 @@ def too_long(texts: Sequence[str], limit: int, tokenizer: str | None) -> list[bo
     try:
         loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise StudyError(f"tokenizer {tokenizer!r} could not be loaded: {str(error).splitlines()[0]}") from error
+        raise StudyError(f"tokenizer {tokenizer!r} could not be loaded: {first_line(error)}") from error
     return [len(ids) > limit for ids in loaded(list(texts), add_special_tokens=True)["input_ids"]]

@@ -79,7 +79,7 @@ class Stages:
             _write(file.with_suffix(".json"), {**identity, "finished": False})
             self._complete(name, file, todo, make, batch)
         rows = read_rows(file)
-        self._made[name] = _sha256(file)
+        self._made[name] = file_sha256(file)
         counts = {"rows": len(rows), **self._dropped(rows)}
         _write(file.with_suffix(".json"), {**identity, "counts": counts, "sha256": self._made[name], "finished": True})
         return rows
@@ -145,7 +145,8 @@ def _difference(before: Any, now: Any) -> str:
     return ", ".join(f"{name} {before.get(name)!r}, now {now.get(name)!r}" for name in names)
 
 
-def _sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -10,7 +10,7 @@ import pandas as pd
 from ..datasets.cases import Case
 from ..datasets.checking import lengths
 from ..prompts import prompt_text
-from ..report import Table, dataset_name
+from ..report import Table
 
 
 def level_table(counts: pd.DataFrame, what: str) -> Table:
@@ -26,10 +26,10 @@ def level_table(counts: pd.DataFrame, what: str) -> Table:
 
 
 def length_table(cases_of: dict[str, Sequence[Case]]) -> Table:
-    """Table III: number, mean and median length of each kind of text, a row a kind and data set."""
+    """Table III: number, mean and median length of each kind of text, a row a kind and data set (under the name given)."""
     rows = [
         {
-            "Data": dataset_name(name),
+            "Data": name,
             "Text": one.text,
             "Number": str(one.number),
             "Mean": f"{one.mean:.1f}",
