@@ -217,9 +217,9 @@ def _fingerprint(location: str, settings: SubjectSettings) -> str:
                     digest.update(chunk)
         return f"safetensors-sha256:{digest.hexdigest()}"
     # the Hub's cache keeps the files of a commit in a folder of its name
-    file = try_to_load_from_cache(location, "config.json", revision=settings.subject.revision)
-    if not isinstance(file, str):
+    cached = try_to_load_from_cache(location, "config.json", revision=settings.subject.revision)
+    if not isinstance(cached, str):
         raise StudyError(
             f"{location}: loaded, but not in the Hugging Face cache, so its commit is not known; pass its folder"
         )
-    return f"hub-commit:{Path(file).parent.name}"
+    return f"hub-commit:{Path(cached).parent.name}"
