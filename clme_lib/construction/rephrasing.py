@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 
+from tqdm import tqdm
+
 from ..datasets.renaming import Substitutes, eligible_names, rename, same_bytecode, verified
 from .endpoint import Endpoint
 from .stages import Row
@@ -15,6 +17,7 @@ INSTRUCTION = (
     "Rewrite the programming request so that another person could have asked it: other words, the same meaning, one sentence. Keep every "
     "name, number and string of the request exactly as it is. Answer with the rewritten request alone."
 )
+_CORPUS = 20_000
 # from a function's code to its new names
 Chooser = Callable[[str], dict[str, str]]
 
@@ -80,10 +83,14 @@ def renamed(row: Row, choose: Chooser) -> Row:
 
 
 class CorpusNames:
-    """Names that are used alike in a corpus of functions (:class:`~clme_lib.datasets.renaming.Substitutes`), on all cores."""
+    """Names that are used alike in a corpus of functions (:class:`~clme_lib.datasets.renaming.Substitutes`), on all cores.
+
+    Of a larger corpus the first functions are taken (a pool comes in seeded order): what is gained beyond is little, and every
+    name is compared with every other.
+    """
 
     def __init__(self, corpus: Sequence[str]) -> None:
-        self._corpus = list(corpus)
+        self._corpus = list(corpus[:_CORPUS])
 
     def settings(self) -> dict:
         """For the stage's manifest."""
@@ -91,21 +98,22 @@ class CorpusNames:
 
     def rephrase(self, rows: Sequence[Row]) -> Iterator[Row]:
         """Each row's ``rephrased`` code."""
+        functions = tqdm(map(definition, self._corpus), desc="names of the corpus", total=len(self._corpus), unit="row")
+        _use(Substitutes(function for function in functions if function is not None))
         workers = min(os.cpu_count() or 1, 1 + len(rows) // 500)
         if workers == 1:
-            _prepare(self._corpus)
             yield from map(_by_corpus, rows)
             return
-        with ProcessPoolExecutor(workers, initializer=_prepare, initargs=(self._corpus,)) as pool:
+        with ProcessPoolExecutor(workers, initializer=_use, initargs=(_substitutes,)) as pool:
             yield from pool.map(_by_corpus, rows, chunksize=50)
 
 
-_substitutes: Substitutes | None = None  # of a worker process
+_substitutes: Substitutes | None = None  # of this process
 
 
-def _prepare(corpus: list[str]) -> None:
+def _use(substitutes: Substitutes) -> None:
     global _substitutes
-    _substitutes = Substitutes(function for code in corpus if (function := definition(code)) is not None)
+    _substitutes = substitutes
 
 
 def _by_corpus(row: Row) -> Row:

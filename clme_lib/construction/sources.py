@@ -29,6 +29,7 @@ HUB = {
     "cnle": ("codeparrot/conala-mined-curated", "**.parquet"),
     "csne": ("code-search-net/code_search_net", "python/**.parquet"),
 }
+_TOKENIZED = 1_000  # texts at a time
 LONGEST = 100_000  # characters; nothing longer can have 256 tokens, and parsing it may take minutes
 
 
@@ -229,15 +230,20 @@ def _clean(value: Any) -> str:
     return value.replace("\r\n", "\n").strip() if isinstance(value, str) else ""
 
 
-def too_long(texts: Sequence[str], limit: int, tokenizer: str | None) -> list[bool]:
+def too_long(texts: Sequence[str], limit: int, tokenizer: str | None) -> Iterator[bool]:
     """Which texts have more than ``limit`` tokens: of a Hugging Face tokenizer (the paper: CodeBERT's), or of the embedded subject's."""
     if tokenizer is None:
         encoder = embedded_csne.tokenizer()
-        return [len(one.ids) > limit for one in encoder.encode_batch(list(texts), add_special_tokens=False)]
-    from transformers import AutoTokenizer
+    else:
+        from transformers import AutoTokenizer
 
-    try:
-        loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise StudyError(f"tokenizer {tokenizer!r} could not be loaded: {first_line(error)}") from error
-    return [len(ids) > limit for ids in loaded(list(texts), add_special_tokens=True)["input_ids"]]
+        try:
+            loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise StudyError(f"tokenizer {tokenizer!r} could not be loaded: {first_line(error)}") from error
+    for first in range(0, len(texts), _TOKENIZED):  # an encoding takes many times the memory of its text
+        part = list(texts[first : first + _TOKENIZED])
+        if tokenizer is None:
+            yield from (len(one.ids) > limit for one in encoder.encode_batch(part, add_special_tokens=False))
+        else:
+            yield from (len(ids) > limit for ids in loaded(part, add_special_tokens=True)["input_ids"])
