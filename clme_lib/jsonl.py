@@ -1,7 +1,8 @@
 """Append-only JSON Lines files that survive being killed.
 
 Rows are appended in one write and synced. A process killed in the middle can leave at most one torn last line; reading
-ignores it, and the next append cuts it off first. Nothing that was complete is ever rewritten.
+ignores it, and the next append cuts it off first. Nothing that was complete is ever rewritten. (Small files that are written
+whole go through :func:`write_text`.)
 """
 
 from __future__ import annotations
@@ -46,6 +47,14 @@ def append_rows(path: Path, rows: Iterable[dict]) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise StudyError(f"{path}: could not append {len(text)} characters: {error}. Is the disk full?") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole: a process killed in the middle leaves the old one, or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
 
 
 def _cut_torn_line(file) -> None:

@@ -325,6 +325,12 @@ def reading(measured: pd.DataFrame) -> str:
         ]
         sentences.append(f"On {label}, an edit takes {' and '.join(costs)}.")
     sentences += _orderings(middle, edits)
+    half = edits[edits["dtype"].isin(["bfloat16", "float16"]) & edits["peak_mib"].notna()]
+    if len(half):
+        most = half.loc[half["peak_mib"].idxmax()]
+        sentences.append(
+            f"The largest peak in 16 bits is {most['peak_mib'] / 1024:.1f} GiB ({editor_name(most['editor'])} on {most['label']})."
+        )
     if failed := sorted({(label, editor_name(editor)) for label, _, editor in _too_large(_rows(measured, "setup"))}):
         lists = [f"{editor} on {label}" for label, editor in failed]
         sentences.append(f"Did not fit into the device's memory: {'; '.join(lists)}.")

@@ -13,8 +13,6 @@ completes it. Asking for more cases extends it, because samples are nested. A pu
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,7 +30,7 @@ from .editors.base import Editor
 from .errors import StudyError
 from .evaluation import failed, score
 from .hyperparameters import Schema, parse
-from .jsonl import append_rows, read_rows
+from .jsonl import append_rows, read_rows, write_text
 from .memory import is_out_of_memory, raising_when_full
 from .prompts import DATASETS, Preset
 from .records import Record, frame, read_records
@@ -283,7 +281,7 @@ def _start(config: RunConfig, subject: Subject, editors: dict[str, Editor], chos
     """Record provenance before the first case."""
     everything = {name: load_cases(name, config.source) for name in config.dataset}
     halves = {name: folds(cases, config.seed) for name, cases in everything.items()}
-    _write(config.out / "folds.json", json.dumps(halves) + "\n")
+    write_text(config.out / "folds.json", json.dumps(halves) + "\n")
     start = {
         "started": provenance.now(),
         "commit": provenance.commit(),
@@ -308,11 +306,4 @@ def _write_manifest(config: RunConfig, start: dict) -> None:
     starts = load_manifest(config.out)["starts"] if file.is_file() else []
     starts = [one for one in starts if one["started"] != start["started"]] + [start]
     content = {"config": config.model_dump(mode="json", exclude={"out"}), "starts": starts}
-    _write(file, json.dumps(content, indent=1) + "\n")
-
-
-def _write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as scratch:
-        scratch.write(text)
-    os.replace(scratch.name, file)
+    write_text(file, json.dumps(content, indent=1) + "\n")

@@ -111,7 +111,7 @@ class CorpusNames:
 _substitutes: Substitutes | None = None  # of this process
 
 
-def _use(substitutes: Substitutes) -> None:
+def _use(substitutes: Substitutes | None) -> None:
     global _substitutes
     _substitutes = substitutes
 

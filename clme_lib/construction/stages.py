@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import StudyError
-from ..jsonl import append_rows, read_rows
+from ..jsonl import append_rows, read_rows, write_text
 
 Row = dict[str, Any]
 
@@ -76,12 +75,12 @@ class Stages:
         if before is None or not before["finished"]:
             if before is None and file.exists():
                 raise StudyError(f"{file}: has no {file.stem}.json beside it that says how it was made; move it away")
-            _write(file.with_suffix(".json"), {**identity, "finished": False})
+            self._write_manifest(file, {**identity, "finished": False})
             self._complete(name, file, todo, make, batch)
         rows = read_rows(file)
         self._made[name] = file_sha256(file)
         counts = {"rows": len(rows), **self._dropped(rows)}
-        _write(file.with_suffix(".json"), {**identity, "counts": counts, "sha256": self._made[name], "finished": True})
+        self._write_manifest(file, {**identity, "counts": counts, "sha256": self._made[name], "finished": True})
         return rows
 
     def _complete(self, name: str, file: Path, todo: Sequence[Row], make: Callable, batch: int | None) -> None:
@@ -98,6 +97,10 @@ class Stages:
     def _dropped(rows: Sequence[Row]) -> dict[str, int]:
         """How many rows say why they are left out from here on."""
         return dict(Counter(f"dropped: {row['dropped']}" for row in rows if row.get("dropped")))
+
+    @staticmethod
+    def _write_manifest(file: Path, content: dict) -> None:
+        write_text(file.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
 
     @staticmethod
     def _manifest_of(file: Path) -> dict | None:
@@ -149,10 +152,3 @@ def file_sha256(file: Path) -> str:
     """SHA-256 of a file's bytes."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _write(file: Path, content: dict) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".json.part")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, file)

@@ -8,6 +8,7 @@ append them with the next free ``case_id`` and run the tests: they check every r
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib
 import io
 import json
@@ -15,11 +16,15 @@ import re
 import sys
 import tokenize
 from importlib import resources
+from pathlib import Path
 
+from ..embedded_subject import cache_dir
 from ..errors import StudyError
+from ..jsonl import write_text
 from ..prompts import make_prompt
+from . import neighbours
 from .cases import Case
-from .neighbours import nearest
+from .neighbours import NEIGHBOURS, nearest
 
 TARGET_FIELDS = ("case_id", "topic", "intent", "rewritten_intent", "snippet")
 POOL_FIELDS = ("topic", "intent", "snippet")
@@ -54,13 +59,16 @@ def read_rows(name: str) -> list[dict]:
 
 
 def load() -> list[Case]:
-    """All embedded CNLE cases, each with its five nearest pool intents (TF-IDF)."""
+    """All embedded CNLE cases, each with its five nearest pool intents (TF-IDF), which are found once and kept in the user's cache."""
     targets, pool = read_rows("cnle-targets"), read_rows("cnle-pool")
-    neighbours = nearest(
-        [row["intent"] for row in targets],
-        [row["intent"] for row in pool],
-        allowed=lambda target, other: targets[target]["snippet"] != pool[other]["snippet"],
-    )
+    found = _known(cached(), len(targets), len(pool))
+    if found is None:
+        found = nearest(
+            [row["intent"] for row in targets],
+            [row["intent"] for row in pool],
+            allowed=lambda target, other: targets[target]["snippet"] != pool[other]["snippet"],
+        )
+        write_text(cached(), json.dumps(found))
     return [
         Case(
             case_id=row["case_id"],
@@ -70,8 +78,25 @@ def load() -> list[Case]:
             rephrased=(make_prompt("cnle", row["rewritten_intent"]),),
             unrelated=tuple(make_prompt("cnle", pool[n]["intent"]) for n in chosen),
         )
-        for row, chosen in zip(targets, neighbours)
+        for row, chosen in zip(targets, found)
     ]
+
+
+def cached() -> Path:
+    """Where the neighbours of these rows, as this version of the library finds them, are kept (they may not be there yet)."""
+    digest = hashlib.sha256(Path(neighbours.__file__).read_bytes())
+    for name in ("cnle-targets", "cnle-pool"):
+        digest.update(json.dumps(read_rows(name)).encode())
+    return cache_dir() / "datasets" / f"cnle-{digest.hexdigest()[:16]}.json"
+
+
+def _known(file: Path, targets: int, pool: int) -> list[list[int]] | None:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        complete = len(found) == targets and all(len(near) == NEIGHBOURS for near in found)
+        return found if complete and all(0 <= one < pool for near in found for one in near) else None
+    except (OSError, ValueError, TypeError):  # not there, or damaged: found anew
+        return None
 
 
 def code_tokens(snippet: str) -> set[str]:

@@ -15,9 +15,7 @@ import importlib.metadata
 import inspect
 import io
 import json
-import os
 import re
-import tempfile
 import textwrap
 import tokenize
 import warnings
@@ -30,6 +28,7 @@ from pathlib import Path
 
 from .. import embedded_subject
 from ..errors import StudyError
+from ..jsonl import write_text
 from ..prompts import make_prompt
 from ..seeds import seed_of
 from .cases import Case
@@ -80,11 +79,16 @@ def load() -> list[Case]:
 
 def is_mined() -> bool:
     """Whether the set is in the cache, so that loading it mines nothing."""
-    return _cached(json.loads((_resource() / "csne.json").read_text(encoding="utf-8"))["sha256"]).is_file()
+    return cached().is_file()
 
 
-def _cached(sha256: str) -> Path:
-    return embedded_subject.cache_dir() / "datasets" / f"csne-{sha256[:16]}.json"
+def cached() -> Path:
+    """Where the committed set is kept once it has been mined."""
+    return embedded_subject.cache_dir() / "datasets" / f"csne-{_committed()['sha256'][:16]}.json"
+
+
+def _committed() -> dict:
+    return json.loads((_resource() / "csne.json").read_text(encoding="utf-8"))
 
 
 def load_content() -> dict:
@@ -93,11 +97,10 @@ def load_content() -> dict:
     Raises:
         StudyError: a package is missing or differs from its pin, so the set would not be the committed one.
     """
-    committed = json.loads((_resource() / "csne.json").read_text(encoding="utf-8"))
-    cached = _cached(committed["sha256"])
-    if cached.is_file():
+    committed, file = _committed(), cached()
+    if file.is_file():
         with contextlib.suppress(OSError, ValueError):
-            content = json.loads(cached.read_text(encoding="utf-8"))
+            content = json.loads(file.read_text(encoding="utf-8"))
             if content_sha256(content) == committed["sha256"]:
                 return content
         # damaged or edited: mined anew below
@@ -108,7 +111,7 @@ def load_content() -> dict:
             f"the mined CSNE set has SHA-256 {content_sha256(content)}, committed is {committed['sha256']}: "
             "an installed package was modified; reinstall with `pip install --force-reinstall -c constraints.txt -e .`"
         )
-    _write_atomically(cached, json.dumps(content))
+    write_text(file, json.dumps(content))
     return content
 
 
@@ -350,18 +353,11 @@ def _resource():
     return resources.files("clme_lib") / "datasets" / "embedded"
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-    os.replace(file.name, path)
-
-
 def commit_hash() -> str:
     """Mine anew and record the set's hash and the packages it came from in ``embedded/csne.json`` (after a pin changed)."""
     digest = content_sha256(build())
     content = json.dumps({"sha256": digest, "packages": installed_versions()}, indent=1)
-    _write_atomically(Path(str(_resource() / "csne.json")), content + "\n")
+    write_text(Path(str(_resource() / "csne.json")), content + "\n")
     return digest
 
 
