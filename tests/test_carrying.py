@@ -7,6 +7,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from conftest import make_subject
 
 from clme_lib import carrying, embedded_subject, runs
 from clme_lib.cli import main
@@ -70,8 +71,8 @@ def test_damaged_neighbours_are_found_anew(tmp_path, monkeypatch):
         assert embedded_cnle.load() == expected, damage
 
 
-def test_a_bare_machine_runs_and_measures(carried, bare_packages, llama, tmp_path, capsys):
-    folder = tmp_path / "tiny"
+def test_a_bare_machine_runs_and_measures(carried, bare_packages, tmp_path, capsys):
+    folder, llama = tmp_path / "tiny", make_subject("llama", blocks=6)
     llama.model.save_pretrained(folder)
     llama.tokenizer.save_pretrained(folder)
     code = f"""
