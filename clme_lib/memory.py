@@ -17,7 +17,7 @@ except ImportError:  # not a Unix
 _STATUS = Path("/proc/self/status")
 _GROUPS = Path("/sys/fs/cgroup")
 _LEFT_TO_OTHERS = 0.05  # of the free memory
-_SYMPTOMS = ("can't allocate memory", "bad_alloc", "out of memory")
+_SYMPTOMS = ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "out of memory")
 
 
 def reset_peak_memory(device: torch.device) -> None:

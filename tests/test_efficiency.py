@@ -344,6 +344,7 @@ def test_a_limit_of_the_process_or_its_group_counts_as_what_is_free(monkeypatch,
 def test_free_memory_is_told():
     assert 2**20 < memory.free_memory_bytes(torch.device("cpu")) < 2**50
     assert memory.is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert memory.is_out_of_memory(RuntimeError("unable to mmap 538090408 bytes: Cannot allocate memory (12)"))
     assert not memory.is_out_of_memory(RuntimeError("shape mismatch"))
 
 
