@@ -20,7 +20,8 @@ _NOT_MEASURED, _TOO_LARGE = "not measured", "out of memory"
 def circumstances(measured: pd.DataFrame) -> Table:
     """Where the measurements come from."""
     rows = []
-    for (subject, random_weights, dtype, machine, threads), mine in measured.groupby(_PLACE, sort=False):
+    in_order = measured.sort_values("random_weights", kind="stable")
+    for (subject, random_weights, dtype, machine, threads), mine in in_order.groupby(_PLACE, sort=False):
         edits = mine[mine["kind"] == "edit"]
         rows.append(
             {
@@ -103,12 +104,14 @@ def cost_summary(measured: pd.DataFrame) -> pd.DataFrame:
 
 
 def _labels(measured: pd.DataFrame) -> pd.Series:
-    """A row's subject, with what of weights, dtype and machine tells it apart from what one may take it for."""
+    """A row's subject, with what of weights, dtype, machine and threads tells it apart from what one may take it for."""
     machines = measured["machine"].nunique() > 1
+    threads = measured[measured["device"] == "cpu"]["threads"].nunique() > 1
     kinds = measured["dtype"].nunique() > 1 or bool(measured["random_weights"].any())
 
     def label(row: pd.Series) -> str:
         said = {"random weights": row["random_weights"], row["dtype"]: kinds, row["machine"]: machines}
+        said[f"{row['threads']} threads"] = threads and row["device"] == "cpu"
         parts = [what for what, needed in said.items() if needed]
         return row["subject"] + (f" ({', '.join(parts)})" if parts else "")
 
