@@ -334,8 +334,9 @@ def reading(measured: pd.DataFrame) -> str:
         sentences.append(
             f"The largest peak in 16 bits is {most['peak_mib'] / 1024:.1f} GiB ({editor_name(most['editor'])} on {most['label']})."
         )
-    if failed := sorted({(label, editor_name(editor)) for label, _, editor in _too_large(_rows(measured, "setup"))}):
-        lists = [f"{editor} on {label}" for label, editor in failed]
+    if failed := _too_large(_rows(measured, "setup")):
+        whole = {label: sorted({one for where, _, one in failed if where == label}) for label, _, _ in sorted(failed)}
+        lists = [f"{' and '.join(map(editor_name, names))} on {label}" for label, names in whole.items()]
         sentences.append(f"Did not fit into the device's memory: {'; '.join(lists)}.")
     if not (measured["device"] == "cuda").any():
         sentences.append("Nothing of this was measured on a GPU.")
@@ -365,11 +366,13 @@ def _orderings(middle: pd.DataFrame, edits: pd.DataFrame) -> list[str]:
         sentences.append(
             f"It finds CSNE dearer than CNLE: so it is in {longer} of {len(both)} pairs of subject and editor."
         )
-    by_label = edits[edits["random_weights"]].groupby("label", sort=False)
-    if len(by_label) > 1:
-        slow, large = by_label["seconds"].median().idxmax(), by_label["peak_mib"].median().idxmax()
-        sentences.append(
-            f"It finds CodeQwen1.5-7B slowest and largest: of its subjects' shapes, {slow} has the largest median time here, and "
-            f"{large} the largest median memory."
+    shapes = edits[edits["random_weights"]].groupby("subject", sort=False)
+    if len(shapes) > 1:
+        slow, large = shapes["seconds"].median().idxmax(), shapes["peak_mib"].median().idxmax()
+        both = (
+            f"{slow} has the largest median time and memory"
+            if slow == large
+            else (f"{slow} has the largest median time, {large} the largest median memory")
         )
+        sentences.append(f"It finds CodeQwen1.5-7B slowest and largest: of its subjects' shapes, {both}.")
     return sentences
