@@ -77,6 +77,15 @@ def damage(name):
                 one["neighborhoods"]["answers"] = {"CodeLlama-7b-hf": ["a"] * 5}
             case "null":
                 request["intent"] = None
+            case "few neighbours":
+                for n in range(4):  # five records, five different neighbours
+                    same = {
+                        "intent": f"read `{n}` once",
+                        "snippet": f"read({n}, [0, 1])",
+                        "rewritten_intent": f"`{n}`, read",
+                    }
+                    records.append({"case_id": 10 + n, "edit_request": same, "neighborhoods": {"items": items}})
+                del records[2:4], records[0]
 
     return change
 
@@ -99,6 +108,7 @@ def damage(name):
         ("four neighbours", "error", "items has 4 entries, expected 5"),
         ("null", "error", "field 'intent' is NoneType, expected str"),
         ("some answers", "warning", "answers of CodeLlama-7b-hf are missing"),
+        ("few neighbours", "warning", "few different neighbours: 1 (5 for 5 cases)"),
     ],
 )
 def test_damage_is_found(records, tmp_path, capsys, kind, level, message):
@@ -107,7 +117,7 @@ def test_damage_is_found(records, tmp_path, capsys, kind, level, message):
     found = [finding for finding in report.findings if message in str(finding)]
     assert [finding.level for finding in found] == [level]
     assert report.passed == (level == "warning")
-    if kind not in ("missing field", "four neighbours", "null", "some answers"):
+    if kind not in ("missing field", "four neighbours", "null", "some answers", "few neighbours"):
         assert found[0].cases[0] in (1, 2)
     assert cli.main(["data", "check", str(tmp_path / "EditConala.json")]) == (level == "error")
     assert message in capsys.readouterr().out

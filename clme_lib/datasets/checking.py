@@ -116,6 +116,11 @@ def check_cases(cases: Sequence[Case]) -> tuple[Finding, ...]:
         _finding(level, problem, [case.case_id for case in cases if test(case)], remedy)
         for level, problem, remedy, test in _tests(cases)
     ]
+    different = len({one for case in cases for one in case.unrelated})
+    if 0 < different <= len(cases):
+        few = _finding("warning", "few different neighbours", [f"{different} for {len(cases)} cases"],
+                       "Specificity measures the same ones again and again: target fewer, or take a larger source.")  # fmt: skip
+        found.append(few)
     return tuple(one for one in found if one.cases)
 
 
