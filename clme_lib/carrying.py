@@ -10,9 +10,8 @@ import shutil
 from pathlib import Path
 
 from . import embedded_subject
-from .datasets import embedded_cnle, embedded_csne, load_cases
+from .datasets import embedded_cnle, embedded_csne
 from .errors import StudyError
-from .prompts import DATASETS
 
 _DATASETS = "datasets"
 
@@ -26,11 +25,10 @@ def pack(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not list(folder.glob(f"{embedded_subject.WHEEL.split('==')[0].replace('-', '_')}-*.whl")):
         embedded_subject.download_wheel(folder)
-    for name in DATASETS:
-        load_cases(name)
-    for file in (embedded_cnle.cached(), embedded_csne.cached()):
-        (folder / _DATASETS).mkdir(exist_ok=True)
-        shutil.copy(file, folder / _DATASETS)
+    (folder / _DATASETS).mkdir(exist_ok=True)
+    for made in (embedded_cnle, embedded_csne):
+        made.load()
+        shutil.copy(made.cached(), folder / _DATASETS)
 
 
 def unpack(folder: Path) -> None:
