@@ -342,7 +342,7 @@ def reading(measured: pd.DataFrame) -> str:
         sentences.append("Nothing of this was measured on a GPU.")
     if missing := unmeasured(measured):
         sentences.append(f"Not measured, for want of a device that holds them: {', '.join(missing)}.")
-    return " ".join(sentences)
+    return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
 def _orderings(middle: pd.DataFrame, edits: pd.DataFrame) -> list[str]:
