@@ -171,7 +171,7 @@ def cost_figure(measured: pd.DataFrame, column: str):
         if column == "seconds":
             axis.set_yscale("log")
     axes[0][0].set_ylabel("seconds an edit" if column == "seconds" else "peak memory (MiB)")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 1.08), ncol=3)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", bbox_to_anchor=(0.5, 0.98), ncol=2)
     figure.tight_layout()
     return figure
 

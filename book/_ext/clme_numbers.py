@@ -86,7 +86,7 @@ def _benchmark() -> dict[str, str]:
     for folder in map(Path, os.environ.get("CLME_BUILDS", "").split()):
         cases = pipeline.built_cases(folder)
         built[cases[0].dataset] = folder
-        sets[f"{cases[0].dataset.upper()} ({folder.name})"] = cases
+        sets[f"{cases[0].dataset.upper()} (built)"] = cases
     with tempfile.TemporaryDirectory() as scratch:
         folder = built.get("cnle", Path(scratch))
         if "cnle" not in built:
