@@ -209,6 +209,35 @@ def test_an_editor_that_does_not_fit_is_said_so(small_paper_subject, monkeypatch
     assert len(rq2.cost_figure(measured, "peak_mib").axes) == 2
 
 
+def test_the_papers_orderings_are_counted_where_all_of_them_were_measured():
+    """The second subject has no MEMIT and PMET: it counts for no order of theirs, and its other editors are compared alone."""
+    place = {
+        "random_weights": True,
+        "dtype": "bfloat16",
+        "machine": "any",
+        "device": "cpu",
+        "threads": 2,
+        "kind": "edit",
+    }
+    seconds = {"one": {"malmen": 1, "grace": 5, "memit": 90, "pmet": 100}, "two": {"malmen": 2, "grace": 6}}
+    measured = pd.DataFrame(
+        {
+            **place,
+            "subject": name,
+            "dataset": "cnle",
+            "editor": editor,
+            "seconds": float(value),
+            "peak_mib": 10.0 * value,
+        }
+        for name, mine in seconds.items()
+        for editor, value in mine.items()
+    )
+    said = rq2.reading(measured)
+    assert "of the 1 pairs of subject and data set in which all three were measured, MALMEN is the fastest in 1" in said
+    assert "the slowest in 1." in said
+    assert "by the editors measured on all, two has the largest median time and memory" in said
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

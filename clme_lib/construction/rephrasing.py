@@ -85,8 +85,7 @@ def renamed(row: Row, choose: Chooser) -> Row:
 class CorpusNames:
     """Names that are used alike in a corpus of functions (:class:`~clme_lib.datasets.renaming.Substitutes`), on all cores.
 
-    Of a larger corpus the first functions are taken (a pool comes in seeded order): what is gained beyond is little, and every
-    name is compared with every other.
+    Of a larger corpus the first functions are taken (a pool comes in seeded order), because every name is compared with every other.
     """
 
     def __init__(self, corpus: Sequence[str]) -> None:
