@@ -11,7 +11,7 @@ import statistics
 import torch
 from fast_path import main, seconds
 
-from clme_lib.partial import PartialForward
+from clme_lib.forward.partial import PartialForward
 
 ROUNDS = 15
 

@@ -55,8 +55,8 @@ def dense(texts):
 
 
 def renaming(count, corpus):
-    from clme_lib.construction.rephrasing import CorpusNames
     from clme_lib.datasets import embedded_csne
+    from clme_lib.datasets.construction.rephrasing import CorpusNames
 
     content = embedded_csne.load_content()
     codes, pool = ([row["code"] for row in content[part]] for part in ("targets", "pool"))

@@ -21,12 +21,13 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from clme_lib import provenance
-from clme_lib.datasets import load_cases, sample_cases
-from clme_lib.editors import load_editor
-from clme_lib.editors.malmen_training import Training
-from clme_lib.prompts import tokenize
-from clme_lib.subjects import load_subject
+from clme_lib.datasets.cases import sample_cases
+from clme_lib.datasets.registry import load_cases
+from clme_lib.editors.malmen.training import Training
+from clme_lib.editors.registry import load_editor
+from clme_lib.forward.tokens import tokenize
+from clme_lib.study import provenance
+from clme_lib.subjects.subject import load_subject
 
 # transferred: the paper's layer and steps; subject: the values selected for the embedded model
 SETTINGS = [

@@ -16,9 +16,9 @@ import pandas as pd
 import torch
 
 import clme_lib as clme
-from clme_lib import provenance
-from clme_lib.editors.malmen_training import Training
-from clme_lib.unedited import answers_for
+from clme_lib.editors.malmen.training import Training
+from clme_lib.evaluation.unedited import answers_for
+from clme_lib.study import provenance
 
 
 def measure(subject, dataset, records):

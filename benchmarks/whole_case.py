@@ -12,9 +12,9 @@ usage: python benchmarks/whole_case.py, with the options of fast_path.py
 import torch
 from fast_path import main, plain_edits, seconds
 
-from clme_lib.evaluation import evaluate
-from clme_lib.generation import FLUENCY_TOKENS, FLUENCY_TOP_K, SPECIFICITY_TOKENS
-from clme_lib.prompts import token_budget
+from clme_lib.evaluation.evaluate import evaluate
+from clme_lib.evaluation.generation import FLUENCY_TOKENS, FLUENCY_TOP_K, SPECIFICITY_TOKENS
+from clme_lib.forward.tokens import token_budget
 
 
 def plain_texts(subject, case, edit):

@@ -13,8 +13,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from clme_lib.editors.statistics import SecondMoment
-from clme_lib.provenance import processor
+from clme_lib.editors.locate_then_edit.second_moments import SecondMoment
+from clme_lib.study.provenance import processor
 
 WEIGHT = 15_000.0
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import __version__
-from .errors import StudyError
+from .support.errors import StudyError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -210,13 +210,13 @@ def _cases(text: str) -> int | None:
 
 
 def _list(_options: argparse.Namespace) -> int:
-    from . import embedded_subject
     from .datasets.embedded_cnle import read_rows
-    from .datasets.embedded_csne import TARGETS
+    from .datasets.mining import TARGETS
     from .datasets.published import ZENODO_DOI
-    from .editors import EDITORS
-    from .hub_cache import is_cached
-    from .hyperparameters import load_settings, registered_subjects
+    from .editors.registry import EDITORS
+    from .subjects import embedded as embedded_subject
+    from .subjects.settings import load_settings, registered_subjects
+    from .subjects.subject import is_cached
 
     print("subjects")
     for name in registered_subjects():
@@ -243,9 +243,10 @@ def _list(_options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from .records import UNSCORED
-    from .report import summary
-    from .runs import make_config, run
+    from .evaluation.records import UNSCORED
+    from .study.config import make_config
+    from .study.runs import run
+    from .study.tables import summary
 
     values = {name: value for name, value in vars(options).items() if name != "act"}
     values["name"] = options.name or options.out.resolve().name
@@ -263,15 +264,15 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _score(options: argparse.Namespace) -> int:
-    from .scoring import score_run
+    from .study.scoring import score_run
 
     print(f"{score_run(options.run, options.target)} records scored in {options.target}")
     return 0
 
 
 def _select(options: argparse.Namespace) -> int:
-    from .selection import select
-    from .subjects import load_subject
+    from .study.appendices.selection import select
+    from .subjects.subject import load_subject
 
     subject = load_subject(options.subject, options.device)
     table = select(subject, options.editor, options.out, options.cases, options.datasets.split(","))
@@ -280,8 +281,8 @@ def _select(options: argparse.Namespace) -> int:
 
 
 def _presets(options: argparse.Namespace) -> int:
-    from .selection import compare_presets
-    from .subjects import load_subject
+    from .study.appendices.selection import compare_presets
+    from .subjects.subject import load_subject
 
     table = compare_presets(load_subject(options.subject, options.device), options.editor, options.out, options.cases)
     print(table.to_string(index=False))
@@ -289,8 +290,8 @@ def _presets(options: argparse.Namespace) -> int:
 
 
 def _diagnose(options: argparse.Namespace) -> int:
-    from .diagnosis import diagnose_editors
-    from .subjects import load_subject
+    from .study.appendices.weight_updates import diagnose_editors
+    from .subjects.subject import load_subject
 
     subject = load_subject(options.subject, options.device)
     print(diagnose_editors(subject, options.editors.split(","), options.out, options.cases).to_string(index=False))
@@ -298,8 +299,8 @@ def _diagnose(options: argparse.Namespace) -> int:
 
 
 def _statistics(options: argparse.Namespace) -> int:
-    from .diagnosis import compare_statistics
-    from .subjects import load_subject
+    from .study.appendices.statistics import compare_statistics
+    from .subjects.subject import load_subject
 
     table = compare_statistics(load_subject(options.subject, options.device), options.out, options.cases)
     print(table.to_string(index=False))
@@ -307,8 +308,8 @@ def _statistics(options: argparse.Namespace) -> int:
 
 
 def _pmet_parts(options: argparse.Namespace) -> int:
-    from .diagnosis import take_pmet_apart
-    from .subjects import load_subject
+    from .study.appendices.weight_updates import take_pmet_apart
+    from .subjects.subject import load_subject
 
     table = take_pmet_apart(load_subject(options.subject, options.device), options.out, options.cases)
     print(table.to_string(index=False))
@@ -316,8 +317,8 @@ def _pmet_parts(options: argparse.Namespace) -> int:
 
 
 def _radius(options: argparse.Namespace) -> int:
-    from .radius import sweep_radius
-    from .subjects import load_subject
+    from .study.rq3.radius import sweep_radius
+    from .subjects.subject import load_subject
 
     table = sweep_radius(load_subject(options.subject, options.device), options.out, options.cases)
     print(table[table["radius"] == 1].to_string(index=False))
@@ -325,16 +326,17 @@ def _radius(options: argparse.Namespace) -> int:
 
 
 def _encoders(options: argparse.Namespace) -> int:
-    from .radius import compare_encoders
-    from .subjects import load_subject
+    from .study.appendices.encoder_settings import compare_encoders
+    from .subjects.subject import load_subject
 
     print(compare_encoders(load_subject(options.subject, options.device), options.out).to_string(index=False))
     return 0
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from .efficiency.measure import bench, make_bench_config
-    from .rq2 import cost_summary
+    from .study.config import make_bench_config
+    from .study.rq2.measure import bench
+    from .study.rq2.tables import cost_summary
 
     measured = bench(make_bench_config(**{name: value for name, value in vars(options).items() if name != "act"}))
     print(cost_summary(measured).to_string())
@@ -343,8 +345,8 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from .runs import load_run
-    from .spot_check import compare, describe
+    from .study.run_folder import load_run
+    from .study.spot_check import compare, describe
 
     comparison = compare(load_run(options.run), load_run(options.published))
     print(describe(comparison))
@@ -352,12 +354,12 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _data_build(options: argparse.Namespace) -> int:
-    from .construction import pipeline, relevance, rephrasing
-    from .construction.endpoint import Endpoint
+    from .datasets.construction import pipeline, relevance, rephrasing
+    from .datasets.construction.endpoint import Endpoint
 
     common: dict = {"targets": options.targets, "seed": options.seed, "subject": options.answers}
     if options.encoder:
-        from .construction.language_models import TextEncoder
+        from .datasets.construction.language_models import TextEncoder
 
         common["embed"] = TextEncoder(options.encoder, options.device)
     if options.dataset == "cnle":
@@ -371,7 +373,7 @@ def _data_build(options: argparse.Namespace) -> int:
         print(pipeline.level_counts(options.out).to_string(index=False))
     else:
         if options.names:
-            from .construction.language_models import MaskedNames
+            from .datasets.construction.language_models import MaskedNames
 
             masked = MaskedNames(options.names, options.device)
         report = pipeline.build_csne(
@@ -387,8 +389,8 @@ def _data_build(options: argparse.Namespace) -> int:
 
 
 def _data_labels(options: argparse.Namespace) -> int:
-    from .construction.agreement import agreement, draw
-    from .construction.pipeline import stage_rows
+    from .datasets.construction.agreement import agreement, draw
+    from .datasets.construction.pipeline import stage_rows
 
     levels = {str(row["id"]): row["level"] for row in stage_rows(options.build, "score") if "level" in row}
     if options.file.exists():
@@ -400,8 +402,8 @@ def _data_labels(options: argparse.Namespace) -> int:
 
 
 def _data_fine_tune(options: argparse.Namespace) -> int:
-    from .construction.language_models import TextEncoder, fine_tune
-    from .construction.pipeline import stage_rows
+    from .datasets.construction.language_models import TextEncoder, fine_tune
+    from .datasets.construction.pipeline import stage_rows
 
     functions = {row["id"]: row for row in stage_rows(options.build, "collect")}
     split = stage_rows(options.build, "split")
@@ -414,7 +416,7 @@ def _data_fine_tune(options: argparse.Namespace) -> int:
 
 
 def _data_check(options: argparse.Namespace) -> int:
-    from .datasets.checking import check_file
+    from .datasets.construction.checking import check_file
 
     report = check_file(options.path, options.dataset)
     print(report)
@@ -422,7 +424,7 @@ def _data_check(options: argparse.Namespace) -> int:
 
 
 def _notebook(options: argparse.Namespace) -> int:
-    from .notebook import execute
+    from .study.notebook import execute
 
     execute(options.source, options.target, dict(options.parameters))
     print(options.target)
@@ -430,15 +432,16 @@ def _notebook(options: argparse.Namespace) -> int:
 
 
 def _publish(options: argparse.Namespace) -> int:
-    from .publish import publish
+    from .study.publish import publish
 
     print(f"{publish(options.run, options.target)} records in {options.target}")
     return 0
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from . import carrying, embedded_subject
-    from .datasets import load_cases
+    from .datasets.registry import load_cases
+    from .study import carrying
+    from .subjects import embedded as embedded_subject
 
     if options.carried:
         carrying.unpack(options.carried)

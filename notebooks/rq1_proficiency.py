@@ -48,7 +48,7 @@ config = clme.config_from_notebook(globals())
 # %% tags=["hide-input"]
 from IPython.display import Markdown, display
 
-from clme_lib import report
+from clme_lib.study import rq1 as report
 
 records = clme.run(config)
 
@@ -88,7 +88,7 @@ Markdown(report.examples(records, with_texts))
 # [](#weight-editors) looks at updates of weights before any text is generated, to tell the method, the model and the code apart.
 
 # %% tags=["hide-input"]
-from clme_lib import spot_check
+from clme_lib.study import spot_check
 
 if config.within:
     compared = spot_check.compare(clme.load_run(config.out), clme.load_run(config.within))

@@ -37,7 +37,8 @@ plain: str = ""  # table of benchmarks/whole_case.py, for what a plain procedure
 
 # %% tags=["hide-input"]
 import clme_lib as clme
-from clme_lib.efficiency.measure import BenchConfig, bench
+from clme_lib.study.config import BenchConfig
+from clme_lib.study.rq2.measure import bench
 
 config = clme.config_from_notebook(globals(), BenchConfig)
 
@@ -46,7 +47,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import Markdown
 
-from clme_lib import rq2
+from clme_lib.study.rq2 import tables as rq2
 
 measured = bench(config)
 

@@ -51,9 +51,10 @@ config = clme.config_from_notebook(globals())
 import matplotlib.pyplot as plt
 from IPython.display import Markdown
 
-from clme_lib import rq3
+from clme_lib.study.rq3 import measurements
+from clme_lib.study.rq3 import tables as rq3
 
-compat = rq3.compat_run(config)
+compat = measurements.compat_run(config)
 records = clme.run(config)
 
 # %% [markdown]
@@ -85,7 +86,7 @@ plt.show()
 Markdown(rq3.distance_reading(records))
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "One sampled case of each data set in the plane of its prompts' first two principal components.", "name": "fig-rq3-case"}}
-places = rq3.projection(config)
+places = measurements.projection(config)
 rq3.projection_figure(places)
 plt.show()
 
@@ -110,7 +111,7 @@ rq3.preset_table(records, compat)
 # that the tables above use are among the values in [](#sec-subject).
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Generalization against unchanged neighbours as the radius grows, for encoders trained with several margins.", "name": "fig-rq3-radius"}}
-sweep = rq3.sweep(config)
+sweep = measurements.sweep(config)
 rq3.radius_figure(sweep)
 plt.show()
 
@@ -126,4 +127,4 @@ rq3.radius_table(sweep)
 # The variants take turns on each case, so that their ratio holds even where the machine had other work and the seconds are long.
 
 # %% tags=["hide-input"]
-rq3.overhead_table(rq3.overhead(config))
+rq3.overhead_table(measurements.overhead(config))

@@ -13,12 +13,11 @@ from transformers import (
     StableLmConfig,
 )
 
-from clme_lib import runs
 from clme_lib.datasets import published
-from clme_lib.datasets.cases import Case
-from clme_lib.hyperparameters import load_settings
-from clme_lib.prompts import make_prompt
-from clme_lib.subjects import Subject, load_subject, prepare
+from clme_lib.datasets.cases import Case, make_prompt
+from clme_lib.study import runs
+from clme_lib.subjects.settings import load_settings
+from clme_lib.subjects.subject import Subject, load_subject, prepare
 
 # `make gpu-test`-style runs set this; every test then runs on that device
 DEVICE = os.environ.get("CLME_TEST_DEVICE", "cpu")

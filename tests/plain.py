@@ -6,8 +6,8 @@ with the library but tokenisation and the seeds.
 
 import torch
 
-from clme_lib.prompts import tokenize
-from clme_lib.seeds import generator
+from clme_lib.forward.tokens import tokenize
+from clme_lib.support.seeds import generator
 
 
 def target_loss(subject, tokens):

@@ -6,17 +6,27 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clme_lib import queries as queries_module
-from clme_lib import radius as radius_module
-from clme_lib.edit_files import load_edits, save_edits
-from clme_lib.editors import load_editor
-from clme_lib.editors.a_grace import EncoderHyperparameters
-from clme_lib.editors.encoder_training import Pairs, TrainedEncoder, make_pairs, train
-from clme_lib.encoder import Encoder, balanced_accuracy, contrastive_loss, distances
-from clme_lib.errors import StudyError
-from clme_lib.evaluation import evaluate
-from clme_lib.generation import Request, generate
-from clme_lib.queries import masked_mean, prompt_queries, stored_queries
+from clme_lib.editors.contrastive_encoder import (
+    EncoderHyperparameters,
+    Pairs,
+    TrainedEncoder,
+    balanced_accuracy,
+    contrastive_loss,
+    distances,
+    make_pairs,
+    train,
+)
+from clme_lib.editors.registry import load_editor
+from clme_lib.edits.codebooks import masked_mean
+from clme_lib.edits.encoder import Encoder
+from clme_lib.edits.files import load_edits, save_edits
+from clme_lib.evaluation.evaluate import evaluate
+from clme_lib.evaluation.generation import Request, generate
+from clme_lib.forward import prompt_keys as queries_module
+from clme_lib.forward.prompt_keys import prompt_queries, stored_queries
+from clme_lib.study.appendices import encoder_settings as encoders_module
+from clme_lib.study.rq3 import radius as radius_module
+from clme_lib.support.errors import StudyError
 
 SMALL = {"layer": 2, "steps": 3}
 TRAINING = {"epochs": 4, "encoder_batch": 8}
@@ -415,9 +425,9 @@ def test_the_sweep_is_what_each_radius_gives(llama, five_neighbours, tmp_path, m
 
 def test_encoders_are_compared_and_the_command_resumes(llama, five_neighbours, tmp_path, monkeypatch):
     more = [replace(case, case_id=case.case_id + 5 * n) for n in range(2) for case in five_neighbours]
-    monkeypatch.setattr(radius_module, "DATASETS", ("cnle",))
-    monkeypatch.setattr(radius_module, "SIZES", (3,))
-    monkeypatch.setattr(radius_module, "load_cases", lambda dataset: more)
+    monkeypatch.setattr(encoders_module, "DATASETS", ("cnle",))
+    monkeypatch.setattr(encoders_module, "SIZES", (3,))
+    monkeypatch.setattr(encoders_module, "load_cases", lambda dataset: more)
     load, asked = load_editor, []
 
     def counting(name, subject, **changes):
@@ -426,8 +436,8 @@ def test_encoders_are_compared_and_the_command_resumes(llama, five_neighbours, t
 
     monkeypatch.setattr(radius_module, "load_editor", counting)
     file = tmp_path / "encoders.csv"
-    table = radius_module.compare_encoders(llama, file)
-    settings = list(radius_module.encoder_settings(2.0))
+    table = encoders_module.compare_encoders(llama, file)
+    settings = list(encoders_module.encoder_settings(2.0))
     assert len(table) == 2 * len(settings) == len(asked)
     assert (table["cases"] == 3).sum() == 2 and (table["epochs"] <= 4).all() and table["best"].between(0.5, 1).all()
     row = table.iloc[0]
@@ -435,5 +445,5 @@ def test_encoders_are_compared_and_the_command_resumes(llama, five_neighbours, t
     kept = file.read_text().splitlines()
     file.write_text("\n".join(kept[:4]) + "\n")
     asked.clear()
-    assert len(radius_module.compare_encoders(llama, file)) == len(table) and len(asked) == len(table) - 3
+    assert len(encoders_module.compare_encoders(llama, file)) == len(table) and len(asked) == len(table) - 3
     assert file.read_text().splitlines() == kept

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 from conftest import make_subject
 
-from clme_lib import carrying, embedded_subject, runs
 from clme_lib.cli import main
-from clme_lib.datasets import embedded_cnle, embedded_csne, load_cases
-from clme_lib.errors import StudyError
-from clme_lib.records import UNSCORED
+from clme_lib.datasets import embedded_cnle, embedded_csne
+from clme_lib.datasets.registry import load_cases
+from clme_lib.evaluation.records import UNSCORED
+from clme_lib.study import carrying, runs
+from clme_lib.subjects import embedded as embedded_subject
+from clme_lib.support.errors import StudyError
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_NEEDED = ("sklearn", "scikit_learn", "matplotlib", "seaborn", "nltk", "rouge_score", "openai", "ray", "jupy", "papermill", "nbformat",
@@ -79,7 +81,7 @@ def test_a_bare_machine_runs_and_measures(carried, bare_packages, tmp_path, caps
     code = f"""
 import importlib.util, pathlib
 assert not any(importlib.util.find_spec(name) for name in ("sklearn", "matplotlib", "seaborn", "nltk", "rouge_score", "papermill"))
-from clme_lib import carrying
+from clme_lib.study import carrying
 from clme_lib.cli import main
 carrying.unpack(pathlib.Path({str(carried)!r}))
 common = ["--subject", {str(folder)!r}, "--device", "cpu", "--cases", "2"]

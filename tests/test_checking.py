@@ -6,9 +6,10 @@ import json
 import pytest
 
 from clme_lib import cli
-from clme_lib.datasets import load_cases, published
-from clme_lib.datasets.checking import check_cases, check_file, same_up_to_names
-from clme_lib.errors import StudyError
+from clme_lib.datasets import published
+from clme_lib.datasets.construction.checking import check_cases, check_file, same_up_to_names
+from clme_lib.datasets.registry import load_cases
+from clme_lib.support.errors import StudyError
 
 
 @pytest.fixture

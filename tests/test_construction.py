@@ -16,14 +16,22 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerFast
 
 from clme_lib import cli
-from clme_lib.construction import agreement, endpoint, language_models, pipeline, relevance, rephrasing, sources
-from clme_lib.construction.stages import Stages, kept
-from clme_lib.datasets import load_cases
+from clme_lib.datasets.construction import (
+    agreement,
+    endpoint,
+    language_models,
+    pipeline,
+    relevance,
+    rephrasing,
+    sources,
+)
+from clme_lib.datasets.construction.stages import Stages, kept
 from clme_lib.datasets.neighbours import nearest, tfidf
 from clme_lib.datasets.published import read
+from clme_lib.datasets.registry import load_cases
 from clme_lib.datasets.renaming import same_bytecode
-from clme_lib.errors import StudyError
-from clme_lib.jsonl import read_rows
+from clme_lib.support.errors import StudyError
+from clme_lib.support.journal import read_rows
 
 NAMES = ("alpha", "beta", "gamma", "delta", "omega", "sigma", "kappa", "theta", "zeta", "lambda_", "iota", "rho")
 

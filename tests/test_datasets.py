@@ -10,19 +10,12 @@ from types import CodeType
 
 import pytest
 
-from clme_lib import embedded_subject
-from clme_lib.datasets import (
-    embedded_cnle,
-    embedded_csne,
-    folds,
-    load_cases,
-    published,
-    sample_cases,
-    selection_cases,
-    selection_ids,
-)
+from clme_lib.datasets import embedded_cnle, embedded_csne, published, source_code
+from clme_lib.datasets.cases import folds, sample_cases
+from clme_lib.datasets.registry import load_cases, selection_cases, selection_ids
 from clme_lib.datasets.renaming import eligible_names, rename, verified
-from clme_lib.errors import StudyError
+from clme_lib.subjects import embedded as embedded_subject
+from clme_lib.support.errors import StudyError
 
 
 def test_every_hand_written_row_keeps_the_rules():
@@ -167,7 +160,7 @@ def test_renaming_keeps_the_function_and_its_layout():
     ],
 )
 def test_first_sentence(docstring, sentence):
-    assert embedded_csne.first_sentence(docstring) == sentence
+    assert source_code.first_sentence(docstring) == sentence
 
 
 def record(**request):

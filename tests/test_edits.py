@@ -6,11 +6,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from clme_lib.codebooks import Codebook
-from clme_lib.edit_files import load_edits, save_edits
-from clme_lib.edits import DenseUpdate, EditLog, LowRankUpdate, Unedited
-from clme_lib.errors import StudyError
-from clme_lib.generation import Request, generate
+from clme_lib.edits.base import EditLog, Unedited
+from clme_lib.edits.codebooks import Codebook
+from clme_lib.edits.files import load_edits, save_edits
+from clme_lib.edits.weights import DenseUpdate, LowRankUpdate
+from clme_lib.evaluation.generation import Request, generate
+from clme_lib.support.errors import StudyError
 
 
 def low_rank(subject, seed, rank=2, layers=(1, 3)):

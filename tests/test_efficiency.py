@@ -9,16 +9,21 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from clme_lib import cli, memory, rq2, runs
-from clme_lib.batches import Batches
-from clme_lib.editors import EDITORS, load_editor
-from clme_lib.efficiency import measure, shapes
-from clme_lib.efficiency.floor import Ceilings, Phase, phases
-from clme_lib.errors import StudyError
-from clme_lib.hyperparameters import Shape, SubjectSettings, load_settings, registered_subjects
-from clme_lib.prompts import tokenize
-from clme_lib.report import editor_name
-from clme_lib.seeds import DEFAULT_SEED
+from clme_lib import cli
+from clme_lib.editors.registry import EDITORS, load_editor
+from clme_lib.forward.tokens import tokenize
+from clme_lib.study import config as study_config
+from clme_lib.study import runs
+from clme_lib.study.rq2 import measure
+from clme_lib.study.rq2 import random_weights as shapes
+from clme_lib.study.rq2 import tables as rq2
+from clme_lib.study.rq2.floor import Ceilings, Phase, phases
+from clme_lib.study.tables import editor_name
+from clme_lib.subjects.settings import Shape, SubjectSettings, load_settings, registered_subjects
+from clme_lib.support import memory
+from clme_lib.support.batching import Batches
+from clme_lib.support.errors import StudyError
+from clme_lib.support.seeds import DEFAULT_SEED
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems neither tell nor bound what a process takes")
 
@@ -50,7 +55,7 @@ def small_paper_subject(monkeypatch, five_neighbours):
     editors = {name: {**values, **SMALL.get(name, {})} for name, values in settings.editors.items()}
     small = SubjectSettings(subject=settings.subject.model_copy(update={"shape": shape}), editors=editors)
     monkeypatch.setattr(shapes, "load_settings", lambda name: small if name == "stablecode-3b" else load_settings(name))
-    monkeypatch.setattr("clme_lib.editors.load_settings", lambda name: small)
+    monkeypatch.setattr("clme_lib.editors.registry.load_settings", lambda name: small)
     for module in (shapes, measure):
         monkeypatch.setattr(module, "load_cases", lambda dataset: five_neighbours)
 
@@ -136,7 +141,7 @@ def test_every_editor_is_measured_and_the_command_resumes(small_paper_subject, t
     )
     assert len(costs) == len(floors) == 9 and set(costs["n"]) == {"2"}
     middle = edits.groupby(["editor", "dataset"])["seconds"].median()
-    for name, shown in zip(measure.TIMED, costs["CSNE s / edit"]):
+    for name, shown in zip(study_config.TIMED, costs["CSNE s / edit"]):
         assert float(shown.split("<br>")[0]) == pytest.approx(middle[name, "csne"], abs=0.006)
     said = rq2.reading(measured)
     fastest = middle.unstack("dataset")["cnle"].idxmin()
@@ -185,7 +190,7 @@ def test_a_batch_that_does_not_fit_ends_the_growth(small_paper_subject, monkeypa
         return edit(self, cases, batch_size, progress)
 
     monkeypatch.setattr(EDITORS["grace"], "edit", small_device)
-    config = measure.make_bench_config(subject="stablecode-3b", random_weights=True, dataset="cnle", editors="grace", cases=1,
+    config = study_config.make_bench_config(subject="stablecode-3b", random_weights=True, dataset="cnle", editors="grace", cases=1,
                                        batches="2,4,8", out=tmp_path, device="cpu")  # fmt: skip
     measured = measure.bench(config)
     batches = measured[measured["kind"] == "throughput"].set_index("batch")["error"]
@@ -198,7 +203,7 @@ def test_an_editor_that_does_not_fit_is_said_so(small_paper_subject, monkeypatch
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1445068800 bytes")
 
     monkeypatch.setattr(EDITORS["memit"], "setup", full)
-    config = measure.make_bench_config(subject="stablecode-3b", random_weights=True, editors="memit,grace", cases=1, batches="",
+    config = study_config.make_bench_config(subject="stablecode-3b", random_weights=True, editors="memit,grace", cases=1, batches="",
                                        out=tmp_path, device="cpu")  # fmt: skip
     measured = measure.bench(config)
     costs = rq2.cost_table(measured).data.set_index("Editor")
@@ -249,13 +254,13 @@ def test_the_papers_orderings_are_counted_where_all_of_them_were_measured():
 )
 def test_wrong_configurations_are_refused(values, message):
     with pytest.raises(StudyError, match=message):
-        measure.make_bench_config(**values)
+        study_config.make_bench_config(**values)
 
 
 def test_finished_measurements_are_shown_and_missing_ones_named(tmp_path):
     row = {"kind": "edit", "subject": "any", "editor": "grace"}
     (tmp_path / "any.jsonl").write_text(json.dumps(row) + "\n")
-    shown = measure.bench(measure.make_bench_config(show=tmp_path, out=tmp_path / "other"))
+    shown = measure.bench(study_config.make_bench_config(show=tmp_path, out=tmp_path / "other"))
     assert shown.to_dict("records") == [row] and not (tmp_path / "other").exists()
     with pytest.raises(StudyError, match="no measurements; expected .*which `clme bench"):
         measure.load_measurements(tmp_path / "other")
@@ -301,10 +306,12 @@ def test_the_floor_is_the_longer_of_arithmetic_and_traffic():
 def batches_of(monkeypatch, used, free, size="auto", device="cpu"):
     """Sizes of the batches of 64 cases where each takes ``used`` MiB and ``free`` are left."""
     state = {"batch": 0}
-    monkeypatch.setattr("clme_lib.batches.reset_peak_memory", lambda device: None)
-    monkeypatch.setattr("clme_lib.batches.memory_in_use_mib", lambda device: 100.0)
-    monkeypatch.setattr("clme_lib.batches.peak_memory_mib", lambda device: 100.0 + used * state["batch"])
-    monkeypatch.setattr("clme_lib.batches.free_memory_bytes", lambda device: (free - used * state["batch"]) * 2**20)
+    monkeypatch.setattr("clme_lib.support.batching.reset_peak_memory", lambda device: None)
+    monkeypatch.setattr("clme_lib.support.batching.memory_in_use_mib", lambda device: 100.0)
+    monkeypatch.setattr("clme_lib.support.batching.peak_memory_mib", lambda device: 100.0 + used * state["batch"])
+    monkeypatch.setattr(
+        "clme_lib.support.batching.free_memory_bytes", lambda device: (free - used * state["batch"]) * 2**20
+    )
     sizes = []
     for batch in Batches(list(range(64)), size, torch.device(device)):
         state["batch"] = len(batch)
@@ -329,14 +336,14 @@ def test_a_run_goes_on_in_smaller_batches(tiny, source, monkeypatch, tmp_path):
         return edit(self, cases, batch_size, progress)
 
     monkeypatch.setattr(EDITORS["grace"], "edit", small_device)
-    config = runs.make_config(subject="tiny", dataset="cnle", editors="grace", cases=5, source=str(source), batch_size="auto",
+    config = study_config.make_config(subject="tiny", dataset="cnle", editors="grace", cases=5, source=str(source), batch_size="auto",
                               values="transferred", out=tmp_path / "run")  # fmt: skip
     records = runs.run(config)
     assert sorted(records["case_id"]) == list(range(5)) and max(tried) == 5
     failed = records[records["error"].notna()]
     assert list(failed["case_id"]) == [3] and "does not suffice" in failed["error"].iloc[0]
     with pytest.raises(StudyError, match="batch_size: .*at least 1 is needed, or auto"):
-        runs.make_config(batch_size="many")
+        study_config.make_config(batch_size="many")
 
 
 @linux

@@ -7,12 +7,12 @@ import plain
 import pytest
 import torch
 
-from clme_lib import partial
-from clme_lib.batches import of_like_length
-from clme_lib.datasets import load_cases
-from clme_lib.editors import load_editor
-from clme_lib.partial import PartialForward, longest_above
-from clme_lib.prompts import tokenize
+from clme_lib.datasets.registry import load_cases
+from clme_lib.editors.registry import load_editor
+from clme_lib.forward import label_losses
+from clme_lib.forward.partial import PartialForward, longest_above
+from clme_lib.forward.tokens import tokenize
+from clme_lib.support.batching import of_like_length
 
 
 def weights_hash(subject) -> str:
@@ -29,11 +29,11 @@ def close(one, other, tolerance=1e-4):
 @pytest.mark.parametrize("at_once", [2, 5, 1000])
 def test_losses_and_divergences_by_parts_equal_autograd(llama, cases, monkeypatch, at_once):
     """Values and gradient of both, whether the logits of two labels exist at one time or of all."""
-    monkeypatch.setitem(partial._LABELS_AT_ONCE, "cpu", at_once)
+    monkeypatch.setitem(label_losses._LABELS_AT_ONCE, "cpu", at_once)
     tokenized = [tokenize(llama.tokenizer, case.prompt, case.target) for case in cases]
     forward = PartialForward(llama, tokenized, 1, from_lookup=True)
     compared = torch.tensor([0, 3, len(forward.labels) - 1])
-    places = partial.Places.of(compared)
+    places = label_losses.Places.of(compared)
     drawn = torch.Generator().manual_seed(0)
     shape = len(forward.labels), llama.hidden_size
     start, other = (torch.randn(shape, generator=drawn) for _ in range(2))

@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, DEVICE, make_subject
 
-from clme_lib.datasets import load_cases, sample_cases
-from clme_lib.editors import load_editor
-from clme_lib.evaluation import score
-from clme_lib.seeds import DEFAULT_SEED
+from clme_lib.datasets.cases import sample_cases
+from clme_lib.datasets.registry import load_cases
+from clme_lib.editors.registry import load_editor
+from clme_lib.evaluation.evaluate import score
+from clme_lib.support.seeds import DEFAULT_SEED
 
 pytestmark = pytest.mark.gpu
 SETTINGS = {

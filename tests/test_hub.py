@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from clme_lib.construction import sources
+from clme_lib.datasets.construction import sources
 
 NOT_FOUND = {"repository": "RepoNotFound", "revision": "RevisionNotFound", "file": "EntryNotFound"}
 
@@ -112,7 +112,7 @@ def hub(tmp_path):
 
 
 TRY = """
-from clme_lib.errors import StudyError
+from clme_lib.support.errors import StudyError
 def tell(act):
     try:
         print(act())
@@ -131,7 +131,7 @@ def test_a_subject_comes_from_the_hub(hub, llama):
     torch.save(llama.model.state_dict(), pickled / "pytorch_model.bin")
     code = f"""{TRY}
 from clme_lib import load_subject
-from clme_lib.hub_cache import is_cached
+from clme_lib.subjects.subject import is_cached
 print(is_cached("owner/tiny"))
 tell(lambda: load_subject("owner/tiny", "cpu").fingerprint)
 print(is_cached("owner/tiny"))
@@ -171,7 +171,7 @@ def test_sources_and_encoders_come_from_the_hub(hub):
     (encoder / "1_Pooling").mkdir()
     (encoder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
     code = f"""{TRY}
-from clme_lib.construction import language_models, sources
+from clme_lib.datasets.construction import language_models, sources
 tell(lambda: [row["intent"] for row in sources.collect_pairs("hub")])
 tell(lambda: [(row["doc"], row["partition"]) for row in sources.collect_functions("hub")])
 tell(lambda: [file.name for file in sources.hub_files("cnle")])

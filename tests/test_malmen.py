@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clme_lib.editors import load_editor
-from clme_lib.editors.gradients import Cached, edit_row
-from clme_lib.editors.hypernetwork import Hypernetwork, normal_equation
-from clme_lib.editors.malmen_training import Training
-from clme_lib.errors import StudyError
-from clme_lib.partial import PartialForward, divergences
-from clme_lib.prompts import tokenize
+from clme_lib.editors.malmen.gradients import Cached, edit_row
+from clme_lib.editors.malmen.hypernetwork import Hypernetwork, normal_equation
+from clme_lib.editors.malmen.training import Training
+from clme_lib.editors.registry import load_editor
+from clme_lib.forward.label_losses import divergences
+from clme_lib.forward.partial import PartialForward
+from clme_lib.forward.tokens import tokenize
+from clme_lib.support.errors import StudyError
 
 SMALL = {"layers": [2, 3], "rank": 16, "iterations": 6, "meta_lr": 1e-3, "step_size": 1e-2}
 
@@ -202,7 +203,7 @@ def test_training_lowers_its_loss_and_is_cached(llama, cases, monkeypatch):
 
 
 def test_interrupted_training_goes_on(llama, cases, monkeypatch):
-    from clme_lib.editors import malmen_training
+    from clme_lib.editors.malmen import training as malmen_training
 
     whole = trained(llama, cases)
     for file in (malmen_training.cache_dir() / "malmen").iterdir():
@@ -235,7 +236,7 @@ def test_editing_leaves_the_normaliser_alone(llama, cases):
 
 
 def test_constants_beyond_the_memory_bound_are_recomputed(llama, cases, monkeypatch):
-    from clme_lib.editors import malmen_training
+    from clme_lib.editors.malmen import training as malmen_training
 
     kept = trained(llama, cases)
     for file in (malmen_training.cache_dir() / "malmen").iterdir():

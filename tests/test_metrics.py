@@ -8,7 +8,7 @@ import sacrebleu
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clme_lib.metrics import (
+from clme_lib.metrics.text import (
     bleu,
     exact_match,
     exact_match_rate,

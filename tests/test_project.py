@@ -15,11 +15,10 @@ import torch
 import yaml
 
 from clme_lib.cli import main
-from clme_lib.diagnosis import diagnose
-from clme_lib.efficiency.measure import BenchConfig
-from clme_lib.errors import StudyError
-from clme_lib.notebook import execute
-from clme_lib.runs import RunConfig
+from clme_lib.study.appendices.weight_updates import diagnose
+from clme_lib.study.config import BenchConfig, RunConfig
+from clme_lib.study.notebook import execute
+from clme_lib.support.errors import StudyError
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))

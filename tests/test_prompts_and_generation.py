@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from clme_lib.edits import LowRankUpdate
-from clme_lib.errors import StudyError
-from clme_lib.generation import Request, generate, gumbel
-from clme_lib.prompts import make_prompt, prompt_text, token_budget, tokenize
-from clme_lib.seeds import generator, seed_of, seeded_order
+from clme_lib.datasets.cases import make_prompt, prompt_text
+from clme_lib.edits.weights import LowRankUpdate
+from clme_lib.evaluation.generation import Request, generate, gumbel
+from clme_lib.forward.tokens import token_budget, tokenize
+from clme_lib.support.errors import StudyError
+from clme_lib.support.seeds import generator, seed_of, seeded_order
 
 
 def test_templates_are_literal():
@@ -86,7 +87,7 @@ def test_sampling_does_not_depend_on_the_batch(llama, cases):
 
 def test_gumbel_noise_samples_the_top_five():
     """Maximum of logits plus noise follows the softmax over the top five (chi-square bound, fixed seed)."""
-    from clme_lib.generation import _sample
+    from clme_lib.evaluation.generation import _sample
 
     logits = torch.tensor([3.0, 2.0, 1.0, 0.5, 0.0, -1.0, -9.0])
     noise = gumbel(300, torch.Generator().manual_seed(0)).reshape(-1, 5)

@@ -7,9 +7,11 @@ import pytest
 from scipy import stats
 from test_runs import config
 
-from clme_lib import radius, rq3, runs
-from clme_lib.errors import StudyError
-from clme_lib.publish import publish
+from clme_lib.study import runs
+from clme_lib.study.publish import publish
+from clme_lib.study.rq3 import measurements, radius
+from clme_lib.study.rq3 import tables as rq3
+from clme_lib.support.errors import StudyError
 
 EDITORS = "none,grace,a-grace,a-grace-wo-cl,a-grace-wo-mean"
 
@@ -18,7 +20,7 @@ EDITORS = "none,grace,a-grace,a-grace-wo-cl,a-grace-wo-mean"
 def both(tiny, source, tmp_path):
     """A clean run of four cases and its compat counterpart."""
     chosen = config(source, tmp_path / "rq3", editors=EDITORS, cases=4, name="rq3")
-    return chosen, runs.run(chosen), rq3.compat_run(chosen)
+    return chosen, runs.run(chosen), measurements.compat_run(chosen)
 
 
 def test_tables_are_functions_of_records(both, tmp_path):
@@ -77,7 +79,7 @@ def test_distances_are_drawn_as_recorded(both):
 
 def test_presets_are_compared_by_the_notebook_itself(source, tmp_path):
     with pytest.raises(StudyError, match="RQ3 compares both presets by itself"):
-        rq3.compat_run(config(source, tmp_path / "rq3", editors=EDITORS, preset="compat"))
+        measurements.compat_run(config(source, tmp_path / "rq3", editors=EDITORS, preset="compat"))
 
 
 def test_the_best_radius_by_hand():
@@ -107,14 +109,14 @@ def test_small_files_are_made_once_and_published(both, monkeypatch, tmp_path):
         table.to_csv(file, index=False)
 
     monkeypatch.setattr(radius, "sweep_radius", sweep)
-    monkeypatch.setattr("clme_lib.subjects.load_subject", lambda *args: runs.load_subject())
+    monkeypatch.setattr("clme_lib.subjects.subject.load_subject", lambda *args: runs.load_subject())
     for _ in range(2):
-        swept = rq3.sweep(chosen)
+        swept = measurements.sweep(chosen)
     assert made == [4] and len(swept) == 9
     figure = rq3.radius_figure(swept)
     (dot,) = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
     assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (50.0, 50.0), "the paper's radius"
-    places = rq3.projection(chosen)
+    places = measurements.projection(chosen)
     assert list(places["query"]) == ["last"] * 7 + ["mean"] * 7 and list(places["kind"][:3]) == [
         "edit",
         "rephrased",
@@ -131,7 +133,7 @@ def test_small_files_are_made_once_and_published(both, monkeypatch, tmp_path):
     shown_case = rq3.projection_table(places).data
     rephrased = places[(places["query"] == "last") & (places["kind"] == "rephrased")]["distance"].iloc[0]
     assert len(shown_case) == 2 and shown_case["Rephrased"].iloc[0] == f"{rephrased:.2f}"
-    alone = rq3.overhead(chosen)
+    alone = measurements.overhead(chosen)
     assert len(alone) == 4 * 4 and (alone["seconds"] > 0).all()
     table = rq3.overhead_table(alone).data.set_index("Editor")
     wide = alone.pivot(index="case_id", columns="editor", values="seconds")
@@ -144,7 +146,7 @@ def test_small_files_are_made_once_and_published(both, monkeypatch, tmp_path):
         "radius.csv",
     ]
     shown = chosen.model_copy(update={"out": tmp_path / "published"})
-    assert rq3.projection(shown).equals(places) and made == [4]
+    assert measurements.projection(shown).equals(places) and made == [4]
     (tmp_path / "published" / "radius.csv").unlink()
     with pytest.raises(StudyError, match="radius.csv is missing: a published run of RQ3 has it"):
-        rq3.sweep(shown)
+        measurements.sweep(shown)

@@ -12,21 +12,22 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from clme_lib import provenance, runs
 from clme_lib.cli import main
 from clme_lib.datasets import published
-from clme_lib.datasets.cases import Case
-from clme_lib.editors.malmen import MALMEN
-from clme_lib.errors import StudyError
-from clme_lib.evaluation import evaluate
-from clme_lib.jsonl import append_rows, read_rows
-from clme_lib.notebook import config_from_notebook
-from clme_lib.prompts import make_prompt
-from clme_lib.publish import publish
-from clme_lib.records import TEXTS, UNSCORED, read_records
-from clme_lib.report import examples, interval, proficiency_figure, proficiency_table, reading, transfer_table
-from clme_lib.report import scored as scored_records
-from clme_lib.spot_check import compare, describe, to_markdown
+from clme_lib.datasets.cases import Case, make_prompt
+from clme_lib.editors.malmen.editor import MALMEN
+from clme_lib.evaluation.evaluate import evaluate
+from clme_lib.evaluation.records import TEXTS, UNSCORED, read_records
+from clme_lib.study import config as study_config
+from clme_lib.study import provenance, runs
+from clme_lib.study.notebook import config_from_notebook
+from clme_lib.study.publish import publish
+from clme_lib.study.rq1 import examples, proficiency_figure, proficiency_table, reading, transfer_table
+from clme_lib.study.spot_check import compare, describe, to_markdown
+from clme_lib.study.tables import interval
+from clme_lib.study.tables import scored as scored_records
+from clme_lib.support.errors import StudyError
+from clme_lib.support.journal import append_rows, read_rows
 
 
 def config(source, out, **changes):
@@ -39,7 +40,7 @@ def config(source, out, **changes):
         out=out,
         batch_size=2,
     )
-    return runs.make_config(**{**values, **changes})
+    return study_config.make_config(**{**values, **changes})
 
 
 def test_a_run_is_completed_extended_and_never_repeated(tiny, source, tmp_path):
@@ -143,7 +144,7 @@ def test_another_configuration_is_refused(tiny, source, tmp_path):
 def test_a_changed_case_is_refused(tiny, source, tmp_path):
     runs.run(config(source, tmp_path / "run", cases=5))
     source.write_text(source.read_text().replace("xs.sort()", "ys.sort()"))
-    from clme_lib.datasets import _load
+    from clme_lib.datasets.registry import _load
 
     _load.cache_clear()
     with pytest.raises(StudyError, match="case 0 of cnle has changed since it was recorded"):
@@ -167,9 +168,9 @@ def test_killing_the_process_loses_at_most_a_batch(source, tmp_path):
     tests = os.path.dirname(__file__)
     script.write_text(
         f"import sys; sys.path.insert(0, {tests!r})\n"
-        "from conftest import make_subject\nfrom clme_lib import runs\n"
+        "from conftest import make_subject\nfrom clme_lib.study import config as study_config, runs\n"
         "runs.load_subject = lambda *a: make_subject('llama')\n"
-        f"runs.run(runs.make_config(subject='tiny-llama', dataset='cnle', editors='none,ft-l,grace', cases=5, source={str(source)!r}, "
+        f"runs.run(study_config.make_config(subject='tiny-llama', dataset='cnle', editors='none,ft-l,grace', cases=5, source={str(source)!r}, "
         f"out={str(out)!r}, batch_size=1))\n"
     )
     environment = {**os.environ, "CLME_CACHE": str(tmp_path / "cache")}
@@ -188,7 +189,7 @@ def test_killing_the_process_loses_at_most_a_batch(source, tmp_path):
 
 
 def test_evaluate_is_a_row_per_case(tiny, cases):
-    from clme_lib.editors import load_editor
+    from clme_lib.editors.registry import load_editor
 
     table = evaluate(tiny, cases, load_editor("grace", tiny).edit(cases))
     assert list(table["case_id"]) == [case.case_id for case in cases]

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from clme_lib import datasets, selection
-from clme_lib.editors import EDITORS, load_editor
-from clme_lib.errors import StudyError
-from clme_lib.hyperparameters import load_settings, transfer_layers
+from clme_lib.datasets import registry as datasets
+from clme_lib.editors.registry import EDITORS, load_editor
+from clme_lib.study.appendices import selection
+from clme_lib.subjects.settings import load_settings, transfer_layers
+from clme_lib.support.errors import StudyError
 
 
 @pytest.fixture

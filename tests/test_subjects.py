@@ -9,11 +9,13 @@ import torch
 import yaml
 from conftest import make_subject
 
-from clme_lib import embedded_subject, hyperparameters
-from clme_lib.editors import EDITORS, list_editors, load_editor
-from clme_lib.errors import StudyError
-from clme_lib.hyperparameters import load_settings, parse, registered_subjects, transfer_layers
-from clme_lib.subjects import load_subject
+from clme_lib.editors.registry import EDITORS, list_editors, load_editor
+from clme_lib.subjects import embedded as embedded_subject
+from clme_lib.subjects import settings as hyperparameters
+from clme_lib.subjects.settings import load_settings, registered_subjects, transfer_layers
+from clme_lib.subjects.subject import load_subject
+from clme_lib.support.errors import StudyError
+from clme_lib.support.schema import parse
 
 
 def test_a_local_folder_is_a_subject(tmp_path, subject, monkeypatch):
@@ -31,7 +33,7 @@ def test_a_local_folder_is_a_subject(tmp_path, subject, monkeypatch):
     def full(*_args, **_options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("clme_lib.subjects.AutoModelForCausalLM.from_pretrained", full)
+    monkeypatch.setattr("clme_lib.subjects.subject.AutoModelForCausalLM.from_pretrained", full)
     with pytest.raises(
         StudyError, match=r"in bfloat16 does not fit into the memory of cpu \(.* GiB are free\): use a 16-bit"
     ):

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from clme_lib import unedited
-from clme_lib.blockwise import Blockwise
-from clme_lib.codebooks import Codebook, PromptCodebook
-from clme_lib.editors import load_editor
-from clme_lib.evaluation import evaluate
-from clme_lib.generation import Request, generate, gumbel
-from clme_lib.prompts import encode
-from clme_lib.queries import prompt_queries
-from clme_lib.seeds import generator
+from clme_lib.editors.registry import load_editor
+from clme_lib.edits.codebooks import Codebook, PromptCodebook
+from clme_lib.evaluation import unedited
+from clme_lib.evaluation.evaluate import evaluate
+from clme_lib.evaluation.generation import Request, generate, gumbel
+from clme_lib.forward.blockwise import Blockwise
+from clme_lib.forward.prompt_keys import prompt_queries
+from clme_lib.forward.tokens import encode
+from clme_lib.support.seeds import generator
 
 LAYER = 2
 

@@ -11,13 +11,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clme_lib import datasets, diagnosis
-from clme_lib.diagnosis import diagnose
-from clme_lib.editors import load_editor, rewriting
-from clme_lib.editors.rewriting import Rewriting, misplaced, rewriting_rows
-from clme_lib.editors.statistics import SecondMoment, second_moments
-from clme_lib.errors import StudyError
-from clme_lib.prompts import tokenize
+from clme_lib.datasets import registry as datasets
+from clme_lib.editors.locate_then_edit import learning as rewriting
+from clme_lib.editors.locate_then_edit.learning import Rewriting, misplaced, rewriting_rows
+from clme_lib.editors.locate_then_edit.second_moments import SecondMoment, second_moments
+from clme_lib.editors.registry import load_editor
+from clme_lib.forward.tokens import tokenize
+from clme_lib.study.appendices import statistics
+from clme_lib.study.appendices import weight_updates as diagnosis
+from clme_lib.study.appendices.weight_updates import diagnose
+from clme_lib.support.errors import StudyError
 
 SMALL = {
     "rome": {"layer": 1, "steps": 6},
@@ -275,8 +278,8 @@ def test_statistics_are_the_second_moment_of_every_token(llama, corpus, tmp_path
     values = load_editor("memit", llama, **{**SMALL["memit"], "corpus": corpus}).values
     moment = second_moments(llama, [1], values)[1]
     assert moment.header["tokens"] == 1920, "forty tokens per dimension of the key"
-    from clme_lib.corpora import open_corpus
-    from clme_lib.prompts import encode
+    from clme_lib.editors.locate_then_edit.corpora import open_corpus
+    from clme_lib.forward.tokens import encode
 
     keys, left = [], 1920
     for text in open_corpus(corpus).documents():
@@ -294,7 +297,7 @@ def test_statistics_are_the_second_moment_of_every_token(llama, corpus, tmp_path
 
 
 def test_interrupted_statistics_go_on(llama, corpus, monkeypatch):
-    from clme_lib.editors import statistics
+    from clme_lib.editors.locate_then_edit import second_moments as statistics
 
     values = load_editor("memit", llama, **{**SMALL["memit"], "corpus": corpus}).values
     whole = second_moments(llama, [0], values)[0].matrix
@@ -387,9 +390,9 @@ def test_statistics_are_compared_with_four_times_the_tokens(llama, cases, corpus
     monkeypatch.setattr(datasets, "selection_ids", lambda _name: {0, 1, 2})
     small = {"corpus": corpus, "layers": [1, 2]}
     monkeypatch.setattr(
-        diagnosis, "load_editor", lambda name, subject, **named: load_editor(name, subject, **small, **named)
+        statistics, "load_editor", lambda name, subject, **named: load_editor(name, subject, **small, **named)
     )
-    table = diagnosis.compare_statistics(llama, tmp_path / "table.csv", cases=2)
+    table = statistics.compare_statistics(llama, tmp_path / "table.csv", cases=2)
     assert list(table["layer"]) == [1, 2, 1, 2] and list(table["tokens"]) == [480, 480, 1920, 1920]
     assert list(table["cases"]) == [4] * 4
     assert (table["cosine"][:2].to_numpy() < table["cosine"][2:].to_numpy()).all()

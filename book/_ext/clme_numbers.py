@@ -8,15 +8,15 @@ import pandas as pd
 
 
 def _numbers(root: Path) -> dict[str, str]:
-    from clme_lib.datasets import embedded_cnle, embedded_csne
-    from clme_lib.report import editor_name, interval
-    from clme_lib.runs import load_manifest, load_run
+    from clme_lib.datasets import embedded_cnle, mining
+    from clme_lib.study.run_folder import load_manifest, load_run
+    from clme_lib.study.tables import editor_name, interval
 
     numbers = {}
     targets, pool = embedded_cnle.read_rows("cnle-targets"), embedded_cnle.read_rows("cnle-pool")
     lengths = sorted(len(row["snippet"]) for row in targets)
     numbers["cnle_targets"], numbers["cnle_pool"] = str(len(targets)), str(len(pool))
-    numbers["csne_targets"], numbers["csne_pool"] = str(embedded_csne.TARGETS), str(embedded_csne.POOL)
+    numbers["csne_targets"], numbers["csne_pool"] = str(mining.TARGETS), str(mining.POOL)
     numbers["cnle_median"] = str(lengths[len(lengths) // 2])
     numbers["cnle_calls"] = str(len(set().union(*(embedded_cnle.calls(row["snippet"]) for row in targets))))
     numbers |= _benchmark()
@@ -44,8 +44,8 @@ def _numbers(root: Path) -> dict[str, str]:
 
 def _appendices(results: Path) -> dict[str, str]:
     """The appendices' tables."""
-    from clme_lib import appendices
-    from clme_lib.editors import EDITORS
+    from clme_lib.editors.registry import EDITORS
+    from clme_lib.study.appendices import encoder_settings, selection, statistics, weight_updates
 
     def read(part: str, name: str = "") -> pd.DataFrame:
         return pd.read_csv(results / part / f"smollm2-135m{name}.csv")
@@ -55,29 +55,31 @@ def _appendices(results: Path) -> dict[str, str]:
             name: read(part, f".{name}") for name in EDITORS if (results / part / f"smollm2-135m.{name}.csv").is_file()
         }
 
-    encoders = read("encoders")
-    by_setting, by_size = appendices.encoder_tables(encoders)
+    compared = read("encoders")
+    by_setting, by_size = encoder_settings.encoder_tables(compared)
     tables = {
         **{
-            f"selection_{name.replace('-', '_')}": appendices.selection_table(one)
+            f"selection_{name.replace('-', '_')}": selection.selection_table(one)
             for name, one in by_editor("selection").items()
         },
-        "values_table": appendices.values_table(),
-        "preset_table": appendices.preset_table(by_editor("presets")),
-        "diagnosis_table": appendices.diagnosis_table(read("diagnosis")),
-        "pmet_table": appendices.pmet_table(read("diagnosis", ".pmet")),
-        "statistics_table": appendices.statistics_table(read("statistics")),
+        "values_table": selection.values_table(),
+        "preset_table": selection.preset_table(by_editor("presets")),
+        "diagnosis_table": weight_updates.diagnosis_table(read("diagnosis")),
+        "pmet_table": weight_updates.pmet_table(read("diagnosis", ".pmet")),
+        "statistics_table": statistics.statistics_table(read("statistics")),
         "encoder_table": by_setting,
         "encoder_sizes": by_size,
     }
-    return {"encoder_count": str(len(encoders)), **{name: table.to_myst() for name, table in tables.items()}}
+    return {"encoder_count": str(len(compared)), **{name: table.to_myst() for name, table in tables.items()}}
 
 
 def _benchmark() -> dict[str, str]:
     """Tables II and III and sample cases of what is at hand: the data sets built in the folders that CLME_BUILDS names
     (``make site BUILDS="data/cnle data/csne"``), else the embedded ones; embedded CSNE only where it has been mined already."""
-    from clme_lib.construction import pipeline, relevance, rephrasing, tables
-    from clme_lib.datasets import embedded_csne, load_cases
+    from clme_lib.datasets import embedded_csne
+    from clme_lib.datasets.construction import pipeline, relevance, rephrasing
+    from clme_lib.datasets.registry import load_cases
+    from clme_lib.study import benchmark as tables
 
     sets = {"CNLE": load_cases("cnle")}
     if embedded_csne.is_mined():
@@ -106,8 +108,8 @@ def _benchmark() -> dict[str, str]:
 
 def _provenance(starts: list[dict], counts: pd.Series) -> str:
     """A table: on what, with what and from which commit each editor's records were made."""
-    from clme_lib.editors import EDITORS
-    from clme_lib.report import editor_name
+    from clme_lib.editors.registry import EDITORS
+    from clme_lib.study.tables import editor_name
 
     rows = ["| Editor | Cases | Hardware | PyTorch | Transformers | Program |", "|---|---|---|---|---|---|"]
     by_editor = dict(iter(counts.groupby("editor")))

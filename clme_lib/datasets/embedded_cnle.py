@@ -18,12 +18,11 @@ import tokenize
 from importlib import resources
 from pathlib import Path
 
-from ..embedded_subject import cache_dir
-from ..errors import StudyError
-from ..jsonl import write_text
-from ..prompts import make_prompt
+from ..support.cache import cache_dir
+from ..support.errors import StudyError
+from ..support.journal import write_text
 from . import neighbours
-from .cases import Case
+from .cases import Case, make_prompt
 from .neighbours import NEIGHBOURS, nearest
 
 TARGET_FIELDS = ("case_id", "topic", "intent", "rewritten_intent", "snippet")

@@ -20,10 +20,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from ..embedded_subject import cache_dir
-from ..errors import StudyError
-from ..prompts import DatasetName, make_prompt
-from .cases import Case
+from ..support.cache import cache_dir
+from ..support.errors import StudyError
+from .cases import Case, DatasetName, make_prompt
 from .neighbours import NEIGHBOURS
 
 ZENODO_RECORD = "12818365"
@@ -107,7 +106,7 @@ def write(path: str | os.PathLike, cases: list[Case], answers: dict[str, list[li
         answers: of each model, the continuations of every case's neighbours.
     """
     prompt, target, rephrased = _FIELDS[cases[0].dataset]
-    from ..prompts import prompt_text
+    from .cases import prompt_text
 
     def text(value: str) -> str:
         return prompt_text(cases[0].dataset, value)

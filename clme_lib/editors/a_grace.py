@@ -15,16 +15,14 @@ the unedited model's; ``later_calls="unedited"`` does as it does. Its w/o Mean i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field
-
-from ..codebooks import PromptCodebook
 from ..datasets.cases import Case
-from ..encoder import Architecture, Encoder
-from ..errors import StudyError
-from ..queries import Query, prompt_queries
-from .encoder_training import TrainedEncoder, trained_encoder
+from ..edits.codebooks import PromptCodebook, Query
+from ..edits.encoder import Encoder
+from ..forward.prompt_keys import prompt_queries
+from ..support.errors import StudyError
+from .contrastive_encoder import EncoderHyperparameters, TrainedEncoder, trained_encoder
 from .grace import GRACEHyperparameters, ValueEditor
 
 
@@ -32,32 +30,6 @@ class AGRACEWithoutCLHyperparameters(GRACEHyperparameters):
     """GRACE's, and what the second and later generations after an edit are made by."""
 
     later_calls: Literal["edited", "unedited"] = "edited"
-
-
-def _per_dataset(value: Any) -> Any:
-    if not isinstance(value, dict):
-        raise ValueError("one margin per data set is needed, such as {'cnle': 2.0, 'csne': 2.0}")
-    return value
-
-
-Margins = Annotated[dict[Literal["cnle", "csne"], Annotated[float, Field(gt=0)]], BeforeValidator(_per_dataset)]
-
-
-class EncoderHyperparameters(GRACEHyperparameters):
-    """GRACE's, and those of the encoder's training.
-
-    ``margin`` is the contrastive loss's, per data set, in units of the encoded space like ``radius``; ``selection`` says
-    by which cases the epoch is chosen, ``patience`` how many epochs without improvement end the training.
-    """
-
-    architecture: Architecture = "released"
-    margin: Margins
-    encoder_lr: float = Field(gt=0)
-    weight_decay: float = Field(ge=0)
-    encoder_batch: int = Field(gt=0)
-    epochs: int = Field(gt=0)
-    patience: int = Field(gt=0)
-    selection: Literal["training", "edited"] = "training"
 
 
 class AGRACEHyperparameters(EncoderHyperparameters):

@@ -1,6 +1,6 @@
 """What an editor is: hyper-parameters, ``edit`` from cases to edits, and ``fit`` for those that learn.
 
-A new editor is one file with a subclass of :class:`Editor` and one line in ``clme_lib.editors.EDITORS``.
+A new editor is one file with a subclass of :class:`Editor` and one line in ``EDITORS`` of ``clme_lib.editors.registry``.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from tqdm import tqdm
 
-from ..batches import of_like_length
 from ..datasets.cases import Case
-from ..edits import Edit
-from ..errors import StudyError
-from ..hyperparameters import Schema
-from ..memory import peak_memory_mib, reset_peak_memory
-from ..prompts import Tokenized, tokenize
-from ..seeds import DEFAULT_SEED
-from ..subjects import Subject
+from ..edits.base import Edit
+from ..forward.tokens import Tokenized, tokenize
+from ..subjects.subject import Subject
+from ..support.batching import of_like_length
+from ..support.errors import StudyError
+from ..support.memory import peak_memory_mib, reset_peak_memory
+from ..support.schema import Schema
+from ..support.seeds import DEFAULT_SEED
 
 Values = TypeVar("Values", bound=Schema)
 

@@ -16,9 +16,10 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from ..edits import DenseUpdate, EditLog
-from ..hyperparameters import Schema
-from ..partial import PartialForward
+from ..edits.base import EditLog
+from ..edits.weights import DenseUpdate
+from ..forward.partial import PartialForward
+from ..support.schema import Schema
 from .base import Editor
 
 

@@ -13,11 +13,11 @@ from typing import TypeVar
 import torch
 from pydantic import Field
 
-from ..codebooks import Codebook
-from ..edits import EditLog
-from ..hyperparameters import Schema
-from ..partial import PartialForward, longest_above
-from ..seeds import generator
+from ..edits.base import EditLog
+from ..edits.codebooks import Codebook
+from ..forward.partial import PartialForward, longest_above
+from ..support.schema import Schema
+from ..support.seeds import generator
 from .base import Editor
 
 

@@ -2,11 +2,11 @@
 
 Algorithm, for one case with layers ``l_1 .. l_n``::
 
-    z = h + delta                     h: the stream after block l_n at the lookup token; delta learnt there (rewriting.py)
+    z = h + delta                     h: the stream after block l_n at the lookup token; delta learnt there (learning.py)
     for i = 1 .. n:
         k = 1/2 k(no context) + 1/2 mean of k(contexts)       inputs of W_{l_i} at the lookup token
         r = z - h                                             both read with the layers below already written
-        a = (weight * C + k k^T)^-1 k                         C: second moment of the layer's keys (statistics.py)
+        a = (weight * C + k k^T)^-1 k                         C: second moment of the layer's keys (second_moments.py)
         W_{l_i} <- W_{l_i} + (r / (n + 1 - i)) a^T
 
 With one key the inverse follows from ``q = (weight * C)^-1 k`` as ``a = q / (1 + k^T q)`` (Sherman-Morrison): each edit
@@ -23,13 +23,14 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from ..blockwise import BlockPass, Blockwise
 from ..datasets.cases import Case
-from ..edits import EditLog, LowRankUpdate
-from ..hyperparameters import Layers, Schema
-from ..prompts import encode
-from .rewriting import RewritingEditor, RewritingHyperparameters
-from .statistics import SecondMoment, StatisticsHyperparameters, second_moments
+from ..edits.base import EditLog
+from ..edits.weights import LowRankUpdate
+from ..forward.blockwise import BlockPass, Blockwise
+from ..forward.tokens import encode
+from ..support.schema import Layers, Schema
+from .locate_then_edit.learning import RewritingEditor, RewritingHyperparameters
+from .locate_then_edit.second_moments import SecondMoment, StatisticsHyperparameters, second_moments
 
 
 class MEMITHyperparameters(RewritingHyperparameters, StatisticsHyperparameters):

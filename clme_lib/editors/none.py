@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..edits import Unedited
-from ..hyperparameters import Schema
+from ..edits.base import Unedited
+from ..support.schema import Schema
 from .base import Editor
 
 

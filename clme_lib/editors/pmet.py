@@ -1,7 +1,7 @@
 """PMET: MEMIT with the attention's part learnt beside the MLP's and left out of the writing (paper section III-B; Li et al. 2024).
 
 Algorithm, for one case: two vectors are learnt together, added to the outputs of the attention and of the MLP of the
-last edited layer (rewriting.py). The first is discarded. ``z`` is the MLP's output plus the second; the residual
+last edited layer (learning.py). The first is discarded. ``z`` is the MLP's output plus the second; the residual
 ``r = z - m`` is read from the MLP's output, and ``r / sqrt(n + 1 - i)`` is written at layer ``l_i`` as in MEMIT.
 
 When every target token of all rows is the arg-max, the likelihood's factor in the loss becomes ``agreement_factor`` for the

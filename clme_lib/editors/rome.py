@@ -2,7 +2,7 @@
 
 Algorithm, for one case at layer ``l``::
 
-    v* = v_0 + delta                        delta learnt at the output of W_l (rewriting.py)
+    v* = v_0 + delta                        delta learnt at the output of W_l (learning.py)
     k  = mean of the six contexts' keys     key: input of W_l at the lookup token
     u  = k / |k|                            with `covariance`: C^-1 k, normalised
     W_l <- W_l + (v* - W_l k_0) u^T / (k_0^T u)
@@ -16,12 +16,12 @@ from functools import cached_property
 
 from pydantic import Field
 
-from ..blockwise import Blockwise
-from ..edits import LowRankUpdate
-from ..errors import StudyError
-from ..prompts import encode
-from .rewriting import RewritingEditor, RewritingHyperparameters
-from .statistics import SecondMoment, StatisticsHyperparameters, second_moments
+from ..edits.weights import LowRankUpdate
+from ..forward.blockwise import Blockwise
+from ..forward.tokens import encode
+from ..support.errors import StudyError
+from .locate_then_edit.learning import RewritingEditor, RewritingHyperparameters
+from .locate_then_edit.second_moments import SecondMoment, StatisticsHyperparameters, second_moments
 
 
 class ROMEHyperparameters(RewritingHyperparameters, StatisticsHyperparameters):

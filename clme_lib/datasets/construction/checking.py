@@ -1,0 +1,300 @@
+"""What is wrong with a data set in the published layout: ``clme data check PATH``.
+
+Errors make a case meaningless (two cases with one id, a neighbour that is an edit input, a rephrased prompt that repeats the
+prompt); warnings say what a measure cannot tell (a target too short for BLEU, code that is not Python 3). Nothing is
+changed. Every finding names its cases and what to do.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ...metrics.text import bleu, rouge_l
+from ...support.errors import StudyError
+from ..cases import Case, DatasetName, prompt_text
+from ..neighbours import tfidf
+from ..published import FILES, parse_record, read_records
+
+TOO_CLOSE = 0.97  # cosine above which a neighbour is the same thing in other spelling
+_TOKEN = re.compile(r"\w+|[^\w\s]")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of problem, the cases that have it, and what to do."""
+
+    level: Literal["error", "warning"]
+    problem: str
+    cases: tuple[int | str, ...]
+    remedy: str
+
+    def __str__(self) -> str:
+        shown = ", ".join(map(str, self.cases[:8])) + (", ..." if len(self.cases) > 8 else "")
+        return f"{self.level}: {self.problem}: {len(self.cases)} ({shown}). {self.remedy}"
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Table III's row of one kind of text: how many there are, and their lengths in words and symbols."""
+
+    text: str
+    number: int
+    mean: float
+    median: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """A data set's counts, lengths and findings."""
+
+    name: str
+    dataset: DatasetName
+    records: int
+    cases: int
+    lengths: tuple[Lengths, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether there is no error."""
+        return not any(finding.level == "error" for finding in self.findings)
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.records} records, {self.cases} readable cases of {self.dataset}"]
+        lines += [f"  {'text':24} {'number':>8} {'mean':>8} {'median':>8}   (words and symbols)"]
+        lines += [f"  {one.text:24} {one.number:8d} {one.mean:8.1f} {one.median:8.1f}" for one in self.lengths]
+        lines += [f"  {finding}" for finding in self.findings] or ["  nothing found"]
+        return "\n".join(lines)
+
+
+def check_file(path: Path | str, dataset: str | None = None) -> Report:
+    """Check a file in the published layout.
+
+    Args:
+        dataset: ``cnle`` or ``csne``; None: from the file's name, as the authors' loader does (``Conala``, ``CodeSearchNet``).
+
+    Raises:
+        StudyError: the file is not a JSON list, or its name does not say which data set it is.
+    """
+    path = Path(path)
+    kind: Any = dataset or next(
+        (name for name, part in FILES.items() if part.removeprefix("Edit").lower() in path.name.lower()), None
+    )
+    if kind not in FILES:
+        raise StudyError(
+            f"{path}: the name has neither Conala nor CodeSearchNet in it: say which it is with --dataset cnle or csne"
+        )
+    records = read_records(path)
+    cases, malformed, answered = [], [], Counter[str]()
+    for number, record in enumerate(records):
+        try:
+            cases.append(parse_record(record, f"record {number}", kind))
+        except StudyError as error:
+            malformed.append(str(error))
+            continue
+        answered.update(list(record["neighborhoods"].get("answers") or ()))
+    findings = [_finding("error", "malformed records", malformed, "Mend or remove them.")] if malformed else []
+    findings += _answers(answered, len(cases))
+    return Report(path.name, kind, len(records), len(cases), lengths(cases), (*findings, *check_cases(cases)))
+
+
+def check_cases(cases: Sequence[Case]) -> tuple[Finding, ...]:
+    """Findings about readable cases of one data set."""
+    if not cases:
+        return ()
+    found = [
+        _finding(level, problem, [case.case_id for case in cases if test(case)], remedy)
+        for level, problem, remedy, test in _tests(cases)
+    ]
+    different = len({one for case in cases for one in case.unrelated})
+    if 0 < different <= len(cases):
+        few = _finding("warning", "few different neighbours", [f"{different} for {len(cases)} cases"],
+                       "Specificity measures the same ones again and again: target fewer, or take a larger source.")  # fmt: skip
+        found.append(few)
+    return tuple(one for one in found if one.cases)
+
+
+def lengths(cases: Sequence[Case]) -> tuple[Lengths, ...]:
+    """Table III: number, mean and median length of each kind of text."""
+    if not cases:
+        return ()
+    dataset = cases[0].dataset
+    unrelated = [prompt_text(dataset, one) for case in cases for one in case.unrelated]
+    texts = {
+        "edit inputs": [case.text for case in cases],
+        "targets": [case.target for case in cases],
+        "rephrased inputs": [prompt_text(dataset, one) for case in cases for one in case.rephrased],
+        "neighbours": unrelated,
+        "neighbours, distinct": list(dict.fromkeys(unrelated)),
+        "targets, distinct": list(dict.fromkeys(case.target for case in cases)),
+    }
+    rows = []
+    for name, mine in texts.items():
+        counts = [len(_TOKEN.findall(text)) for text in mine]
+        rows.append(Lengths(name, len(mine), float(np.mean(counts or [0])), float(np.median(counts or [0]))))
+    return tuple(rows)
+
+
+def _finding(level, problem: str, cases: Sequence, remedy: str) -> Finding:
+    return Finding(level, problem, tuple(cases), remedy)
+
+
+def _answers(answered: Counter[str], cases: int) -> list[Finding]:
+    return [
+        _finding("warning", f"answers of {model} are missing for some cases", [f"{cases - count} of {cases}"],
+                 "The study generates its own; answers in a file are not used.")
+        for model, count in sorted(answered.items()) if count < cases
+    ]  # fmt: skip
+
+
+_Test = tuple[Literal["error", "warning"], str, str, Callable[[Case], bool]]
+
+
+def _tests(cases: Sequence[Case]) -> Iterator[_Test]:
+    dataset = cases[0].dataset
+    ids, prompts = Counter(case.case_id for case in cases), Counter(case.prompt for case in cases)
+    close = _closest(cases)
+    yield "error", "case_id occurs twice", "Number the cases.", lambda case: ids[case.case_id] > 1
+    yield (
+        "error",
+        "edit input occurs in several cases",
+        "Keep one of them: two edits of one prompt contradict each other.",
+        (lambda case: prompts[case.prompt] > 1),
+    )
+    yield (
+        "error",
+        "rephrased input repeats the edit input",
+        "It measures effectiveness again: rewrite it.",
+        (lambda case: case.prompt in case.rephrased),
+    )
+    yield (
+        "error",
+        "a neighbour is the case's own edit or rephrased input",
+        "Choose another neighbour.",
+        (lambda case: bool({case.prompt, *case.rephrased} & set(case.unrelated))),
+    )
+    yield (
+        "error",
+        "a neighbour is another case's edit input",
+        "Neighbours come from the non-targeted half: split anew.",
+        (lambda case: any(one in prompts and one != case.prompt for one in case.unrelated)),
+    )
+    yield (
+        "error",
+        "a neighbour occurs twice in a case",
+        "Choose another one.",
+        (lambda case: len(set(case.unrelated)) < len(case.unrelated)),
+    )
+    yield (
+        "warning",
+        f"a neighbour is closer than {TOO_CLOSE} to the edit input (TF-IDF)",
+        "Leaving it unchanged may be wrong.",
+        (lambda case: close[case.case_id] > TOO_CLOSE),
+    )
+    yield (
+        "warning",
+        "target is too short for BLEU",
+        "With fewer than four tokens it scores 0 even when written exactly.",
+        (lambda case: bleu([case.target], [case.target]) == 0),
+    )
+    yield (
+        "warning",
+        "target has no letter or digit",
+        "ROUGE-L is 0 even when it is written exactly.",
+        (lambda case: rouge_l([case.target], [case.target]) == 0),
+    )
+    yield (
+        "warning",
+        "target begins or ends with white space",
+        "It can never match exactly: what is generated is stripped.",
+        (lambda case: case.target != case.target.strip()),
+    )
+    if dataset == "cnle":
+        yield (
+            "warning",
+            "snippet is not Python 3",
+            "Check whether it is Python 2, or remove the case.",
+            (lambda case: not parses(case.target)),
+        )
+        return
+    yield (
+        "warning",
+        "function is not Python 3",
+        "Check whether it is Python 2, or remove the case.",
+        (lambda case: not parses(case.text)),
+    )
+    yield (
+        "warning",
+        "a neighbour is not Python 3",
+        "Check whether it is Python 2.",
+        (lambda case: not all(parses(prompt_text(dataset, one)) for one in case.unrelated)),
+    )
+    yield (
+        "warning",
+        "rephrased function is not the function up to names",
+        "Rename anew and verify.",
+        (
+            lambda case: (
+                parses(case.text)
+                and not all(same_up_to_names(case.text, prompt_text(dataset, one)) for one in case.rephrased)
+            )
+        ),
+    )
+
+
+def _closest(cases: Sequence[Case]) -> dict[int, float]:
+    """The largest TF-IDF cosine between a case's edit input and one of its neighbours."""
+    texts: dict[str, int] = {}
+    for case in cases:
+        for prompt in (case.prompt, *case.unrelated):
+            texts.setdefault(prompt, len(texts))
+    vectors = tfidf([prompt_text(cases[0].dataset, prompt) for prompt in texts])
+    found = {}
+    for case in cases:
+        near = (
+            vectors[[texts[one] for one in case.unrelated]] @ vectors[texts[case.prompt]].T if case.unrelated else None
+        )
+        found[case.case_id] = float(near.max()) if near is not None else 0.0
+    return found
+
+
+def parses(code: str) -> bool:
+    """Whether ``code`` is Python of this interpreter's version."""
+    return _tree(code) is not None
+
+
+def same_up_to_names(code: str, variant: str) -> bool:
+    """Whether two pieces of code differ in nothing but a one-to-one renaming of variables, parameters and functions."""
+    one, other = _tree(code), _tree(variant)
+    return one is not None and other is not None and _anonymous(one) == _anonymous(other)
+
+
+def _tree(code: str) -> ast.Module | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes
+            return ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _anonymous(tree: ast.Module) -> str:
+    """The tree with every variable as the number of its first appearance."""
+    numbers: dict[str, str] = defaultdict(lambda: f"v{len(numbers)}")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            node.id = numbers[node.id]
+        elif isinstance(node, ast.arg):
+            node.arg = numbers[node.arg]
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            node.name = numbers[node.name]
+    return ast.dump(tree)

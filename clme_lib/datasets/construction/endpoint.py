@@ -1,0 +1,126 @@
+"""Asking a language model behind any OpenAI-compatible endpoint, without paying twice.
+
+Every answer is appended to a cache file the moment it comes, by the hash of model, settings and question: what was answered before
+a crash is not asked again. The maintained ``openai`` client retries with back-off on rate limits, time-outs and server errors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from ...support.errors import StudyError
+from ...support.journal import append_rows, read_rows
+
+
+class Endpoint:
+    """A model to ask at temperature 0.
+
+    Args:
+        model: its name at the endpoint.
+        url: the endpoint's base, such as ``http://localhost:8000/v1`` (None: OpenAI's own).
+        cache: JSON Lines file of answers.
+        concurrency: most questions under way at once.
+        budget: most tokens, asked and answered, that the cache may come to hold (None: no limit).
+        retries: how often the client tries again, waiting longer each time.
+
+    The key is taken from the environment variable ``OPENAI_API_KEY``; an endpoint of one's own may need none.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        url: str | None,
+        cache: Path,
+        *,
+        concurrency: int = 8,
+        budget: int | None = None,
+        retries: int = 6,
+        timeout: float = 60.0,
+    ) -> None:
+        try:
+            import openai
+        except ImportError as error:
+            raise StudyError(
+                "asking a model needs the package openai: pip install -c constraints.txt -e '.[construct]'"
+            ) from error
+        key = os.environ.get("OPENAI_API_KEY") or ("none" if url else None)
+        if key is None:
+            raise StudyError("OPENAI_API_KEY is not set: set it, or name an endpoint of your own with --endpoint")
+        self.model, self.cache, self.concurrency, self.budget = model, cache, concurrency, budget
+        self._client = openai.OpenAI(api_key=key, base_url=url, max_retries=retries, timeout=timeout)
+        self._known = {row["key"]: row["answer"] for row in read_rows(cache)}
+        self.spent = sum(row["tokens"] for row in read_rows(cache))
+
+    def settings(self) -> dict[str, Any]:
+        """What an answer depends on, for a stage's manifest."""
+        return {"model": self.model, "temperature": 0}
+
+    def ask(self, instruction: str, questions: Sequence[str]) -> Iterator[str]:
+        """The answer of each question, in the order of the questions whenever they come: what is built from them is the same each time.
+
+        Raises:
+            StudyError: the endpoint refuses or cannot be reached, or the budget is spent; what was answered is kept.
+        """
+        keys = [self._key(instruction, question) for question in questions]
+        waiting = deque(
+            (key, question) for key, question in dict(zip(keys, questions)).items() if key not in self._known
+        )
+        answered = 0
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            under_way: dict[Future, str] = {}
+            failure: StudyError | None = None
+            while True:
+                while waiting and failure is None and len(under_way) < self.concurrency:
+                    if self.budget is not None and self.spent >= self.budget:
+                        failure = StudyError(
+                            f"the budget of {self.budget} tokens is spent ({self.spent}); {len(waiting)} questions are left: start again "
+                            "with a larger --budget, the answers are kept"
+                        )
+                        break
+                    key, question = waiting.popleft()
+                    under_way[pool.submit(self._answer, instruction, question)] = key
+                while answered < len(keys) and keys[answered] in self._known:
+                    yield self._known[keys[answered]]
+                    answered += 1
+                if not under_way:
+                    break
+                done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+                for future in done:
+                    key = under_way.pop(future)
+                    try:
+                        answer, tokens = future.result()
+                    except StudyError as error:
+                        failure = failure or error
+                        continue
+                    append_rows(self.cache, [{"key": key, "answer": answer, "tokens": tokens}])
+                    self._known[key] = answer
+                    self.spent += tokens
+            if failure:
+                raise failure
+
+    def _answer(self, instruction: str, question: str) -> tuple[str, int]:
+        import openai
+
+        messages: Any = [{"role": "system", "content": instruction}, {"role": "user", "content": question}]
+        try:
+            given = self._client.chat.completions.create(
+                model=self.model, messages=messages, temperature=0, max_tokens=256
+            )
+            if not given.choices:
+                raise ValueError("the reply has no choices")
+            return given.choices[0].message.content or "", given.usage.total_tokens if given.usage else 0
+        except (openai.OpenAIError, ValueError, AttributeError, TypeError) as error:
+            raise StudyError(
+                f"{self._client.base_url}: {type(error).__name__}: {str(error)[:300]}; the answers so far are kept in {self.cache}, "
+                "start the same command again to go on"
+            ) from error
+
+    def _key(self, instruction: str, question: str) -> str:
+        return hashlib.sha256(json.dumps([self.settings(), instruction, question]).encode()).hexdigest()

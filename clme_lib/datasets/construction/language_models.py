@@ -1,0 +1,212 @@
+"""Encoders and masked language models from the Hub: Arctic-embed for CNLE's neighbours, CodeBERT for CSNE's neighbours and names.
+
+Any Hugging Face encoder or folder works. Vectors are pooled as the model's own card says (``1_Pooling/config.json``), else by the mean.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import json
+import keyword
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ...support.errors import StudyError, first_line
+from .rephrasing import candidates, definition, renamed
+from .stages import Row
+
+Pooling = Literal["cls", "mean"]
+_MOST_TOKENS = 512
+_ROWS = 64
+_FEWEST_LETTERS = 2
+
+
+class TextEncoder:
+    """Unit vectors of texts by a Hugging Face encoder; a :data:`~clme_lib.datasets.neighbours.Embedder`."""
+
+    def __init__(self, name: str, device: str = "cpu", pooling: Pooling | None = None) -> None:
+        self.name, self.device = name, torch.device(device)
+        self.tokenizer, self.model = _load(name, "AutoModel")
+        self.model.eval().to(self.device)
+        self.pooling: Pooling = pooling or card_pooling(name)
+
+    def settings(self) -> dict:
+        """For the stage's manifest."""
+        return {"encoder": self.name, "pooling": self.pooling}
+
+    def vectors(self, texts: Sequence[str]) -> torch.Tensor:
+        """(N, d) unit vectors, with gradients when they are on."""
+        batch = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=_MOST_TOKENS, return_tensors="pt"
+        ).to(self.device)
+        hidden = self.model(**batch).last_hidden_state
+        mask = batch["attention_mask"][..., None].to(hidden.dtype)
+        pooled = hidden[:, 0] if self.pooling == "cls" else (hidden * mask).sum(1) / mask.sum(1)
+        return torch.nn.functional.normalize(pooled.float(), dim=-1)
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        order = sorted(range(len(texts)), key=lambda n: len(texts[n]))
+        found: np.ndarray | None = None
+        for first in tqdm(range(0, len(order), _ROWS), desc=f"encode by {self.name}", unit="batch"):
+            part = order[first : first + _ROWS]
+            vectors = self.vectors([texts[n] for n in part]).cpu().numpy()
+            if found is None:
+                found = np.empty((len(texts), vectors.shape[1]), dtype=np.float32)
+            found[part] = vectors
+        return np.empty((0, 0), dtype=np.float32) if found is None else found
+
+
+def card_pooling(name: str) -> Pooling:
+    """How the model's card pools: its ``1_Pooling/config.json``, or the mean where it has none."""
+    file = Path(name) / "1_Pooling" / "config.json"
+    if not Path(name).is_dir():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            file = Path(hf_hub_download(name, "1_Pooling/config.json"))
+        except Exception:  # no such file, or no network: loading the model has already told
+            return "mean"
+    try:
+        return "cls" if json.loads(file.read_text(encoding="utf-8")).get("pooling_mode_cls_token") else "mean"
+    except FileNotFoundError:
+        return "mean"
+
+
+def fine_tune(
+    encoder: TextEncoder,
+    pairs: Sequence[tuple[str, str]],
+    folder: Path,
+    *,
+    epochs: int,
+    batch: int,
+    lr: float,
+    seed: int,
+) -> list[float]:
+    """Fine-tune an encoder on code search, description against function with the batch's others as negatives; returns the losses.
+
+    The paper's neighbours of CSNE come from a CodeBERT fine-tuned on this task. Saved to ``folder`` as safetensors, with its pooling.
+    """
+    if len(pairs) < 2:
+        raise StudyError("fine-tuning needs at least two pairs of description and function")
+    torch.manual_seed(seed)
+    draw = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(encoder.model.parameters(), lr=lr)
+    encoder.model.train()
+    losses = []
+    for epoch in range(epochs):
+        order = torch.randperm(len(pairs), generator=draw).tolist()
+        starts = range(0, len(order) - 1, batch)
+        for first in tqdm(starts, desc=f"code search, epoch {epoch + 1}", unit="batch"):
+            part = [pairs[n] for n in order[first : first + batch]]
+            docs, codes = (encoder.vectors([pair[side] for pair in part]) for side in (0, 1))
+            loss = torch.nn.functional.cross_entropy(
+                20 * docs @ codes.T, torch.arange(len(part), device=encoder.device)
+            )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    encoder.model.eval()
+    encoder.model.save_pretrained(folder)
+    encoder.tokenizer.save_pretrained(folder)
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling" / "config.json").write_text(
+        json.dumps({"pooling_mode_cls_token": encoder.pooling == "cls"}) + "\n"
+    )
+    return losses
+
+
+class MaskedNames:
+    """New names from a masked language model's predictions in context (in the spirit of ALERT; the paper: CodeBERT).
+
+    All occurrences of a name are masked, one token each; tokens are ranked by their log-probability summed over the occurrences. Taken is the
+    first that is an identifier, is not used in the function and is not a keyword.
+    """
+
+    def __init__(self, name: str, device: str = "cpu") -> None:
+        self.name, self.device = name, torch.device(device)
+        self.tokenizer, self.model = _load(name, "AutoModelForMaskedLM")
+        self.model.eval().to(self.device)
+
+    def settings(self) -> dict:
+        """For the stage's manifest."""
+        return {"names": self.name}
+
+    def rephrase(self, rows: Sequence[Row]) -> Iterator[Row]:
+        """Each row's ``rephrased`` code."""
+        for row in rows:
+            yield renamed(row, self.choose)
+
+    def choose(self, code: str) -> dict[str, str]:
+        """New names of a function's variables."""
+        function = definition(code)
+        if function is None:
+            return {}
+        taken = (
+            {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+            | set(keyword.kwlist)
+            | set(dir(builtins))
+        )
+        taken |= {node.arg for node in ast.walk(function) if isinstance(node, ast.arg | ast.keyword) and node.arg}
+        taken |= {node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)}
+        mapping = {}
+        for name in candidates(code):
+            if new := self._predicted(code, name, taken):
+                mapping[name] = new
+                taken.add(new)
+        return mapping
+
+    @torch.no_grad()
+    def _predicted(self, code: str, name: str, taken: set[str]) -> str | None:
+        masked = _masked(code, name, self.tokenizer.mask_token)
+        batch = self.tokenizer(masked, truncation=True, max_length=_MOST_TOKENS, return_tensors="pt").to(self.device)
+        places = (batch["input_ids"][0] == self.tokenizer.mask_token_id).nonzero()[:, 0]
+        if not len(places):  # beyond what the model reads
+            return None
+        scores = self.model(**batch).logits[0, places].float().log_softmax(-1).sum(0)
+        for token in scores.topk(min(200, len(scores))).indices.tolist():
+            word = self.tokenizer.decode([token]).strip()
+            long_enough = len(word) >= _FEWEST_LETTERS or len(name) == 1
+            if (
+                word.isidentifier()
+                and word.isascii()
+                and word not in taken
+                and long_enough
+                and not word.startswith("_")
+            ):
+                return word
+        return None
+
+
+def _masked(code: str, name: str, mask: str) -> str:
+    """``code`` with every occurrence of a variable replaced, by source position."""
+    places = [
+        (node.lineno, node.col_offset)
+        for node in ast.walk(ast.parse(code))
+        if (isinstance(node, ast.Name) and node.id == name) or (isinstance(node, ast.arg) and node.arg == name)
+    ]
+    lines = code.split("\n")
+    for line, column in sorted(places, reverse=True):
+        text = lines[line - 1]
+        lines[line - 1] = text[:column] + mask + text[column + len(name) :]
+    return "\n".join(lines)
+
+
+def _load(name: str, kind: str) -> tuple[Any, Any]:
+    import transformers
+
+    try:
+        options = {"trust_remote_code": False}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+        return tokenizer, getattr(transformers, kind).from_pretrained(name, use_safetensors=True, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise StudyError(
+            f"{name!r} could not be loaded as an encoder: {first_line(error)}. Weights must be safetensors, from the Hub or a folder"
+        ) from error

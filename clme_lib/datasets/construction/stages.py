@@ -1,0 +1,154 @@
+"""Stages of a construction: JSON Lines artefacts that say what they were made from, and go on where they were stopped.
+
+Stage ``neighbours`` of a folder is ``05-neighbours.jsonl``, its rows, and ``05-neighbours.json``::
+
+    {"stage": ..., "settings": {...}, "inputs": {stage: sha256 of its rows}, "counts": {...}, "finished": true}
+
+A finished stage is read, an unfinished one completed: rows are appended as they are made and known by their ``id``. A stage
+whose settings or inputs have changed since it was made is refused rather than mixed or silently made anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ...support.errors import StudyError
+from ...support.journal import append_rows, read_rows, write_text
+
+Row = dict[str, Any]
+
+
+class Stages:
+    """The stages of one construction, in order, in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._made: dict[str, str] = {}
+
+    def file(self, name: str) -> Path:
+        """The rows of a stage that has been asked for."""
+        return self.folder / f"{list(self._made).index(name) + 1:02d}-{name}.jsonl"
+
+    def manifest(self, name: str) -> dict[str, Any]:
+        """What a stage was made from, and its counts."""
+        return json.loads(self.file(name).with_suffix(".json").read_text(encoding="utf-8"))
+
+    def run(
+        self,
+        name: str,
+        settings: dict[str, Any],
+        todo: Sequence[Row],
+        make: Callable[[Sequence[Row]], Iterable[Row]],
+        batch: int | None = None,
+    ) -> list[Row]:
+        """The rows of stage ``name``: read, or made from the rows of the stage before.
+
+        Args:
+            settings: whatever decides the result besides the input, as JSON values.
+            todo: rows with an ``id``; a stage reads the previous one's, the first one may be given none.
+            make: from some of ``todo`` to their rows, one each with the same ``id``, in any order. Rows are kept as they come: a
+                kill loses what was made in the last second.
+            batch: how many of ``todo`` are handed to ``make`` at once (None: all).
+
+        Raises:
+            StudyError: the stage there was made with other settings or from other rows.
+        """
+        earlier = dict(self._made)
+        self._made[name] = ""
+        file = self.file(name)
+        identity = {"stage": name, "settings": settings, "inputs": earlier}
+        before = self._manifest_of(file)
+        if before is not None and {key: before.get(key) for key in identity} != identity:
+            different = next(key for key in ("stage", "settings", "inputs") if before.get(key) != identity[key])
+            raise StudyError(
+                f"{file}: made with other {different} ({_difference(before.get(different), identity[different])}); remove the file and "
+                "those after it to make them anew, or choose another folder"
+            )
+        if before is None or not before["finished"]:
+            if before is None and file.exists():
+                raise StudyError(f"{file}: has no {file.stem}.json beside it that says how it was made; move it away")
+            self._write_manifest(file, {**identity, "finished": False})
+            self._complete(name, file, todo, make, batch)
+        rows = read_rows(file)
+        self._made[name] = file_sha256(file)
+        counts = {"rows": len(rows), **self._dropped(rows)}
+        self._write_manifest(file, {**identity, "counts": counts, "sha256": self._made[name], "finished": True})
+        return rows
+
+    def _complete(self, name: str, file: Path, todo: Sequence[Row], make: Callable, batch: int | None) -> None:
+        append_rows(file, [])
+        done = {row["id"] for row in read_rows(file)}
+        left = [row for row in todo if row["id"] not in done]
+        with tqdm(total=len(todo) or None, initial=len(todo) - len(left), desc=name, unit="row") as bar:
+            for part in _parts(left, batch) if todo else [[]]:
+                for rows in _together(row for row in make(part) if row["id"] not in done):
+                    append_rows(file, rows)
+                    bar.update(len(rows))
+
+    @staticmethod
+    def _dropped(rows: Sequence[Row]) -> dict[str, int]:
+        """How many rows say why they are left out from here on."""
+        return dict(Counter(f"dropped: {row['dropped']}" for row in rows if row.get("dropped")))
+
+    @staticmethod
+    def _write_manifest(file: Path, content: dict) -> None:
+        write_text(file.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
+
+    @staticmethod
+    def _manifest_of(file: Path) -> dict | None:
+        try:
+            return json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise StudyError(f"{file.with_suffix('.json')}: not JSON ({error}); remove it and {file.name}") from error
+
+
+def kept(rows: Iterable[Row]) -> list[Row]:
+    """Rows that no stage has dropped."""
+    return [row for row in rows if not row.get("dropped")]
+
+
+def _parts(rows: Sequence[Row], size: int | None) -> Iterator[Sequence[Row]]:
+    step = size or max(1, len(rows))
+    for first in range(0, len(rows), step):
+        yield rows[first : first + step]
+
+
+def _together(rows: Iterable[Row], most: int = 256) -> Iterator[list[Row]]:
+    """Rows as they come when they are slow to make, many at once when they are not: an append is a disk write."""
+    waiting: list[Row] = []
+    last = time.monotonic()
+    try:
+        for row in rows:
+            waiting.append(row)
+            if len(waiting) == most or time.monotonic() - last > 1:
+                yield waiting
+                waiting, last = [], time.monotonic()
+    except BaseException:
+        if waiting:
+            yield waiting
+        raise
+    if waiting:
+        yield waiting
+
+
+def _difference(before: Any, now: Any) -> str:
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return f"{before!r}, now {now!r}"
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return ", ".join(f"{name} {before.get(name)!r}, now {now.get(name)!r}" for name in names)
+
+
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,202 @@
+"""Functions and the first sentence of their docstring, mined from the packages that the study installs."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+from ..subjects import embedded as embedded_subject
+from ..support.seeds import seed_of
+from .neighbours import nearest
+from .renaming import Substitutes, eligible_names, rename, verified
+from .source_code import _without_docstring_and_comments, first_sentence
+
+# distribution -> import package; all of them are installed with clme_lib itself
+PACKAGES = {
+    "absl-py": "absl", "accelerate": "accelerate", "fonttools": "fontTools", "fsspec": "fsspec", "gguf": "gguf",
+    "huggingface-hub": "huggingface_hub", "jinja2": "jinja2", "joblib": "joblib", "matplotlib": "matplotlib",
+    "mpmath": "mpmath", "networkx": "networkx", "nltk": "nltk", "numpy": "numpy", "packaging": "packaging",
+    "pandas": "pandas", "pillow": "PIL", "pyarrow": "pyarrow", "pydantic": "pydantic", "requests": "requests",
+    "sacrebleu": "sacrebleu", "scikit-learn": "sklearn", "scipy": "scipy", "seaborn": "seaborn", "sympy": "sympy",
+    "transformers": "transformers", "urllib3": "urllib3",
+}  # fmt: skip
+TARGETS = 600
+POOL = 2_200
+PACKAGE_QUOTA = 155  # of 2,800: well under the bound of 15 % from one package
+MAX_TOKENS = 256
+
+
+# tests, vendored and generated files, and numpy.distutils, which wheels for Python 3.12 and later leave out
+_SKIPPED_PARTS = re.compile(
+    r"test|vendor|distutils|extern|_libs|deprecat|conftest|__config__|version|generated|benchmark", re.I
+)
+
+
+@dataclass(frozen=True)
+class MinedFunction:
+    """One accepted function: where it is from, its code without docstring and comments, and its description."""
+
+    origin: str  # "package path qualified.name"
+    package: str
+    code: str
+    doc: str
+
+
+def build() -> dict:
+    """Mine, rename, and find neighbours; returns the set as plain data, ``{"targets": [...], "pool": [...]}``."""
+    functions = mine()
+    trees = {f.origin: _definition(f.code) for f in functions}
+    substitutes = Substitutes(trees.values())
+    targets: list[tuple[MinedFunction, str]] = []
+    pool: list[MinedFunction] = []
+    for function in sorted(functions, key=lambda f: seed_of("csne", f.origin)):
+        variant = ""
+        if len(targets) < TARGETS and len(eligible_names(trees[function.origin])) >= 2:
+            mapping = substitutes.choose(trees[function.origin])
+            variant = rename(function.code, mapping)
+            if len(mapping) < 2 or not verified(function.code, variant, mapping):
+                variant = ""
+        if variant:
+            targets.append((function, variant))
+        else:
+            pool.append(function)
+    pool = pool[:POOL]
+    neighbours = nearest(
+        [f.code for f, _ in targets],
+        [f.code for f in pool],
+        allowed=lambda target, other: targets[target][0].doc != pool[other].doc,
+        groups=([f.package for f, _ in targets], [f.package for f in pool]),
+        from_other_groups=2,
+    )
+    return {
+        "targets": [
+            {"case_id": n, **asdict(f), "variant": variant, "neighbours": near}
+            for n, ((f, variant), near) in enumerate(zip(targets, neighbours))
+        ],
+        "pool": [asdict(f) for f in pool],
+    }
+
+
+def mine() -> list[MinedFunction]:
+    """All accepted functions, package by package in name order, near-duplicates and repeated sentences removed."""
+    found: list[MinedFunction] = []
+    for distribution, package in sorted(PACKAGES.items()):
+        found += _distinct(_package_functions(distribution, package))[:PACKAGE_QUOTA]
+    return _distinct(found)
+
+
+def installed_versions() -> dict[str, str]:
+    """Installed versions of the mined distributions."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _package_functions(distribution: str, package: str) -> Iterator[MinedFunction]:
+    """Functions of one distribution, files in an order given by their paths' hashes, until there are enough."""
+    files = [
+        file
+        for file in importlib.metadata.files(distribution) or []
+        if file.suffix == ".py" and file.parts[0] == package and not _SKIPPED_PARTS.search(str(file))
+    ]
+    accepted = 0
+    for file in sorted(files, key=lambda file: seed_of("csne", file.as_posix())):
+        try:
+            source = Path(str(file.locate())).read_text(encoding="utf-8")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # invalid escapes in third-party sources
+                tree = ast.parse(source)
+        except (OSError, SyntaxError, UnicodeDecodeError, ValueError):
+            continue
+        lines = source.split("\n")
+        for name, node in _definitions(tree):
+            mined = _accept(lines, name, node)
+            if mined:
+                accepted += 1
+                yield MinedFunction(f"{package} {file.as_posix()} {name}", package, *mined)
+        if accepted >= 1.5 * PACKAGE_QUOTA:  # some of them will prove near-duplicates
+            return
+
+
+@cache
+def tokenizer():
+    """The embedded subject's, which counts tokens where no other is at hand."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(embedded_subject.ensure() / "tokenizer.json"))
+
+
+def _definitions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Functions and methods with their qualified names; functions inside functions are left out."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef):
+            yield prefix + node.name, node
+        elif isinstance(node, ast.ClassDef):
+            yield from _definitions(node, f"{prefix}{node.name}.")
+        elif isinstance(node, (ast.If, ast.Try)):
+            yield from _definitions(node, prefix)
+
+
+def _accept(lines: list[str], name: str, node: ast.FunctionDef) -> tuple[str, str] | None:
+    """(code, description) of a function that meets the rules."""
+    if "test" in name.lower() or node.name.startswith("__") or len(node.body) < 2:
+        return None
+    docstring = ast.get_docstring(node, clean=False)
+    doc = first_sentence(docstring) if docstring else None
+    if doc is None:
+        return None
+    code = _without_docstring_and_comments(lines, node)
+    if code is None or not code.isascii() or code.count("\n") < 2:
+        return None
+    return (code, doc) if len(tokenizer().encode(code, add_special_tokens=False).ids) <= MAX_TOKENS else None
+
+
+def _distinct(functions: Iterator[MinedFunction] | list[MinedFunction]) -> list[MinedFunction]:
+    """Drop functions whose tokens nearly repeat an earlier one's (set Jaccard >= 0.8, multiset >= 0.7) or whose doc does."""
+    from scipy.sparse import csr_matrix
+
+    functions = list(functions)
+    if not functions:
+        return []
+    bags = [Counter(re.findall(r"\w+", f.code)) for f in functions]
+    vocabulary = {word: n for n, word in enumerate(sorted({word for bag in bags for word in bag}))}
+    rows = [n for n, bag in enumerate(bags) for _ in bag]
+    columns = [vocabulary[word] for bag in bags for word in bag]
+    incidence = csr_matrix(([1] * len(rows), (rows, columns)), shape=(len(bags), len(vocabulary)))
+    shared = (incidence @ incidence.T).tocoo()
+    close: dict[int, list[int]] = {}
+    for one, other, common in zip(shared.row.tolist(), shared.col.tolist(), shared.data.tolist()):
+        # compared as integers: no rounding decides membership
+        if other < one and 10 * common >= 8 * (len(bags[one]) + len(bags[other]) - common):
+            close.setdefault(one, []).append(other)
+    kept: list[MinedFunction] = []
+    removed: set[int] = set()
+    sentences: set[str] = set()
+    for n, function in enumerate(functions):
+        repeats = any(
+            other not in removed and 10 * (bags[n] & bags[other]).total() >= 7 * (bags[n] | bags[other]).total()
+            for other in close.get(n, ())
+        )
+        if repeats or function.doc in sentences:
+            removed.add(n)
+            continue
+        sentences.add(function.doc)
+        kept.append(function)
+    return kept
+
+
+def _definition(code: str) -> ast.FunctionDef:
+    node = ast.parse(code).body[0]
+    assert isinstance(node, ast.FunctionDef)
+    return node

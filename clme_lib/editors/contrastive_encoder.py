@@ -1,0 +1,263 @@
+"""Training of A-GRACE's encoder (paper section V).
+
+Every training case gives one positive pair (its prompt and its rephrased prompt) and five negative ones (its prompt and
+each neighbour's). Adam minimises the contrastive loss; after each epoch the balanced accuracy of *within the radius* is
+taken on cases that are not trained on, the best epoch is kept, and training ends when it has not improved for some.
+
+Those cases are a fifth of the training cases. The paper and the released program take the other half, the cases that
+are edited afterwards; ``selection="edited"`` does so.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, Field
+
+from ..datasets.cases import Case
+from ..edits.codebooks import Query
+from ..edits.encoder import Architecture, Encoder
+from ..forward.prompt_keys import stored_queries
+from ..subjects.subject import Subject
+from ..support.artifact import read_tensors, write_tensors
+from ..support.cache import cache_dir
+from ..support.errors import StudyError
+from ..support.seeds import generator, seeded_order
+from .grace import GRACEHyperparameters
+
+
+def _per_dataset(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError("one margin per data set is needed, such as {'cnle': 2.0, 'csne': 2.0}")
+    return value
+
+
+Margins = Annotated[dict[Literal["cnle", "csne"], Annotated[float, Field(gt=0)]], BeforeValidator(_per_dataset)]
+
+
+class EncoderHyperparameters(GRACEHyperparameters):
+    """GRACE's, and those of the encoder's training.
+
+    ``margin`` is the contrastive loss's, per data set, in units of the encoded space like ``radius``; ``selection`` says
+    by which cases the epoch is chosen, ``patience`` how many epochs without improvement end the training.
+    """
+
+    architecture: Architecture = "released"
+    margin: Margins
+    encoder_lr: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    encoder_batch: int = Field(gt=0)
+    epochs: int = Field(gt=0)
+    patience: int = Field(gt=0)
+    selection: Literal["training", "edited"] = "training"
+
+
+FORMAT = "clme-encoder"
+HELD_OUT = 5  # one in so many training cases chooses the epoch
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of queries: ``queries`` (P, d_f), and of each pair both indices (N,) and whether it is a positive one (N,)."""
+
+    queries: torch.Tensor
+    one: torch.Tensor
+    other: torch.Tensor
+    positive: torch.Tensor
+
+    @torch.no_grad()
+    def distances(self, encoder: Encoder | None) -> torch.Tensor:
+        """The distance of every pair (N,), encoded, or as the queries are."""
+        encoded = self.queries if encoder is None else encoder(self.queries)
+        return distances(encoded[self.one], encoded[self.other])
+
+
+def make_pairs(subject: Subject, cases: Sequence[Case], layer: int, query: Query) -> Pairs:
+    """The pairs of all cases, case after case, the positive one first.
+
+    Raises:
+        StudyError: a case lacks rephrased or unrelated prompts.
+    """
+    if bare := [case for case in cases if not case.rephrased or not case.unrelated]:
+        raise StudyError(
+            f"case {bare[0].case_id} of {bare[0].dataset} needs a rephrased and an unrelated prompt to learn from"
+        )
+    prompts: dict[str, int] = {}
+    rows = []
+    for case in cases:
+        others = [(case.rephrased[0], True), *((prompt, False) for prompt in case.unrelated)]
+        own = prompts.setdefault(case.prompt, len(prompts))
+        rows += [(own, prompts.setdefault(prompt, len(prompts)), positive) for prompt, positive in others]
+    one, other, positive = (torch.tensor(part, device=subject.device) for part in zip(*rows))
+    queries = stored_queries(subject, list(prompts), layer, query).to(subject.device)
+    return Pairs(queries, one, other, positive)
+
+
+def train(
+    training: Pairs, held_out: Pairs, values: EncoderHyperparameters, margin: float, seeds: tuple
+) -> tuple[Encoder, list[dict]]:
+    """An encoder and, of every epoch, its mean loss and its balanced accuracy on the held-out pairs.
+
+    Args:
+        seeds: what the initial weights, the order of the pairs and the dropout masks are drawn by.
+    """
+    device, width = training.queries.device, training.queries.shape[1]
+    encoder = Encoder(width, values.architecture, generator(*seeds, "weights")).to(device)
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=values.encoder_lr, weight_decay=values.weight_decay)
+    draw = generator(*seeds, "training")
+    best, kept, log = -1.0, copy.deepcopy(encoder.state_dict()), []
+    since = 0
+    with torch.enable_grad():
+        for _epoch in range(values.epochs):
+            order = torch.randperm(len(training.one), generator=draw).to(device)
+            total = 0.0
+            for batch in order.split(values.encoder_batch):
+                one, other = (encoder(training.queries[side[batch]], draw) for side in (training.one, training.other))
+                loss = contrastive_loss(distances(one, other), training.positive[batch], margin)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                total += loss.item() * len(batch)
+            (accuracy,) = balanced_accuracy(held_out.distances(encoder), held_out.positive, values.radius)
+            log.append({"loss": total / len(order), "accuracy": accuracy})
+            since += 1
+            if accuracy > best:
+                best, kept, since = accuracy, copy.deepcopy(encoder.state_dict()), 0
+            if since == values.patience:
+                break
+    encoder.load_state_dict(kept)
+    return encoder.requires_grad_(False), log
+
+
+@dataclass(frozen=True)
+class TrainedEncoder:
+    """An encoder and what it is for: the header of its file, which it is refused by when anything in it differs."""
+
+    encoder: Encoder
+    header: dict
+
+    @property
+    def dataset(self) -> str:
+        return self.header["dataset"]
+
+    def save(self, file: Path) -> None:
+        """One safetensors file."""
+        write_tensors(file, self.encoder.state_dict(), self.header)
+
+    @classmethod
+    def load(cls, file: Path, expected: dict, device: torch.device) -> TrainedEncoder:
+        """Read it back.
+
+        Raises:
+            StudyError: it was made for something else; the message names what.
+        """
+        header, tensors = read_tensors(file)
+        for name, value in expected.items():
+            if header.get(name) != value:
+                raise StudyError(
+                    f"{file}: an encoder whose {name} is {header.get(name)!r}, needed is {value!r}; remove the file to "
+                    "train it anew"
+                )
+        encoder = Encoder.from_tensors(tensors, header["values"]["architecture"])
+        return cls(encoder.to(device), header)
+
+
+def trained_encoder(
+    subject: Subject,
+    values: EncoderHyperparameters,
+    query: Query,
+    cases: Sequence[Case],
+    edited: Sequence[Case],
+    seed: int,
+) -> TrainedEncoder:
+    """The encoder learnt from ``cases``: from the user's cache, or trained now.
+
+    Raises:
+        StudyError: cases of several data sets, too few of them, or no margin for theirs.
+    """
+    if len({case.dataset for case in cases}) != 1:
+        raise StudyError("an encoder learns from the cases of one data set at a time, at least one of them")
+    dataset = cases[0].dataset
+    if dataset not in values.margin:
+        raise StudyError(f"margin: no value for {dataset!r}; given: {', '.join(values.margin) or 'none'}")
+    training, held_out = _split(cases, edited, values.selection, seed)
+    header = {
+        "format": FORMAT,
+        "version": 1,
+        **subject.identity,
+        "dataset": dataset,
+        "layer": values.layer,
+        "query": query,
+        "margin": values.margin[dataset],
+        "seed": seed,
+        "values": values.model_dump(mode="json", exclude={"steps", "lr", "later_calls", "margin", "encoder_query"}),
+        "training": _digest(training),
+        "held_out": _digest(held_out),
+    }
+    name = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
+    safe = "".join(c if c.isalnum() or c in ".-_" else "-" for c in subject.name)
+    file = cache_dir() / "encoders" / f"{safe}-{dataset}-{query}-{name}.safetensors"
+    if not file.is_file():
+        learnt, checked = (make_pairs(subject, part, values.layer, query) for part in (training, held_out))
+        encoder, log = train(
+            learnt, checked, values, values.margin[dataset], (seed, subject.name, dataset, "a-grace", query)
+        )
+        TrainedEncoder(encoder, {**header, "log": log, "cases": len(training)}).save(file)
+    return TrainedEncoder.load(file, header, subject.device)
+
+
+def _split(cases: Sequence[Case], edited: Sequence[Case], selection: str, seed: int) -> tuple[list[Case], list[Case]]:
+    if selection == "edited":
+        if not edited:
+            raise StudyError(
+                'selection="edited" chooses the encoder by the cases to be edited: pass them, fit(cases, edited=...)'
+            )
+        return list(cases), list(edited)
+    if len(cases) < 2:
+        raise StudyError("an encoder needs at least two training cases: one of them is held out to choose the epoch")
+    by_id = {case.case_id: case for case in cases}
+    order = seeded_order(by_id, "held out", seed, cases[0].dataset)
+    count = max(1, len(order) // HELD_OUT)
+    return [by_id[n] for n in order[count:]], [by_id[n] for n in order[:count]]
+
+
+def _digest(cases: Sequence[Case]) -> str:
+    return hashlib.sha256("".join(sorted(case.sha256 for case in cases)).encode()).hexdigest()
+
+
+_EPS = 1e-6  # PyTorch's pairwise distance adds it to the difference
+
+
+def distances(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """``||a - b + 1e-6||`` along the last axis."""
+    return (one - other + _EPS).norm(dim=-1)
+
+
+def contrastive_loss(distance: torch.Tensor, positive: torch.Tensor, margin: float) -> torch.Tensor:
+    """``y D^2 + (1 - y) max(m - D, 0)^2``, mean over pairs (paper section V)."""
+    near, far = distance.square(), (margin - distance).clamp(min=0).square()
+    return torch.where(positive, near, far).mean()
+
+
+def balanced_accuracy(distance: torch.Tensor, positive: torch.Tensor, radius: float | Sequence[float]) -> list[float]:
+    """Half the share of positive pairs within a radius plus half the share of negative pairs beyond it, for each radius.
+
+    Counts are pooled over all pairs given, so a batch without a positive pair cannot spoil it.
+
+    Raises:
+        StudyError: there are no positive or no negative pairs.
+    """
+    if not positive.any() or positive.all():
+        raise StudyError("balanced accuracy needs both positive and negative pairs")
+    found = []
+    for one in [radius] if isinstance(radius, int | float) else radius:
+        inside = distance <= one
+        found.append(0.5 * (inside[positive].double().mean() + (~inside[~positive]).double().mean()).item())
+    return found

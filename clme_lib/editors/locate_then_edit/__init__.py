@@ -1,0 +1,1 @@
+"""What ROME, MEMIT and PMET share: contexts, learnt vectors, second moments."""

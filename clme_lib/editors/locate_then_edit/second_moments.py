@@ -1,0 +1,241 @@
+"""Second moments of a layer's keys: how ROME (by option), MEMIT and PMET know which directions other texts use.
+
+``C_l = (1/n) sum k k^T`` over every token of a corpus, ``k`` the input of ``W_l`` (Meng et al. 2023, equation 15). Gathered once
+per subject, layer and corpus, in float32, block by block up to the highest layer asked for; kept in the user's cache
+as safetensors whose header says what it is. An interrupted gathering goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from tqdm import tqdm
+
+from ...forward.blockwise import Blockwise
+from ...forward.tokens import encode
+from ...subjects.subject import Subject
+from ...support.artifact import read_tensors, write_tensors
+from ...support.cache import cache_dir
+from ...support.errors import StudyError
+from ...support.schema import Schema
+from .corpora import SEED, Corpus, open_corpus
+
+FORMAT = "clme-second-moment"
+# at ten the write directions still differ visibly from those of four times as many, because tokens of one document
+# resemble each other; a corpus that ends earlier is accepted from ten on
+TOKENS_PER_DIMENSION, LEAST_PER_DIMENSION = 40, 10
+DOCUMENT_TOKENS = 4_096  # longer documents are cut
+_PASS_TOKENS = 4_096  # tokens, padding included, of one pass
+_CHUNK_DOCUMENTS = 256  # documents sorted by length together; a gathering resumes at these
+
+
+class StatisticsHyperparameters(Schema):
+    """Where second moments come from.
+
+    ``corpus`` is what :func:`clme_lib.editors.locate_then_edit.corpora.open_corpus` takes. ``corpus_documents`` takes that many documents, however
+    long; ``corpus_tokens`` that many tokens. Neither: forty tokens per dimension of the key, or the whole corpus if that
+    is at least ten.
+    """
+
+    corpus: str = "embedded"
+    corpus_documents: int | None = Field(default=None, gt=0)
+    corpus_tokens: int | None = Field(default=None, gt=0)
+
+
+@dataclass(frozen=True, eq=False)
+class SecondMoment:
+    """``C_l`` of one layer.
+
+    Attributes:
+        matrix: (d_f, d_f) float32, on the CPU: only its factor is needed where edits are made.
+        header: what it was gathered from.
+        device: where its factor is.
+    """
+
+    matrix: torch.Tensor
+    header: dict
+    device: torch.device
+
+    def describe(self) -> dict:
+        """Corpus, documents and tokens, for a run's provenance."""
+        return {name: self.header[name] for name in ("corpus", "identity", "documents", "tokens")}
+
+    @cached_property
+    def factor(self) -> torch.Tensor:
+        """Lower Cholesky factor in float64, made once.
+
+        Raises:
+            StudyError: the matrix is not positive definite.
+        """
+        factor, failed = torch.linalg.cholesky_ex(self.matrix.to(self.device).double())
+        if failed or not factor.isfinite().all():
+            raise StudyError(
+                f"the second moment of layer {self.header['layer']} from {self.header['tokens']} tokens of "
+                f"{self.header['corpus']} is not positive definite: gather it from more, or more varied, text (corpus_tokens)"
+            )
+        return factor
+
+    def solve(self, keys: torch.Tensor) -> torch.Tensor:
+        """``C^-1 k`` of each row of ``keys`` (B, d_f), in float64."""
+        return torch.cholesky_solve(keys.double().T, self.factor).T
+
+
+def second_moments(
+    subject: Subject, layers: Sequence[int], wanted: StatisticsHyperparameters
+) -> dict[int, SecondMoment]:
+    """Second moments of the given layers: from the cache, or gathered now.
+
+    Raises:
+        StudyError: the corpus is too small, or a cached file is of something else; the message says what to do.
+    """
+    corpus = open_corpus(wanted.corpus)
+    header = _header(subject, corpus, wanted)
+    folder = _folder(header)
+    least = header["wanted_tokens"] or subject.inner_size
+    if not (wanted.corpus_tokens or wanted.corpus_documents):
+        least = LEAST_PER_DIMENSION * subject.inner_size
+    files = {layer: folder / f"layer-{layer}.safetensors" for layer in layers}
+    if absent := sorted(layer for layer, file in files.items() if not file.is_file()):
+        _gather(subject, absent, corpus, folder, header, least)
+    moments = {layer: _read(file, {**header, "layer": layer}, subject) for layer, file in files.items()}
+    for moment in moments.values():
+        _require(moment.header["tokens"], least, corpus, subject)
+    return moments
+
+
+def _folder(header: dict) -> Path:
+    """Named by subject, corpus and amount, so that a person finds it."""
+    amounts = [f"{header[f'wanted_{what}']}-{what}" for what in ("documents", "tokens") if header[f"wanted_{what}"]]
+    names = (f"{header['subject']}-{header['dtype']}", "-".join([header["corpus"], *amounts]))
+    safe = ("".join(c if c.isalnum() or c in ".-_" else "-" for c in name) for name in names)
+    return cache_dir().joinpath("statistics", *safe)
+
+
+def _header(subject: Subject, corpus: Corpus, wanted: StatisticsHyperparameters) -> dict:
+    return {
+        "format": FORMAT,
+        "version": 1,
+        **subject.identity,
+        "corpus": corpus.name,
+        "identity": corpus.identity,
+        "sample_seed": SEED,
+        "wanted_documents": wanted.corpus_documents,
+        "wanted_tokens": _token_limit(subject, wanted),
+        "document_tokens": DOCUMENT_TOKENS,
+    }
+
+
+def _token_limit(subject: Subject, wanted: StatisticsHyperparameters) -> int | None:
+    if wanted.corpus_tokens or wanted.corpus_documents:
+        return wanted.corpus_tokens
+    return TOKENS_PER_DIMENSION * subject.inner_size
+
+
+def _read(file: Path, expected: dict, subject: Subject) -> SecondMoment:
+    header, tensors = read_tensors(file)
+    for name, value in expected.items():
+        if header.get(name) != value:
+            raise StudyError(
+                f"{file}: its {name} is {header.get(name)!r}, needed is {value!r}; remove the file to gather it anew"
+            )
+    matrix = tensors.get("matrix")
+    if matrix is None or matrix.shape != (subject.inner_size,) * 2 or not matrix.isfinite().all():
+        raise StudyError(
+            f"{file}: not a finite matrix of {subject.inner_size} squared; remove the file to gather it anew"
+        )
+    return SecondMoment(matrix, header, subject.device)
+
+
+def _gather(subject: Subject, layers: list[int], corpus: Corpus, folder: Path, header: dict, least: int) -> None:
+    """Sum ``k k^T`` over the corpus for several layers at once; write one file a layer at the end.
+
+    Args:
+        least: tokens that the corpus must have.
+    """
+    unfinished = folder / f"unfinished-{'-'.join(map(str, layers))}.safetensors"
+    sums = {layer: torch.zeros(subject.inner_size, subject.inner_size, device=subject.device) for layer in layers}
+    documents = tokens = 0
+    if unfinished.is_file():
+        before, kept = read_tensors(unfinished)
+        if {name: before.get(name) for name in header} == header:
+            documents, tokens = before["documents"], before["tokens"]
+            sums = {layer: kept[str(layer)].to(subject.device) for layer in layers}
+    limit = header["wanted_tokens"]
+    with tqdm(total=limit, initial=tokens, desc=f"statistics of {subject.name}", unit="token") as bar:
+        for count, batch in _chunks(subject, corpus, documents, header["wanted_documents"], limit, tokens):
+            for rows in _passes(batch):
+                _add(subject, rows, sums)
+            documents, read = documents + count, sum(map(len, batch))
+            tokens += read
+            bar.update(read)
+            progress = {**header, "documents": documents, "tokens": tokens}
+            write_tensors(unfinished, {str(layer): one for layer, one in sums.items()}, progress)
+    _require(tokens, least, corpus, subject)
+    if tokens < subject.inner_size:
+        raise StudyError(
+            f"corpus_tokens={limit} is less than the {subject.inner_size} dimensions of the key: the second moment would be singular"
+        )
+    for layer, total in sums.items():
+        finished = {**header, "layer": layer, "documents": documents, "tokens": tokens}
+        write_tensors(folder / f"layer-{layer}.safetensors", {"matrix": total / tokens}, finished)
+    unfinished.unlink(missing_ok=True)  # another process may have gathered the same
+
+
+def _require(tokens: int, least: int, corpus: Corpus, subject: Subject) -> None:
+    if tokens < least:
+        raise StudyError(
+            f"corpus {corpus.name!r} has only {tokens} tokens for {subject.name}, needed are {least} "
+            f"(the key has {subject.inner_size} dimensions): use a larger corpus, or set corpus_tokens"
+        )
+
+
+def _chunks(
+    subject: Subject, corpus: Corpus, skip: int, documents: int | None, tokens: int | None, read: int
+) -> Iterator[tuple[int, list[list[int]]]]:
+    """(documents consumed, their token ids) a chunk at a time, up to the asked number of documents or tokens."""
+    most = min(DOCUMENT_TOKENS, subject.model.config.max_position_embeddings)
+    taken, chunk = 0, []
+    for number, text in enumerate(corpus.documents()):
+        if number < skip:
+            continue
+        if number == documents or read == tokens:
+            break
+        ids = encode(subject.tokenizer, text)[:most]
+        ids = ids if tokens is None else ids[: tokens - read]
+        taken, read = taken + 1, read + len(ids)
+        if ids:
+            chunk.append(ids)
+        if taken == _CHUNK_DOCUMENTS:
+            yield taken, chunk
+            taken, chunk = 0, []
+    if taken:
+        yield taken, chunk
+
+
+def _passes(rows: list[list[int]]) -> Iterator[list[list[int]]]:
+    """Rows of like length together, longest first."""
+    batch: list[list[int]] = []
+    for row in sorted(rows, key=len, reverse=True):
+        if batch and (len(batch) + 1) * len(batch[0]) > _PASS_TOKENS:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def _add(subject: Subject, rows: list[list[int]], sums: dict[int, torch.Tensor]) -> None:
+    walk = Blockwise(subject, rows)
+    hidden = walk.embedded
+    for layer in range(max(sums) + 1):
+        here = walk.block(layer, hidden)
+        hidden = here.hidden
+        if layer in sums:
+            keys = here.keys[walk.mask].float()
+            sums[layer].addmm_(keys.T, keys)

@@ -1,0 +1,1 @@
+"""MALMEN: gradients, hypernetwork, training, editor."""

@@ -1,0 +1,67 @@
+"""Keys and gradients of several layers in one pass: what MALMEN's updates are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ...forward.partial import PartialForward
+from ...forward.recording import Hook, hooked
+from ...forward.tokens import PlacedRow, Row, encode, tokenize
+from ...subjects.subject import Subject
+
+
+def upper_states(forward: PartialForward, hooks: dict[int, Hook]) -> torch.Tensor:
+    """Last-block states at the label columns, with hooks on the edited layers, the first of which is ``forward.layer``."""
+    block = forward.subject.blocks[forward.layer]
+    with hooked(forward.subject, hooks):
+        return forward.states(block.mlp(block.post_attention_layernorm(forward.residual)))
+
+
+def edit_row(subject: Subject, prompt: str, target: str, targets: str) -> Row:
+    """The row an edit of ``prompt`` towards ``target`` reads."""
+    tokens = tokenize(subject.tokenizer, prompt, target)
+    if targets == "in-context":
+        return tokens
+    joined = encode(subject.tokenizer, prompt + " " + target)
+    alone = tuple(encode(subject.tokenizer, target))
+    return PlacedRow(tuple(joined[:-1]), 0, tokens.lookup, max(0, len(joined) - 1 - len(alone)), alone)
+
+
+class Cached:
+    """Keys and gradients at a batch's cached columns, by layer: what an update is made from.
+
+    Attributes:
+        owner: (n,) the row each cached token is of.
+        keys, gradients: layer -> (n, d_f) and (n, d), float32.
+        losses: (B,) mean cross-entropy of each row's target under the unedited subject.
+    """
+
+    def __init__(self, forward: PartialForward, layers: Sequence[int], cached: str) -> None:
+        self.owner = forward.label_rows
+        columns = forward.label_columns
+        if cached == "released":
+            starts = forward.label_counts.cumsum(0) - forward.label_counts
+            columns = torch.arange(len(self.owner), device=columns.device) - starts[self.owner]
+        leaves = {layer: torch.zeros_like(forward.outputs, requires_grad=True) for layer in layers}
+        inputs: dict[int, torch.Tensor] = {}
+
+        def hook(layer: int) -> Hook:
+            def act(given: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+                inputs[layer] = given.detach()
+                return output + leaves[layer]
+
+            return act
+
+        with torch.enable_grad():
+            states = upper_states(forward, {layer: hook(layer) for layer in layers})
+            losses = forward.row_means(forward.label_losses(states)[0])
+            # the sum of the rows' means: a token counts the same in training's batches as in a single edit
+            losses.sum().backward()
+        self.losses = losses.detach()
+        self.keys = {layer: inputs[layer][self.owner, columns].float() for layer in layers}
+        self.gradients = {}
+        for layer, leaf in leaves.items():
+            gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+            self.gradients[layer] = gradient[self.owner, columns].float()

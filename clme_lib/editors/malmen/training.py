@@ -1,0 +1,284 @@
+"""Training of MALMEN's hypernetwork: Algorithm 1 of Tan et al. (2024) with the paper's losses.
+
+An iteration, for a batch of records::
+
+    cache keys and gradients on (prompt, target); take them into the normaliser
+    one joint update from all of the batch's tokens
+    L = mean cross-entropy of the targets after the *rephrased* prompts
+        + locality_factor * mean KL(p_unedited || p_edited) on the neighbours' own answers         both under the update
+    gradients through the normal equation into the network; clip their norm; Adam
+
+The update is never written: it acts through hooks as ``(x K^T) U``, so the gradient with respect to ``U`` is all that the
+normal equation needs. What lies below the edited layers is constant, computed once a sequence, and kept for later
+epochs as far as memory allows. Training resumes at its last checkpoint; a finished network is kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from tqdm import tqdm
+
+from ...datasets.cases import Case
+from ...evaluation.unedited import answers_for
+from ...forward.label_losses import divergences
+from ...forward.partial import PartialForward
+from ...forward.recording import Hook
+from ...forward.tokens import Row, Tokenized, encode
+from ...subjects.subject import Subject
+from ...support.artifact import read_tensors, write_tensors
+from ...support.cache import cache_dir
+from ...support.errors import StudyError
+from ...support.schema import Layers, Schema
+from ...support.seeds import generator, seeded_order
+from .gradients import Cached, edit_row, upper_states
+from .hypernetwork import Hypernetwork, normal_equation
+
+
+class MALMENHyperparameters(Schema):
+    """``step_size`` is where each layer's learnt step starts; ``meta_lr`` is the network's learning rate.
+
+    ``records`` limits how many of the given cases are trained on (None: all).
+    """
+
+    layers: Layers
+    step_size: float = Field(gt=0)
+    meta_lr: float = Field(gt=0)
+    rank: int = Field(gt=0)
+    blocks: int = Field(gt=0)
+    locality_factor: float = Field(ge=0)
+    clip: float = Field(gt=0)
+    batch: int = Field(gt=0)
+    iterations: int = Field(gt=0)
+    records: int | None = Field(default=None, gt=0)
+    cached: Literal["target", "released"] = "target"
+    targets: Literal["in-context", "alone"] = "in-context"
+
+
+FORMAT = "clme-malmen"
+_KEPT_BYTES = 4e9  # of constants below the edited layers
+_CHECKPOINT_EVERY = 50
+
+
+def trained(subject: Subject, values: MALMENHyperparameters, cases: Sequence[Case], seed: int) -> Hypernetwork:
+    """The hypernetwork trained on ``cases``: from the cache, or trained now, from its last checkpoint if it has one."""
+    if not cases or len({case.dataset for case in cases}) != 1:
+        raise StudyError("malmen learns from the cases of one data set at a time, at least one of them")
+    if bare := [case for case in cases if not case.rephrased]:
+        raise StudyError(f"malmen learns from rephrased prompts, and case {bare[0].case_id} has none")
+    by_id = {case.case_id: case for case in cases}
+    dataset = cases[0].dataset
+    records = [by_id[n] for n in seeded_order(by_id, "malmen", seed, dataset)[: values.records]]
+    training = Training(subject, values, records, seed)
+    return training.finish()
+
+
+class Training:
+    """One network's training run.
+
+    Attributes:
+        iteration: updates made so far.
+        log: (generalization loss, locality loss) of each.
+        answers: the unedited subject's continuation of each neighbour's prompt.
+    """
+
+    def __init__(self, subject: Subject, values: MALMENHyperparameters, records: Sequence[Case], seed: int) -> None:
+        self.subject, self.values, self.records, self.seed = subject, values, list(records), seed
+        self.layers = values.layers
+        dataset = records[0].dataset
+        self.network = Hypernetwork(
+            (subject.inner_size, subject.hidden_size),
+            layers=len(self.layers),
+            rank=values.rank,
+            blocks=values.blocks,
+            step_size=values.step_size,
+            draw=generator(seed, subject.name, dataset, "malmen", "network"),
+        ).to(subject.device)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=values.meta_lr)
+        self.iteration = 0
+        self.log: list[tuple[float, float]] = []
+        self.identity = {
+            "format": FORMAT,
+            "version": 1,
+            **subject.identity,
+            "dataset": dataset,
+            "seed": seed,
+            "values": values.model_dump(mode="json"),
+            "records": [case.sha256 for case in self.records],
+        }
+        name = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+        safe = "".join(c if c.isalnum() or c in ".-_" else "-" for c in subject.name)
+        self.file = cache_dir() / "malmen" / f"{safe}-{dataset}-{name}.safetensors"
+        self.answers: dict[str, str] = {}
+        self._kept: dict[Row, torch.Tensor] = {}
+        self._references: dict[Row, torch.Tensor] = {}
+        self._kept_bytes = 0
+
+    def finish(self) -> Hypernetwork:
+        """Load what there is, do the missing iterations, keep the result."""
+        self._load()
+        last = self.values.iterations
+        if self.iteration < last:
+            prompts = [prompt for case in self.records for prompt in case.unrelated]
+            self.answers = dict(zip(prompts, answers_for(self.subject, prompts)))
+            description = f"malmen: train on {len(self.records)} {self.records[0].dataset} cases"
+            with tqdm(total=last, initial=self.iteration, desc=description, unit="step") as bar:
+                for batch in self._batches():
+                    generalization, locality = self.step(batch)
+                    bar.set_postfix(generalization=f"{generalization:.2f}", locality=f"{locality:.3f}")
+                    bar.update()
+                    if self.iteration == last or self.iteration % _CHECKPOINT_EVERY == 0:
+                        self._save(finished=self.iteration == last)
+        self.network.requires_grad_(False)
+        return self.network
+
+    def _batches(self) -> Iterator[list[Case]]:
+        """Records in a new seeded order every epoch, from the present iteration to the last; an epoch's rest is dropped."""
+        size = min(self.values.batch, len(self.records))
+        by_id = {case.case_id: case for case in self.records}
+        each = len(self.records) // size
+        while self.iteration < self.values.iterations:
+            epoch, within = divmod(self.iteration, each)
+            order = seeded_order(by_id, "malmen", self.seed, "epoch", epoch)
+            yield [by_id[n] for n in order[within * size : (within + 1) * size]]
+
+    def step(self, batch: Sequence[Case]) -> tuple[float, float]:
+        """One iteration; returns the two losses before its update."""
+        values, network = self.values, self.network
+        rows = [edit_row(self.subject, case.prompt, case.target, values.targets) for case in batch]
+        cached = Cached(self._forward(rows), self.layers, values.cached)
+        for layer in self.layers:
+            network.observe(cached.keys[layer], cached.gradients[layer])
+
+        with torch.enable_grad():
+            coefficients = [
+                normal_equation(
+                    cached.keys[layer],
+                    network(cached.keys[layer], cached.gradients[layer], n),
+                    network.log_damping[n],
+                )
+                for n, layer in enumerate(self.layers)
+            ]
+        leaves = [one.detach().requires_grad_(True) for one in coefficients]
+
+        def shift(layer: int, leaf: torch.Tensor) -> Hook:
+            return lambda given, output: output + ((given.float() @ cached.keys[layer].T) @ leaf).to(output.dtype)
+
+        shifts = {layer: shift(layer, leaf) for layer, leaf in zip(self.layers, leaves)}
+        rephrased = [edit_row(self.subject, case.rephrased[0], case.target, values.targets) for case in batch]
+        unrelated = [self._answered(prompt) for case in batch for prompt in case.unrelated]
+        generalization = self._losses(rephrased, shifts, reference=False)
+        locality = self._losses(unrelated, shifts, reference=True, factor=values.locality_factor)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(coefficients, [leaf.grad for leaf in leaves])
+        torch.nn.utils.clip_grad_norm_(network.parameters(), values.clip)
+        self.optimizer.step()
+        self.iteration += 1
+        self.log.append((generalization, locality))
+        if generalization + locality - (generalization + locality) != 0:
+            raise StudyError(
+                f"malmen: the loss is not finite at iteration {self.iteration}; lower meta_lr or step_size"
+            )
+        return self.log[-1]
+
+    def _losses(self, rows: Sequence[Row], shifts: dict[int, Hook], *, reference: bool, factor: float = 1.0) -> float:
+        """Mean loss per label under the update, its gradient (times ``factor``) left in the update's coefficients.
+
+        The loss is the cross-entropy of the labels, or with ``reference`` the divergence from the unedited subject.
+        """
+        labels = sum(len(row.target_ids) for row in rows)
+        total = 0.0
+        for group in _of_like_length(rows):
+            forward = self._forward(group)
+            with torch.enable_grad():
+                states = upper_states(forward, shifts)
+                if reference:
+                    losses = divergences(self.subject, states, self._reference_states(group, forward))
+                else:
+                    losses = forward.label_losses(states)[0]
+                loss = losses.sum() / labels
+                (factor * loss).backward()
+            total += loss.item()
+        return total
+
+    @torch.no_grad()
+    def _reference_states(self, rows: Sequence[Row], forward: PartialForward) -> torch.Tensor:
+        """Last-block states (N, d) of the unedited subject at the rows' label columns."""
+        if any(row not in self._references for row in rows):
+            states = upper_states(forward, {}).split([len(row.target_ids) for row in rows])
+            if self._kept_bytes >= _KEPT_BYTES:
+                return torch.cat(states)
+            self._references.update(zip(rows, states))
+            self._kept_bytes += sum(one.numel() * one.element_size() for one in states)
+        return torch.cat([self._references[row] for row in rows])
+
+    def _answered(self, prompt: str) -> Tokenized:
+        """A neighbour's prompt with the subject's own continuation as its target."""
+        before = encode(self.subject.tokenizer, prompt)
+        joined = encode(self.subject.tokenizer, prompt + self.answers[prompt])
+        # an answer that merges with the prompt's last token, or is empty, still leaves the last column to compare
+        first = min(len(before), len(joined) - 1)
+        return Tokenized(tuple(joined[:first]), tuple(joined[first:]))
+
+    @torch.no_grad()
+    def _forward(self, rows: Sequence[Row]) -> PartialForward:
+        """The pass from the first edited layer on; what lies below is computed once a sequence."""
+        layer = self.layers[0]
+        fresh = {}
+        if missing := [row for row in dict.fromkeys(rows) if row not in self._kept]:
+            forward = PartialForward(self.subject, missing, layer, from_lookup=False)
+            lengths = [row.first_label + len(row.target_ids) for row in missing]
+            fresh = {row: forward.residual[n, :length].clone() for n, (row, length) in enumerate(zip(missing, lengths))}
+        residuals = [self._kept[row] if row in self._kept else fresh[row] for row in rows]
+        if self._kept_bytes < _KEPT_BYTES:
+            self._kept.update(fresh)
+            self._kept_bytes += sum(one.numel() * one.element_size() for one in fresh.values())
+        return PartialForward(self.subject, rows, layer, from_lookup=False, residuals=residuals)
+
+    def _save(self, finished: bool) -> None:
+        tensors = {f"network.{name}": one for name, one in self.network.state_dict().items()}
+        if not finished:
+            for n, state in self.optimizer.state_dict()["state"].items():
+                tensors.update({f"optimizer.{n}.{name}": one for name, one in state.items()})
+        write_tensors(self.file, tensors, {**self.identity, "iteration": self.iteration, "log": self.log})
+
+    def _load(self) -> None:
+        if not self.file.is_file():
+            return
+        header, tensors = read_tensors(self.file)
+        try:
+            if {name: header.get(name) for name in self.identity} != self.identity:
+                raise ValueError("it is of another subject, data set, or other values")
+            network = {
+                name.removeprefix("network."): one for name, one in tensors.items() if name.startswith("network.")
+            }
+            self.network.load_state_dict(network)
+        except (ValueError, RuntimeError) as error:
+            raise StudyError(f"{self.file}: not a usable network: {error}; remove it to train anew") from error
+        self.iteration, self.log = header["iteration"], [tuple(one) for one in header["log"]]
+        if self.iteration < self.values.iterations:
+            state: dict[int, dict[str, torch.Tensor]] = {}
+            for name, one in tensors.items():
+                if name.startswith("optimizer."):
+                    _, n, what = name.split(".")
+                    state.setdefault(int(n), {})[what] = one
+            self.optimizer.load_state_dict(
+                {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
+            )
+
+
+def _of_like_length(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """Rows in groups that waste at most a fifth of their columns on padding."""
+    group: list[Row] = []
+    for row in sorted(rows, key=lambda row: len(row.inputs)):
+        if group and sum(len(one.inputs) for one in [*group, row]) < 0.8 * len(row.inputs) * (len(group) + 1):
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group

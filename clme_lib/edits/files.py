@@ -1,0 +1,75 @@
+"""Edits on disk: one safetensors file whose header says what they are and for which subject."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from ..subjects.subject import Subject
+from ..support.artifact import read_tensors, write_tensors
+from ..support.errors import StudyError
+from .applying import KINDS, check_fits
+from .base import Edit, EditLog
+
+FORMAT = "clme-edits"
+FORMAT_VERSION = 2
+
+
+def save_edits(path: str | os.PathLike, edits: Sequence[Edit], subject: Subject) -> None:
+    """Write edits to one file. A tensor that several share (the encoder of a fold) is written once."""
+    tensors: dict[str, torch.Tensor] = {}
+    first: dict[tuple, str] = {}
+    entries = []
+    for n, edit in enumerate(edits):
+        names = {}
+        for name, tensor in edit.tensors().items():
+            where = (tensor.data_ptr(), tensor.shape, tensor.stride())
+            names[name] = first.setdefault(where, f"{n}.{name}") if tensor.numel() else f"{n}.{name}"
+            tensors.setdefault(names[name], tensor)
+        entries.append(
+            {
+                "kind": edit.kind,
+                "case_id": edit.case_id,
+                "editor": edit.editor,
+                "log": asdict(edit.log),
+                "settings": edit.settings(),
+                "tensors": names,
+            }
+        )
+    header = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "subject": subject.name,
+        "fingerprint": subject.fingerprint,
+        "edits": entries,
+    }
+    write_tensors(Path(path), tensors, header)
+
+
+def load_edits(path: str | os.PathLike, subject: Subject) -> list[Edit]:
+    """Read edits written by :func:`save_edits`.
+
+    Raises:
+        StudyError: not such a file, another version, or edits of another subject.
+    """
+    header, tensors = read_tensors(Path(path))
+    if header.get("format") != FORMAT or header.get("version") != FORMAT_VERSION:
+        raise StudyError(f"{path}: not a {FORMAT} file of version {FORMAT_VERSION}; write it with save_edits")
+    if header["fingerprint"] != subject.fingerprint:
+        raise StudyError(
+            f"{path}: the edits were made for {header['subject']} ({header['fingerprint'][:40]}), "
+            f"not for {subject.name} ({subject.fingerprint[:40]})"
+        )
+    edits = []
+    for entry in header["edits"]:
+        mine = {name: tensors[stored] for name, stored in entry["tensors"].items()}
+        log = EditLog(**{**entry["log"], "losses": tuple(entry["log"]["losses"])})
+        fields = {"case_id": entry["case_id"], "editor": entry["editor"], "log": log, **entry["settings"]}
+        edit = KINDS[entry["kind"]].from_tensors(mine, **fields)
+        check_fits(edit, subject)
+        edits.append(edit)
+    return edits

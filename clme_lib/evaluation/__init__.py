@@ -1,0 +1,1 @@
+"""From edits to records: generating, scoring, keeping."""

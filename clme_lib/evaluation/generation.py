@@ -1,0 +1,250 @@
+"""Batched generation from many differently edited models (paper section III-D; protocol of the released program).
+
+Decoded text is the generated tokens only, special tokens kept. A row that emits EOS ends there, with the EOS in its
+text; what a row generates never depends on the batch it is in. The result is that of ``model.generate`` row by row (a
+test holds it to that). It is faster because every (prompt, edit) is read once however many texts continue it, prompts
+are read in batches of like length, and decoding writes keys and values into buffers made once instead of growing them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+from ..edits.base import Applied, Edit
+from ..forward.tokens import encode
+from ..subjects.subject import Subject
+from ..support.errors import StudyError
+
+SPECIFICITY_TOKENS = 16
+FLUENCY_TOKENS = 64
+FLUENCY_TOP_K = 5
+# prompts worked on side by side, and tokens (padding included) read in one pass: small enough to stay in a CPU's
+# caches, large enough to keep a GPU busy
+_ROWS = {"cpu": 64, "cuda": 512}
+_PREFILL_TOKENS = {"cpu": 2_048, "cuda": 32_768}
+# steps between two looks at which rows have ended: each waits for the device
+_LOOK_EVERY = {"cpu": 1, "cuda": 8}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to generate.
+
+    Attributes:
+        prompt: what the model reads.
+        budget: most new tokens.
+        edit: index of the edit that acts on this row, -1 for the unedited model.
+        noise: (budget, k) Gumbel noise for top-k sampling; None decodes greedily.
+    """
+
+    prompt: str
+    budget: int
+    edit: int = -1
+    noise: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A generated text and its tokens, and for codebook edits the prompt pass's distance to the nearest key and whether it fired."""
+
+    text: str
+    ids: Sequence[int] = ()
+    distance: float | None = field(default=None)
+    fired: bool | None = field(default=None)
+
+
+def gumbel(texts: int, draw: torch.Generator) -> torch.Tensor:
+    """(texts, 64, 5) Gumbel noise: adding it to the top-5 logits and taking the maximum samples from their softmax."""
+    uniform = torch.rand(texts, FLUENCY_TOKENS, FLUENCY_TOP_K, generator=draw, dtype=torch.float64)
+    return -torch.log(-torch.log(uniform.clamp(min=1e-300)))
+
+
+@torch.no_grad()
+def generate(
+    subject: Subject, requests: Sequence[Request], edits: Sequence[Edit] = (), max_rows: int | None = None
+) -> list[Generated]:
+    """Generate every request.
+
+    Args:
+        edits: what ``Request.edit`` indexes.
+        max_rows: prompts worked on side by side (default: 64 on CPU, 512 on CUDA); memory grows with it, results do
+            not change.
+    """
+    sources: dict[tuple[str, int], list[int]] = {}
+    for n, request in enumerate(requests):
+        sources.setdefault((request.prompt, request.edit), []).append(n)
+    encoded = {key: encode(subject.tokenizer, key[0]) for key in sources}
+    if any(not ids for ids in encoded.values()):
+        raise StudyError("cannot generate from an empty prompt")
+    order = sorted(sources, key=lambda key: (len(encoded[key]), sources[key][0]))
+    results: dict[int, Generated] = {}
+    max_rows = max_rows or _ROWS[subject.device.type]
+    for first in range(0, len(order), max_rows):
+        keys = order[first : first + max_rows]
+        read = _prefill(subject, [(encoded[key], key[1]) for key in keys], edits)
+        rows = [(prompt, n) for prompt, key in zip(read, keys) for n in sources[key]]
+        texts = _decode(subject, [prompt for prompt, _ in rows], [requests[n] for _, n in rows], edits)
+        for (prompt, n), text in zip(rows, texts):
+            results[n] = Generated(*text, prompt.distance, prompt.fired)
+    return [results[n] for n in range(len(requests))]
+
+
+@dataclass
+class _Prompt:
+    """A prompt that has been read: its row in a pass's cache, and the distribution of the next token."""
+
+    ids: list[int]
+    cache: Any  # a transformers Cache
+    row: int
+    logits: torch.Tensor
+    distance: float | None
+    fired: bool | None
+
+
+def _prefill(subject: Subject, prompts: Sequence[tuple[list[int], int]], edits: Sequence[Edit]) -> list[_Prompt]:
+    """Read prompts (sorted by length) in left-padded passes of like length."""
+    limit = _PREFILL_TOKENS[subject.device.type]
+    passes: list[list[tuple[list[int], int]]] = [[]]
+    for prompt in prompts:
+        if passes[-1] and (len(passes[-1]) + 1) * len(prompt[0]) > limit:
+            passes.append([])
+        passes[-1].append(prompt)
+    read = []
+    for batch in passes:
+        ids = subject.tokenizer.pad({"input_ids": [ids for ids, _ in batch]}, return_tensors="pt").to(subject.device)
+        mask = ids["attention_mask"]
+        edit_rows = [edit for _, edit in batch]
+        with subject.applying(edits, rows=edit_rows) as applied:
+            done = subject.decoder(
+                input_ids=ids["input_ids"],
+                attention_mask=mask,
+                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                use_cache=True,
+            )
+        logits = subject.model.lm_head(done.last_hidden_state[:, -1]).float()
+        distances, fired = _prompt_lookups(applied, len(batch))
+        for row, (tokens, _) in enumerate(batch):
+            read.append(_Prompt(tokens, done.past_key_values, row, logits[row], distances[row], fired[row]))
+    return read
+
+
+def _decode(
+    subject: Subject, prompts: Sequence[_Prompt], requests: Sequence[Request], edits: Sequence[Edit]
+) -> list[tuple[str, list[int]]]:
+    """Continue prompts token by token, all rows together, each to its own budget or EOS.
+
+    Finished rows leave the batch once they are a quarter of it: budgets differ a lot (16 tokens against 64). Until then
+    they repeat EOS, which is cut off.
+    """
+    device, eos = subject.device, subject.tokenizer.eos_token_id
+    width = max(len(prompt.ids) for prompt in prompts)
+    steps = max(request.budget for request in requests)
+    mask = torch.zeros(len(prompts), width + steps, dtype=torch.long, device=device)
+    for row, prompt in enumerate(prompts):
+        mask[row, width - len(prompt.ids) : width] = 1
+    mask[:, width:] = 1  # every pass sees no more of it than what is written
+    cache = _joined_cache(prompts, width, steps)
+    positions = torch.tensor([len(prompt.ids) for prompt in prompts], device=device)
+    budgets = torch.tensor([request.budget for request in requests], device=device)
+    silent = torch.zeros(FLUENCY_TOKENS, FLUENCY_TOP_K, dtype=torch.float64)
+    noise = torch.stack([silent if request.noise is None else request.noise for request in requests]).to(device)
+    sampled = torch.tensor([request.noise is not None for request in requests], device=device)
+    logits = torch.stack([prompt.logits for prompt in prompts])
+    new = torch.full((len(prompts), steps), eos, dtype=torch.long, device=device)
+    rows = torch.arange(len(prompts), device=device)  # which request each row of the batch still works for
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    with subject.applying(edits, rows=[request.edit for request in requests]) as applied:
+        for step in range(steps):
+            token = logits.argmax(dim=-1)
+            if step < FLUENCY_TOKENS:
+                token = torch.where(sampled[rows], _sample(logits, noise[rows, step]), token)
+            new[rows, step] = torch.where(done, eos, token)
+            done = done | (token == eos) | (budgets[rows] <= step + 1)
+            if step + 1 == steps:
+                break
+            looks = (step + 1) % _LOOK_EVERY[device.type] == 0
+            keep = (~done).nonzero()[:, 0] if looks else rows
+            if not len(keep):
+                break
+            if len(keep) <= 0.75 * len(rows):
+                rows, done, mask = rows[keep], done[keep], mask[keep]
+                for layer in cache.layers:
+                    layer.batch_select_indices(keep)
+                applied.rows = [requests[n].edit for n in rows.tolist()]
+            hidden = subject.decoder(
+                input_ids=new[rows, step][:, None],
+                attention_mask=mask[:, : width + step + 1],
+                position_ids=(positions[rows] + step)[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+            logits = subject.model.lm_head(hidden[:, -1]).float()
+    texts = []
+    for ids, request in zip(new.tolist(), requests):
+        ids = ids[: request.budget]
+        ids = ids[: ids.index(eos) + 1] if eos in ids else ids
+        text: Any = subject.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        texts.append((text, ids))
+    return texts
+
+
+def _sample(logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """One of the top-k tokens a row: the maximum of logits plus Gumbel noise follows their softmax."""
+    top = logits.double().topk(noise.shape[-1], dim=-1)
+    return top.indices.gather(-1, (top.values + noise).argmax(dim=-1, keepdim=True))[:, 0]
+
+
+class _BufferLayer(DynamicLayer):
+    """Keys and values of one block in a buffer with room for every step to come."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, filled: int) -> None:
+        super().__init__()
+        self._buffers = (keys, values)
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self._show(filled)
+
+    def _show(self, filled: int) -> None:
+        self._filled = filled
+        self.keys, self.values = (buffer[:, :, :filled] for buffer in self._buffers)
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        end = self._filled + key_states.shape[-2]
+        for buffer, states in zip(self._buffers, (key_states, value_states)):
+            buffer[:, :, self._filled : end] = states
+        self._show(end)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        keys, values = self._buffers
+        self._buffers = (keys[indices], values[indices])
+        self._show(self._filled)
+
+
+def _joined_cache(prompts: Sequence[_Prompt], width: int, steps: int) -> Any:
+    """The rows' caches aligned at the prompts' end, with ``steps`` free columns after it."""
+    layers: list[Any] = []
+    for block in range(len(prompts[0].cache.layers)):
+        sample = prompts[0].cache.layers[block].keys
+        shape = (len(prompts), sample.shape[1], width + steps, sample.shape[3])
+        buffers = (sample.new_zeros(shape), sample.new_zeros(shape))
+        for row, prompt in enumerate(prompts):
+            layer, length = prompt.cache.layers[block], len(prompt.ids)
+            buffers[0][row, :, width - length : width] = layer.keys[prompt.row, :, -length:]
+            buffers[1][row, :, width - length : width] = layer.values[prompt.row, :, -length:]
+        layers.append(_BufferLayer(*buffers, filled=width))
+    return Cache(layers=layers)
+
+
+def _prompt_lookups(applied: Applied, rows: int) -> tuple[list, list]:
+    """Distance and hit of each row's codebook lookup in a prompt pass (None for rows without a codebook)."""
+    distances: list[float | None] = [None] * rows
+    fired: list[bool | None] = [None] * rows
+    for lookup in applied.lookups:
+        for n, distance, hit in zip(lookup.rows, lookup.distances.tolist(), lookup.fired.tolist()):
+            distances[n], fired[n] = distance, hit
+    return distances, fired

@@ -1,0 +1,1 @@
+"""The appendices, each measurement beside its table."""

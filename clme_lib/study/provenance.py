@@ -1,0 +1,100 @@
+"""Where a run comes from: versions, commit, hardware, and hashes of model, data and hyper-parameters."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from ..editors.base import Editor
+from ..subjects.subject import Subject
+
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "sacrebleu",
+    "rouge-score",
+    "nltk",
+)
+
+
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def hardware(subject: Subject) -> dict[str, str | int]:
+    """What the run runs on."""
+    device = subject.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    return {
+        "device": device.type,
+        "name": name,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count() or 0,
+    }
+
+
+def commit() -> str:
+    """The repository's commit, with ``+changes`` when the working tree differs, or ``unknown`` outside a repository."""
+    folder = Path(__file__).parents[1]
+    try:
+        head = _git(folder, "rev-parse", "HEAD")
+        return head + ("+changes" if _git(folder, "status", "--porcelain", "--", "clme_lib", ":/clme_lib") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def library_sha256() -> str:
+    """Hash of the library's own files, which says what ran even where there is no repository."""
+    folder = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in (".py", ".yaml", ".json", ".jsonl"):
+            digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def hyperparameters(editor: Editor) -> dict:
+    """An editor's values and their hash."""
+    values = editor.values.model_dump()
+    return {
+        "values": values,
+        "sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest(),
+    }
+
+
+def now() -> str:
+    """Current UTC time, ISO 8601, to the millisecond (two starts of a run are told apart by it)."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

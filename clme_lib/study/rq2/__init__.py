@@ -1,0 +1,1 @@
+"""RQ2, what an edit costs: measured, counted, and shown."""

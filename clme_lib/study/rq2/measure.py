@@ -1,0 +1,271 @@
+"""RQ2's measurements: what one edit takes, and how many are made in a second.
+
+A folder holds one JSON Lines file a subject, one row a measurement, each with the machine, dtype and threads it was made with:
+
+``ceiling``     what the device can do (floor.py)
+``setup``       seconds to make an editor ready on a data set, and of a warm-up of two steps, both outside any other clock
+``edit``        one case, edited alone: seconds around the whole of ``editor.edit``, peak memory, what was in use before
+``throughput``  a batch: seconds of its edits, and of their evaluation
+
+Evaluating is to generate all texts here: to score them takes milliseconds a case, and packages that a machine for computing need not have.
+The paper times one edit at a time (section III-E); so do the ``edit`` rows. Rows are appended as they are measured, and a
+measurement that is there is not repeated. A batch that does not fit is recorded as such and ends the growth.
+
+With random weights nothing stops early, because no target is ever learnt: every case takes its editor's full number of steps.
+Second moments are replaced by random positive-definite matrices, MALMEN's network and A-GRACE's encoder are untrained.
+MALMEN's network is untrained for real subjects too: its arithmetic does not depend on what it has learnt.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from ...datasets.cases import Case, folds, sample_cases
+from ...datasets.registry import load_cases
+from ...editors.a_grace import EncodedGRACE
+from ...editors.base import Editor, synchronize
+from ...editors.contrastive_encoder import TrainedEncoder
+from ...editors.locate_then_edit.second_moments import SecondMoment
+from ...editors.malmen.editor import MALMEN
+from ...editors.malmen.training import Training
+from ...editors.memit import MEMIT
+from ...editors.registry import EDITORS, load_editor
+from ...edits.base import Edit
+from ...edits.codebooks import Codebook
+from ...edits.encoder import Encoder
+from ...evaluation.evaluate import score
+from ...evaluation.unedited import answers_for
+from ...forward.tokens import tokenize
+from ...subjects.subject import Subject, load_subject, torch_device
+from ...support.errors import StudyError
+from ...support.journal import append_rows, read_rows
+from ...support.memory import is_out_of_memory, memory_in_use_mib, raising_when_full, release_memory
+from ...support.seeds import DEFAULT_SEED, generator
+from .. import provenance
+from ..config import BenchConfig
+from .floor import measure_ceilings, phases
+from .random_weights import random_subject
+
+# without trained weights nothing may stop a loop before its last step
+_NO_EARLY_STOP = {"loss_floor": 0.0, "kl_stop": 0.0}
+
+
+def load_measurements(folder: Path | str) -> pd.DataFrame:
+    """All rows of a measurement folder.
+
+    Raises:
+        StudyError: there are none.
+    """
+    rows = [row for file in sorted(Path(folder).glob("*.jsonl")) for row in read_rows(file)]
+    if not rows:
+        raise StudyError(
+            f"{folder}: no measurements; expected {folder}/*.jsonl, which `clme bench --out {folder}` writes"
+        )
+    return pd.DataFrame(rows)
+
+
+def bench(config: BenchConfig) -> pd.DataFrame:
+    """Complete the measurements of a configuration and return all that its folder has.
+
+    Raises:
+        StudyError: the subject cannot be loaded, or the device is too small for it.
+    """
+    if config.show:
+        return load_measurements(config.show)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    load = random_subject if config.random_weights else load_subject
+    with raising_when_full(torch_device(config.device)):
+        Bench(config, load(config.subject, config.device, config.dtype)).complete()
+    return load_measurements(config.out)
+
+
+class Bench:
+    """One configuration on one loaded subject."""
+
+    def __init__(self, config: BenchConfig, subject: Subject) -> None:
+        self.config, self.subject = config, subject
+        machine = provenance.hardware(subject)
+        self.circumstances = {
+            "subject": subject.name,
+            "random_weights": config.random_weights,
+            "dtype": subject.dtype_name,
+            "device": machine["device"],
+            "machine": machine["name"],
+            "threads": machine["threads"],
+        }
+        safe = "".join(c if c.isalnum() or c in ".-_" else "-" for c in subject.name)
+        self.file = config.out / f"{safe}{'-random' if config.random_weights else ''}.jsonl"
+        self._there = {_key(row) for row in read_rows(self.file)}
+
+    def complete(self) -> None:
+        """Measure what the folder does not have yet."""
+        if self._is_missing(kind="ceiling"):
+            found = measure_ceilings(self.subject)
+            self._add(kind="ceiling", operations_per_second=found.operations, bytes_per_second=found.traffic)
+        for dataset in self.config.dataset:
+            cases = sample_cases(load_cases(dataset), None, self.config.seed)
+            for name in self.config.editors:
+                self._editor(name, dataset, cases)
+
+    def _editor(self, name: str, dataset: str, cases: Sequence[Case]) -> None:
+        common = {"dataset": dataset, "editor": name}
+        chosen = cases[: self.config.cases]
+        alone = [case for case in chosen if self._is_missing(kind="edit", case_id=case.case_id, **common)]
+        sizes = [size for size in self.config.batches if self._is_missing(kind="throughput", batch=size, **common)]
+        if not alone and not sizes:
+            return
+        synchronize(self.subject.device)
+        started = time.perf_counter()
+        try:
+            editor = ready(self.subject, name, cases, self.config.random_weights, self.config.seed)
+            prepared = time.perf_counter()
+            _warm_up(editor, cases[-1])
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            release_memory(self.subject.device)
+            self._add(kind="setup", error="out of memory", **common)
+            return
+        now = time.perf_counter()
+        self._add(kind="setup", seconds=prepared - started, warm_up_seconds=now - prepared, **common)
+        for case in tqdm(alone, desc=f"{dataset} {name}", unit="edit"):
+            self._add(kind="edit", **common, **time_edit(editor, case))
+        for size in sizes:
+            measured = time_batch(editor, [cases[n % len(cases)] for n in range(size)])
+            self._add(kind="throughput", batch=size, **common, **measured)
+            if measured.get("error"):
+                break
+
+    def _is_missing(self, **row: Any) -> bool:
+        return _key({**self.circumstances, **row}) not in self._there
+
+    def _add(self, **row: Any) -> None:
+        whole = {**self.circumstances, **row}
+        append_rows(self.file, [{**whole, "commit": provenance.commit(), "measured": provenance.now()}])
+        self._there.add(_key(whole))
+
+
+def _key(row: dict) -> tuple:
+    names = (
+        "kind",
+        "subject",
+        "random_weights",
+        "dtype",
+        "machine",
+        "threads",
+        "dataset",
+        "editor",
+        "case_id",
+        "batch",
+    )
+    return tuple(row.get(name) for name in names)
+
+
+def ready(subject: Subject, name: str, cases: Sequence[Case], random_weights: bool, seed: int = DEFAULT_SEED) -> Editor:
+    """An editor whose set-up is done; with random weights, or for MALMEN, with stand-ins for what is learnt or gathered."""
+    fields = EDITORS[name].Hyperparameters.model_fields
+    overrides: dict[str, Any] = {
+        field: value for field, value in _NO_EARLY_STOP.items() if random_weights and field in fields
+    }
+    editor = load_editor(name, subject, seed=seed, **overrides)
+    if isinstance(editor, MALMEN):
+        editor.network = Training(subject, editor.values, list(cases[:2]), seed).network.requires_grad_(False)
+    elif isinstance(editor, EncodedGRACE) and random_weights:
+        encoder = Encoder(subject.inner_size, editor.values.architecture, generator(seed, "encoder"))
+        editor.trained = TrainedEncoder(encoder.to(subject.device).requires_grad_(False), {"dataset": cases[0].dataset})
+    elif isinstance(editor, EncodedGRACE):
+        halves = folds(list(cases), seed)
+        learnt, edited = ([case for case in cases if case.case_id in set(half)] for half in halves)
+        editor.fit(learnt, edited=edited)
+    if isinstance(editor, MEMIT) and random_weights:
+        editor.moments = _random_moments(subject, editor.values.layers, seed)
+    editor.setup()
+    return editor
+
+
+def _warm_up(editor: Editor, case: Case) -> None:
+    """What the first edit pays for once: allocations, kernels. Two of an editor's steps reach all of its code."""
+    whole = editor.values
+    if "steps" in type(whole).model_fields:
+        editor.values = whole.model_copy(update={"steps": 2})
+    try:
+        editor.edit([case], batch_size=1)
+    finally:
+        editor.values = whole
+
+
+def _random_moments(subject: Subject, layers: Sequence[int], seed: int) -> dict[int, SecondMoment]:
+    """A well-conditioned random positive-definite matrix of a second moment's shape, factorised for each layer."""
+    samples = torch.randn(subject.inner_size, 64, generator=generator(seed, "second moment")).to(subject.device)
+    matrix = torch.addmm(torch.eye(subject.inner_size, device=subject.device), samples, samples.T, alpha=1 / 64).cpu()
+    names = {"corpus": "random", "identity": f"seed {seed}", "documents": 0, "tokens": 0}
+    # edits use the factors alone, of which each layer has its own as it would have
+    moments = {layer: SecondMoment(matrix, {**names, "layer": layer}, subject.device) for layer in layers}
+    for moment in moments.values():
+        _ = moment.factor
+    return moments
+
+
+def time_edit(editor: Editor, case: Case) -> dict[str, Any]:
+    """One case edited alone: the columns of an ``edit`` row."""
+    device = editor.subject.device
+    base = memory_in_use_mib(device)
+    synchronize(device)
+    started = time.perf_counter()
+    (edit,) = editor.edit([case], batch_size=1)
+    synchronize(device)
+    seconds = time.perf_counter() - started
+    tokens = tokenize(editor.subject.tokenizer, case.prompt, case.target)
+    steps = len(edit.log.losses)
+    return {
+        "case_id": case.case_id,
+        "prompt_tokens": len(tokens.prompt_ids),
+        "target_tokens": len(tokens.target_ids),
+        "seconds": seconds,
+        "steps": steps,
+        "peak_mib": edit.log.peak_memory_mib,
+        "base_mib": base,
+        "phases": [
+            [one.name, one.operations, one.traffic]
+            for one in phases(editor, len(tokens.prompt_ids), len(tokens.target_ids), steps)
+        ],
+    }
+
+
+def _generate(subject: Subject, cases: Sequence[Case], edits: Sequence[Edit]) -> None:
+    score(subject, cases, edits, seed=DEFAULT_SEED, preset="clean", run="", source="", folds_of={}, scored=False)
+
+
+def time_batch(editor: Editor, cases: Sequence[Case]) -> dict[str, Any]:
+    """A batch's edits, and their evaluation: the columns of a ``throughput`` row."""
+    device = editor.subject.device
+    # what all editors share is not this one's cost
+    answers_for(editor.subject, [prompt for case in cases for prompt in case.unrelated])
+    try:
+        synchronize(device)
+        started = time.perf_counter()
+        edits = editor.edit(cases, batch_size=len(cases))
+        synchronize(device)
+        edited = time.perf_counter()
+        if any(isinstance(edit, Codebook) for edit in edits):
+            _generate(editor.subject, cases, edits)  # texts that no edit changes are made once for all such editors
+        synchronize(device)
+        again = time.perf_counter()
+        _generate(editor.subject, cases, edits)
+        synchronize(device)
+        finished = time.perf_counter()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        release_memory(device)
+        return {"error": "out of memory"}
+    peak = max(edit.log.peak_memory_mib for edit in edits)
+    return {"edit_seconds": edited - started, "evaluate_seconds": finished - again, "peak_mib": peak}

@@ -1,0 +1,95 @@
+"""Shape-only subjects: the exact architecture of a paper's subject with seeded random weights.
+
+Time and memory of an edit depend on sizes, not on what the weights know. Where the trained weights cannot be had, the
+same arithmetic runs on random ones. The tokenizer is a byte-level BPE trained on the embedded cases, with at most the
+subject's own vocabulary size, so token counts come close to the real ones and are reported beside every figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from ...datasets.cases import DATASETS
+from ...datasets.registry import load_cases
+from ...subjects.settings import Shape, load_settings, registered_subjects
+from ...subjects.subject import DTYPES, Subject, prepare, torch_device
+from ...support.errors import StudyError
+from ...support.memory import free_memory_bytes
+from ...support.seeds import DEFAULT_SEED
+
+_EOS = "<|endoftext|>"
+_ROOM = 1.15  # free memory over weights: activations and one edit's tensors must fit as well
+
+
+def random_subject(name: str, device: str = "auto", dtype: str = "auto", seed: int = DEFAULT_SEED) -> Subject:
+    """A subject of the registered one's architecture and sizes, with random weights.
+
+    Args:
+        name: a registered subject whose YAML has a ``shape``.
+        device, dtype: as in :func:`clme_lib.subjects.subject.load_subject`.
+
+    Raises:
+        StudyError: the subject has no shape, or the device has not enough free memory for it.
+    """
+    settings = load_settings(name)
+    shape = settings.subject.shape
+    if name not in registered_subjects() or shape is None:
+        shaped = [one for one in registered_subjects() if load_settings(one).subject.shape]
+        raise StudyError(f"{name!r} has no shape to fill with random weights; known: {', '.join(shaped)}")
+    place = torch_device(device)
+    kind = "float32" if dtype == "auto" else dtype
+    if kind not in DTYPES:
+        raise StudyError(f"dtype={dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    _require_room(name, shape, place, kind)
+    config = AutoConfig.for_model(
+        shape.architecture, **shape.model_dump(exclude={"architecture"}), tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=0, pad_token_id=None,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), place:
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[kind], attn_implementation="sdpa")
+    tokenizer = trained_tokenizer(shape.vocab_size)
+    return prepare(name, model, tokenizer, settings, f"random-weights:{seed}")
+
+
+def parameters(shape: Shape) -> int:
+    """How many weights a model of this shape has, norms and biases left out (they are under a thousandth)."""
+    attention = 2 * shape.hidden_size**2 * (1 + shape.num_key_value_heads / shape.num_attention_heads)
+    block = attention + 3 * shape.hidden_size * shape.intermediate_size
+    return int(shape.num_hidden_layers * block + 2 * shape.vocab_size * shape.hidden_size)
+
+
+def _require_room(name: str, shape: Shape, device: torch.device, dtype: str) -> None:
+    needed = _ROOM * parameters(shape) * torch.finfo(DTYPES[dtype]).bits / 8
+    free = free_memory_bytes(device)
+    if needed > free:
+        raise StudyError(
+            f"{name} in {dtype} needs about {needed / 2**30:.1f} GiB and {device} has {free / 2**30:.1f} GiB free: use a "
+            "16-bit dtype, a smaller subject or a larger device"
+        )
+
+
+def trained_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most ``vocabulary`` tokens, trained on the embedded cases' prompts and targets."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[_EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_EOS)
+
+
+def _texts() -> Iterator[str]:
+    for dataset in DATASETS:
+        for case in load_cases(dataset):
+            yield case.prompt + " " + case.target
+            yield from case.unrelated

@@ -1,0 +1,1 @@
+"""RQ3, A-GRACE: measured and shown."""

@@ -1,0 +1,61 @@
+"""One case's prompts in the plane: the first two principal components of their queries, as they are and encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from ...datasets.cases import Case, folds, sample_cases
+from ...editors.a_grace import AGRACE
+from ...editors.registry import load_editor
+from ...forward.prompt_keys import stored_queries
+from ...subjects.subject import Subject
+
+KINDS = ("edit", "rephrased", "neighbour")
+
+
+def project(subject: Subject, everything: Sequence[Case], candidates: Sequence[Case], seed: int) -> pd.DataFrame:
+    """The paper's case study for the first of the sampled candidates.
+
+    Args:
+        everything: all cases of the data set, whose other fold the encoder learns from.
+        candidates: cases to take one from.
+
+    Returns:
+        One row a prompt and query: ``dataset``, ``case_id``, ``query`` (``last`` token as in GRACE, encoded ``mean`` as in
+        A-GRACE), ``kind`` of the prompt, its place ``x``, ``y`` and its ``distance`` from the edit prompt in the whole space.
+    """
+    from sklearn.decomposition import PCA
+
+    (case,) = sample_cases(candidates, 1, seed)
+    halves = folds(everything, seed)
+    learnt = [one for one in everything if one.case_id in set(halves[0 if case.case_id in halves[1] else 1])]
+    editor = load_editor("a-grace", subject, seed=seed)
+    assert isinstance(editor, AGRACE)
+    editor.fit(learnt, edited=[case])
+    assert editor.trained is not None
+    prompts = [case.prompt, case.rephrased[0], *case.unrelated]
+    means = stored_queries(subject, prompts, editor.values.layer, "mean").to(subject.device)
+    places = {
+        "last": stored_queries(subject, prompts, editor.values.layer, "last"),
+        "mean": editor.trained.encoder(means).cpu(),
+    }
+    rows = []
+    for query, points in places.items():
+        # the sign of a component is arbitrary: the edit prompt lies on its positive side
+        plane = PCA(2, svd_solver="full").fit_transform(points.double().numpy())
+        plane = plane * [1 if value >= 0 else -1 for value in plane[0]]
+        for n, (x, y) in enumerate(plane):
+            rows.append(
+                {
+                    "dataset": case.dataset,
+                    "case_id": case.case_id,
+                    "query": query,
+                    "kind": KINDS[min(n, 2)],
+                    "x": float(x),
+                    "y": float(y),
+                    "distance": float((points[n] - points[0]).norm()),
+                }
+            )
+    return pd.DataFrame(rows)

@@ -1,0 +1,96 @@
+"""What RQ3 measures beside the records, kept in the run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+
+from ...datasets.registry import load_cases
+from ...support.errors import StudyError
+from ..config import RunConfig
+from ..plan import sampled
+from ..provenance import hardware
+from ..run_folder import is_published
+from ..runs import run
+
+VARIANTS = ("grace", "a-grace", "a-grace-wo-cl", "a-grace-wo-mean")
+_TIMED = 5  # cases edited alone, per data set and variant
+
+
+def compat_run(config: RunConfig) -> pd.DataFrame:
+    """The same cases with the released program's defects, in the folder ``<out>-compat``.
+
+    Raises:
+        StudyError: the run itself has them.
+    """
+    if config.preset != "clean":
+        raise StudyError("preset: RQ3 compares both presets by itself; leave it at 'clean'")
+    folder = config.out.with_name(f"{config.out.name}-compat")
+    # nothing was wrong with leaving a model unedited
+    editors = tuple(name for name in config.editors if name in VARIANTS)
+    changed = {"preset": "compat", "out": folder, "name": f"{config.name}-compat", "editors": editors}
+    return run(config.model_copy(update=changed))
+
+
+def sweep(config: RunConfig) -> pd.DataFrame:
+    """The sweep of the radius that belongs to a run (radius.py), made when its folder does not have it."""
+    from .radius import sweep_radius
+
+    return _kept(config, "radius.csv", lambda subject, file: sweep_radius(subject, file, min(config.cases or 30, 30)))
+
+
+def projection(config: RunConfig) -> pd.DataFrame:
+    """The places of one case of each data set (case_study.py), made when the run's folder does not have them."""
+    from .case_study import project
+
+    def make(subject, file) -> pd.DataFrame:
+        parts = [
+            project(subject, load_cases(name, config.source), sampled(config, name), config.seed)
+            for name in config.dataset
+        ]
+        table = pd.concat(parts, ignore_index=True).round(5)
+        table.to_csv(file, index=False)
+        return table
+
+    return _kept(config, "case_study.csv", make)
+
+
+def overhead(config: RunConfig) -> pd.DataFrame:
+    """A few edits by every variant, each made alone (time_edit), made when the run's folder does not have them.
+
+    The variants take turns on a case, so that a machine that slows down slows all of them.
+    """
+    from ..rq2.measure import ready, time_edit
+
+    def make(subject, file) -> None:
+        machine = hardware(subject)
+        rows = []
+        for name in config.dataset:
+            cases = sampled(config, name)
+            editors = {
+                one: ready(subject, one, load_cases(name, config.source), False, config.seed) for one in VARIANTS
+            }
+            for editor in editors.values():
+                editor.edit(cases[-1:], batch_size=1)  # the first pays for what a process does once
+            for case in cases[:_TIMED]:
+                for one, editor in editors.items():
+                    measured = time_edit(editor, case)
+                    kept = {column: measured[column] for column in ("case_id", "seconds", "peak_mib")}
+                    place = {"machine": machine["name"], "threads": machine["threads"]}
+                    rows.append({"dataset": name, "editor": one, **kept, **place})
+        pd.DataFrame(rows).round(4).to_csv(file, index=False)
+
+    return _kept(config, "overhead.csv", make)
+
+
+def _kept(config: RunConfig, name: str, make: Callable[..., Any]) -> pd.DataFrame:
+    from ...subjects.subject import load_subject
+
+    file = config.out / name
+    if not file.is_file():
+        if is_published(config.out):
+            raise StudyError(f"{file} is missing: a published run of RQ3 has it; restore it from the repository")
+        make(load_subject(config.subject, config.device, config.dtype), file)
+    return pd.read_csv(file)

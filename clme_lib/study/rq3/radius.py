@@ -1,0 +1,110 @@
+"""Whether an edit can be found again by other wordings of its prompt, and not by its neighbours: A-GRACE's encoder and radius.
+
+:func:`compare_encoders` asks the encoders alone. :func:`sweep_radius` asks what the radius does to the study's
+measures: what a prompt's continuation becomes *if* the codebook fires does not depend on the encoder, so the texts of a
+few edits with an infinite radius, and the distances under each encoder, give every radius at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ...datasets.cases import DATASETS, Case
+from ...datasets.registry import selection_cases
+from ...editors.a_grace import EncodedGRACE
+from ...editors.contrastive_encoder import Pairs, make_pairs
+from ...editors.registry import load_editor
+from ...edits.encoder import Encoder
+from ...evaluation.evaluate import evaluate
+from ...evaluation.unedited import answers_for
+from ...subjects.subject import Subject
+
+MARGINS = (1.0, 1.5, 2.0, 3.0, 4.0)
+
+
+RADII = 61  # how many the sweep takes, from nothing to the largest distance
+_EVERYTHING = 1e9
+
+Setting = dict[str, Any]
+
+
+def sweep_radius(subject: Subject, file: Path, cases: int, margins: Sequence[float] = MARGINS) -> pd.DataFrame:
+    """Exact match of all measures as a function of the radius, on the selection cases; written as CSV.
+
+    One row for each data set, editor, margin and radius: ``effectiveness``, ``generalization``, ``specificity`` (all five
+    neighbours unchanged) and ``specificity_rate``, in [0, 1]. Encoders are trained on all cases that are not selection
+    cases. GRACE and A-GRACE without contrastive learning have no margin.
+
+    Args:
+        cases: of each data set's selection cases, the first so many.
+    """
+    rows = []
+    for dataset in DATASETS:
+        chosen, others = selection_cases(dataset, cases)
+        everything = load_editor("a-grace-wo-cl", subject, radius=_EVERYTHING).edit(chosen, progress=True)
+        if_fired = evaluate(subject, chosen, everything)
+        otherwise = evaluate(subject, chosen, load_editor("none", subject).edit(chosen))
+        answers = [answers_for(subject, case.unrelated) for case in chosen]
+        same = [
+            np.array([one == other for one, other in zip(written, answer)])
+            for written, answer in zip(if_fired["generated_specificity"], answers)
+        ]
+        layer = everything[0].layers[0]
+        asked: list[tuple[str, float | None, Pairs, Encoder | None]] = [
+            ("grace", None, make_pairs(subject, chosen, layer, "last"), None),
+            ("a-grace-wo-cl", None, make_pairs(subject, chosen, layer, "mean"), None),
+        ]
+        for name in ("a-grace", "a-grace-wo-mean"):
+            for margin in margins:
+                made = _fitted(subject, name, dataset, {"margin": margin}, others, chosen)
+                assert made.trained is not None
+                pairs = make_pairs(subject, chosen, made.values.layer, made.query)
+                asked.append((name, margin, pairs, made.trained.encoder))
+        for name, its_margin, pairs, encoder in asked:
+            distance = _by_case(pairs.distances(encoder), chosen)
+            top = max(float(one.max()) for one in distance)
+            # the paper's radius is always among them
+            for radius in sorted({1.0, *np.linspace(0, top, RADII).tolist()}):
+                fired = [one <= radius for one in distance]
+                general = [
+                    yes if hit[0] else no
+                    for hit, yes, no in zip(fired, if_fired["generalization_em"], otherwise["generalization_em"])
+                ]
+                kept = [~hit[1:] | unchanged for hit, unchanged in zip(fired, same)]
+                rows.append(
+                    {
+                        "dataset": dataset,
+                        "editor": name,
+                        "margin": its_margin,
+                        "radius": radius,
+                        "cases": len(chosen),
+                        "effectiveness": if_fired["effectiveness_em"].mean(),
+                        "generalization": float(np.mean(general)),
+                        "specificity": float(np.mean([one.all() for one in kept])),
+                        "specificity_rate": float(np.mean([one.mean() for one in kept])),
+                    }
+                )
+    table = pd.DataFrame(rows)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    table.round(4).to_csv(file, index=False)
+    return table
+
+
+def _fitted(
+    subject: Subject, editor: str, dataset: str, setting: Setting, learnt: Sequence[Case], edited: Sequence[Case]
+) -> EncodedGRACE:
+    made = load_editor(editor, subject, **{**setting, "margin": {dataset: setting["margin"]}})
+    assert isinstance(made, EncodedGRACE)
+    made.fit(learnt, edited=edited)
+    return made
+
+
+def _by_case(distance: torch.Tensor, cases: Sequence[Case]) -> list[np.ndarray]:
+    """Distances case by case: the rephrased prompt's, then the neighbours'."""
+    return [one.cpu().numpy() for one in distance.split([1 + len(case.unrelated) for case in cases])]

@@ -1,0 +1,95 @@
+"""Hyper-parameters: one YAML per subject, read with a typed schema.
+
+A subject without a YAML of its own (any hub id or folder) gets the paper's values, which are those of
+``codellama-7b``; a layer that the smaller model does not have is moved to its last block (:func:`transfer_layers`).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import Field
+
+from ..support.errors import StudyError
+from ..support.schema import Schema, parse
+
+PAPER_SUBJECT = "codellama-7b"
+_FOLDER = resources.files("clme_lib") / "editors" / "hyperparameters"
+
+
+class Shape(Schema):
+    """A model's architecture and sizes, by the names of its transformers configuration."""
+
+    architecture: Literal["llama", "qwen2", "stablelm"]
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0)
+    vocab_size: int = Field(gt=0)
+    max_position_embeddings: int = Field(gt=0)
+    partial_rotary_factor: float = Field(default=1.0, gt=0, le=1)
+
+
+class SubjectSource(Schema):
+    """Where a subject's weights come from, and its shape for measurements that need no trained weights."""
+
+    source: Literal["embedded", "hub"]
+    id: str | None = None
+    revision: str = "main"
+    blocks: int | None = Field(default=None, gt=0)
+    shape: Shape | None = None
+    eos_token: str | None = None  # where a checkpoint's own depends on who reads it
+
+
+class SubjectSettings(Schema):
+    """The content of one subject's YAML: its source and each editor's values (checked when the editor is loaded)."""
+
+    subject: SubjectSource
+    editors: dict[str, dict[str, Any]]
+
+
+@cache
+def registered_subjects() -> list[str]:
+    """Names of the YAML files in ``clme_lib/editors/hyperparameters``."""
+    return sorted(Path(entry.name).stem for entry in _FOLDER.iterdir() if entry.name.endswith(".yaml"))
+
+
+@cache
+def load_settings(name: str) -> SubjectSettings:
+    """Settings of a registered subject, or the paper's for any other.
+
+    Raises:
+        StudyError: the YAML is malformed; the message names the file and the field.
+    """
+    registered = name in registered_subjects()
+    file = _FOLDER / f"{name if registered else PAPER_SUBJECT}.yaml"
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise StudyError(f"{file}: not valid YAML: {error}") from error
+    settings = parse(SubjectSettings, content, str(file))
+    return settings if registered else settings.model_copy(update={"subject": SubjectSource(source="hub", id=name)})
+
+
+def transfer_layers(values: dict[str, Any], blocks: int) -> dict[str, Any]:
+    """Carry the paper's values over to a model with ``blocks`` blocks.
+
+    A layer transfers by its index; one the model does not have becomes the last block, and a window of layers is
+    shifted as a whole so that it ends there.
+    """
+    moved = dict(values)
+    if "layer" in moved:
+        moved["layer"] = min(moved["layer"], blocks - 1)
+    if "layers" in moved:
+        shift = min(0, blocks - 1 - max(moved["layers"]))
+        moved["layers"] = [layer + shift for layer in moved["layers"]]
+    return moved
+
+
+Preset = Literal["clean", "compat"]
+PRESETS: tuple[str, ...] = get_args(Preset)

@@ -1,0 +1,227 @@
+"""Whether a hub model is already in the Hugging Face cache (no network access)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from ..support.errors import StudyError, first_line
+from ..support.memory import free_memory_bytes, is_out_of_memory
+from . import embedded as embedded_subject
+from .settings import SubjectSettings, load_settings, registered_subjects
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..edits.base import Applied, Edit
+
+
+def is_cached(model_id: str) -> bool:
+    """True when the model's configuration is in the local cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(model_id, "config.json"), str)
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A loaded model, its tokenizer and its settings.
+
+    Attributes:
+        name: registry name, Hugging Face id or folder it was loaded by.
+        fingerprint: what the weights are (a file hash or a hub commit); part of every cache key and record.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    settings: SubjectSettings
+    fingerprint: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a file that was made with this subject says of it."""
+        return {"subject": self.name, "fingerprint": self.fingerprint, "dtype": self.dtype_name}
+
+    @property
+    def decoder(self) -> Any:  # architectures share no typed base
+        """The stack of blocks without the head."""
+        return self.model.model
+
+    @property
+    def blocks(self) -> Any:
+        return self.model.model.layers
+
+    @property
+    def hidden_size(self) -> int:
+        """d, the width of the residual stream."""
+        return self.model.config.hidden_size
+
+    @property
+    def inner_size(self) -> int:
+        """d_f, the input width of ``down_proj``."""
+        return self.down_proj(0).in_features
+
+    def down_proj(self, layer: int) -> torch.nn.Linear:
+        """The matrix every editor works on: W_l of shape (d, d_f), zero-based layer."""
+        if not 0 <= layer < len(self.blocks):
+            raise StudyError(f"layer {layer} is out of range: {self.name} has blocks 0 to {len(self.blocks) - 1}")
+        return self.blocks[layer].mlp.down_proj
+
+    @contextlib.contextmanager
+    def applying(self, edits: Sequence[Edit], rows: Sequence[int] | None = None) -> Iterator[Applied]:
+        """Run the model *as edited* inside the block; see :func:`clme_lib.edits.applying.applying`."""
+        from ..edits.applying import applying
+
+        with applying(self, edits, rows) as applied:
+            yield applied
+
+
+def list_subjects() -> list[str]:
+    """Names in the registry (one YAML each)."""
+    return registered_subjects()
+
+
+def load_subject(name: str, device: str = "auto", dtype: str = "auto") -> Subject:
+    """Load a model by registry name, Hugging Face id, or local folder.
+
+    Args:
+        name: ``smollm2-135m`` (embedded, no account needed), ``codellama-7b``, ``codeqwen1.5-7b``,
+            ``stablecode-3b``, any hub id such as ``owner/model``, or a folder with safetensors weights.
+        device: ``auto`` (CUDA when there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: ``auto`` (float32 on every device), ``float32``, ``bfloat16`` or ``float16``.
+
+    Raises:
+        StudyError: unknown name, failed download, unsupported architecture, no such device or dtype, or too little memory.
+    """
+    place = torch_device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise StudyError(f"dtype={dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    kind = DTYPES["float32" if dtype == "auto" else dtype]
+    settings = load_settings(name)
+    if settings.subject.source == "embedded":
+        location: str = str(embedded_subject.ensure())
+    elif Path(name).is_dir():
+        location = name
+    elif name in registered_subjects() or ("/" in name and not name.startswith((".", "/"))):
+        location = settings.subject.id or name
+    else:
+        raise StudyError(
+            f"unknown subject {name!r}: neither a registered one ({', '.join(registered_subjects())}), nor a folder, "
+            "nor a Hugging Face id of the form owner/model"
+        )
+    options = {"trust_remote_code": False, "revision": settings.subject.revision}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            location, dtype=kind, use_safetensors=True, attn_implementation="sdpa", **options
+        )
+        _require_layout(name, model)
+        model.to(place)  # type: ignore[arg-type]  # transformers decorates torch's method
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise StudyError(
+            f"subject {name!r} in {str(kind).removeprefix('torch.')} does not fit into the memory of {place} "
+            f"({free_memory_bytes(place) / 2**30:.1f} GiB are free): use a 16-bit dtype, a smaller subject or a larger device"
+        ) from error
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise StudyError(
+            f"subject {name!r} could not be loaded from {location!r}: {first_line(error)}. Check the name and the "
+            "network (or log in for gated models); weights must be safetensors, code from the hub is never run."
+        ) from error
+    return prepare(name, model, tokenizer, settings, _fingerprint(location, settings))
+
+
+def prepare(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: SubjectSettings,
+    fingerprint: str,
+) -> Subject:
+    """Put model and tokenizer into the study's fixed state: frozen weights, greedy decoding, left padding with EOS."""
+    model.eval().requires_grad_(False)
+    if settings.subject.eos_token:
+        tokenizer.eos_token = settings.subject.eos_token
+    if tokenizer.eos_token_id is None:
+        raise StudyError(f"the tokenizer of {name!r} has no EOS token, which the study pads with")
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.eos_token
+    # a checkpoint's own generation config may sample, penalise repetition or cap lengths; the protocol does none of it
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id
+    )
+    return Subject(name, model, tokenizer, settings, fingerprint)
+
+
+def torch_device(name: str) -> torch.device:
+    """The device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` names.
+
+    Raises:
+        StudyError: another name, or CUDA where there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name != "cpu" and not name.startswith("cuda"):
+        raise StudyError(f"device={name!r} is not one of auto, cpu, cuda, cuda:N")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise StudyError(f"device={name!r} was asked for, but torch {torch.__version__} sees no CUDA device")
+    return torch.device(name)
+
+
+def _require_layout(name: str, model: PreTrainedModel) -> None:
+    try:
+        block = model.model.layers[0]
+        supported = isinstance(block.mlp.down_proj, torch.nn.Linear) and model.lm_head is not None
+        supported = supported and block.post_attention_layernorm is not None and model.model.norm is not None
+    except AttributeError:
+        supported = False
+    if not supported:
+        raise StudyError(
+            f"subject {name!r} is a {type(model).__name__}; the editors need blocks laid out like Llama, Qwen2 or "
+            "StableLM (model.layers[i].mlp.down_proj on a sequential residual stream, model.norm, lm_head)"
+        )
+
+
+def _fingerprint(location: str, settings: SubjectSettings) -> str:
+    if settings.subject.source == "embedded":
+        return f"gguf-sha256:{embedded_subject.GGUF_SHA256}"
+    folder = Path(location)
+    if folder.is_dir():
+        digest = hashlib.sha256()
+        for file in sorted(folder.glob("*.safetensors")):
+            with file.open("rb") as stream:
+                for chunk in iter(lambda: stream.read(1 << 24), b""):
+                    digest.update(chunk)
+        return f"safetensors-sha256:{digest.hexdigest()}"
+    # the Hub's cache keeps the files of a commit in a folder of its name
+    cached = try_to_load_from_cache(location, "config.json", revision=settings.subject.revision)
+    if not isinstance(cached, str):
+        raise StudyError(
+            f"{location}: loaded, but not in the Hugging Face cache, so its commit is not known; pass its folder"
+        )
+    return f"hub-commit:{Path(cached).parent.name}"
