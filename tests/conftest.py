@@ -14,7 +14,8 @@ from transformers import (
 )
 
 from clme_lib.datasets import published
-from clme_lib.datasets.cases import Case, make_prompt
+from clme_lib.datasets.cases import Case
+from clme_lib.datasets.paper import CNLE
 from clme_lib.study import runs
 from clme_lib.subjects.settings import load_settings
 from clme_lib.subjects.subject import Subject, load_subject, prepare
@@ -90,8 +91,8 @@ def smollm2() -> Subject:
 @pytest.fixture(scope="session")
 def cases() -> list[Case]:
     return [
-        Case(n, "cnle", make_prompt("cnle", intent), snippet, (make_prompt("cnle", other),),
-             tuple(make_prompt("cnle", ROWS[(n + k) % len(ROWS)][0]) for k in (1, 2)))
+        Case(n, "cnle", CNLE.prompt(intent), snippet, (CNLE.prompt(other),),
+             tuple(CNLE.prompt(ROWS[(n + k) % len(ROWS)][0]) for k in (1, 2)))
         for n, (intent, snippet, other) in enumerate(ROWS)
     ]  # fmt: skip
 
@@ -99,7 +100,7 @@ def cases() -> list[Case]:
 @pytest.fixture(scope="session")
 def many_cases() -> list[Case]:
     """Twenty: every intent with the targets of four rows."""
-    return [Case(n, "cnle", make_prompt("cnle", ROWS[n % 5][0]), ROWS[(n // 5 + n) % 5][1], (), ()) for n in range(20)]
+    return [Case(n, "cnle", CNLE.prompt(ROWS[n % 5][0]), ROWS[(n // 5 + n) % 5][1], (), ()) for n in range(20)]
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def source(tmp_path, cases):
             c.prompt,
             c.target,
             c.rephrased,
-            tuple(make_prompt("cnle", f"task {c.case_id} {k}") for k in range(5)),
+            tuple(CNLE.prompt(f"task {c.case_id} {k}") for k in range(5)),
         )
         for c in cases
     ]

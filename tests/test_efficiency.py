@@ -14,6 +14,8 @@ from clme_lib.editors.registry import EDITORS, load_editor
 from clme_lib.forward.tokens import tokenize
 from clme_lib.study import config as study_config
 from clme_lib.study import runs
+from clme_lib.study.config import BenchConfig
+from clme_lib.study.paper import PAPER_VARIANTS
 from clme_lib.study.rq2 import measure
 from clme_lib.study.rq2 import random_weights as shapes
 from clme_lib.study.rq2 import tables as rq2
@@ -141,7 +143,7 @@ def test_every_editor_is_measured_and_the_command_resumes(small_paper_subject, t
     )
     assert len(costs) == len(floors) == 9 and set(costs["n"]) == {"2"}
     middle = edits.groupby(["editor", "dataset"])["seconds"].median()
-    for name, shown in zip(study_config.TIMED, costs["CSNE s / edit"]):
+    for name, shown in zip(PAPER_VARIANTS, costs["CSNE s / edit"]):
         assert float(shown.split("<br>")[0]) == pytest.approx(middle[name, "csne"], abs=0.006)
     said = rq2.reading(measured)
     fastest = middle.unstack("dataset")["cnle"].idxmin()
@@ -190,7 +192,7 @@ def test_a_batch_that_does_not_fit_ends_the_growth(small_paper_subject, monkeypa
         return edit(self, cases, batch_size, progress)
 
     monkeypatch.setattr(EDITORS["grace"], "edit", small_device)
-    config = study_config.make_bench_config(subject="stablecode-3b", random_weights=True, dataset="cnle", editors="grace", cases=1,
+    config = study_config.make_config(BenchConfig, subject="stablecode-3b", random_weights=True, dataset="cnle", editors="grace", cases=1,
                                        batches="2,4,8", out=tmp_path, device="cpu")  # fmt: skip
     measured = measure.bench(config)
     batches = measured[measured["kind"] == "throughput"].set_index("batch")["error"]
@@ -203,7 +205,7 @@ def test_an_editor_that_does_not_fit_is_said_so(small_paper_subject, monkeypatch
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1445068800 bytes")
 
     monkeypatch.setattr(EDITORS["memit"], "setup", full)
-    config = study_config.make_bench_config(subject="stablecode-3b", random_weights=True, editors="memit,grace", cases=1, batches="",
+    config = study_config.make_config(BenchConfig, subject="stablecode-3b", random_weights=True, editors="memit,grace", cases=1, batches="",
                                        out=tmp_path, device="cpu")  # fmt: skip
     measured = measure.bench(config)
     costs = rq2.cost_table(measured).data.set_index("Editor")
@@ -254,13 +256,13 @@ def test_the_papers_orderings_are_counted_where_all_of_them_were_measured():
 )
 def test_wrong_configurations_are_refused(values, message):
     with pytest.raises(StudyError, match=message):
-        study_config.make_bench_config(**values)
+        study_config.make_config(BenchConfig, **values)
 
 
 def test_finished_measurements_are_shown_and_missing_ones_named(tmp_path):
     row = {"kind": "edit", "subject": "any", "editor": "grace"}
     (tmp_path / "any.jsonl").write_text(json.dumps(row) + "\n")
-    shown = measure.bench(study_config.make_bench_config(show=tmp_path, out=tmp_path / "other"))
+    shown = measure.bench(study_config.make_config(BenchConfig, show=tmp_path, out=tmp_path / "other"))
     assert shown.to_dict("records") == [row] and not (tmp_path / "other").exists()
     with pytest.raises(StudyError, match="no measurements; expected .*which `clme bench"):
         measure.load_measurements(tmp_path / "other")

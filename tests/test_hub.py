@@ -15,6 +15,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 from clme_lib.datasets.construction import sources
+from clme_lib.datasets.paper import CNLE
 
 NOT_FOUND = {"repository": "RepoNotFound", "revision": "RevisionNotFound", "file": "EntryNotFound"}
 
@@ -147,7 +148,7 @@ tell(lambda: load_subject("owner/nothing", "cpu"))
 
 def test_sources_and_encoders_come_from_the_hub(hub):
     """CoNaLa as the hub keeps it; CodeSearchNet as a repository whose files the hub has converted."""
-    cnle = hub.at("datasets", sources.HUB["cnle"][0])
+    cnle = hub.at("datasets", sources.HUB[CNLE.name][0])
     (cnle / "data").mkdir()
     pairs = pd.DataFrame({"intent": ["a b", "c d"], "snippet": ["e()", "f()"]})
     pairs.to_parquet(cnle / "data" / "train-00000-of-00001.parquet")
@@ -172,13 +173,14 @@ def test_sources_and_encoders_come_from_the_hub(hub):
     (encoder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
     code = f"""{TRY}
 from clme_lib.datasets.construction import language_models, sources
+from clme_lib.datasets.paper import CNLE
 tell(lambda: [row["intent"] for row in sources.collect_pairs("hub")])
 tell(lambda: [(row["doc"], row["partition"]) for row in sources.collect_functions("hub")])
-tell(lambda: [file.name for file in sources.hub_files("cnle")])
+tell(lambda: [file.name for file in sources.hub_files(CNLE)])
 tell(lambda: language_models.card_pooling("owner/encoder"))
 tell(lambda: language_models.card_pooling("owner/nothing"))
-sources.HUB["cnle"] = ("owner/nothing", "**.parquet")
-tell(lambda: sources.hub_files("cnle"))
+sources.HUB[CNLE.name] = ("owner/nothing", "**.parquet")
+tell(lambda: sources.hub_files(CNLE))
 """
     intents, functions, files, pooling, default, nothing = hub.run(code)
     assert intents == "['a b', 'c d']" and functions == "[('Give python back again.', 'test')]"

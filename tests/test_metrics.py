@@ -8,15 +8,17 @@ import sacrebleu
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clme_lib.datasets.cases import Case
+from clme_lib.datasets.paper import CNLE
+from clme_lib.metrics.base import Evaluated, scores_of
+from clme_lib.metrics.paper import PAPER_METRICS
 from clme_lib.metrics.text import (
     bleu,
     exact_match,
     exact_match_rate,
     fluency,
     ngram_entropy,
-    preserved_scores,
     rouge_l,
-    target_scores,
 )
 
 
@@ -63,17 +65,24 @@ def test_rouge_by_hand():
 
 def test_specificity_is_all_or_nothing():
     same, one_off = ["p", "q", "r", "s", "t"], ["p", "q", "r", "s", "T"]
-    assert preserved_scores(same, same)["em"] == 1.0
-    assert preserved_scores(one_off, same)["em"] == 0.0
+    assert exact_match(same, same) == 1.0
+    assert exact_match(one_off, same) == 0.0
     assert exact_match_rate(one_off, same) == 0.8
     with pytest.raises(ValueError, match="4 generated texts meet 5 references"):
-        preserved_scores(same[:4], same)
+        exact_match(same[:4], same)
 
 
 def test_target_scores_strip_the_generation_only():
-    assert target_scores(" xs.sort()\n", "xs.sort()")["em"] == 1.0
-    assert target_scores("xs.sort()", " xs.sort()")["em"] == 0.0
-    assert target_scores("  \n", "xs.sort()") == {"em": 0.0, "bleu": 0.0, "rouge_l": 0.0}
+    def scores(text, target):
+        case = Case(0, CNLE.name, CNLE.prompt("sort"), target, (), ())
+        texts = {"effectiveness": [text], "generalization": [], "specificity": [], "fluency": [text]}
+        return scores_of(Evaluated(case, texts, ()), PAPER_METRICS)
+
+    assert scores(" xs.sort()\n", "xs.sort()")["effectiveness_em"] == 1.0
+    assert scores("xs.sort()", " xs.sort()")["effectiveness_em"] == 0.0
+    nothing = scores("  \n", "xs.sort()")
+    assert [nothing[f"effectiveness_{name}"] for name in ("em", "bleu", "rouge_l")] == [0.0, 0.0, 0.0]
+    assert list(nothing) == list(PAPER_METRICS) and nothing["generalization_em"] is nothing["specificity_rate"] is None
 
 
 def test_entropy_by_hand():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from clme_lib.datasets.cases import make_prompt, prompt_text
+from clme_lib.datasets.paper import CNLE, CSNE
 from clme_lib.edits.weights import LowRankUpdate
 from clme_lib.evaluation.generation import Request, generate, gumbel
 from clme_lib.forward.tokens import token_budget, tokenize
@@ -12,13 +12,13 @@ from clme_lib.support.seeds import generator, seed_of, seeded_order
 
 
 def test_templates_are_literal():
-    assert make_prompt("cnle", "sort {x}") == "Intent: sort {x}\nCode:"
-    assert make_prompt("csne", "def f():\n    pass") == "Code: def f():\n    pass\nDescription:"
-    assert prompt_text("csne", make_prompt("csne", "x = 1")) == "x = 1"
+    assert CNLE.prompt("sort {x}") == "Intent: sort {x}\nCode:"
+    assert CSNE.prompt("def f():\n    pass") == "Code: def f():\n    pass\nDescription:"
+    assert CSNE.text(CSNE.prompt("x = 1")) == "x = 1"
 
 
 def test_targets_are_tokenised_in_context(llama):
-    prompt, target = make_prompt("cnle", "sort `xs`"), "xs.sort()"
+    prompt, target = CNLE.prompt("sort `xs`"), "xs.sort()"
     tokens = tokenize(llama.tokenizer, prompt, target)
     whole = llama.tokenizer(f"{prompt} {target}", add_special_tokens=False).input_ids
     assert list(tokens.prompt_ids + tokens.target_ids) == whole
@@ -32,7 +32,7 @@ def test_targets_are_tokenised_in_context(llama):
 @pytest.mark.parametrize("target", ["", "   "])
 def test_empty_targets_are_refused(llama, target):
     with pytest.raises(StudyError, match="empty"):
-        tokenize(llama.tokenizer, make_prompt("cnle", "a"), target)
+        tokenize(llama.tokenizer, CNLE.prompt("a"), target)
 
 
 def test_a_prompt_must_end_in_a_colon(llama):

@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 from test_runs import config
 
+from clme_lib.evaluation.records import SCORED, UNSCORED
 from clme_lib.study import runs
 from clme_lib.study.publish import publish
 from clme_lib.study.rq3 import measurements, radius
@@ -36,7 +37,7 @@ def test_tables_are_functions_of_records(both, tmp_path):
     assert len(presets) == 1 + 2 * 4 and set(presets["Preset"]) == {"–", "clean", "compat"}
     released = presets[(presets["Editor"] == "A-GRACE") & (presets["Preset"] == "compat")].iloc[0]
     assert released["Spec. EM"] == "100.00"
-    assert rq3.preset_table(clean.assign(error="not scored"), compat.assign(error="not scored")).data.empty
+    assert rq3.preset_table(clean.assign(state=UNSCORED), compat.assign(state=UNSCORED)).data.empty
     fewer = rq3.preset_table(clean, compat[compat["case_id"] != clean["case_id"].iloc[0]]).data
     assert set(presets["n"]) == {"4"} and set(fewer["n"]) == {"3"}, "only cases that both presets have are compared"
     text = rq3.reading(clean, compat)
@@ -53,8 +54,8 @@ def test_paired_differences_by_hand():
     rows = []
     for editor, em, scores in (("a-grace", one, bleu[0]), ("grace", other, bleu[1])):
         for case, (hit, score) in enumerate(zip(em, scores)):
-            row = dict.fromkeys(rq3.SCORES, 1.0)
-            row |= {"dataset": "cnle", "editor": editor, "case_id": case, "error": None}
+            row = dict.fromkeys(rq3.PAPER_SCORES, 1.0)
+            row |= {"dataset": "cnle", "editor": editor, "case_id": case, "state": SCORED}
             rows.append(row | {"generalization_em": float(hit), "generalization_bleu": score})
     found = rq3.paired_table(pd.DataFrame(rows)).data.iloc[0]
     assert found["n"] == "6" and found["Eff. EM"] == "0.00<br><small>the same</small>"

@@ -14,10 +14,12 @@ import pytest
 
 from clme_lib.cli import main
 from clme_lib.datasets import published
-from clme_lib.datasets.cases import Case, make_prompt
+from clme_lib.datasets.cases import Case
+from clme_lib.datasets.paper import CNLE, CSNE
 from clme_lib.editors.malmen.editor import MALMEN
 from clme_lib.evaluation.evaluate import evaluate
-from clme_lib.evaluation.records import TEXTS, UNSCORED, read_records
+from clme_lib.evaluation.records import FAILED, SCORED, UNSCORED, read_records
+from clme_lib.metrics.base import TEXTS
 from clme_lib.study import config as study_config
 from clme_lib.study import provenance, runs
 from clme_lib.study.notebook import config_from_notebook
@@ -66,12 +68,13 @@ def test_scores_can_wait(tiny, source, tmp_path, capsys):
     """A run without scores, scored afterwards, is the run with scores; its own records stay as they are."""
     now, later = (config(source, tmp_path / name, scored=scored) for name, scored in (("now", True), ("later", False)))
     whole = runs.run(now)
-    assert runs.run(later)["error"].eq(UNSCORED).all() and scored_records(runs.run(later)).empty
+    assert runs.run(later)["state"].eq(UNSCORED).all() and scored_records(runs.run(later)).empty
     before = {file: file.read_bytes() for file in (later.out / "records").iterdir()}
     assert main(["score", str(later.out), str(tmp_path / "scored")]) == 0
     assert f"{len(whole)} records scored" in capsys.readouterr().out
     filled = runs.load_run(tmp_path / "scored")
-    shared = [name for name in whole.columns if name not in ("edit_seconds", "peak_memory_mib", "run")]
+    varying = ("edit_seconds", "peak_memory_mib", "run", "start")
+    shared = [name for name in whole.columns if name not in varying]
     pd.testing.assert_frame_equal(filled[shared], whole[shared])
     assert before == {file: file.read_bytes() for file in (later.out / "records").iterdir()}
     assert main(["score", str(later.out), str(tmp_path / "scored")]) == 1
@@ -123,7 +126,9 @@ def test_a_torn_record_is_cut_and_redone(tiny, source, tmp_path):
     file.write_bytes(file.read_bytes()[:-40])
     resumed = runs.run(config(source, out))
     columns = [
-        c for c in whole.columns if c not in ("edit_seconds", "edit_batch", "peak_memory_mib", "distances", "loss")
+        c
+        for c in whole.columns
+        if c not in ("edit_seconds", "edit_batch", "peak_memory_mib", "distances", "loss", "run", "start")
     ]
     pd.testing.assert_frame_equal(resumed[columns], whole[columns])
 
@@ -152,13 +157,15 @@ def test_a_changed_case_is_refused(tiny, source, tmp_path):
 
 
 def test_one_bad_case_spoils_no_other(tiny, source, tmp_path):
-    cases = published.read(source, "cnle")
+    cases = published.read(source, CNLE)
     bad = Case(2, "cnle", cases[2].prompt, "  ", cases[2].rephrased, cases[2].unrelated)
     editor = runs.load_editor("grace", tiny, steps=2, layer=1)
-    common = {"preset": "clean", "run": "r", "source": "s", "folds_of": {}}
-    records = runs._attempt(tiny, editor, [cases[0], bad, cases[1]], {"seed": 42}, common)
-    assert [record.error is None for record in records] == [True, False, True]
-    assert "case 2 of cnle" in records[1].error and records[1].effectiveness_em is None
+    start = {"id": "1", "library": "l", "commit": "c"}
+    work = runs._Work(config(source, tmp_path / "run"), tiny, editor, "cnle", start)
+    records = work._attempt([cases[0], bad, cases[1]])
+    assert [record.state for record in records] == [SCORED, FAILED, SCORED]
+    assert "case 2 of cnle" in records[1].error and records[1].scores is None
+    assert {(record.start, record.library, record.commit) for record in records} == {("1", "l", "c")}
 
 
 def test_killing_the_process_loses_at_most_a_batch(source, tmp_path):
@@ -208,29 +215,44 @@ def test_evaluate_is_a_row_per_case(tiny, cases):
         ),
         ({"cases": "many"}, "cases: .*integer"),
         ({"editors": "grace,rome2"}, "unknown editor 'rome2'; known: none, ft-l, rome, memit, pmet, malmen, grace"),
+        ({"set": "grace.radius=-1"}, "set grace: radius: .*greater than 0"),
+        ({"set": "grace.radios=1"}, "set grace: radios: unknown key .*known: layer, steps, lr, radius"),
+        ({"set": "grace=1"}, "'grace=1' is not of the form editor.hyperparameter=value"),
+        ({"protocol": "sequence"}, "unknown protocol 'sequence'; known: single"),
+        ({"metrics": "em"}, "unknown metric 'em'; known: effectiveness_em"),
         ({"dataset": "conala"}, "unknown data set 'conala'"),
         ({"preset": "dirty"}, "preset: .*'clean' or 'compat'"),
         ({"cases": 0}, "cases: .*greater than or equal to 1"),
     ],
 )
+def in_notebook(parameters, **others):
+    """The configuration from a notebook with these parameters in its cell, and other names in its namespace."""
+    cell = "\n".join(f"{name}: object = ..." for name in parameters)
+    return config_from_notebook({"In": ["", cell, "%matplotlib inline", "x = 1"], "_hidden": 1, **parameters, **others})
+
+
 def test_notebook_parameters_are_checked(values, message):
     with pytest.raises(StudyError, match=message):
-        config_from_notebook({"subject": "smollm2-135m", "_hidden": 1, "In": [], **values})
+        in_notebook({"subject": "smollm2-135m", **values})
 
 
 def test_a_notebooks_own_names_are_no_parameters():
     """The cell can be run again after the others."""
     imported = {"pd": pd, "Case": Case, "main": main, "records": pd.DataFrame({"n": [1]})}
-    first = config_from_notebook({"subject": "smollm2-135m", **imported})
-    assert config_from_notebook({"subject": "smollm2-135m", "config": first, **imported}) == first
+    first = in_notebook({"subject": "smollm2-135m"}, seed_of_something=7, **imported)
+    assert in_notebook({"subject": "smollm2-135m"}, config=first, **imported) == first
     # a parameter is checked, whatever its type
-    assert config_from_notebook({"out": Path("elsewhere")}).out == Path("elsewhere")
+    assert in_notebook({"out": Path("elsewhere")}).out == Path("elsewhere")
     with pytest.raises(StudyError, match="cases: .*integer"):
-        config_from_notebook({"cases": pd.DataFrame()})
+        in_notebook({"cases": pd.DataFrame()})
+    # what papermill passes counts, whether the cell lists it or not; a cell without types is no parameter cell
+    cells = ["cases: int = 8", "# Parameters\ncases = 2\nset = 'grace.steps=3'\n", "seed = 'none'"]
+    passed = config_from_notebook({"In": cells, "cases": 2, "set": "grace.steps=3", "seed": "none"})
+    assert (passed.cases, passed.set, passed.seed) == (2, {"grace": {"steps": 3}}, 42)
 
 
 def test_notebook_parameters_may_be_text():
-    found = config_from_notebook({"cases": "8", "dataset": "cnle", "editors": "none, grace", "within": ""})
+    found = in_notebook({"cases": "8", "dataset": "cnle", "editors": "none, grace", "within": ""})
     assert (found.cases, found.dataset, found.editors, found.within) == (
         8,
         ("cnle",),
@@ -257,8 +279,8 @@ def test_records_are_checked(tiny, source, tmp_path):
     file = tmp_path / "run" / "records" / "cnle.none.jsonl"
     (row,) = read_rows(file)
     for change, message in (
-        ({"schema_version": 0}, "schema_version 0, expected 1"),
-        ({"fluency": "high"}, "fluency: .*number"),
+        ({"schema_version": 1}, "schema_version 1, expected 2; .*migrate.py"),
+        ({"scores": {"fluency": "high"}}, "scores.fluency: .*number"),
         ({"flunecy": 1.0}, "flunecy: unknown key"),
     ):
         file.write_text(json.dumps({**row, **change}) + "\n")
@@ -271,7 +293,7 @@ def test_records_are_checked(tiny, source, tmp_path):
 
 def test_publishing_keeps_cnle_texts_and_hashes_of_csne(tiny, source, tmp_path):
     code = tmp_path / "EditCodeSearchNet.json"
-    mined = [make_prompt("csne", f"def f{n}(): return {n}") for n in range(14)]
+    mined = [CSNE.prompt(f"def f{n}(): return {n}") for n in range(14)]
     published.write(code, [Case(n, "csne", mined[n], "Return it.", (mined[n + 2],), tuple(mined[4:9])) for n in (0, 1)])
     runs.run(config(code, tmp_path / "code", dataset="csne", cases=2))
     publish(tmp_path / "code", tmp_path / "out-code")
@@ -369,7 +391,7 @@ def test_report_is_computed_from_records(tiny, source, tmp_path):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["GRACE"]
     plt.close(figure)
     with pytest.raises(StudyError, match="score the run with"):
-        proficiency_figure(table.assign(error="not scored"))
+        proficiency_figure(table.assign(state=UNSCORED))
     text = reading(table)
     assert text.startswith("**CNLE.** The most edits hold exactly with GRACE: ")
     twins = pd.concat([table, table[table["editor"] == "grace"].assign(editor="ft-l")])
@@ -381,7 +403,7 @@ def test_report_is_computed_from_records(tiny, source, tmp_path):
     perfect = table.assign(effectiveness_em=1.0, specificity_em=1.0, generalization_em=0.25)
     assert "(GRACE), the most that any carries over is 25.0 % (GRACE)." in reading(perfect)
     assert transfer_table(table).data.empty, "one data set has nothing to compare"
-    assert "case 0" in examples(table, published.read(source, "cnle"))
+    assert "case 0" in examples(table, published.read(source, CNLE))
 
 
 def test_intervals():

@@ -6,9 +6,9 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from ..support.seeds import seeded_order
+from .base import get_dataset
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Case:
     """
 
     case_id: int
-    dataset: DatasetName
+    dataset: str
     prompt: str
     target: str
     rephrased: tuple[str, ...]
@@ -33,7 +33,7 @@ class Case:
     @property
     def text(self) -> str:
         """The edit input without its template."""
-        return prompt_text(self.dataset, self.prompt)
+        return get_dataset(self.dataset).text(self.prompt)
 
     @property
     def sha256(self) -> str:
@@ -63,25 +63,3 @@ def folds(cases: Sequence[Case], seed: int) -> tuple[list[int], list[int]]:
     order = seeded_order(ids, "fold", seed, cases[0].dataset if cases else "")
     half = (len(order) + 1) // 2
     return sorted(order[:half]), sorted(order[half:])
-
-
-DatasetName = Literal["cnle", "csne"]
-DATASETS: tuple[str, ...] = get_args(DatasetName)
-
-
-_TEMPLATES = {"cnle": ("Intent: ", "\nCode:"), "csne": ("Code: ", "\nDescription:")}
-
-
-def make_prompt(dataset: DatasetName, text: str) -> str:
-    """Wrap an intent (CNLE) or a function (CSNE) in its data set's template.
-
-    Plain concatenation: code is full of braces, which any kind of format string would trip over.
-    """
-    before, after = _TEMPLATES[dataset]
-    return before + text + after
-
-
-def prompt_text(dataset: DatasetName, prompt: str) -> str:
-    """The intent or function inside a prompt: the inverse of :func:`make_prompt`."""
-    before, after = _TEMPLATES[dataset]
-    return prompt.removeprefix(before).removesuffix(after)

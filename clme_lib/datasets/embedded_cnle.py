@@ -22,7 +22,8 @@ from ..support.cache import cache_dir
 from ..support.errors import StudyError
 from ..support.journal import write_text
 from . import neighbours
-from .cases import Case, make_prompt
+from .base import DataSet
+from .cases import Case
 from .neighbours import NEIGHBOURS, nearest
 
 TARGET_FIELDS = ("case_id", "topic", "intent", "rewritten_intent", "snippet")
@@ -57,7 +58,7 @@ def read_rows(name: str) -> list[dict]:
     return rows
 
 
-def load() -> list[Case]:
+def load(dataset: DataSet) -> list[Case]:
     """All embedded CNLE cases, each with its five nearest pool intents (TF-IDF), which are found once and kept in the user's cache."""
     targets, pool = read_rows("cnle-targets"), read_rows("cnle-pool")
     found = _known(cached(), len(targets), len(pool))
@@ -71,11 +72,11 @@ def load() -> list[Case]:
     return [
         Case(
             case_id=row["case_id"],
-            dataset="cnle",
-            prompt=make_prompt("cnle", row["intent"]),
+            dataset=dataset.name,
+            prompt=dataset.prompt(row["intent"]),
             target=row["snippet"],
-            rephrased=(make_prompt("cnle", row["rewritten_intent"]),),
-            unrelated=tuple(make_prompt("cnle", pool[n]["intent"]) for n in chosen),
+            rephrased=(dataset.prompt(row["rewritten_intent"]),),
+            unrelated=tuple(dataset.prompt(pool[n]["intent"]) for n in chosen),
         )
         for row, chosen in zip(targets, found)
     ]

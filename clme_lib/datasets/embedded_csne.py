@@ -17,13 +17,14 @@ from pathlib import Path
 from ..subjects import embedded as embedded_subject
 from ..support.errors import StudyError
 from ..support.journal import write_text
-from .cases import Case, make_prompt
+from .base import DataSet
+from .cases import Case
 from .mining import build, installed_versions
 
 
-def load() -> list[Case]:
+def load(dataset: DataSet) -> list[Case]:
     """The embedded CSNE cases; see :func:`load_content`."""
-    return _cases(load_content())
+    return _cases(dataset, load_content())
 
 
 def is_mined() -> bool:
@@ -83,16 +84,16 @@ def content_sha256(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
-def _cases(content: dict) -> list[Case]:
+def _cases(dataset: DataSet, content: dict) -> list[Case]:
     pool = content["pool"]
     return [
         Case(
             case_id=row["case_id"],
-            dataset="csne",
-            prompt=make_prompt("csne", row["code"]),
+            dataset=dataset.name,
+            prompt=dataset.prompt(row["code"]),
             target=row["doc"],
-            rephrased=(make_prompt("csne", row["variant"]),),
-            unrelated=tuple(make_prompt("csne", pool[n]["code"]) for n in row["neighbours"]),
+            rephrased=(dataset.prompt(row["variant"]),),
+            unrelated=tuple(dataset.prompt(pool[n]["code"]) for n in row["neighbours"]),
         )
         for row in content["targets"]
     ]

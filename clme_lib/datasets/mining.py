@@ -15,6 +15,7 @@ from pathlib import Path
 from ..subjects import embedded as embedded_subject
 from ..support.seeds import seed_of
 from .neighbours import nearest
+from .paper import CSNE
 from .renaming import Substitutes, eligible_names, rename, verified
 from .source_code import _without_docstring_and_comments, first_sentence
 
@@ -56,7 +57,7 @@ def build() -> dict:
     substitutes = Substitutes(trees.values())
     targets: list[tuple[MinedFunction, str]] = []
     pool: list[MinedFunction] = []
-    for function in sorted(functions, key=lambda f: seed_of("csne", f.origin)):
+    for function in sorted(functions, key=lambda f: seed_of(CSNE.name, f.origin)):
         variant = ""
         if len(targets) < TARGETS and len(eligible_names(trees[function.origin])) >= 2:
             mapping = substitutes.choose(trees[function.origin])
@@ -111,7 +112,7 @@ def _package_functions(distribution: str, package: str) -> Iterator[MinedFunctio
         if file.suffix == ".py" and file.parts[0] == package and not _SKIPPED_PARTS.search(str(file))
     ]
     accepted = 0
-    for file in sorted(files, key=lambda file: seed_of("csne", file.as_posix())):
+    for file in sorted(files, key=lambda file: seed_of(CSNE.name, file.as_posix())):
         try:
             source = Path(str(file.locate())).read_text(encoding="utf-8")
             with warnings.catch_warnings():

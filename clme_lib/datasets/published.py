@@ -22,16 +22,15 @@ from pathlib import Path
 
 from ..support.cache import cache_dir
 from ..support.errors import StudyError
-from .cases import Case, DatasetName, make_prompt
+from .base import DataSet, Layout, get_dataset
+from .cases import Case
 from .neighbours import NEIGHBOURS
 
 ZENODO_RECORD = "12818365"
 ZENODO_DOI = "10.5281/zenodo.12818365"
-_FIELDS = {"cnle": ("intent", "snippet", "rewritten_intent"), "csne": ("code", "code_doc", "code_rewrite")}
-FILES = {"cnle": "EditConala", "csne": "EditCodeSearchNet"}
 
 
-def read(path: str | os.PathLike, dataset: DatasetName) -> list[Case]:
+def read(path: str | os.PathLike, dataset: DataSet) -> list[Case]:
     """Read a file in the published layout.
 
     Raises:
@@ -62,13 +61,27 @@ def read_records(path: str | os.PathLike) -> list:
     return records
 
 
-def parse_record(record: object, where: str, dataset: DatasetName) -> Case:
+def layout_of(dataset: DataSet) -> Layout:
+    """The authors' layout of a data set.
+
+    Raises:
+        StudyError: it is not one of theirs.
+    """
+    if dataset.layout is None:
+        raise StudyError(
+            f"data set {dataset.name!r} has no layout of the paper's authors; give it a file that describes itself"
+        )
+    return dataset.layout
+
+
+def parse_record(record: object, where: str, dataset: DataSet) -> Case:
     """A record of the published layout as a case; StudyError names the field that is wrong."""
-    prompt, target, rephrased = _FIELDS[dataset]
+    layout = layout_of(dataset)
+    request_fields = (layout.text, layout.target, layout.rephrased)
     case_id = _field(record, "case_id", int, where)
     request = _field(record, "edit_request", dict, where)
-    texts = [_field(request, name, str, f"{where}, edit_request") for name in (prompt, target, rephrased)]
-    for name, text in zip((prompt, target, rephrased), texts):
+    texts = [_field(request, name, str, f"{where}, edit_request") for name in request_fields]
+    for name, text in zip(request_fields, texts):
         if not text.strip():
             raise StudyError(f"{where}, edit_request: {name} is empty")
     neighbourhood = _field(record, "neighborhoods", dict, where)
@@ -78,14 +91,14 @@ def parse_record(record: object, where: str, dataset: DatasetName) -> Case:
     answers = neighbourhood.get("answers") or {}
     if not isinstance(answers, dict) or any(len(given) != NEIGHBOURS for given in answers.values()):
         raise StudyError(f"{where}, neighborhoods: answers must map each model to {NEIGHBOURS} strings")
-    unrelated = [_field(item, prompt, str, f"{where}, neighborhoods, items[{n}]") for n, item in enumerate(items)]
+    unrelated = [_field(item, layout.text, str, f"{where}, neighborhoods, items[{n}]") for n, item in enumerate(items)]
     return Case(
         case_id,
-        dataset,
-        make_prompt(dataset, texts[0]),
+        dataset.name,
+        dataset.prompt(texts[0]),
         texts[1],
-        (make_prompt(dataset, texts[2]),),
-        tuple(make_prompt(dataset, text) for text in unrelated),
+        (dataset.prompt(texts[2]),),
+        tuple(map(dataset.prompt, unrelated)),
     )
 
 
@@ -105,18 +118,18 @@ def write(path: str | os.PathLike, cases: list[Case], answers: dict[str, list[li
     Args:
         answers: of each model, the continuations of every case's neighbours.
     """
-    prompt, target, rephrased = _FIELDS[cases[0].dataset]
-    from .cases import prompt_text
-
-    def text(value: str) -> str:
-        return prompt_text(cases[0].dataset, value)
-
+    dataset = get_dataset(cases[0].dataset)
+    layout = layout_of(dataset)
     records = [
         {
             "case_id": case.case_id,
-            "edit_request": {prompt: case.text, target: case.target, rephrased: text(case.rephrased[0])},
-            "neighborhoods": {"items": [{prompt: text(one)} for one in case.unrelated],
-                              "answers": {model: its[n] for model, its in (answers or {}).items()}},
+            "edit_request": {
+                layout.text: case.text,
+                layout.target: case.target,
+                layout.rephrased: dataset.text(case.rephrased[0]),
+            },
+            "neighborhoods": {"items": [{layout.text: dataset.text(prompt)} for prompt in case.unrelated],
+                              "answers": {model: given[n] for model, given in (answers or {}).items()}},
         }
         for n, case in enumerate(cases)
     ]  # fmt: skip
@@ -125,7 +138,7 @@ def write(path: str | os.PathLike, cases: list[Case], answers: dict[str, list[li
     os.replace(unfinished, path)
 
 
-def fetch(dataset: DatasetName, api: str = "https://zenodo.org/api") -> Path:
+def fetch(dataset: DataSet, api: str = "https://zenodo.org/api") -> Path:
     """Download the record's files into the cache (once) and return the data set's ``all.json`` or named file.
 
     Every file is checked against the record's own MD5 before it gets its name in the cache.
@@ -136,13 +149,15 @@ def fetch(dataset: DatasetName, api: str = "https://zenodo.org/api") -> Path:
     folder = cache_dir() / "clmeeval" / ZENODO_RECORD
     if not folder.is_dir():
         _download(folder, api)
-    wanted = FILES[dataset].lower()
-    found = [file for file in sorted(folder.rglob("*.json")) if wanted in str(file.relative_to(folder)).lower()]
+    stem = layout_of(dataset).file.lower()
+    files = [file for file in sorted(folder.rglob("*.json")) if stem in str(file.relative_to(folder)).lower()]
     # two-fold layout: <fold>/<data set>/{train,test}.json beside one all.json
-    whole = [file for file in found if file.stem.lower() in ("all", wanted)] or found
+    whole = [file for file in files if file.stem.lower() in ("all", stem)] or files
     if not whole:
         names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*.json"))
-        raise StudyError(f"record {ZENODO_DOI} in {folder}: no JSON file named like {FILES[dataset]}; it has {names}")
+        raise StudyError(
+            f"record {ZENODO_DOI} in {folder}: no JSON file named like {layout_of(dataset).file}; it has {names}"
+        )
     return whole[0]
 
 

@@ -39,7 +39,7 @@ def _per_dataset(value: Any) -> Any:
     return value
 
 
-Margins = Annotated[dict[Literal["cnle", "csne"], Annotated[float, Field(gt=0)]], BeforeValidator(_per_dataset)]
+Margins = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_per_dataset)]
 
 
 class EncoderHyperparameters(GRACEHyperparameters):

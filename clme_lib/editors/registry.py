@@ -39,6 +39,24 @@ def list_editors() -> list[str]:
     return list(EDITORS)
 
 
+def get_editor(name: str) -> type[Editor]:
+    """The class of an editor.
+
+    Raises:
+        StudyError: there is none of this name; the message lists the known ones.
+    """
+    if name not in EDITORS:
+        raise StudyError(f"unknown editor {name!r}; known: {', '.join(EDITORS)}")
+    return EDITORS[name]
+
+
+def check_overrides(name: str, overrides: dict[str, Any]) -> None:
+    """Raise StudyError unless these are hyper-parameters of an editor, of the right type and within their bounds."""
+    schema = get_editor(name).Hyperparameters
+    settings = load_settings(PAPER_SUBJECT).editors.get(name, {})
+    parse(schema, {**settings, **overrides}, f"set {name}")
+
+
 def load_editor(
     name: str,
     subject: Subject,

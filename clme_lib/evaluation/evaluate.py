@@ -8,20 +8,72 @@ compared with the subject's own unedited answers) and fluency (top-5 sampling, 6
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import pandas as pd
 
 from ..datasets.cases import Case
-from ..edits.base import Edit
+from ..edits.base import Edit, EditLog
 from ..forward.tokens import token_budget
-from ..metrics.text import exact_match_rate, fluency, preserved_scores, target_scores
+from ..metrics.base import TEXTS, Evaluated, scores_of
+from ..metrics.paper import PAPER_METRICS
 from ..subjects.settings import Preset
 from ..subjects.subject import Subject
 from ..support.errors import StudyError
 from ..support.seeds import DEFAULT_SEED, generator
 from .generation import FLUENCY_TOKENS, SPECIFICITY_TOKENS, Generated, Request, generate, gumbel
-from .records import UNSCORED, Record, finite, frame, text_hashes
+from .records import UNKNOWN, Record, finite, frame, text_hashes
 from .unedited import answers_for, unchanged
+
+SINGLE = "single"
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What all records of an editor in a run share.
+
+    Attributes:
+        editor: its name.
+        run: the run's name; source: where its cases come from.
+        preset: ``compat`` limits generation to the target's length tokenised alone.
+        seed: of the fluency sampling, which is the same for all editors.
+        protocol: how cases are edited.
+        metrics: what to compute of each case; None leaves that to be done later (``clme score``).
+        folds: the fold of each case, by its id.
+        start, library, commit: see :class:`~clme_lib.evaluation.records.Record`.
+    """
+
+    editor: str
+    run: str = ""
+    source: str = ""
+    preset: Preset = "clean"
+    seed: int = DEFAULT_SEED
+    protocol: str = SINGLE
+    metrics: tuple[str, ...] | None = PAPER_METRICS
+    folds: Mapping[int, int] = field(default_factory=dict)
+    start: str = UNKNOWN
+    library: str = UNKNOWN
+    commit: str = UNKNOWN
+
+    def record(self, subject: Subject, case: Case, position: int = 1, **fields) -> Record:
+        """The record of a case with these fields, or of one that could not be edited or scored: with the reason as its ``error``."""
+        return Record(
+            run=self.run,
+            subject=subject.name,
+            dataset=case.dataset,
+            source=self.source,
+            editor=self.editor,
+            preset=self.preset,
+            protocol=self.protocol,
+            position=position,
+            fold=self.folds.get(case.case_id, 0),
+            case_id=case.case_id,
+            case_sha256=case.sha256,
+            start=self.start,
+            library=self.library,
+            commit=self.commit,
+            **fields,
+        )
 
 
 def evaluate(
@@ -31,142 +83,93 @@ def evaluate(
     *,
     seed: int = DEFAULT_SEED,
     preset: Preset = "clean",
+    metrics: Sequence[str] = PAPER_METRICS,
 ) -> pd.DataFrame:
-    """Score edits: one row per case (see :class:`clme_lib.evaluation.records.Record` for the columns).
+    """Score edits: one row per case (see :func:`clme_lib.evaluation.records.frame` for the columns).
 
     Args:
         edits: one per case, in the cases' order.
         seed: of the fluency sampling, which is the same for all editors.
         preset: ``compat`` limits generation to the target's length tokenised alone.
+        metrics: what to compute; see :func:`clme_lib.metrics.base.list_metrics`.
     """
-    return frame(score(subject, cases, edits, seed=seed, preset=preset, run="", source="", folds_of={}))
+    if [case.case_id for case in cases] != [edit.case_id for edit in edits]:
+        raise StudyError("edits and cases differ: pass one edit per case, in the cases' order")
+    editor = edits[0].editor if edits else ""
+    circumstances = Circumstances(editor, preset=preset, seed=seed, metrics=tuple(metrics))
+    return frame(score(subject, cases, edits, circumstances))
 
 
 def score(
     subject: Subject,
     cases: Sequence[Case],
     edits: Sequence[Edit],
+    circumstances: Circumstances,
     *,
-    seed: int,
-    preset: Preset,
-    run: str,
-    source: str,
-    folds_of: dict[int, int],
-    scored: bool = True,
+    position: int = 1,
+    logs: Mapping[int, EditLog] | None = None,
 ) -> list[Record]:
-    """Records of a batch of cases and their edits.
+    """Records of a batch of cases, each evaluated on the subject as its edit makes it.
 
     Args:
-        scored: False keeps the texts, and what specificity is compared with, to be scored later (scoring.py).
+        edits: one for each case.
+        position: how many edits the model holds.
+        logs: how each case was edited, by its id, where that is not its edit's own log.
     """
-    if [case.case_id for case in cases] != [edit.case_id for edit in edits]:
-        raise StudyError("edits and cases differ: pass one edit per case, in the cases' order")
-    written = _generate_all(subject, cases, edits, seed, preset)
+    generated = _generate_all(subject, cases, edits, circumstances)
     answers = iter(answers_for(subject, [prompt for case in cases for prompt in case.unrelated]))
     records = []
-    for case, edit, (effect, general, specific, sampled) in zip(cases, edits, written):
+    for case, edit, written in zip(cases, edits, generated):
+        texts = {name: [text.text for text in written[name]] for name in TEXTS}
         expected = [next(answers) for _ in case.unrelated]
-        texts = {
-            "effectiveness": [one.text for one in effect],
-            "generalization": [one.text for one in general],
-            "specificity": [one.text for one in specific],
-            "fluency": [one.text for one in sampled],
-        }
-        looked_up = [*effect, *general, *specific]
-        has_codebook = any(one.distance is not None for one in looked_up)
+        evaluated = Evaluated(case, texts, expected)
+        looked_up = [text for name in TEXTS[:-1] for text in written[name]]
+        has_codebook = any(text.distance is not None for text in looked_up)
+        log = edit.log if logs is None else logs.get(case.case_id, EditLog())
         records.append(
-            _record(
-                _identity(subject, case, edit.editor, preset, run, source, folds_of),
-                scores_of(texts, case.target, expected) if scored else {"answers": expected, "error": UNSCORED},
-                {f"generated_{name}": found for name, found in texts.items()},
-                {f"sha256_{name}": text_hashes(found) for name, found in texts.items()},
-                edit_seconds=edit.log.seconds,
-                edit_batch=edit.log.batch,
-                steps=edit.log.steps,
-                loss=finite(edit.log.losses[-1]) if edit.log.losses else None,
-                peak_memory_mib=finite(edit.log.peak_memory_mib),
-                initial_sha256=edit.log.initial_sha256,
-                distances=[_rounded(one.distance) for one in looked_up] if has_codebook else None,
-                fired=[bool(one.fired) for one in looked_up] if has_codebook else None,
+            circumstances.record(
+                subject,
+                case,
+                position,
+                scores=None if circumstances.metrics is None else scores_of(evaluated, circumstances.metrics),
+                edit_seconds=log.seconds,
+                edit_batch=log.batch,
+                steps=log.steps,
+                loss=finite(log.losses[-1]) if log.losses else None,
+                peak_memory_mib=finite(log.peak_memory_mib),
+                initial_sha256=log.initial_sha256,
+                distances=[_rounded(text.distance) for text in looked_up] if has_codebook else None,
+                fired=[bool(text.fired) for text in looked_up] if has_codebook else None,
+                texts=texts,
+                sha256={name: text_hashes(written_texts) for name, written_texts in texts.items()},
+                answers=expected,
             )
         )
     return records
 
 
-def scores_of(texts: Mapping[str, Sequence[str]], target: str, answers: Sequence[str]) -> dict[str, float | None]:
-    """The score columns of a record, from its texts by measure, the case's target and the unedited subject's answers."""
-    scores = {
-        "effectiveness": _mean_scores([target_scores(text, target) for text in texts["effectiveness"]]),
-        "generalization": _mean_scores([target_scores(text, target) for text in texts["generalization"]]),
-        "specificity": preserved_scores(texts["specificity"], answers) if answers else {},
-    }
-    return {
-        **{f"{measure}_{metric}": value for measure, found in scores.items() for metric, value in found.items()},
-        "specificity_rate": exact_match_rate(texts["specificity"], answers) if answers else None,
-        "fluency": fluency(texts["fluency"]),
-    }
-
-
-def failed(
-    subject: Subject,
-    case: Case,
-    editor: str,
-    preset: Preset,
-    run: str,
-    source: str,
-    folds_of: dict[int, int],
-    error: str,
-) -> Record:
-    """The record of a case that could not be edited or scored: no scores, and the reason."""
-    return _record(_identity(subject, case, editor, preset, run, source, folds_of), error=error)
-
-
-def _record(*groups: dict, **fields) -> Record:
-    """A record from groups of fields."""
-    return Record.model_validate({name: value for group in (*groups, fields) for name, value in group.items()})
-
-
-def _identity(subject, case, editor, preset, run, source, folds_of) -> dict:
-    return {
-        "run": run,
-        "subject": subject.name,
-        "dataset": case.dataset,
-        "source": source,
-        "editor": editor,
-        "preset": preset,
-        "fold": folds_of.get(case.case_id, 0),
-        "case_id": case.case_id,
-        "case_sha256": case.sha256,
-    }
-
-
 def _generate_all(
-    subject: Subject, cases: Sequence[Case], edits: Sequence[Edit], seed: int, preset: Preset
-) -> list[tuple[list[Generated], list[Generated], list[Generated], list[Generated]]]:
-    """(effectiveness, generalization, specificity, fluency) texts of every case."""
+    subject: Subject, cases: Sequence[Case], edits: Sequence[Edit], circumstances: Circumstances
+) -> list[dict[str, list[Generated]]]:
+    """What is written for every case, by measure."""
     requests: list[Request] = []
     counts = []
     for n, case in enumerate(cases):
-        budget = token_budget(subject.tokenizer, case.prompt, case.target, preset)
+        budget = token_budget(subject.tokenizer, case.prompt, case.target, circumstances.preset)
         own = [case.prompt, *case.rephrased]
         # the same draws for every editor, so that editors are compared on them
-        noise = gumbel(len(own), generator(seed, subject.name, case.dataset, case.case_id))
+        noise = gumbel(len(own), generator(circumstances.seed, subject.name, case.dataset, case.case_id))
         requests += [Request(prompt, budget, n) for prompt in own]
         # the released program's second and third call
         later = -1 if edits[n].first_call_only else n
         requests += [Request(prompt, SPECIFICITY_TOKENS, later) for prompt in case.unrelated]
         requests += [Request(prompt, FLUENCY_TOKENS, later, noise[row]) for row, prompt in enumerate(own)]
         counts.append((1, len(case.rephrased), len(case.unrelated), len(own)))
-    still = unchanged(subject, requests, edits)
-    others = generate(subject, [request for n, request in enumerate(requests) if n not in still], edits)
-    made = iter(others)
-    texts = iter([still[n] if n in still else next(made) for n in range(len(requests))])
-    return [tuple([next(texts) for _ in range(count)] for count in four) for four in counts]  # type: ignore[misc]
+    unedited = unchanged(subject, requests, edits)
+    changed = iter(generate(subject, [request for n, request in enumerate(requests) if n not in unedited], edits))
+    texts = iter([unedited[n] if n in unedited else next(changed) for n in range(len(requests))])
+    return [{name: [next(texts) for _ in range(count)] for name, count in zip(TEXTS, four)} for four in counts]
 
 
 def _rounded(distance: float | None) -> float | None:
     return None if distance is None else float(f"{distance:.6g}")
-
-
-def _mean_scores(scores: list[dict[str, float]]) -> dict[str, float]:
-    return {metric: sum(one[metric] for one in scores) / len(scores) for metric in scores[0]} if scores else {}

@@ -1,4 +1,4 @@
-"""Records: one row per (run, case). Every table, figure and number of the book is a function of them.
+"""Records: one row per case of a run. Every table, figure and number of the book is a function of them.
 
 Prompts and targets are never in a record; the case id finds them and ``case_sha256`` proves they are the same.
 """
@@ -12,25 +12,27 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..metrics.base import TEXTS
+from ..metrics.paper import PAPER_METRICS
 from ..support.errors import StudyError
 from ..support.journal import read_rows
 from ..support.schema import Schema, parse
 
-SCHEMA_VERSION = 1
-MEASURES = ("effectiveness", "generalization", "specificity")
-METRICS = ("em", "bleu", "rouge_l")
-SCORES = (*(f"{measure}_{metric}" for measure in MEASURES for metric in METRICS), "fluency")
-TEXTS = (*MEASURES, "fluency")
+SCHEMA_VERSION = 2
+UNKNOWN = "unknown"  # where a record comes from, when that cannot be proved
+SCORED, UNSCORED, FAILED = "scored", "not scored yet", "failed"
 
 
 class Record(Schema):
     """One case under one editor.
 
-    Scores are in [0, 1] (fluency in bits); seconds and memory describe the batch the edit was made in, seconds divided by
-    its size. ``distances`` are a codebook's query distances: edit prompt, rephrased prompt, then the neighbours (None where it was not
-    consulted).
-    ``answers`` are the unedited subject's, in records that were left to be scored later (:mod:`clme_lib.study.scoring`), which say so as their error.
-    ``generated_*`` hold the texts, or None where they are not ours to publish; ``sha256_*`` their hashes always.
+    ``protocol`` says how cases were edited, and ``position`` how many edits the model held when the case was evaluated.
+    ``start`` is the id, in ``run.json``, of the start that made the record; ``library`` and ``commit`` are of the code that did.
+    ``scores`` has a value for each metric (in [0, 1]; fluency in bits; None where a case has nothing to measure it on), or is None when
+    the texts have not been scored yet. Seconds and memory describe the batch the edit was made in, seconds divided by its size.
+    ``distances`` are a codebook's query distances: edit prompt, rephrased prompt, then the neighbours (None where it was not consulted).
+    ``texts`` holds what was written, by measure, or None where it is not ours to publish; ``sha256`` its hashes always; ``answers`` the
+    unedited subject's, with which specificity is compared (None in published records and in those of the first schema).
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -40,20 +42,15 @@ class Record(Schema):
     source: str
     editor: str
     preset: str
+    protocol: str
+    position: int
     fold: int
     case_id: int
     case_sha256: str
-    effectiveness_em: float | None = None
-    effectiveness_bleu: float | None = None
-    effectiveness_rouge_l: float | None = None
-    generalization_em: float | None = None
-    generalization_bleu: float | None = None
-    generalization_rouge_l: float | None = None
-    specificity_em: float | None = None
-    specificity_bleu: float | None = None
-    specificity_rouge_l: float | None = None
-    specificity_rate: float | None = None
-    fluency: float | None = None
+    start: str = UNKNOWN
+    library: str = UNKNOWN
+    commit: str = UNKNOWN
+    scores: dict[str, float | None] | None = None
     edit_seconds: float | None = None
     edit_batch: int | None = None
     steps: int | None = None
@@ -62,23 +59,25 @@ class Record(Schema):
     initial_sha256: str = ""
     distances: list[float | None] | None = None
     fired: list[bool] | None = None
-    generated_effectiveness: list[str] | None = None
-    generated_generalization: list[str] | None = None
-    generated_specificity: list[str] | None = None
-    generated_fluency: list[str] | None = None
-    sha256_effectiveness: list[str] | None = None
-    sha256_generalization: list[str] | None = None
-    sha256_specificity: list[str] | None = None
-    sha256_fluency: list[str] | None = None
+    texts: dict[str, list[str]] | None = None
+    sha256: dict[str, list[str]] | None = None
     answers: list[str] | None = None
     error: str | None = None
 
+    @property
+    def state(self) -> str:
+        """``scored``, ``not scored yet``, or ``failed`` with a reason in ``error``."""
+        if self.error is not None:
+            return FAILED
+        return UNSCORED if self.scores is None else SCORED
+
     def row(self) -> dict:
-        """The record as it is written: ``answers`` only where there are any."""
-        return self.model_dump(exclude={"answers"} if self.answers is None else None)
+        """The record as it is written."""
+        return self.model_dump()
 
-
-UNSCORED = "not scored yet: clme score"
+    def without_texts(self) -> Record:
+        """The record with its texts removed and their hashes kept."""
+        return self.model_copy(update={"texts": None, "answers": None})
 
 
 def text_hashes(texts: Sequence[str]) -> list[str]:
@@ -91,11 +90,6 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def without_texts(record: dict) -> dict:
-    """The record with its generated texts removed and their hashes kept."""
-    return {**record, **{f"generated_{name}": None for name in TEXTS}}
-
-
 def read_records(paths: Iterable[Path]) -> list[Record]:
     """Records of JSON Lines files, checked; StudyError names the file and field of a malformed one."""
     records, seen = [], set()
@@ -103,9 +97,21 @@ def read_records(paths: Iterable[Path]) -> list[Record]:
         for number, row in enumerate(read_rows(path), 1):
             where = f"{path}, line {number}"
             if row.get("schema_version") != SCHEMA_VERSION:
-                raise StudyError(f"{where}: schema_version {row.get('schema_version')!r}, expected {SCHEMA_VERSION}")
+                raise StudyError(
+                    f"{where}: schema_version {row.get('schema_version')!r}, expected {SCHEMA_VERSION}; records of version 1 "
+                    "are converted by `python results/migrate.py FOLDER`"
+                )
             record = parse(Record, row, where)
-            key = (record.run, record.subject, record.dataset, record.editor, record.preset, record.case_id)
+            key = (
+                record.run,
+                record.subject,
+                record.dataset,
+                record.editor,
+                record.preset,
+                record.protocol,
+                record.position,
+                record.case_id,
+            )
             if key in seen:
                 raise StudyError(f"{where}: a second record of case {record.case_id} by {record.editor}")
             seen.add(key)
@@ -114,5 +120,18 @@ def read_records(paths: Iterable[Path]) -> list[Record]:
 
 
 def frame(records: Iterable[Record]) -> pd.DataFrame:
-    """Records as a table, one row each."""
-    return pd.DataFrame([record.model_dump() for record in records], columns=list(Record.model_fields))
+    """Records as a table, a row each: a column for each metric, and for the texts and hashes of each measure.
+
+    The column ``state`` says whether a record is scored; ``generated_<measure>`` and ``sha256_<measure>`` hold lists, or None.
+    """
+    rows, metrics = [], dict.fromkeys(PAPER_METRICS)
+    for record in records:
+        row = record.model_dump(exclude={"scores", "texts", "sha256"}) | {"state": record.state}
+        metrics |= dict.fromkeys(record.scores or ())
+        for name in TEXTS:
+            row[f"generated_{name}"] = (record.texts or {}).get(name)
+            row[f"sha256_{name}"] = (record.sha256 or {}).get(name)
+        rows.append(row | (record.scores or {}))
+    fields = [name for name in Record.model_fields if name not in ("scores", "texts", "sha256")]
+    kinds = [f"{kind}_{name}" for kind in ("generated", "sha256") for name in TEXTS]
+    return pd.DataFrame(rows, columns=[*fields, "state", *metrics, *kinds])

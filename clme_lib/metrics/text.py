@@ -1,4 +1,4 @@
-"""The four measures (paper section III-D): exact match, BLEU and ROUGE-L of what is written, and fluency.
+"""Exact match, BLEU and ROUGE-L of what is written, and fluency (paper section III-D).
 
 All take parallel lists, because specificity pools the five neighbours of a case. Per-case exact match, BLEU and
 ROUGE-L are rounded to three decimals before they are averaged, as in the released program.
@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 
-from sacrebleu.metrics import BLEU
-
 _DECIMALS = 3
 
 
 @cache
-def _bleu() -> BLEU:
+def _bleu():
+    from sacrebleu.metrics import BLEU
+
     # textbook BLEU-4: a text of fewer than four 13a tokens scores 0 even against itself
     return BLEU(tokenize="13a", smooth_method="none", effective_order=False, lowercase=False)
 
@@ -62,30 +62,6 @@ def rouge_l(generated: Sequence[str], references: Sequence[str]) -> float:
     _same_length(generated, references)
     scores = [_rouge().score(reference, text)["rougeL"].fmeasure for text, reference in zip(generated, references)]
     return round(sum(scores) / len(scores), _DECIMALS)
-
-
-def target_scores(generated: str, target: str) -> dict[str, float]:
-    """Exact match, BLEU and ROUGE-L of one generation against the target, as for effectiveness and generalization.
-
-    Surrounding white space is stripped from the generation only; an empty generation scores 0 throughout.
-    """
-    text = generated.strip()
-    if not text:
-        return {"em": 0.0, "bleu": 0.0, "rouge_l": 0.0}
-    return {
-        "em": exact_match([text], [target]),
-        "bleu": bleu([text], [target]),
-        "rouge_l": rouge_l([text], [target]),
-    }
-
-
-def preserved_scores(generated: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
-    """Specificity: raw continuations against the unedited subject's; ``em`` is 1 only if all are unchanged."""
-    return {
-        "em": exact_match(generated, answers),
-        "bleu": bleu(generated, answers),
-        "rouge_l": rouge_l(generated, answers),
-    }
 
 
 def ngram_entropy(tokens: Sequence[str], n: int) -> float:

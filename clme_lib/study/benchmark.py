@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from ..datasets.cases import Case, prompt_text
+from ..datasets.base import get_dataset
+from ..datasets.cases import Case
 from ..datasets.construction.checking import lengths
 from .tables import Table
 
@@ -47,8 +48,8 @@ def sample_cases(cases: Sequence[Case], count: int = 3) -> str:
         texts = {
             "edit input": case.text,
             "target": case.target,
-            "rephrased": prompt_text(case.dataset, case.rephrased[0]),
-            "nearest neighbour": prompt_text(case.dataset, case.unrelated[0]),
+            "rephrased": get_dataset(case.dataset).text(case.rephrased[0]),
+            "nearest neighbour": get_dataset(case.dataset).text(case.unrelated[0]),
         }
         cells = [f"<td>{title}</td><td><pre>{_cell(text)}</pre></td>" for title, text in texts.items()]
         parts.append(f"<table class='table'><tbody>{''.join(f'<tr>{one}</tr>' for one in cells)}</tbody></table>")

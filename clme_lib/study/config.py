@@ -1,56 +1,31 @@
-"""What can be asked for: every option of a run and of a benchmark, stated once."""
+"""What can be asked for: every option of every command and notebook, stated once.
+
+The command line is made from these classes (:mod:`clme_lib.support.options`); notebooks take any of their fields by name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator
+import yaml
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from ..datasets.cases import DATASETS
-from ..editors.registry import EDITORS
+from ..datasets.paper import PAPER_DATASET_NAMES
+from ..metrics.paper import PAPER_METRICS
 from ..subjects.settings import Preset
 from ..support.schema import Schema, parse
 from ..support.seeds import DEFAULT_SEED
+from .paper import PAPER_VARIANTS, UNEDITED
 
-TIMED = tuple(name for name in EDITORS if name != "none")
-
-
-class BenchConfig(Schema):
-    """What to measure. Lists may be given as comma-separated text.
-
-    ``cases`` are edited alone, per data set and editor; ``batches`` are the sizes whose throughput is measured (none: no
-    throughput); ``threads`` is PyTorch's number of CPU threads (0: as it is). ``show`` names a folder of finished measurements to
-    return instead of measuring; ``plain`` names the table of ``benchmarks/whole_case.py``, which RQ2's projection is set beside.
-    """
-
-    subject: str = "smollm2-135m"
-    random_weights: bool = False
-    dataset: named(DATASETS, "data set") = DATASETS  # type: ignore[valid-type]
-    editors: named(TIMED, "editor") = TIMED  # type: ignore[valid-type]
-    cases: int = Field(default=10, ge=1)
-    batches: tuple[int, ...] = (1, 8)
-    device: str = "auto"
-    dtype: str = "auto"
-    threads: int = Field(default=0, ge=0)
-    seed: int = DEFAULT_SEED
-    out: Path = Path("runs/bench")
-    show: Path | None = None
-    plain: Path | None = None
-
-    @field_validator("batches", mode="before")
-    @classmethod
-    def _sizes(cls, given: Any) -> Any:
-        parts = [part for part in given.split(",") if part.strip()] if isinstance(given, str) else given
-        if any(int(part) < 1 for part in parts):
-            raise ValueError("a batch has at least one case")
-        return tuple(sorted({int(part) for part in parts}))
+Config = TypeVar("Config", bound=Schema)
 
 
-def make_bench_config(**values: Any) -> BenchConfig:
-    """A checked configuration; StudyError names the field and what was expected."""
-    return parse(BenchConfig, values, "benchmark configuration")
+def make_config(schema: type[Config] | None = None, where: str = "run configuration", **fields: Any) -> Config:
+    """A checked configuration, by default a :class:`RunConfig`; StudyError names the field and what was expected."""
+    return parse(schema or RunConfig, fields, where)  # type: ignore[return-value]
 
 
 def _split(value: Any) -> Any:
@@ -58,20 +33,43 @@ def _split(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
-
-
-def named(known: Sequence[str], what: str) -> Any:
-    """The type of a configuration's list of names: each among ``known``, kept once, and at least one."""
+def _names(what: str, find: Callable[[str], str]) -> Any:
+    """The type of a list of names: each as ``find`` gives it, kept once, and at least one."""
 
     def check(names: tuple[str, ...]) -> tuple[str, ...]:
         if not names:
-            raise ValueError(f"no {what} given; known: {', '.join(known)}")
-        if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"unknown {what} {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
-        return tuple(dict.fromkeys(names))
+            raise ValueError(f"at least one {what} is needed; `clme list` shows all")
+        return tuple(dict.fromkeys(map(find, names)))
 
-    return Annotated[Names, AfterValidator(check)]
+    return Annotated[tuple[str, ...], BeforeValidator(_split), AfterValidator(check)]
+
+
+def _dataset(given: str) -> str:
+    from ..datasets.registry import find_dataset
+
+    return find_dataset(given).name
+
+
+def _editor(name: str) -> str:
+    from ..editors.registry import get_editor
+
+    return get_editor(name).name
+
+
+def _metric(name: str) -> str:
+    from ..metrics.base import get_metric
+
+    return get_metric(name).name
+
+
+def _protocol(name: str) -> str:
+    from .protocols import get_protocol
+
+    return get_protocol(name).name
+
+
+def _all(value: Any) -> Any:
+    return None if value in ("all", "None", "") else value
 
 
 def _batch_size(value: Any) -> Any:
@@ -80,33 +78,219 @@ def _batch_size(value: Any) -> Any:
     return value
 
 
+def _overrides(given: Any) -> Any:
+    """``"grace.radius=2.5,memit.layers=[4, 5]"``, or a list of such, as a value by editor and hyper-parameter."""
+    if isinstance(given, dict):
+        return given
+    texts = [given] if isinstance(given, str) else given
+    overrides: dict[str, dict[str, Any]] = {}
+    for part in (part for text in texts for part in re.split(r",(?=\s*[\w-]+\.\w+\s*=)", text) if part.strip()):
+        match = re.fullmatch(r"\s*([\w-]+)\.(\w+)\s*=(.+)", part, re.DOTALL)
+        if match is None:
+            raise ValueError(f"{part.strip()!r} is not of the form editor.hyperparameter=value")
+        try:
+            overrides.setdefault(match[1], {})[match[2]] = yaml.safe_load(match[3])
+        except yaml.YAMLError as error:
+            raise ValueError(f"the value of {match[1]}.{match[2]} cannot be read: {match[3]!r}") from error
+    return overrides
+
+
+def _positive_sizes(given: Any) -> Any:
+    sizes = _split(given)
+    if any(not str(size).isdigit() or int(size) < 1 for size in sizes):
+        raise ValueError("a batch has at least one case")
+    return tuple(sorted({int(size) for size in sizes}))
+
+
+if TYPE_CHECKING:
+    Datasets = tuple[str, ...]
+    Editors = tuple[str, ...]
+    Metrics = tuple[str, ...]
+else:
+    Datasets, Editors, Metrics = _names("data set", _dataset), _names("editor", _editor), _names("metric", _metric)
+_SUBJECT = Field("smollm2-135m", description="registry name, Hugging Face id or folder")
+_DATASET = Field(PAPER_DATASET_NAMES, description="comma-separated: names, or JSON files that describe a data set")
+_DEVICE = Field("auto", description="auto, cpu, cuda, cuda:N")
+_DTYPE = Field("auto", description="auto (float32), float32, bfloat16, float16")
+_SEED = Field(DEFAULT_SEED, description="of every random draw")
+_EDITOR_FLAGS: Any = {"flags": ["--editor", "--editors"]}
+_POSITIONAL: Any = {"positional": True}
+
+
 class RunConfig(Schema):
     """What to run. Lists may be given as comma-separated text.
 
-    ``cases`` is per data set (None: all) and ``sample`` says which ones: samples of one number are nested, of another
-    number they are other random cases. ``within`` draws them from the cases of an earlier run, to repeat a part of
-    it; only cases are drawn that all of the editors have there. ``batch_size`` cases are edited and scored together; with ``auto`` the
-    number grows as long as memory is left. A batch that does not fit is halved. ``scored=False`` leaves the scores to ``clme score``. The embedded sets' selection cases are never drawn. ``seed`` is that of every random draw of the study.
+    Samples of one number are nested, of another number they are other random cases. ``within`` repeats a part of an earlier run; only
+    cases are drawn that all of the editors have there. A batch that does not fit is halved. The cases that are for choosing
+    hyper-parameters are never drawn.
     """
 
-    subject: str = "smollm2-135m"
-    dataset: named(DATASETS, "data set") = DATASETS  # type: ignore[valid-type]
-    editors: named(tuple(EDITORS), "editor") = ("none", "ft-l", "grace")  # type: ignore[valid-type]
-    cases: int | None = Field(default=8, ge=1)
-    seed: int = DEFAULT_SEED
-    source: str = "embedded"
-    preset: Preset = "clean"
-    values: str = Field(default="subject", pattern="^(subject|transferred)$")
-    device: str = "auto"
-    dtype: str = "auto"
-    batch_size: Annotated[int | Literal["auto"], BeforeValidator(_batch_size)] = 8
-    sample: int = 0
-    within: Path | None = None
-    scored: bool = True
-    name: str = Field(default="run", pattern=r"^[A-Za-z0-9._-]+$")
-    out: Path = Path("runs/run")
+    subject: str = _SUBJECT
+    dataset: Datasets = _DATASET
+    editors: Editors = Field(
+        (UNEDITED, "ft-l", "grace"), description="comma-separated; see clme list", json_schema_extra=_EDITOR_FLAGS
+    )
+    cases: Annotated[int | None, BeforeValidator(_all), Field(ge=1)] = Field(8, description="per data set, or all")
+    out: Path = Field(Path("runs/run"), description="the run's folder; the same command resumes it")
+    name: str = Field("", pattern=r"^[A-Za-z0-9._-]*$", description="in its records; if not given, the folder's name")
+    sample: int = Field(0, description="which random sample of cases")
+    within: Path | None = Field(None, description="draw the cases from this earlier run's")
+    source: str = Field("embedded", description="embedded, published, or a JSON file in the published layout")
+    preset: Preset = Field("clean", description="clean, or compat: with the released program's defects")
+    values: str = Field(
+        "subject",
+        pattern="^(subject|transferred)$",
+        description="hyper-parameters: subject, or transferred (the paper's)",
+    )
+    set: Annotated[dict[str, dict[str, Any]], BeforeValidator(_overrides)] = Field(
+        {}, description="single hyper-parameters, such as grace.radius=2.5,memit.layers=[4,5]"
+    )
+    protocol: Annotated[str, AfterValidator(_protocol)] = Field("single", description="how cases are edited")
+    metrics: Metrics = Field(PAPER_METRICS, description="comma-separated (default: the paper's); see clme list")
+    scored: bool = Field(
+        True, description="keep the texts and score them later: clme score", json_schema_extra={"off": "--unscored"}
+    )
+    seed: int = _SEED
+    device: str = _DEVICE
+    dtype: str = _DTYPE
+    batch_size: Annotated[int | Literal["auto"], BeforeValidator(_batch_size)] = Field(
+        8, description="cases edited and scored together, or auto: what memory allows"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_by_its_folder(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and not fields.get("name"):
+            folder = Path(fields.get("out") or "runs/run").resolve().name
+            return {**fields, "name": re.sub(r"[^A-Za-z0-9._-]", "-", folder)}
+        return fields
+
+    @model_validator(mode="after")
+    def _overrides_fit(self) -> RunConfig:
+        from ..editors.registry import check_overrides
+
+        for editor, overrides in self.set.items():
+            check_overrides(editor, overrides)
+        return self
 
 
-def make_config(**values: Any) -> RunConfig:
-    """A checked configuration; StudyError names the field and what was expected."""
-    return parse(RunConfig, values, "run configuration")
+class BenchConfig(Schema):
+    """What to measure of efficiency. Lists may be given as comma-separated text."""
+
+    subject: str = _SUBJECT
+    random_weights: bool = Field(False, description="of a registered subject's exact shape")
+    dataset: Datasets = _DATASET
+    editors: Editors = Field(
+        PAPER_VARIANTS, description="comma-separated; see clme list", json_schema_extra=_EDITOR_FLAGS
+    )
+    cases: int = Field(10, ge=1, description="edited alone, per data set and editor")
+    batches: Annotated[tuple[int, ...], BeforeValidator(_positive_sizes)] = Field(
+        (1, 8), description="comma-separated sizes whose throughput is measured; '' for none"
+    )
+    threads: int = Field(0, ge=0, description="CPU threads; 0: as PyTorch chooses")
+    seed: int = _SEED
+    device: str = _DEVICE
+    dtype: str = _DTYPE
+    out: Path = Field(Path("runs/bench"), description="folder of measurements; the same command resumes them")
+    show: Path | None = Field(None, description="folder of finished measurements to show instead")
+    plain: Path | None = Field(None, description="table of benchmarks/whole_case.py, for what a plain procedure needs")
+
+
+class MeasureConfig(Schema):
+    """Which measurement of the appendices to make. What is not given is the measurement's own default."""
+
+    measurement: str = Field(description="its name; `clme measure list` shows all", json_schema_extra=_POSITIONAL)
+    subject: str = _SUBJECT
+    editors: Editors | None = Field(None, description="comma-separated", json_schema_extra=_EDITOR_FLAGS)
+    dataset: Datasets | None = Field(None, description="comma-separated")
+    cases: int | None = Field(None, ge=1, description="selection cases per data set, of 30")
+    out: Path | None = Field(None, description="CSV to write")
+    device: str = _DEVICE
+
+
+class ScoreConfig(Schema):
+    """A run whose kept texts are scored."""
+
+    run: Path = Field(description="the run's folder", json_schema_extra=_POSITIONAL)
+    target: Path = Field(description="folder of the scored run to write", json_schema_extra=_POSITIONAL)
+    metrics: Metrics | None = Field(
+        None, description="comma-separated metrics to compute anew; if not given, all of the records not scored yet"
+    )
+
+
+class CheckConfig(Schema):
+    """A run to compare with a published one."""
+
+    run: Path = Field(description="the run's folder", json_schema_extra=_POSITIONAL)
+    published: Path = Field(description="the published run's folder", json_schema_extra=_POSITIONAL)
+
+
+class PublishConfig(Schema):
+    """A finished run to be kept by the repository."""
+
+    run: Path = Field(description="the run's folder", json_schema_extra=_POSITIONAL)
+    target: Path = Field(description="results/runs/NAME", json_schema_extra=_POSITIONAL)
+
+
+class NotebookConfig(Schema):
+    """A text notebook to execute."""
+
+    source: Path = Field(description="notebooks/NAME.py", json_schema_extra=_POSITIONAL)
+    target: Path = Field(description="executed .ipynb to write", json_schema_extra=_POSITIONAL)
+    parameters: tuple[tuple[str, str], ...] = Field((), json_schema_extra={"flags": ["-p"], "pairs": True})
+
+
+class NoConfig(Schema):
+    """Nothing to choose."""
+
+
+class DataBuildConfig(Schema):
+    """How to build a data set from its source."""
+
+    dataset: Annotated[str, AfterValidator(_dataset)] = Field(
+        description="which of the paper's", json_schema_extra=_POSITIONAL
+    )
+    out: Path = Field(description="folder of the stages and of the data set")
+    source: str = Field("embedded", description="embedded, hub (CoNaLa, CodeSearchNet), or a file or folder")
+    targets: Annotated[int | None, BeforeValidator(_all), Field(ge=1)] = Field(None, description="edit inputs at most")
+    seed: int = Field(DEFAULT_SEED, description="of the split")
+    encoder: str | None = Field(None, description="Hugging Face encoder of the neighbours; if not given, TF-IDF")
+    model: str | None = Field(None, description="CNLE: language model that scores and rewrites; if not given, offline")
+    endpoint: str | None = Field(None, description="CNLE: base of an OpenAI-compatible endpoint")
+    concurrency: int = Field(8, ge=1, description="CNLE: questions under way at once")
+    budget: int | None = Field(None, ge=1, description="CNLE: tokens that may be spent")
+    names: str | None = Field(None, description="CSNE: masked language model that renames; if not given, the corpus")
+    tokenizer: str | None = Field(None, description="CSNE: counts the 256 tokens; if not given, the embedded subject's")
+    answers: str | None = Field(None, description="subject whose answers to the neighbours are written as well")
+    device: str = Field("cpu", description="of encoder and masked language model")
+
+
+class DataLabelsConfig(Schema):
+    """Pairs for people to label, or their agreement once they have."""
+
+    build: Path = Field(description="folder of a built CNLE", json_schema_extra=_POSITIONAL)
+    file: Path = Field(description="CSV; written when it does not exist, else read", json_schema_extra=_POSITIONAL)
+    margin: float = Field(0.05, description="of a share, at 95 % confidence")
+
+
+class DataFineTuneConfig(Schema):
+    """An encoder to fine-tune on code search, for CSNE's neighbours."""
+
+    build: Path = Field(
+        description="folder of a built CSNE: its non-targeted functions are learnt from", json_schema_extra=_POSITIONAL
+    )
+    out: Path = Field(description="folder of the fine-tuned encoder")
+    encoder: str = Field("microsoft/codebert-base", description="Hugging Face encoder or folder")
+    epochs: int = Field(3, ge=1, description="passes over the functions")
+    batch: int = Field(32, ge=1, description="functions in a step")
+    lr: float = Field(2e-5, gt=0, description="learning rate")
+    device: str = Field("cpu", description="cpu, cuda, cuda:N")
+
+
+class DataCheckConfig(Schema):
+    """A file in the published layout to look through."""
+
+    path: Path = Field(description="JSON file", json_schema_extra=_POSITIONAL)
+    dataset: Annotated[str, AfterValidator(_dataset)] | None = Field(
+        None, description="which of the paper's; if not given, from the file's name"
+    )

@@ -5,11 +5,12 @@ Text notebooks (jupytext ``py:percent``) are the source; papermill executes them
 
 from __future__ import annotations
 
+import ast
 import difflib
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,38 +19,50 @@ from ..support.schema import Schema, parse
 from .config import RunConfig
 
 _WIDGET = "application/vnd.jupyter.widget-view+json"
-# names IPython puts into a notebook's namespace
-_IPYTHON = {"In", "Out"}
-_PLAIN = (str, int, float, list, tuple, type(None))
-
+_INJECTED = "# Parameters"  # how the cell begins that papermill puts after a notebook's own parameters
 
 Config = TypeVar("Config", bound=Schema)
 
 
 def config_from_notebook(namespace: Mapping[str, Any], schema: type[Config] = RunConfig) -> Config:  # type: ignore[assignment]
-    """The configuration from a notebook's parameters: call it first thing after them, with ``globals()``.
+    """The configuration from a notebook's parameters: call it in a cell after theirs, with ``globals()``.
 
-    Papermill only logs a parameter that the notebook does not have, so the check is made here.
+    Parameters are the names that the parameter cell gives with a type (``cases: int = 8``), and all that papermill passes. Any field of
+    the configuration may be passed, also those that the cell does not list.
 
     Raises:
         StudyError: an unknown name (the message lists the known ones) or a value of the wrong type.
     """
     known = list(schema.model_fields)
-    # what a notebook imported or computed is no misspelt parameter: so the cell can be run again
-    names = {
-        name
-        for name, value in namespace.items()
-        if name in known or (not name.startswith("_") and name not in _IPYTHON and isinstance(value, _PLAIN))
-    }
-    if unknown := sorted(names - set(known)):
+    names = list(dict.fromkeys(name for cell in _parameter_cells(namespace) for name in _assigned(cell)))
+    names = [name for name in names or namespace.get("__annotations__", ()) if name in namespace]
+    if unknown := [name for name in names if name not in known]:
         near = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise StudyError(f"unknown parameter {unknown[0]!r}{hint}; known: {', '.join(known)}")
-    values = {name: namespace[name] for name in names}
     # papermill's -p has no way to pass None
-    values = {name: None if isinstance(value, str) and not value and schema.model_fields[name].default is None else value
-              for name, value in values.items()}  # fmt: skip
+    values = {
+        name: None if namespace[name] == "" and schema.model_fields[name].default is None else namespace[name]
+        for name in names
+    }
     return parse(schema, values, "notebook parameters")
+
+
+def _parameter_cells(namespace: Mapping[str, Any]) -> Iterable[ast.Module]:
+    """The executed cells of parameters: with a typed assignment at the top, or papermill's."""
+    for source in namespace.get("In", ()):
+        try:
+            cell = ast.parse(source)
+        except SyntaxError:  # a cell of IPython's own syntax
+            continue
+        if source.startswith(_INJECTED) or any(isinstance(statement, ast.AnnAssign) for statement in cell.body):
+            yield cell
+
+
+def _assigned(cell: ast.Module) -> Iterable[str]:
+    for statement in cell.body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        yield from (target.id for target in targets if isinstance(target, ast.Name))
 
 
 def execute(source: Path, target: Path, parameters: Mapping[str, Any]) -> None:
@@ -58,7 +71,7 @@ def execute(source: Path, target: Path, parameters: Mapping[str, Any]) -> None:
     Two equal executions give equal bytes: time stamps are dropped and cell ids numbered.
 
     Raises:
-        StudyError: an unknown parameter, or a cell that failed (the partial notebook's path is named).
+        StudyError: a cell failed, as it does with an unknown parameter (the partial notebook's path is named).
     """
     import jupytext
     import nbformat
@@ -70,9 +83,6 @@ def execute(source: Path, target: Path, parameters: Mapping[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         ipynb = Path(scratch) / f"{source.stem}.ipynb"
         jupytext.write(jupytext.read(source), ipynb)
-        known = papermill.inspect_notebook(str(ipynb))
-        if unknown := sorted(set(parameters) - set(known)):
-            raise StudyError(f"{source}: unknown parameter {unknown[0]!r}; known: {', '.join(known)}")
         try:
             # the cells' progress bars go to the console; they are not kept in the notebook
             notebook = papermill.execute_notebook(
@@ -88,7 +98,9 @@ def execute(source: Path, target: Path, parameters: Mapping[str, Any]) -> None:
         if cell.cell_type == "code":
             # progress bars and download notices differ from run to run, and widgets load scripts from outside the site
             cell.outputs = [
-                one for one in cell.outputs if one.output_type != "stream" and _WIDGET not in one.get("data", {})
+                output
+                for output in cell.outputs
+                if output.output_type != "stream" and _WIDGET not in output.get("data", {})
             ]
     nbformat.write(notebook, unfinished)
     os.replace(unfinished, target)

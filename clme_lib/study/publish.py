@@ -1,7 +1,7 @@
 """Publishing a run: what the repository keeps of it.
 
-CNLE texts are published. CSNE is mined from packages whose text is not ours to publish, so its records keep scores and
-hashes only; whoever re-runs a case can still compare every string by its hash.
+A data set says whether texts may be published. CSNE is mined from packages whose text is not ours to publish, so its records keep
+scores and hashes only; whoever re-runs a case can still compare every string by its hash.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import json
 import shutil
 from pathlib import Path
 
-from ..evaluation.records import Record, read_records, without_texts
+from ..datasets.base import get_dataset
+from ..evaluation.records import FAILED, Record, read_records
 from ..support.errors import StudyError
 from ..support.journal import append_rows
 from . import provenance
 from .config import make_config
-from .plan import sampled
-from .run_folder import load_manifest, load_run
+from .run_folder import is_recorded, load_manifest, load_run, record_files
+from .runs import planned, sampled
 
 
 def publish(run: Path, target: Path) -> int:
@@ -32,30 +33,30 @@ def publish(run: Path, target: Path) -> int:
         raise StudyError(
             f"{target} exists already: published records are never changed; choose another name or remove it"
         )
-    files = sorted((run / "records").glob("*.jsonl"))
     manifest = load_manifest(run)
-    contents = {file.name: read_records([file]) for file in files}
-    if not contents:
-        raise StudyError(f"{run}: no records to publish")
-    failures = [record for records in contents.values() for record in records if record.error]
+    contents = {file.name: read_records([file]) for file in record_files(run)}
+    failures = [record for records in contents.values() for record in records if record.state == FAILED]
     if failures:
         raise StudyError(f"{run}: case {failures[0].case_id} by {failures[0].editor} failed: {failures[0].error}")
     samples = {name: _finished_sample(run, manifest, records) for name, records in contents.items()}
-    here = provenance.library_sha256(), provenance.commit()
+    library, commit = provenance.library_sha256(), provenance.commit()
+
+    def committed(made_by: str, library_then: str) -> str:
+        """The commit of what was made where there was no repository, by the library that this one holds."""
+        return commit if (made_by, library_then) == ("unknown", library) else made_by
+
     for start in manifest["starts"]:
-        # made where there was no repository, by the library that this one holds
-        if (start["commit"], start["library"]) == ("unknown", here[0]):
-            start["commit"] = here[1]
+        start["commit"] = committed(start["commit"], start["library"])
     manifest["published"] = provenance.now()
     unfinished = target.with_name(target.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
     for name, records in contents.items():
-        kept = [record for record in records if record.case_id in samples[name]]
-        rows = [record.row() for record in sorted(kept, key=lambda record: record.case_id)]
-        append_rows(
-            unfinished / "records" / name,
-            [without_texts(row) if row["dataset"] == "csne" else row for row in rows],
-        )
+        rows = []
+        for record in sorted(records, key=lambda record: (record.position, record.case_id)):
+            if record.case_id in samples[name]:
+                kept = record if get_dataset(record.dataset).publish_texts else record.without_texts()
+                rows.append(kept.model_copy(update={"commit": committed(record.commit, record.library)}).row())
+        append_rows(unfinished / "records" / name, rows)
     (unfinished / "run.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     for file in (run / "folds.json", *sorted(run.glob("*.csv"))):
         if file.is_file():
@@ -68,18 +69,20 @@ def publish(run: Path, target: Path) -> int:
 def _finished_sample(run: Path, manifest: dict, records: list[Record]) -> set[int]:
     """Ids of the largest sample that the records of one editor and data set contain whole."""
     dataset, editor = records[0].dataset, records[0].editor
-    done = {record.case_id for record in records}
-    found: set[int] = set()
+    keys = {(record.position, record.case_id) for record in records}
+    largest: set[int] = set()
     for start in manifest["starts"]:
         # a start that was killed counts as well, once another has completed its sample
         if dataset in start["cases"] and editor in start["hyperparameters"]:
-            config = {**manifest["config"], "cases": start["cases"][dataset], "sample": start["sample"], "out": run}
-            sample = {case.case_id for case in sampled(make_config(**config), dataset)}
-            if sample <= done and len(sample) > len(found):
-                found = sample
-    if not found:
+            fields = {**manifest["config"], "cases": start["cases"][dataset], "sample": start["sample"], "out": run}
+            config = make_config(**fields)
+            sample = sampled(config, dataset)
+            steps = [step for _, plan in planned(config, dataset, editor, sample) for step in plan]
+            if len(sample) > len(largest) and all(is_recorded(step, keys) for step in steps):
+                largest = {case.case_id for case in sample}
+    if not largest:
         raise StudyError(f"{run}: {editor} has not finished on {dataset}: start the run again, then publish")
-    return found
+    return largest
 
 
 def draw(published: Path) -> Path:

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from ..datasets.cases import Case, prompt_text
-from ..evaluation.records import MEASURES, METRICS, SCORES
+from ..datasets.base import get_dataset
+from ..datasets.cases import Case
+from ..datasets.paper import CNLE, CSNE, PAPER_DATASET_NAMES
+from ..metrics.base import MEASURES, get_metric
+from ..metrics.paper import COMPARISONS, PAPER_SCORES
 from ..support.errors import StudyError
 from .tables import (
-    _DATASET_NAMES,
-    _METRIC_NAMES,
     Table,
     _percent,
     dataset_name,
@@ -42,16 +43,16 @@ def proficiency_table(records: pd.DataFrame) -> Table:
 
 def transfer_table(records: pd.DataFrame) -> Table:
     """The paper's Table V: change of effectiveness from CSNE to CNLE, in points."""
-    means = scored(records).groupby(["editor", "dataset"], sort=False)[list(SCORES)].mean() * 100
+    means = scored(records).groupby(["editor", "dataset"], sort=False)[list(PAPER_SCORES)].mean() * 100
     rows = []
     for editor in records["editor"].unique():
-        if editor == "none" or any((editor, dataset) not in means.index for dataset in _DATASET_NAMES):
+        if editor == "none" or any((editor, dataset) not in means.index for dataset in PAPER_DATASET_NAMES):
             continue
         row = {"Editor": editor_name(editor)}
-        for metric in METRICS:
+        for metric in COMPARISONS:
             score = f"effectiveness_{metric}"
-            csne, cnle = means.loc[(editor, "csne"), score], means.loc[(editor, "cnle"), score]
-            row[_METRIC_NAMES[metric]] = f"{csne:.2f} → {cnle:.2f} ({cnle - csne:+.2f})"
+            csne, cnle = means.loc[(editor, CSNE.name), score], means.loc[(editor, CNLE.name), score]
+            row[get_metric(score).title.split()[-1]] = f"{csne:.2f} → {cnle:.2f} ({cnle - csne:+.2f})"
         rows.append(row)
     return Table(
         pd.DataFrame(rows),
@@ -122,8 +123,8 @@ def examples(records: pd.DataFrame, cases: Sequence[Case], count: int = 3) -> st
         case, rows = by_id[case_id], texts[texts["case_id"] == case_id]
         parts.append(f"**Example {number}** (case {case_id})\n")
         parts.append(_code("edit prompt", case.prompt) + _code("target", case.target))
-        parts.append(f"rephrased: {_inline(prompt_text(case.dataset, case.rephrased[0]))}; "
-                     f"a neighbour: {_inline(prompt_text(case.dataset, case.unrelated[0]))}\n")  # fmt: skip
+        parts.append(f"rephrased: {_inline(get_dataset(case.dataset).text(case.rephrased[0]))}; "
+                     f"a neighbour: {_inline(get_dataset(case.dataset).text(case.unrelated[0]))}\n")  # fmt: skip
         parts.append(
             "| Editor | writes after the edit prompt | after the rephrased prompt | after the neighbour |\n|---|---|---|---|"
         )

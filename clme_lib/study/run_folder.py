@@ -1,55 +1,118 @@
-"""A run's folder: its records, its manifest, and what two starts of one run must agree on."""
+"""A run's folder: its records, its manifest, and what two starts of one run must agree on.
+
+::
+
+    run.json                      configuration and, of each start, an id and its provenance
+    folds.json                    case ids of both folds, per data set
+    records/<data set>.<editor>.jsonl
+
+Records are only appended. A published run (publish.py) is only read.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
 
+from ..datasets.base import list_datasets
 from ..datasets.cases import Case
-from ..editors.registry import EDITORS
+from ..editors.registry import list_editors
 from ..evaluation.records import frame, read_records
 from ..support.errors import StudyError
 from ..support.journal import read_rows, write_text
 from .config import RunConfig
+from .protocols import Step
 
+MANIFEST_VERSION = 2
 # what two starts of one run must agree on; the number of cases may grow, batching is free
-_IDENTITY = ("name", "subject", "source", "preset", "values", "seed", "dtype")
+_IDENTITY = ("name", "subject", "source", "preset", "values", "seed", "dtype", "protocol", "metrics")
 
 
 def load_run(
     folder: Path | str, *, chosen: dict[str, list[Case]] | None = None, editors: Sequence[str] | None = None
 ) -> pd.DataFrame:
-    """Records of a run folder; optionally only of given cases and editors."""
+    """Records of a run folder (:func:`clme_lib.evaluation.records.frame`); optionally only of given cases and editors.
+
+    Raises:
+        StudyError: there are none, or a file is damaged.
+    """
     folder = Path(folder)
+    table = frame(read_records(record_files(folder)))
+    if chosen is not None:
+        keys = {(name, case.case_id) for name, cases in chosen.items() for case in cases}
+        table = table[[key in keys for key in zip(table["dataset"], table["case_id"])]]
+    if editors is not None:
+        table = table[table["editor"].isin(editors)]
+    ranks = {name: rank for names in (list_datasets(), list_editors()) for rank, name in enumerate(names)}
+    return table.sort_values(
+        ["dataset", "editor", "position", "case_id"],
+        key=lambda column: column.map(ranks) if column.name in ("dataset", "editor") else column,
+        kind="stable",
+    ).reset_index(drop=True)
+
+
+def record_files(folder: Path) -> list[Path]:
+    """The files of a run's records, in order of their names.
+
+    Raises:
+        StudyError: there are none.
+    """
     files = sorted((folder / "records").glob("*.jsonl"))
     if not files:
         raise StudyError(f"{folder}: no records; expected {folder}/records/*.jsonl")
-    table = frame(read_records(files))
-    if chosen is not None:
-        wanted = {(name, case.case_id) for name, cases in chosen.items() for case in cases}
-        keys = zip(table["dataset"], table["case_id"])
-        table = table[[key in wanted for key in keys]]
-    if editors is not None:
-        table = table[table["editor"].isin(editors)]
-    order = table["editor"].map({name: n for n, name in enumerate(EDITORS)})
-    return (
-        table.assign(_order=order)
-        .sort_values(["dataset", "_order", "case_id"])
-        .drop(columns="_order")
-        .reset_index(drop=True)
-    )
+    return files
+
+
+def records_file(config: RunConfig, dataset: str, editor: str) -> Path:
+    """Where the records of a data set and editor are."""
+    return config.out / "records" / f"{dataset}.{editor}.jsonl"
+
+
+def recorded(config: RunConfig, dataset: str, editor: str, cases: Iterable[Case]) -> set[tuple[int, int]]:
+    """Position and case id of every record that a data set and editor have.
+
+    Raises:
+        StudyError: a case has changed since it was recorded.
+    """
+    file = records_file(config, dataset, editor)
+    hashes = {case.case_id: case.sha256 for case in cases}
+    keys = set()
+    for row in read_rows(file):
+        case_id = row["case_id"]
+        if hashes.get(case_id, row["case_sha256"]) != row["case_sha256"]:
+            raise StudyError(
+                f"{file}: case {case_id} of {dataset} has changed since it was recorded; move the run folder away or "
+                "choose another out="
+            )
+        keys.add((row.get("position", 1), case_id))
+    return keys
+
+
+def is_recorded(step: Step, keys: set[tuple[int, int]]) -> bool:
+    """Whether all that a step evaluates is among these positions and case ids."""
+    return all((step.position, case.case_id) in keys for case in step.evaluated)
 
 
 def load_manifest(folder: Path | str) -> dict:
-    """The ``run.json`` of a run folder."""
+    """The ``run.json`` of a run folder.
+
+    Raises:
+        StudyError: there is none, or it cannot be read.
+    """
     file = Path(folder) / "run.json"
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        manifest = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StudyError(f"{file}: cannot be read: {error}; is {folder} a run folder?") from error
+    if manifest.get("schema_version") != MANIFEST_VERSION:
+        raise StudyError(
+            f"{file}: schema_version {manifest.get('schema_version')!r}, expected {MANIFEST_VERSION}; older runs are converted "
+            "by `python results/migrate.py FOLDER NEW_FOLDER`"
+        )
+    return manifest
 
 
 def is_published(folder: Path) -> bool:
@@ -57,38 +120,33 @@ def is_published(folder: Path) -> bool:
     return (folder / "run.json").is_file() and "published" in load_manifest(folder)
 
 
-def _records_file(config: RunConfig, dataset: str, editor: str) -> Path:
-    return config.out / "records" / f"{dataset}.{editor}.jsonl"
-
-
-def _missing(config: RunConfig, dataset: str, editor: str, cases: list[Case]) -> list[Case]:
-    done = {row["case_id"]: row["case_sha256"] for row in read_rows(_records_file(config, dataset, editor))}
-    for case in cases:
-        if done.get(case.case_id, case.sha256) != case.sha256:
-            raise StudyError(
-                f"{_records_file(config, dataset, editor)}: case {case.case_id} of {dataset} has changed since it was "
-                "recorded; move the run folder away or choose another out="
-            )
-    return [case for case in cases if case.case_id not in done]
-
-
-def _check_same_run(config: RunConfig) -> None:
+def check_same_run(config: RunConfig) -> None:
+    """Raise StudyError when the folder holds a run of another configuration; the message names what differs."""
     if not (config.out / "run.json").is_file():
         return
-    before = load_manifest(config.out)["config"]
-    now = config.model_dump(mode="json")
-    for field in _IDENTITY:
-        if before.get(field) != now[field]:
-            raise StudyError(
-                f"{config.out} holds a run with {field}={before.get(field)!r}, asked for is {field}={now[field]!r}: "
-                "choose another out= or move the folder away"
-            )
+    manifest = load_manifest(config.out)
+    before, now = manifest["config"], config.model_dump(mode="json")
+    differing = [(name, before[name], now[name]) for name in _IDENTITY if name in before and before[name] != now[name]]
+    for start in manifest["starts"]:
+        for editor in set(start["hyperparameters"]) & set(config.editors):
+            overrides = start.get("set", {}).get(editor, {}), now["set"].get(editor, {})
+            if overrides[0] != overrides[1]:
+                differing.append((f"set {editor}", *overrides))
+    if differing:
+        name, old, new = differing[0]
+        raise StudyError(
+            f"{config.out} holds a run with {name}={old!r}, asked for is {name}={new!r}: choose another out= or move the folder away"
+        )
 
 
-def _write_manifest(config: RunConfig, start: dict) -> None:
+def write_manifest(config: RunConfig, start: dict) -> None:
     """``run.json`` with this start's provenance appended (or, when it has finished, replaced)."""
     file = config.out / "run.json"
     starts = load_manifest(config.out)["starts"] if file.is_file() else []
-    starts = [one for one in starts if one["started"] != start["started"]] + [start]
-    content = {"config": config.model_dump(mode="json", exclude={"out"}), "starts": starts}
+    starts = [earlier for earlier in starts if earlier["id"] != start["id"]] + [start]
+    content = {
+        "schema_version": MANIFEST_VERSION,
+        "config": config.model_dump(mode="json", exclude={"out"}),
+        "starts": starts,
+    }
     write_text(file, json.dumps(content, indent=1) + "\n")

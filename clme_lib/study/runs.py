@@ -1,28 +1,25 @@
-"""Runs: a grid of data sets and editors over sampled cases, resumable, with provenance.
-
-A run is a folder::
-
-    run.json                      configuration and, per start, provenance
-    folds.json                    case ids of both folds, per data set
-    records/<data set>.<editor>.jsonl
+"""Runs: a grid of data sets and editors over sampled cases, resumable, with provenance (run_folder.py has the files).
 
 Records are appended batch by batch. Killing the process loses at most the batch in flight; starting the same run again
-completes it. Asking for more cases extends it, because samples are nested. A published run (publish.py) is only read.
+completes it. Asking for more cases extends it, because samples are nested.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Any
+import secrets
+from collections.abc import Sequence
 
 import pandas as pd
 from tqdm import tqdm
 
-from ..datasets.cases import Case, dataset_sha256, folds
-from ..datasets.registry import load_cases
+from ..datasets.base import get_dataset
+from ..datasets.cases import Case, dataset_sha256, folds, sample_cases
+from ..datasets.registry import load_cases, selection_ids
 from ..editors.base import Editor
-from ..editors.registry import load_editor
-from ..evaluation.evaluate import failed, score
+from ..editors.registry import get_editor, load_editor
+from ..edits.base import Edit
+from ..evaluation.evaluate import Circumstances, score
 from ..evaluation.records import Record
 from ..subjects.subject import Subject, load_subject, torch_device
 from ..support.batching import Batches
@@ -31,8 +28,16 @@ from ..support.journal import append_rows, write_text
 from ..support.memory import is_out_of_memory, raising_when_full
 from . import provenance
 from .config import RunConfig
-from .plan import sampled
-from .run_folder import _check_same_run, _missing, _records_file, _write_manifest, is_published, load_run
+from .protocols import Step, get_protocol
+from .run_folder import (
+    check_same_run,
+    is_published,
+    is_recorded,
+    load_run,
+    recorded,
+    records_file,
+    write_manifest,
+)
 
 
 def run(config: RunConfig) -> pd.DataFrame:
@@ -45,29 +50,50 @@ def run(config: RunConfig) -> pd.DataFrame:
     chosen = {name: sampled(config, name) for name in config.dataset}
     if is_published(config.out):
         return _read_published(config, chosen)
-    pending = [(name, editor) for name in config.dataset for editor in config.editors
-               if _missing(config, name, editor, chosen[name])]  # fmt: skip
-    _check_same_run(config)
+    check_same_run(config)
+    grid = [(name, editor) for name in config.dataset for editor in config.editors]
+    pending = [(name, editor) for name, editor in grid if _is_missing(config, name, editor, chosen[name])]
     if pending:
         with raising_when_full(torch_device(config.device)):
             subject = load_subject(config.subject, config.device, config.dtype)
-            editors = {name: load_editor(name, subject, values=config.values, preset=config.preset, seed=config.seed)  # type: ignore[arg-type]
-                       for name in dict.fromkeys(editor for _, editor in pending)}  # fmt: skip
+            editors = {name: _load_editor(config, name, subject) for name in dict.fromkeys(name for _, name in pending)}
             start = _start(config, subject, editors, chosen)
             for name, editor in pending:
-                missing = _missing(config, name, editor, chosen[name])
-                _complete(config, subject, editors[editor], chosen[name], missing)
-            _write_manifest(config, {**start, "finished": provenance.now()})
+                _Work(config, subject, editors[editor], name, start).complete(chosen[name])
+            write_manifest(config, {**start, "finished": provenance.now()})
     return load_run(config.out, chosen=chosen, editors=config.editors)
+
+
+def sampled(config: RunConfig, dataset: str) -> list[Case]:
+    """The cases of a data set that a configuration asks for."""
+    cases = load_cases(dataset, config.source)
+    if config.within is not None:
+        earlier = load_run(config.within, editors=config.editors)
+        earlier = earlier[earlier["dataset"] == dataset]
+        by_editor = [set(records["case_id"]) for _, records in earlier.groupby("editor")]
+        shared = set.intersection(*by_editor) if by_editor else set()
+        cases = [case for case in cases if case.case_id in shared]
+        if not cases:
+            raise StudyError(
+                f"within={config.within}: that run has no cases of {dataset} by {', '.join(config.editors)}"
+            )
+    elif config.source == "embedded":
+        cases = [case for case in cases if case.case_id not in selection_ids(dataset)]
+    return sample_cases(cases, config.cases, config.sample)
+
+
+def _load_editor(config: RunConfig, name: str, subject: Subject) -> Editor:
+    values, overrides = config.values, config.set.get(name, {})
+    return load_editor(name, subject, values=values, preset=config.preset, seed=config.seed, **overrides)  # type: ignore[arg-type]
 
 
 def _read_published(config: RunConfig, chosen: dict[str, list[Case]]) -> pd.DataFrame:
     """What a published run has of the chosen cases; an editor may have fewer cases than another."""
-    _check_same_run(config)
+    check_same_run(config)
     table = load_run(config.out, chosen=chosen, editors=config.editors)
-    there = set(zip(table["dataset"], table["editor"]))
+    pairs = set(zip(table["dataset"], table["editor"]))
     if missing := [
-        f"{editor} on {name}" for name in chosen for editor in config.editors if (name, editor) not in there
+        f"{editor} on {name}" for name in chosen for editor in config.editors if (name, editor) not in pairs
     ]:
         raise StudyError(
             f"{config.out} is a published run and has no records of {', '.join(missing)}: choose another out=, or copy the "
@@ -76,64 +102,129 @@ def _read_published(config: RunConfig, chosen: dict[str, list[Case]]) -> pd.Data
     return table
 
 
-def _complete(config: RunConfig, subject: Subject, editor: Editor, cases: list[Case], missing: list[Case]) -> None:
-    """Edit and score the missing cases, batch by batch."""
-    file = _records_file(config, missing[0].dataset, editor.name)
-    everything = load_cases(missing[0].dataset, config.source)
-    halves = folds(everything, config.seed)
-    folds_of = {case_id: fold for fold, ids in enumerate(halves) for case_id in ids}
-    # a trained editor edits the cases of one fold after learning from the other
-    parts = [missing]
-    if editor.needs_training:
-        parts = [part for fold in (0, 1) if (part := [case for case in missing if folds_of[case.case_id] == fold])]
-    common: dict[str, Any] = {
-        "preset": config.preset,
-        "run": config.name,
-        "source": config.source,
-        "folds_of": folds_of,
-    }
-    scoring = {"seed": config.seed, "scored": config.scored}
-    description = f"{missing[0].dataset} {editor.name}"
-    with tqdm(total=len(cases), initial=len(cases) - len(missing), desc=description, unit="case") as bar:
-        for part in parts:
-            if editor.needs_training:
-                fold = folds_of[part[0].case_id]
-                halves_of = [[case for case in everything if folds_of[case.case_id] == one] for one in (0, 1)]
-                editor.fit(halves_of[1 - fold], edited=halves_of[fold])
-            ordered = sorted(part, key=lambda case: (editor.cost(case), case.case_id))
-            batches = Batches(ordered, config.batch_size, subject.device)
-            for batch in batches:
-                try:
-                    records = _attempt(subject, editor, batch, scoring, common)
-                except Exception as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    if len(batch) > 1:
-                        batches.did_not_fit(batch)
-                        continue
-                    reason = "the device's memory does not suffice for this case alone"
-                    records = [failed(subject, batch[0], editor.name, error=reason, **common)]
-                append_rows(file, [record.row() for record in records])
-                bar.update(len(batch))
+def planned(config: RunConfig, dataset: str, editor: str, cases: Sequence[Case]) -> list[tuple[int | None, list[Step]]]:
+    """The steps of some cases. A trained editor edits the cases of one fold after learning from the other: a plan for each fold."""
+    plan = get_protocol(config.protocol).plan
+    if not get_editor(editor).needs_training:
+        return [(None, plan(cases))]
+    halves = folds(load_cases(dataset, config.source), config.seed)
+    parts = [(fold, [case for case in cases if case.case_id in set(ids)]) for fold, ids in enumerate(halves)]
+    return [(fold, plan(part)) for fold, part in parts if part]
 
 
-def _attempt(subject: Subject, editor: Editor, batch: list[Case], scoring: dict, common: dict) -> list[Record]:
-    """Records of a batch. If it fails, its cases are tried alone, so that one bad case spoils no other's result."""
-    try:
-        edits = editor.edit(batch, batch_size=len(batch))
-        return score(subject, batch, edits, **scoring, **common)
-    except (StudyError, ValueError, ArithmeticError) as error:
-        if len(batch) > 1:
-            return [record for case in batch for record in _attempt(subject, editor, [case], scoring, common)]
-        return [failed(subject, batch[0], editor.name, error=f"{type(error).__name__}: {error}", **common)]
+def _is_missing(config: RunConfig, dataset: str, editor: str, cases: Sequence[Case]) -> bool:
+    keys = recorded(config, dataset, editor, cases)
+    plans = planned(config, dataset, editor, cases)
+    return not all(is_recorded(step, keys) for _, steps in plans for step in steps)
+
+
+class _Work:
+    """What one start of a run has to do with a data set and an editor."""
+
+    def __init__(self, config: RunConfig, subject: Subject, editor: Editor, dataset: str, start: dict) -> None:
+        self.config, self.subject, self.editor, self.dataset = config, subject, editor, dataset
+        self.file = records_file(config, dataset, editor.name)
+        self.cases = load_cases(dataset, config.source)
+        self.halves = folds(self.cases, config.seed)
+        self.circumstances = Circumstances(
+            editor.name,
+            run=config.name,
+            source=get_dataset(dataset).file or config.source,
+            preset=config.preset,
+            seed=config.seed,
+            protocol=config.protocol,
+            metrics=config.metrics if config.scored else None,
+            folds={case_id: fold for fold, ids in enumerate(self.halves) for case_id in ids},
+            start=start["id"],
+            library=start["library"],
+            commit=start["commit"],
+        )
+
+    def complete(self, cases: Sequence[Case]) -> None:
+        """Edit and score what has not been recorded yet."""
+        keys = recorded(self.config, self.dataset, self.editor.name, cases)
+        plans = planned(self.config, self.dataset, self.editor.name, cases)
+        total = sum(len(step.evaluated) for _, steps in plans for step in steps)
+        with tqdm(total=total, initial=len(keys), desc=f"{self.dataset} {self.editor.name}", unit="case") as self.bar:
+            for fold, steps in plans:
+                self._learn(self.editor, fold)
+                built_upon = {step.after for step in steps}
+                alone = [
+                    step.edited[0]
+                    for number, step in enumerate(steps)
+                    if number not in built_upon and step.after is None and step.edited == step.evaluated
+                    and len(step.edited) == 1 and not is_recorded(step, keys)
+                ]  # fmt: skip
+                self._edit_alone(alone)
+                self._walk(steps, keys | {(1, case.case_id) for case in alone}, fold)
+
+    def _learn(self, editor: Editor, fold: int | None) -> None:
+        if fold is not None:
+            learnt, edited = (
+                [case for case in self.cases if case.case_id in set(self.halves[part])] for part in (1 - fold, fold)
+            )
+            editor.fit(learnt, edited=edited)
+
+    def _walk(self, steps: Sequence[Step], keys: set[tuple[int, int]], fold: int | None) -> None:
+        """The steps that build on each other, or evaluate several cases, in order; those that nothing missing needs are left out."""
+        needed: set[int] = set()
+        for number in reversed(range(len(steps))):
+            step = steps[number]
+            if number in needed or not is_recorded(step, keys):
+                needed |= {number} if step.after is None else {number, step.after}
+        states: dict[int, list[Edit]] = {}
+        for number in sorted(needed):
+            step = steps[number]
+            before = states[step.after] if step.after is not None else []
+            editor = self.editor
+            if before:
+                editor = _load_editor(self.config, editor.name, self.subject.edited(Edit.compose(before)))
+                self._learn(editor, fold)
+            edits = [*before, *editor.edit(step.edited)]
+            states[number] = edits
+            missing = [case for case in step.evaluated if (step.position, case.case_id) not in keys]
+            if missing:
+                logs = {edit.case_id: edit.log for edit in edits}
+                state = [Edit.compose(edits)] * len(missing)
+                self._record(score(self.subject, missing, state, self.circumstances, position=step.position, logs=logs))
+
+    def _edit_alone(self, cases: Sequence[Case]) -> None:
+        """Cases that are edited and evaluated each on its own: a batch at a time, each row of it another edited model."""
+        ordered = sorted(cases, key=lambda case: (self.editor.cost(case), case.case_id))
+        batches = Batches(ordered, self.config.batch_size, self.subject.device)
+        for batch in batches:
+            try:
+                self._record(self._attempt(batch))
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(batch) > 1:
+                    batches.did_not_fit(batch)
+                    continue
+                reason = "the device's memory does not suffice for this case alone"
+                self._record([self.circumstances.record(self.subject, batch[0], error=reason)])
+
+    def _attempt(self, batch: list[Case]) -> list[Record]:
+        """Records of a batch. If it fails, its cases are tried alone, so that a bad case spoils no other's result."""
+        try:
+            edits = self.editor.edit(batch, batch_size=len(batch))
+            return score(self.subject, batch, edits, self.circumstances)
+        except (StudyError, ValueError, ArithmeticError) as error:
+            if len(batch) > 1:
+                return [record for case in batch for record in self._attempt([case])]
+            return [self.circumstances.record(self.subject, batch[0], error=f"{type(error).__name__}: {error}")]
+
+    def _record(self, records: list[Record]) -> None:
+        append_rows(self.file, [record.row() for record in records])
+        self.bar.update(len(records))
 
 
 def _start(config: RunConfig, subject: Subject, editors: dict[str, Editor], chosen: dict[str, list[Case]]) -> dict:
     """Record provenance before the first case."""
-    everything = {name: load_cases(name, config.source) for name in config.dataset}
-    halves = {name: folds(cases, config.seed) for name, cases in everything.items()}
-    write_text(config.out / "folds.json", json.dumps(halves) + "\n")
+    cases = {name: load_cases(name, config.source) for name in config.dataset}
+    write_text(config.out / "folds.json", json.dumps({name: folds(cases[name], config.seed) for name in cases}) + "\n")
     start = {
+        "id": secrets.token_hex(4),
         "started": provenance.now(),
         "commit": provenance.commit(),
         "library": provenance.library_sha256(),
@@ -141,11 +232,12 @@ def _start(config: RunConfig, subject: Subject, editors: dict[str, Editor], chos
         "hardware": provenance.hardware(subject),
         "dtype": subject.dtype_name,
         "model": subject.fingerprint,
-        "data": {name: dataset_sha256(cases) for name, cases in everything.items()},
-        "cases": {name: len(cases) for name, cases in chosen.items()},
+        "data": {name: dataset_sha256(loaded) for name, loaded in cases.items()},
+        "cases": {name: len(sample) for name, sample in chosen.items()},
         "sample": config.sample,
+        "set": {name: config.set[name] for name in editors if name in config.set},
         "hyperparameters": {name: provenance.hyperparameters(editor) for name, editor in editors.items()},
-        "setup": {name: made for name, editor in editors.items() if (made := editor.setup())},
+        "setup": {name: prepared for name, editor in editors.items() if (prepared := editor.setup())},
     }
-    _write_manifest(config, start)
+    write_manifest(config, start)
     return start

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from ..evaluation.records import MEASURES, METRICS, TEXTS
+from ..metrics.base import MEASURES, TEXTS
+from ..metrics.paper import COMPARISONS
 from ..support.errors import StudyError
 
 GREEDY_AGREEMENT = 0.90  # below this share for an editor, the check fails
 UNEDITED_POINTS = 1.0  # a score of the unedited row may move by this much, in points
 _GREEDY = MEASURES
-_SCORES = tuple(f"{measure}_{metric}" for measure in MEASURES for metric in METRICS)
+_SCORES = tuple(f"{measure}_{metric}" for measure in MEASURES for metric in COMPARISONS)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def compare(here: pd.DataFrame, published: pd.DataFrame) -> Comparison:
     Raises:
         StudyError: nothing in common, or a case that is not the same case any more.
     """
-    keys = ["subject", "dataset", "editor", "preset", "case_id"]
+    keys = ["subject", "dataset", "editor", "preset", "protocol", "position", "case_id"]
     pairs = here.merge(published, on=keys, suffixes=("", "_published"))
     if pairs.empty:
         raise StudyError("the run and the published records have no case and editor in common: nothing to compare")

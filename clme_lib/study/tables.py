@@ -10,13 +10,14 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from ..datasets.base import dataset_title
 from ..editors.registry import EDITORS
-from ..evaluation.records import SCORES
+from ..evaluation.records import SCORED
+from ..metrics.base import get_metric
+from ..metrics.paper import PAPER_METRICS, PAPER_SCORES
 
 LEVEL = 0.95
 RESAMPLES = 2_000
-BINARY = ("effectiveness_em", "generalization_em", "specificity_em")
-_METRIC_NAMES = {"em": "EM", "bleu": "BLEU", "rouge_l": "R-L"}
 _EDITOR_NAMES = {
     "none": "unedited",
     "ft-l": "FT-L",
@@ -29,7 +30,6 @@ _EDITOR_NAMES = {
     "a-grace-wo-cl": "A-GRACE w/o CL",
     "a-grace-wo-mean": "A-GRACE w/o Mean",
 }
-_DATASET_NAMES = {"cnle": "CNLE", "csne": "CSNE"}
 # places in seaborn's colourblind palette, the same in all figures
 _COLOURS = {
     "ft-l": 0,
@@ -75,14 +75,14 @@ def interval(values: Sequence[float], binary: bool) -> Interval:
 
 
 def scored(records: pd.DataFrame) -> pd.DataFrame:
-    """Records that have scores (a case that failed has a reason instead)."""
-    return records[records["error"].isna()]
+    """Records that have scores; others failed, or are not scored yet."""
+    return records[records["state"] == SCORED]
 
 
 def summary(records: pd.DataFrame) -> pd.DataFrame:
     """Mean scores times 100 and the number of cases, a row per data set and editor."""
     groups = scored(records).groupby(["dataset", "editor"], sort=False)
-    table = (groups[list(SCORES)].mean() * 100).round(2)
+    table = (groups[list(PAPER_SCORES)].mean() * 100).round(2)
     table.insert(0, "n", groups.size())
     return table
 
@@ -117,10 +117,10 @@ def score_rows(records: pd.DataFrame) -> pd.DataFrame:
     The best edited row is in bold, but for fluency: its entropy tells broken text (too low), not better text, apart.
     """
     rows = []
-    shown = [*SCORES[:-1], "specificity_rate", SCORES[-1]]
+    shown = PAPER_METRICS
     for dataset, mine in scored(records).groupby("dataset", sort=False):
         cells = {
-            editor: {score: interval(own[score], score in BINARY) for score in shown}
+            editor: {score: interval(own[score], get_metric(score).binary) for score in shown}
             for editor, own in mine.groupby("editor", sort=False)
         }
         best = {s: max((c[s].mean for editor, c in cells.items() if editor != "none"), default=None) for s in shown}
@@ -131,7 +131,11 @@ def score_rows(records: pd.DataFrame) -> pd.DataFrame:
                 "n": str(next(iter(intervals.values())).n),
             }
             for score in shown:
-                bold = editor != "none" and score != "fluency" and intervals[score].mean == best[score]
+                bold = (
+                    editor != "none"
+                    and bool(get_metric(score).higher_is_better)
+                    and intervals[score].mean == best[score]
+                )
                 row[column_name(score)] = _cell(intervals[score], bold)
             rows.append(row)
     return pd.DataFrame(rows)
@@ -152,19 +156,12 @@ def editor_colour(name: str) -> tuple[float, float, float]:
 
 def dataset_name(name: str) -> str:
     """A data set's name as the paper writes it."""
-    return _DATASET_NAMES.get(name, name.upper())
+    return dataset_title(name)
 
 
 def column_name(score: str) -> str:
     """A score's name in a table's head."""
-    if score in ("fluency", "specificity_rate"):
-        return "FL." if score == "fluency" else "Spec. kept"
-    measure, metric = score.split("_", 1)
-    return (
-        {"effectiveness": "Eff.", "generalization": "Gen.", "specificity": "Spec."}[measure]
-        + " "
-        + _METRIC_NAMES[metric]
-    )
+    return get_metric(score).title
 
 
 def _cell(found: Interval, bold: bool) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 DEFAULT_SEED = 42
 
@@ -16,9 +18,11 @@ def seed_of(*parts: object) -> int:
 
 def generator(*parts: object) -> torch.Generator:
     """A CPU generator seeded by :func:`seed_of` (the CPU's stream is the same on every machine)."""
+    import torch
+
     return torch.Generator("cpu").manual_seed(seed_of(*parts))
 
 
 def seeded_order(ids, *parts: object) -> list:
     """``ids`` in the order of their own hashes: a shuffle in which adding an id moves no other two against each other."""
-    return sorted(ids, key=lambda one: (seed_of(*parts, one), one))
+    return sorted(ids, key=lambda entry: (seed_of(*parts, entry), entry))

@@ -14,15 +14,16 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from ...metrics.text import bleu, rouge_l
 from ...support.errors import StudyError
-from ..cases import Case, DatasetName, prompt_text
+from ..base import DataSet, get_dataset, list_datasets
+from ..cases import Case
 from ..neighbours import tfidf
-from ..published import FILES, parse_record, read_records
+from ..published import parse_record, read_records
 
 TOO_CLOSE = 0.97  # cosine above which a neighbour is the same thing in other spelling
 _TOKEN = re.compile(r"\w+|[^\w\s]")
@@ -57,7 +58,7 @@ class Report:
     """A data set's counts, lengths and findings."""
 
     name: str
-    dataset: DatasetName
+    dataset: str
     records: int
     cases: int
     lengths: tuple[Lengths, ...]
@@ -86,13 +87,7 @@ def check_file(path: Path | str, dataset: str | None = None) -> Report:
         StudyError: the file is not a JSON list, or its name does not say which data set it is.
     """
     path = Path(path)
-    kind: Any = dataset or next(
-        (name for name, part in FILES.items() if part.removeprefix("Edit").lower() in path.name.lower()), None
-    )
-    if kind not in FILES:
-        raise StudyError(
-            f"{path}: the name has neither Conala nor CodeSearchNet in it: say which it is with --dataset cnle or csne"
-        )
+    kind = get_dataset(dataset) if dataset else _named_in(path)
     records = read_records(path)
     cases, malformed, answered = [], [], Counter[str]()
     for number, record in enumerate(records):
@@ -104,7 +99,14 @@ def check_file(path: Path | str, dataset: str | None = None) -> Report:
         answered.update(list(record["neighborhoods"].get("answers") or ()))
     findings = [_finding("error", "malformed records", malformed, "Mend or remove them.")] if malformed else []
     findings += _answers(answered, len(cases))
-    return Report(path.name, kind, len(records), len(cases), lengths(cases), (*findings, *check_cases(cases)))
+    return Report(path.name, kind.name, len(records), len(cases), lengths(cases), (*findings, *check_cases(cases)))
+
+
+def _named_in(path: Path) -> DataSet:
+    for dataset in map(get_dataset, list_datasets()):
+        if dataset.layout and dataset.layout.file.removeprefix("Edit").lower() in path.name.lower():
+            return dataset
+    raise StudyError(f"{path}: the name has neither Conala nor CodeSearchNet in it: say which it is with --dataset")
 
 
 def check_cases(cases: Sequence[Case]) -> tuple[Finding, ...]:
@@ -127,12 +129,12 @@ def lengths(cases: Sequence[Case]) -> tuple[Lengths, ...]:
     """Table III: number, mean and median length of each kind of text."""
     if not cases:
         return ()
-    dataset = cases[0].dataset
-    unrelated = [prompt_text(dataset, one) for case in cases for one in case.unrelated]
+    dataset = get_dataset(cases[0].dataset)
+    unrelated = [dataset.text(prompt) for case in cases for prompt in case.unrelated]
     texts = {
         "edit inputs": [case.text for case in cases],
         "targets": [case.target for case in cases],
-        "rephrased inputs": [prompt_text(dataset, one) for case in cases for one in case.rephrased],
+        "rephrased inputs": [dataset.text(prompt) for case in cases for prompt in case.rephrased],
         "neighbours": unrelated,
         "neighbours, distinct": list(dict.fromkeys(unrelated)),
         "targets, distinct": list(dict.fromkeys(case.target for case in cases)),
@@ -160,7 +162,7 @@ _Test = tuple[Literal["error", "warning"], str, str, Callable[[Case], bool]]
 
 
 def _tests(cases: Sequence[Case]) -> Iterator[_Test]:
-    dataset = cases[0].dataset
+    dataset = get_dataset(cases[0].dataset)
     ids, prompts = Counter(case.case_id for case in cases), Counter(case.prompt for case in cases)
     close = _closest(cases)
     yield "error", "case_id occurs twice", "Number the cases.", lambda case: ids[case.case_id] > 1
@@ -218,7 +220,7 @@ def _tests(cases: Sequence[Case]) -> Iterator[_Test]:
         "It can never match exactly: what is generated is stripped.",
         (lambda case: case.target != case.target.strip()),
     )
-    if dataset == "cnle":
+    if "target" in dataset.code:
         yield (
             "warning",
             "snippet is not Python 3",
@@ -236,7 +238,7 @@ def _tests(cases: Sequence[Case]) -> Iterator[_Test]:
         "warning",
         "a neighbour is not Python 3",
         "Check whether it is Python 2.",
-        (lambda case: not all(parses(prompt_text(dataset, one)) for one in case.unrelated)),
+        (lambda case: not all(parses(dataset.text(one)) for one in case.unrelated)),
     )
     yield (
         "warning",
@@ -244,8 +246,7 @@ def _tests(cases: Sequence[Case]) -> Iterator[_Test]:
         "Rename anew and verify.",
         (
             lambda case: (
-                parses(case.text)
-                and not all(same_up_to_names(case.text, prompt_text(dataset, one)) for one in case.rephrased)
+                parses(case.text) and not all(same_up_to_names(case.text, dataset.text(one)) for one in case.rephrased)
             )
         ),
     )
@@ -257,7 +258,7 @@ def _closest(cases: Sequence[Case]) -> dict[int, float]:
     for case in cases:
         for prompt in (case.prompt, *case.unrelated):
             texts.setdefault(prompt, len(texts))
-    vectors = tfidf([prompt_text(cases[0].dataset, prompt) for prompt in texts])
+    vectors = tfidf([get_dataset(cases[0].dataset).text(prompt) for prompt in texts])
     found = {}
     for case in cases:
         near = (

@@ -34,8 +34,10 @@ from ...support.errors import StudyError
 from ...support.journal import read_rows
 from ...support.seeds import seeded_order
 from .. import published
-from ..cases import Case, DatasetName, make_prompt
+from ..base import DataSet
+from ..cases import Case
 from ..neighbours import Embedder, nearest, tfidf
+from ..paper import CNLE, CSNE, PAPER_DATASETS
 from .checking import Report, check_file
 from .relevance import LEVELS
 from .rephrasing import GivenIntents
@@ -81,7 +83,7 @@ def build_cnle(
         StudyError: a source or endpoint fails, a stage there is of other settings, or nothing is left of the rows.
     """
     stages = Stages(folder)
-    pairs = stages.run("collect", {"dataset": "cnle", **_source(source, "cnle")}, [], lambda _: collect_pairs(source))
+    pairs = stages.run("collect", {"dataset": CNLE.name, **_source(source, CNLE)}, [], lambda _: collect_pairs(source))
     by_id = {row["id"]: row for row in pairs}
     scores = stages.run("score", scorer.settings(), kept(pairs), scorer.score)
     levels = {row["id"]: row.get("level") for row in scores}
@@ -96,7 +98,7 @@ def build_cnle(
         "neighbours", _embedding(embed), targeted, lambda rows: _neighbours(rows, pool, "intent", "snippet", embed)
     )
     others = stages.run("rephrase", rephraser.settings(), targeted, rephraser.rephrase)
-    return _finish(stages, "cnle", by_id, near, others, ("intent", "snippet"), subject)
+    return _finish(stages, CNLE, by_id, near, others, ("intent", "snippet"), subject)
 
 
 def build_csne(
@@ -124,7 +126,7 @@ def build_csne(
     """
     stages = Stages(folder)
     functions = stages.run(
-        "collect", {"dataset": "csne", **_source(source, "csne")}, [], lambda _: collect_functions(source)
+        "collect", {"dataset": CSNE.name, **_source(source, CSNE)}, [], lambda _: collect_functions(source)
     )
     by_id = {row["id"]: row for row in functions}
     settings = {"tokens": MAX_TOKENS, "tokenizer": tokenizer or "smollm2-135m"}
@@ -139,7 +141,7 @@ def build_csne(
     near = stages.run(
         "neighbours", _embedding(embed), renamed, lambda rows: _neighbours(rows, pool, "code", "doc", embed)
     )
-    return _finish(stages, "csne", by_id, near, others, ("code", "doc"), subject)
+    return _finish(stages, CSNE, by_id, near, others, ("code", "doc"), subject)
 
 
 def stage_rows(folder: Path, name: str) -> list[Row]:
@@ -163,9 +165,9 @@ def built_cases(folder: Path) -> list[Case]:
     Raises:
         StudyError: there is none, or its file is damaged.
     """
-    for dataset, name in published.FILES.items():
-        if (file := folder / f"{name}.json").is_file():
-            return published.read(file, dataset)  # type: ignore[arg-type]
+    for dataset in PAPER_DATASETS:
+        if (file := folder / f"{published.layout_of(dataset).file}.json").is_file():
+            return published.read(file, dataset)
     raise StudyError(f"{folder}: no data set there; build it first: clme data build ... --out {folder}")
 
 
@@ -187,7 +189,7 @@ def stage_counts(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _source(source: str, dataset: str) -> dict[str, Any]:
+def _source(source: str, dataset: DataSet) -> dict[str, Any]:
     """What a source is, so that another one in its place is noticed: its files with their hashes."""
     if source == "embedded":
         return {"source": source}
@@ -272,7 +274,7 @@ def _neighbours(targeted: Sequence[Row], pool: Sequence[Row], text: str, target:
 
 def _finish(
     stages: Stages,
-    dataset: DatasetName,
+    dataset: DataSet,
     by_id: dict,
     near: Sequence[Row],
     others: Sequence[Row],
@@ -287,11 +289,11 @@ def _finish(
     cases = [
         Case(
             n,
-            dataset,
-            make_prompt(dataset, by_id[row["id"]][text]),
+            dataset.name,
+            dataset.prompt(by_id[row["id"]][text]),
             by_id[row["id"]][target],
-            (make_prompt(dataset, rephrased[row["id"]]),),
-            tuple(make_prompt(dataset, by_id[one][text]) for one in row["neighbours"]),
+            (dataset.prompt(rephrased[row["id"]]),),
+            tuple(dataset.prompt(by_id[one][text]) for one in row["neighbours"]),
         )
         for n, row in enumerate(complete)
     ]
@@ -305,7 +307,7 @@ def _finish(
             batch=32,
         )
         answers[subject] = [row["answers"] for row in sorted(given, key=lambda row: row["id"])]
-    file = stages.folder / f"{published.FILES[dataset]}.json"
+    file = stages.folder / f"{published.layout_of(dataset).file}.json"
     published.write(file, cases, answers)
     return check_file(file)
 

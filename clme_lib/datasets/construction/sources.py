@@ -22,12 +22,14 @@ from typing import Any
 
 from ...support.errors import StudyError, first_line
 from .. import embedded_cnle, embedded_csne, mining
+from ..base import DataSet
+from ..paper import CNLE, CSNE
 from .stages import Row
 
 # data set -> (Hub repository, files of the part that the paper uses)
 HUB = {
-    "cnle": ("codeparrot/conala-mined-curated", "**.parquet"),
-    "csne": ("code-search-net/code_search_net", "python/**.parquet"),
+    CNLE.name: ("codeparrot/conala-mined-curated", "**.parquet"),
+    CSNE.name: ("code-search-net/code_search_net", "python/**.parquet"),
 }
 _TOKENIZED = 1_000  # texts at a time
 LONGEST = 100_000  # characters; nothing longer can have 256 tokens, and parsing it may take minutes
@@ -75,7 +77,7 @@ def _objects(rows: Any, path: Path) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def hub_files(dataset: str) -> list[Path]:
+def hub_files(dataset: DataSet) -> list[Path]:
     """The data set's source files, downloaded to the Hugging Face cache.
 
     The Hub keeps most data sets as Parquet, and converts the others on a branch of its own, which is asked when the repository
@@ -83,7 +85,7 @@ def hub_files(dataset: str) -> list[Path]:
     """
     from huggingface_hub import snapshot_download
 
-    repository, pattern = HUB[dataset]
+    repository, pattern = HUB[dataset.name]
     try:
         for revision in (None, "refs/convert/parquet"):
             folder = snapshot_download(repository, repo_type="dataset", revision=revision, allow_patterns=[pattern])
@@ -96,7 +98,7 @@ def hub_files(dataset: str) -> list[Path]:
     raise StudyError(f"{repository} has no files like {pattern}; get its files by hand and pass them with --source")
 
 
-def source_files(dataset: str, source: str) -> list[Path]:
+def source_files(dataset: DataSet, source: str) -> list[Path]:
     """The files of ``source``: ``hub``, a file, or a folder of files."""
     if source == "hub":
         return hub_files(dataset)
@@ -115,7 +117,7 @@ def collect_pairs(source: str) -> Iterator[Row]:
     if source == "embedded":
         rows: Iterator[dict] = iter([*embedded_cnle.read_rows("cnle-targets"), *embedded_cnle.read_rows("cnle-pool")])
     else:
-        rows = (row for file in source_files("cnle", source) for row in read_table(file))
+        rows = (row for file in source_files(CNLE, source) for row in read_table(file))
     for number, row in enumerate(rows):
         found = {name: _clean(row.get(name)) for name in ("intent", "snippet", "rewritten_intent")}
         reason = next((f"no {name}" for name in ("intent", "snippet") if not found[name]), None)
@@ -139,7 +141,7 @@ def collect_functions(source: str) -> Iterator[Row]:
                 }
         return
     number = -1
-    for file in source_files("csne", source):
+    for file in source_files(CSNE, source):
         parts = "train", "valid", "test"
         # the hub's conversion has a folder for each part
         named = next((part for part in parts if part in file.stem or part == file.parent.name), None)

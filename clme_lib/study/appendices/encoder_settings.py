@@ -11,7 +11,8 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from ...datasets.cases import DATASETS, folds, sample_cases
+from ...datasets.cases import folds, sample_cases
+from ...datasets.paper import PAPER_DATASET_NAMES
 from ...datasets.registry import load_cases
 from ...editors.contrastive_encoder import Pairs, balanced_accuracy, make_pairs
 from ...edits.encoder import Encoder
@@ -108,7 +109,7 @@ def compare_encoders(subject: Subject, file: Path, margin: float = 2.0) -> pd.Da
     rows = done.to_dict("records")
     known = {_key(row) for row in rows}
     settings = list(encoder_settings(margin))
-    work = [(d, fold, *setting) for d in DATASETS for fold in (0, 1) for setting in settings]
+    work = [(d, fold, *setting) for d in PAPER_DATASET_NAMES for fold in (0, 1) for setting in settings]
     for dataset, fold, editor, setting, size in tqdm(work, desc="encoders", unit="encoder"):
         cases = {case.case_id: case for case in load_cases(dataset)}
         halves = folds(list(cases.values()), DEFAULT_SEED)

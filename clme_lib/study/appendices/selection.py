@@ -17,7 +17,8 @@ from typing import Any, Literal
 import pandas as pd
 from tqdm import tqdm
 
-from ...datasets.cases import DATASETS, Case
+from ...datasets.cases import Case
+from ...datasets.paper import PAPER_DATASET_NAMES
 from ...datasets.registry import selection_cases
 from ...editors.registry import EDITORS, load_editor
 from ...evaluation.evaluate import evaluate
@@ -157,7 +158,7 @@ SCORES = ["effectiveness_em", "generalization_em", "specificity_rate", "loss"]
 
 
 def select(
-    subject: Subject, editor: str, file: Path, cases: int | None = None, datasets: Sequence[str] = DATASETS
+    subject: Subject, editor: str, file: Path, cases: int | None = None, datasets: Sequence[str] = PAPER_DATASET_NAMES
 ) -> pd.DataFrame:
     """Try an editor's grid and write the table ``file`` (CSV, one row a setting, in the grid's order); returns it.
 
@@ -210,7 +211,7 @@ def measure(
     *,
     values: Literal["subject", "transferred"],
     cases: int | None = None,
-    datasets: Sequence[str] = DATASETS,
+    datasets: Sequence[str] = PAPER_DATASET_NAMES,
     budgets: Sequence[Preset] = ("clean",),
 ) -> pd.DataFrame:
     """Mean scores over a data set's selection cases, one row a setting and data set; a trained editor learns from the other

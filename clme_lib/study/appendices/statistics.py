@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from ...datasets.cases import DATASETS
+from ...datasets.paper import PAPER_DATASET_NAMES
 from ...datasets.registry import selection_cases
 from ...editors.locate_then_edit.second_moments import LEAST_PER_DIMENSION, TOKENS_PER_DIMENSION
 from ...editors.memit import MEMIT
@@ -54,7 +54,7 @@ def compare_statistics(subject: Subject, file: Path, cases: int) -> pd.DataFrame
     Args:
         cases: of each data set's selection cases, the first so many.
     """
-    chosen = [case for dataset in DATASETS for case in selection_cases(dataset, cases)[0]]
+    chosen = [case for dataset in PAPER_DATASET_NAMES for case in selection_cases(dataset, cases)[0]]
     walk = Blockwise(subject, [encode(subject.tokenizer, case.prompt) for case in chosen])
     hidden, keys = walk.embedded, []
     for layer in range(len(subject.blocks)):

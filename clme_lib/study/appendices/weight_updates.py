@@ -13,7 +13,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from ...datasets.cases import DATASETS, Case
+from ...datasets.cases import Case
+from ...datasets.paper import CNLE, PAPER_DATASET_NAMES
 from ...datasets.registry import selection_cases
 from ...editors.grace import ValueEditor
 from ...editors.memit import MEMIT
@@ -133,7 +134,7 @@ def diagnose_editors(subject: Subject, editors: Sequence[str], file: Path, cases
         for values in ("transferred", "subject"):
             made = load_editor(editor, subject, values=values)
             found = []
-            for dataset in DATASETS:
+            for dataset in PAPER_DATASET_NAMES:
                 chosen, others = selection_cases(dataset, cases)
                 if made.needs_training:
                     made.fit(others)
@@ -156,7 +157,7 @@ def take_pmet_apart(subject: Subject, file: Path, cases: int) -> pd.DataFrame:
     Args:
         cases: of CNLE's selection cases, the first so many.
     """
-    chosen, _ = selection_cases("cnle", cases)
+    chosen, _ = selection_cases(CNLE.name, cases)
     rows = []
     for attention in (True, False):
         learnt = load_editor("pmet", subject, values="transferred", kl_factor=0.0, attention=attention)

@@ -40,7 +40,7 @@ from ...editors.registry import EDITORS, load_editor
 from ...edits.base import Edit
 from ...edits.codebooks import Codebook
 from ...edits.encoder import Encoder
-from ...evaluation.evaluate import score
+from ...evaluation.evaluate import Circumstances, score
 from ...evaluation.unedited import answers_for
 from ...forward.tokens import tokenize
 from ...subjects.subject import Subject, load_subject, torch_device
@@ -241,7 +241,7 @@ def time_edit(editor: Editor, case: Case) -> dict[str, Any]:
 
 
 def _generate(subject: Subject, cases: Sequence[Case], edits: Sequence[Edit]) -> None:
-    score(subject, cases, edits, seed=DEFAULT_SEED, preset="clean", run="", source="", folds_of={}, scored=False)
+    score(subject, cases, edits, Circumstances(edits[0].editor, metrics=None))
 
 
 def time_batch(editor: Editor, cases: Sequence[Case]) -> dict[str, Any]:

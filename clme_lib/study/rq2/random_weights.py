@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ...datasets.cases import DATASETS
+from ...datasets.paper import PAPER_DATASET_NAMES
 from ...datasets.registry import load_cases
 from ...subjects.settings import Shape, load_settings, registered_subjects
 from ...subjects.subject import DTYPES, Subject, prepare, torch_device
@@ -89,7 +89,7 @@ def trained_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def _texts() -> Iterator[str]:
-    for dataset in DATASETS:
+    for dataset in PAPER_DATASET_NAMES:
         for case in load_cases(dataset):
             yield case.prompt + " " + case.target
             yield from case.unrelated

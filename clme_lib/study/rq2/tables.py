@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from ...datasets.paper import CNLE, CSNE, PAPER_DATASETS
 from ...editors.registry import EDITORS
 from ...subjects.settings import load_settings, registered_subjects
 from ..tables import Table, dataset_name, editor_name
 from .floor import Ceilings, Phase
 
 # CLMEEval's sizes (paper section III-C; of CSNE the paper says a little over 16,000)
-PAPER_CASES = {"cnle": 21_055, "csne": 16_000}
+PAPER_CASES = {dataset.name: dataset.paper_cases or 0 for dataset in PAPER_DATASETS}
 VARIANTS = tuple(name for name in EDITORS if name != "none")
 _PLACE = ["subject", "random_weights", "dtype", "machine", "threads"]
 _NOT_MEASURED, _TOO_LARGE = "not measured", "out of memory"
@@ -360,9 +361,9 @@ def _orderings(middle: pd.DataFrame, edits: pd.DataFrame) -> list[str]:
             f"The paper finds MALMEN fastest and MEMIT and PMET slowest: of the {len(whole)} pairs of subject and data set in which all "
             f"three were measured, MALMEN is the fastest in {first} and one of the other two the slowest in {last}."
         )
-    if {"cnle", "csne"} <= set(middle.index.get_level_values("dataset")):
+    if set(PAPER_CASES) <= set(middle.index.get_level_values("dataset")):
         both = middle.stack().unstack("dataset").dropna()
-        longer = (both["csne"] > both["cnle"]).sum()
+        longer = (both[CSNE.name] > both[CNLE.name]).sum()
         sentences.append(
             f"It finds CSNE dearer than CNLE: so it is in {longer} of {len(both)} pairs of subject and editor."
         )

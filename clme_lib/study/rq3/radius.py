@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ...datasets.cases import DATASETS, Case
+from ...datasets.cases import Case
+from ...datasets.paper import PAPER_DATASET_NAMES
 from ...datasets.registry import selection_cases
 from ...editors.a_grace import EncodedGRACE
 from ...editors.contrastive_encoder import Pairs, make_pairs
@@ -45,7 +46,7 @@ def sweep_radius(subject: Subject, file: Path, cases: int, margins: Sequence[flo
         cases: of each data set's selection cases, the first so many.
     """
     rows = []
-    for dataset in DATASETS:
+    for dataset in PAPER_DATASET_NAMES:
         chosen, others = selection_cases(dataset, cases)
         everything = load_editor("a-grace-wo-cl", subject, radius=_EVERYTHING).edit(chosen, progress=True)
         if_fired = evaluate(subject, chosen, everything)

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ...evaluation.records import SCORES
-from ..tables import BINARY, RESAMPLES, Table, column_name, dataset_name, editor_colour, editor_name, score_rows, scored
+from ...metrics.base import get_metric
+from ...metrics.paper import PAPER_SCORES
+from ..tables import RESAMPLES, Table, column_name, dataset_name, editor_colour, editor_name, score_rows, scored
 from .measurements import VARIANTS
 
 # of the edit prompt (OI), the rephrased prompt (GRI) and the neighbours (SRI)
@@ -35,15 +36,15 @@ def paired_table(records: pd.DataFrame, one: str = "a-grace", other: str = "grac
     """
     rows = []
     for dataset, mine in scored(records).groupby("dataset", sort=False):
-        wide = mine.pivot(index="case_id", columns="editor", values=list(SCORES))
-        if (SCORES[0], one) not in wide or (SCORES[0], other) not in wide:
+        wide = mine.pivot(index="case_id", columns="editor", values=list(PAPER_SCORES))
+        if (PAPER_SCORES[0], one) not in wide or (PAPER_SCORES[0], other) not in wide:
             continue
         row = {"Data": dataset_name(str(dataset))}
-        for score in SCORES:
+        for score in PAPER_SCORES:
             pairs = wide[score][[one, other]].dropna()
             row["n"] = str(len(pairs))
             row[column_name(score)] = _difference(
-                pairs[one].to_numpy(float), pairs[other].to_numpy(float), score in BINARY
+                pairs[one].to_numpy(float), pairs[other].to_numpy(float), get_metric(score).binary
             )
         rows.append(row)
     caption = (

@@ -1,0 +1,102 @@
+"""A data set in one JSON file that says its own name and template; no code is needed.
+
+::
+
+    {"name": "capi",
+     "title": "CAPI",
+     "template": {"before": "Intent: ", "after": "\\nCode:"},
+     "publish_texts": true,
+     "code": ["target"],
+     "cases": [{"case_id": 0, "input": ..., "target": ..., "rephrased": [...], "unrelated": [...]}]}
+
+``title`` (the name in capitals), ``publish_texts`` (true) and ``code`` (none) may be left out. Inputs are written without the template.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from ..support.errors import StudyError
+from ..support.schema import Schema, parse
+from .base import DataSet
+from .cases import Case
+
+
+class _Template(Schema):
+    before: str = ""
+    after: str
+
+    @field_validator("after")
+    @classmethod
+    def _ends_in_a_colon(cls, after: str) -> str:
+        if not after.endswith(":"):
+            raise ValueError("a prompt must end in a colon, where editors read their key")
+        return after
+
+
+class _CaseRow(Schema):
+    case_id: int
+    input: str = Field(min_length=1)
+    target: str = Field(min_length=1)
+    rephrased: tuple[str, ...] = ()
+    unrelated: tuple[str, ...] = ()
+
+
+class _File(Schema):
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    title: str | None = None
+    template: _Template
+    publish_texts: bool = True
+    code: tuple[Literal["input", "target"], ...] = ()
+    cases: tuple[_CaseRow, ...] = Field(min_length=1)
+
+
+def describes_itself(path: str | Path) -> bool:
+    """Whether a path is a JSON file of this layout, and not the list of records that the paper's authors publish."""
+    file = Path(path)
+    if file.suffix != ".json" or not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return stream.read(64).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{")
+
+
+def read_dataset(path: str | Path) -> DataSet:
+    """The data set of a file.
+
+    Raises:
+        StudyError: the file cannot be read, or a field is missing or of the wrong type; the message names it.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{path}: cannot be read as UTF-8 JSON: {error}") from error
+    file = parse(_File, content, str(path))
+    ids = [row.case_id for row in file.cases]
+    if len(set(ids)) < len(ids):
+        raise StudyError(f"{path}: cases: case_id {max(ids, key=ids.count)} occurs twice; number the cases")
+    before, after = file.template.before, file.template.after
+    cases = [
+        Case(
+            row.case_id,
+            file.name,
+            before + row.input + after,
+            row.target,
+            tuple(before + text + after for text in row.rephrased),
+            tuple(before + text + after for text in row.unrelated),
+        )
+        for row in file.cases
+    ]
+    return DataSet(
+        file.name,
+        file.title or file.name.upper(),
+        before,
+        after,
+        load=lambda _source: cases,
+        code=frozenset(file.code),
+        publish_texts=file.publish_texts,
+        file=str(path),
+    )

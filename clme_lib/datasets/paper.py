@@ -1,0 +1,60 @@
+"""The paper's two data sets (section III-C). Their names are spelt here alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from importlib import import_module, resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..support.errors import StudyError
+from .base import DataSet, Layout, get_dataset, register_dataset
+
+if TYPE_CHECKING:
+    from .cases import Case
+
+
+def _load(name: str, embedded: str, source: str) -> Sequence[Case]:
+    """Cases of one of the paper's data sets; ``embedded`` is the module that makes the embedded ones."""
+    published = import_module("clme_lib.datasets.published")
+    dataset = get_dataset(name)
+    if source == "embedded":
+        return import_module(f"clme_lib.datasets.{embedded}").load(dataset)
+    if source == "published":
+        return published.read(published.fetch(dataset), dataset)
+    if Path(source).is_file():
+        return published.read(source, dataset)
+    raise StudyError(f"source {source!r} is neither 'embedded', 'published', nor the path of a JSON file")
+
+
+def _paper(name: str, embedded: str, **fields: Any) -> DataSet:
+    selection = resources.files("clme_lib") / "datasets" / "embedded" / "selection.json"
+    ids = frozenset(json.loads(selection.read_text(encoding="utf-8"))[name])
+    return register_dataset(DataSet(name, name.upper(), load=partial(_load, name, embedded), selection=ids, **fields))
+
+
+CNLE = _paper(
+    "cnle",
+    "embedded_cnle",
+    before="Intent: ",
+    after="\nCode:",
+    code=frozenset({"target"}),
+    paper_cases=21_055,
+    layout=Layout("intent", "snippet", "rewritten_intent", "EditConala"),
+    order=1,
+)
+CSNE = _paper(
+    "csne",
+    "embedded_csne",
+    before="Code: ",
+    after="\nDescription:",
+    code=frozenset({"input"}),
+    publish_texts=False,  # mined from packages whose text is not ours to publish
+    paper_cases=16_000,  # the paper says a little over this
+    layout=Layout("code", "code_doc", "code_rewrite", "EditCodeSearchNet"),
+    order=2,
+)
+PAPER_DATASETS = (CNLE, CSNE)
+PAPER_DATASET_NAMES = tuple(dataset.name for dataset in PAPER_DATASETS)

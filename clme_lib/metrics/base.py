@@ -1,0 +1,89 @@
+"""What a metric is: a name, what it reads of an evaluated case, and how its values are shown.
+
+A new one is an object of :class:`Metric` in a file of its own, in this folder or in an installed package that names it under the entry-point
+group ``clme_lib.metrics``. ``clme score`` computes it from texts that are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..support.registry import Registry
+
+if TYPE_CHECKING:
+    from ..datasets.cases import Case
+
+MEASURES = ("effectiveness", "generalization", "specificity")
+TEXTS = (*MEASURES, "fluency")  # kinds of generated text; the last is sampled
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a metric may read of a case that was edited.
+
+    Attributes:
+        case: the case.
+        texts: what the edited subject wrote, by measure: after the edit prompt, after the rephrased ones, after the unrelated
+            ones, and sampled.
+        answers: what the unedited subject writes after the unrelated prompts, in their order.
+    """
+
+    case: Case
+    texts: Mapping[str, Sequence[str]]
+    answers: Sequence[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """A metric.
+
+    Attributes:
+        name: its key in a record's ``scores``.
+        title: as in a table's head.
+        measure: whose texts it reads, one of :data:`TEXTS`.
+        compute: its value for a case, None where the case has nothing to measure it on.
+        binary: whether every value is 0 or 1, so that intervals and tests are those of shares.
+        higher_is_better: None where neither end of the scale is good, so that no value is marked as best.
+        order: place in tables.
+    """
+
+    name: str
+    title: str
+    measure: str
+    compute: Callable[[Evaluated], float | None]
+    binary: bool = False
+    higher_is_better: bool | None = True
+    order: int = 100
+
+
+_METRICS: Registry[Metric] = Registry("metric", "clme_lib.metrics", "clme_lib.metrics")
+
+
+def register_metric(metric: Metric) -> Metric:
+    """Make a metric known by its name.
+
+    Raises:
+        StudyError: another one has the name.
+    """
+    return _METRICS.register(metric)
+
+
+def get_metric(name: str) -> Metric:
+    """A registered metric.
+
+    Raises:
+        StudyError: there is none of this name; the message lists the known ones.
+    """
+    return _METRICS[name]
+
+
+def list_metrics() -> list[str]:
+    """Names of all metrics, the paper's first."""
+    return _METRICS.names()
+
+
+def scores_of(evaluated: Evaluated, names: Iterable[str]) -> dict[str, float | None]:
+    """The values of some metrics for one case."""
+    return {name: get_metric(name).compute(evaluated) for name in names}

@@ -1,0 +1,65 @@
+"""The appendices' measurements by name (``clme measure``): each stands beside its table, and writes a CSV."""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from typing import Any
+
+import pandas as pd
+
+from ..subjects.subject import load_subject
+from ..support.errors import StudyError
+from .config import MeasureConfig
+
+# name -> where, and what it measures
+MEASUREMENTS = {
+    "selection": ("appendices.selection:select", "an editor's grid of hyper-parameters"),
+    "presets": ("appendices.selection:compare_presets", "what the released program's defects do to an editor"),
+    "weight-updates": (
+        "appendices.weight_updates:diagnose_editors",
+        "what weight updates do to losses, before any text is generated",
+    ),
+    "pmet-parts": (
+        "appendices.weight_updates:take_pmet_apart",
+        "what leaving out the attention's vector and spreading cost PMET",
+    ),
+    "statistics": (
+        "appendices.statistics:compare_statistics",
+        "MEMIT's writes under statistics of more and of less text",
+    ),
+    "radius": ("rq3.radius:sweep_radius", "A-GRACE's measures as a function of margin and radius"),
+    "encoders": (
+        "appendices.encoder_settings:compare_encoders",
+        "A-GRACE's encoder by several settings, trained on more and fewer cases",
+    ),
+}
+
+
+def measure(config: MeasureConfig) -> pd.DataFrame:
+    """Make a measurement and return its table.
+
+    Raises:
+        StudyError: no such measurement, an option that it does not take, or none where it needs one.
+    """
+    if config.measurement not in MEASUREMENTS:
+        raise StudyError(f"unknown measurement {config.measurement!r}; known: {', '.join(MEASUREMENTS)}")
+    module, _, name = MEASUREMENTS[config.measurement][0].partition(":")
+    function = getattr(import_module(f"clme_lib.study.{module}"), name)
+    given: dict[str, Any] = {"file": config.out, "cases": config.cases, "datasets": config.dataset}
+    parameters = inspect.signature(function).parameters
+    if "editor" in parameters and config.editors is not None and len(config.editors) == 1:
+        given["editor"] = config.editors[0]
+    else:
+        given["editors"] = config.editors
+    given = {name: value for name, value in given.items() if value is not None}
+    options = {"file": "--out", "datasets": "--dataset", "editors": "--editor"}
+    for name in given:
+        if name not in parameters:
+            raise StudyError(
+                f"measure {config.measurement}: {options.get(name, f'--{name}')} is not taken, or only one"
+            )
+    for name, parameter in parameters.items():
+        if name != "subject" and name not in given and parameter.default is inspect.Parameter.empty:
+            raise StudyError(f"measure {config.measurement}: {options.get(name, f'--{name}')} is needed")
+    return function(load_subject(config.subject, config.device), **given)

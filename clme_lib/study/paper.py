@@ -1,0 +1,10 @@
+"""What the paper has: its editors, in the order of its tables. The registry of editors may have more."""
+
+from __future__ import annotations
+
+UNEDITED = "none"
+PAPER_EDITORS = ("ft-l", "rome", "memit", "pmet", "malmen", "grace")
+A_GRACE = "a-grace"
+A_GRACE_VARIANTS = ("grace", A_GRACE, "a-grace-wo-cl", "a-grace-wo-mean")
+# every variant that the paper measures, each once
+PAPER_VARIANTS = (*PAPER_EDITORS, *A_GRACE_VARIANTS[1:])

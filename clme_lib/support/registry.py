@@ -1,0 +1,104 @@
+"""Things known by name: this library's own, and those that other installed packages add by an entry point."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from pkgutil import iter_modules
+from typing import Generic, Protocol, TypeVar
+
+from .errors import StudyError, first_line
+
+_LAST = 1_000_000
+
+
+class Entry(Protocol):
+    """What a registry keeps."""
+
+    name: str
+
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Entries by name, ordered by their ``order``; those without one follow as they were registered.
+
+    The library's own modules register what they define when they are imported, which happens when the registry is first asked; so
+    does what other packages name under the entry-point group, whose values are entries or modules that register some.
+
+    Args:
+        what: a kind of entry, for messages.
+        group: of entry points.
+        package: import path of the library's own entries: a module, or a package each module of which may register some.
+    """
+
+    def __init__(self, what: str, group: str, package: str) -> None:
+        self.what, self.group, self._package = what, group, package
+        self._entries: dict[str, T] = {}
+        self._own: frozenset[str] = frozenset()
+        self._broken: dict[str, str] = {}
+        self._loading = self._loaded = False
+
+    def register(self, entry: T) -> T:
+        """Add an entry. A name of the library's own stays what it is; any other is replaced, as when a notebook's cell is run again.
+
+        Raises:
+            StudyError: the library has an entry of this name.
+        """
+        name = entry.name  # type: ignore[attr-defined]
+        if name in self._own and self._entries[name] is not entry:
+            raise StudyError(f"{self.what} {name!r} is one of clme_lib's own: choose another name")
+        self._entries[name] = entry
+        return entry
+
+    def names(self) -> list[str]:
+        """All names, in order."""
+        self._load()
+        return sorted(self._entries, key=lambda name: getattr(self._entries[name], "order", _LAST))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __contains__(self, name: object) -> bool:
+        self._load()
+        return name in self._entries
+
+    def __getitem__(self, name: str) -> T:
+        """The entry of a name.
+
+        Raises:
+            StudyError: there is none, or the package that adds it could not be loaded.
+        """
+        if name in self:
+            return self._entries[name]
+        if name in self._broken:
+            raise StudyError(f"{self.what} {name!r}: {self._broken[name]}")
+        raise StudyError(f"unknown {self.what} {name!r}; known: {', '.join(self)}")
+
+    def _load(self) -> None:
+        if self._loading or self._loaded:
+            return
+        self._loading = True
+        try:
+            package = import_module(self._package)
+            for module in iter_modules(getattr(package, "__path__", ())):
+                import_module(f"{self._package}.{module.name}")
+            self._own = self._own or frozenset(self._entries)
+            for point in entry_points(group=self.group):
+                self._add(point)
+            self._loaded = True
+        finally:
+            self._loading = False
+
+    def _add(self, point: EntryPoint) -> None:
+        """A package that does not load spoils nothing but what it adds."""
+        package = point.dist.name if point.dist else point.value
+        try:
+            entry = point.load()
+            if hasattr(entry, "name"):
+                self.register(entry)
+        except Exception as error:  # whatever another package raises
+            reason = f"package {package!r} does not load ({point.value}): {first_line(error)}; mend or remove it"
+            self._broken[point.name] = reason
