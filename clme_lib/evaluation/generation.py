@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..edits.base import Applied, Edit
+from ..edits.base import PassState, Edit
 from ..forward.tokens import encode
 from ..subjects.subject import Subject
 from ..support.errors import StudyError
@@ -119,7 +119,7 @@ def _prefill(subject: Subject, prompts: Sequence[tuple[list[int], int]], edits: 
         ids = subject.tokenizer.pad({"input_ids": [ids for ids, _ in batch]}, return_tensors="pt").to(subject.device)
         mask = ids["attention_mask"]
         edit_rows = [edit for _, edit in batch]
-        with subject.applying(edits, rows=edit_rows) as applied:
+        with subject.applying(edits, rows=edit_rows) as state:
             done = subject.decoder(
                 input_ids=ids["input_ids"],
                 attention_mask=mask,
@@ -127,7 +127,7 @@ def _prefill(subject: Subject, prompts: Sequence[tuple[list[int], int]], edits: 
                 use_cache=True,
             )
         logits = subject.model.lm_head(done.last_hidden_state[:, -1]).float()
-        distances, fired = _prompt_lookups(applied, len(batch))
+        distances, fired = _prompt_lookups(state, len(batch))
         for row, (tokens, _) in enumerate(batch):
             read.append(_Prompt(tokens, done.past_key_values, row, logits[row], distances[row], fired[row]))
     return read
@@ -158,7 +158,7 @@ def _decode(
     new = torch.full((len(prompts), steps), eos, dtype=torch.long, device=device)
     rows = torch.arange(len(prompts), device=device)  # which request each row of the batch still works for
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    with subject.applying(edits, rows=[request.edit for request in requests]) as applied:
+    with subject.applying(edits, rows=[request.edit for request in requests]) as state:
         for step in range(steps):
             token = logits.argmax(dim=-1)
             if step < FLUENCY_TOKENS:
@@ -175,7 +175,7 @@ def _decode(
                 rows, done, mask = rows[keep], done[keep], mask[keep]
                 for layer in cache.layers:
                     layer.batch_select_indices(keep)
-                applied.rows = [requests[n].edit for n in rows.tolist()]
+                state.rows = [requests[n].edit for n in rows.tolist()]
             hidden = subject.decoder(
                 input_ids=new[rows, step][:, None],
                 attention_mask=mask[:, : width + step + 1],
@@ -240,11 +240,11 @@ def _joined_cache(prompts: Sequence[_Prompt], width: int, steps: int) -> Any:
     return Cache(layers=layers)
 
 
-def _prompt_lookups(applied: Applied, rows: int) -> tuple[list, list]:
+def _prompt_lookups(state: PassState, rows: int) -> tuple[list, list]:
     """Distance and hit of each row's codebook lookup in a prompt pass (None for rows without a codebook)."""
     distances: list[float | None] = [None] * rows
     fired: list[bool | None] = [None] * rows
-    for lookup in applied.lookups:
+    for lookup in state.lookups:
         for n, distance, hit in zip(lookup.rows, lookup.distances.tolist(), lookup.fired.tolist()):
             distances[n], fired[n] = distance, hit
     return distances, fired
