@@ -16,6 +16,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ..edits.base import PassState, Edit
+from ..forward.blockwise import passes
 from ..forward.tokens import encode
 from ..subjects.subject import Subject
 from ..support.errors import StudyError
@@ -23,12 +24,10 @@ from ..support.errors import StudyError
 SPECIFICITY_TOKENS = 16
 FLUENCY_TOKENS = 64
 FLUENCY_TOP_K = 5
-# prompts worked on side by side, and tokens (padding included) read in one pass: small enough to stay in a CPU's
-# caches, large enough to keep a GPU busy
+# Prompts worked on side by side: few enough to stay in a CPU's caches, many enough to keep a GPU busy.
 _ROWS = {"cpu": 64, "cuda": 512}
-_PREFILL_TOKENS = {"cpu": 2_048, "cuda": 32_768}
-# steps between two looks at which rows have ended: each waits for the device
-_LOOK_EVERY = {"cpu": 1, "cuda": 8}
+# Checking which rows are done synchronises with the GPU, so it happens once in so many steps.
+CHECK_DONE_EVERY = {"cpu": 1, "cuda": 8}
 
 
 @dataclass(frozen=True)
@@ -108,14 +107,9 @@ class _Prompt:
 
 def _prefill(subject: Subject, prompts: Sequence[tuple[list[int], int]], edits: Sequence[Edit]) -> list[_Prompt]:
     """Read prompts (sorted by length) in left-padded passes of like length."""
-    limit = _PREFILL_TOKENS[subject.device.type]
-    passes: list[list[tuple[list[int], int]]] = [[]]
-    for prompt in prompts:
-        if passes[-1] and (len(passes[-1]) + 1) * len(prompt[0]) > limit:
-            passes.append([])
-        passes[-1].append(prompt)
     read = []
-    for batch in passes:
+    for group in passes(subject, [ids for ids, _ in prompts]):
+        batch = [prompts[n] for n in group]
         ids = subject.tokenizer.pad({"input_ids": [ids for ids, _ in batch]}, return_tensors="pt").to(subject.device)
         mask = ids["attention_mask"]
         edit_rows = [edit for _, edit in batch]
@@ -167,8 +161,8 @@ def _decode(
             done = done | (token == eos) | (budgets[rows] <= step + 1)
             if step + 1 == steps:
                 break
-            looks = (step + 1) % _LOOK_EVERY[device.type] == 0
-            keep = (~done).nonzero()[:, 0] if looks else rows
+            checks = (step + 1) % CHECK_DONE_EVERY[device.type] == 0
+            keep = (~done).nonzero()[:, 0] if checks else rows
             if not len(keep):
                 break
             if len(keep) <= 0.75 * len(rows):
