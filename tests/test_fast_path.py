@@ -33,7 +33,7 @@ def test_losses_and_divergences_by_parts_equal_autograd(llama, cases, monkeypatc
     tokenized = [tokenize(llama.tokenizer, case.prompt, case.target) for case in cases]
     forward = PartialForward(llama, tokenized, 1, from_lookup=True)
     compared = torch.tensor([0, 3, len(forward.labels) - 1])
-    places = label_losses.Places.of(compared)
+    places = label_losses.LabelIndices.of(compared)
     drawn = torch.Generator().manual_seed(0)
     shape = len(forward.labels), llama.hidden_size
     start, other = (torch.randn(shape, generator=drawn) for _ in range(2))
@@ -65,7 +65,7 @@ def test_partial_forward_gives_the_plain_losses(subject, cases, from_lookup):
 
 def test_groups_hold_every_index_once_and_little_padding():
     lengths = [7, 40, 9, 10, 12, 13, 39, 8]
-    groups = of_like_length(lengths, 1.5, most=3)
+    groups = of_like_length(lengths, ratio=1.5, most=3)
     assert sorted(n for group in groups for n in group) == list(range(len(lengths)))
     assert all(len(group) <= 3 for group in groups)
     assert all(max(lengths[n] for n in group) <= 1.5 * min(lengths[n] for n in group) for group in groups)

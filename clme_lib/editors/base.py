@@ -74,7 +74,7 @@ class Editor(ABC, Generic[Values]):
         self.setup()
         tokenized = [self._tokenize(case) for case in cases]
         costs = [self._cost(one) for one in tokenized]
-        batches = of_like_length(costs, self._longest(), batch_size or self.default_batch)
+        batches = of_like_length(costs, ratio=self._longest(), most=batch_size or self.default_batch)
         edits: dict[int, Edit] = {}
         with tqdm(total=len(cases), desc=f"{self.name}: edit", unit="case", disable=not progress) as bar:
             for batch in batches:

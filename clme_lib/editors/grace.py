@@ -85,7 +85,7 @@ class GRACE(ValueEditor[GRACEHyperparameters]):
                 case.case_id,
                 self.name,
                 layer=self.values.layer,
-                keys=forward.keys[n, :1].float().clone(),
+                keys=forward.keys[n, forward.touched[n]][None].float().clone(),
                 values=learnt[n : n + 1].clone(),
                 radii=self._radii(),
                 log=logs[n],

@@ -49,11 +49,10 @@ class PMET(MEMIT):
         return initial.float() + delta, logs
 
     def _place(self, part, deltas):
-        block = self.subject.blocks[part.forward.layer]
         attention, mlp = deltas
         stream = part.at_lookup(part.forward.residual)
         changed = stream + attention.to(stream.dtype)
-        outputs = block.mlp(block.post_attention_layernorm(changed))
+        outputs = part.forward.mlp(changed)
         # the partial pass adds this to the unchanged stream, so it carries the attention's delta too
         return outputs + mlp + attention
 

@@ -1,4 +1,4 @@
-"""Running a subject as edited, row by row, through forward hooks.
+"""Running a model as edited, row by row, through forward hooks.
 
 Nothing here modifies a model. :func:`applying` registers hooks on ``down_proj`` modules and removes them again, so the
 base weights are bit-identical before, during and after, whatever happens inside the block.
@@ -8,105 +8,120 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from ..support.errors import StudyError
-from .base import Applied, Edit, Unedited
-from .codebooks import Codebook, PromptCodebook
-from .weights import DenseUpdate, LowRankUpdate
+from .base import Change, Edit, PassState
 
-if TYPE_CHECKING:
-    from ..subjects.subject import Subject
-
-
-KINDS: dict[str, type[Edit]] = {
-    kind.kind: kind for kind in (Unedited, LowRankUpdate, DenseUpdate, Codebook, PromptCodebook)
-}
+# gives W_l of a zero-based layer
+DownProj = Callable[[int], torch.nn.Linear]
 
 
 @contextlib.contextmanager
-def applying(subject: Subject, edits: Sequence[Edit], rows: Sequence[int] | None = None) -> Iterator[Applied]:
-    """Run ``subject`` as edited: edit ``rows[b]`` acts on row b of every batch inside the block.
+def applying(
+    decoder: torch.nn.Module, down_proj: DownProj, edits: Sequence[Edit], rows: Sequence[int] | None = None
+) -> Iterator[PassState]:
+    """Run a model as edited: edit ``rows[b]`` acts on row b of every batch inside the block.
 
     Args:
+        decoder: the stack of blocks, called once a forward pass.
+        down_proj: from a layer to its ``W_l``.
         edits: one edit (acts on all rows), or several.
         rows: index into ``edits`` for each row, -1 for an unedited row. Default: one edit for all rows, or one per row.
 
     Yields:
-        Applied: collects codebook lookups.
+        PassState: collects codebook lookups.
 
     Raises:
-        StudyError: an edit does not fit the subject, or rows and batch differ in length.
+        StudyError: an edit does not fit the model, or rows and batch differ in length.
     """
-    applied = Applied(edits, rows)
-    if rows is not None and any(not -1 <= row < len(applied.edits) for row in rows):
-        raise StudyError(f"rows= must name edits 0 to {len(applied.edits) - 1} or -1 for none")
-    for edit in applied.edits:
-        check_fits(edit, subject)
-    handles = [
-        subject.decoder.register_forward_pre_hook(lambda _m, _args, kwargs: applied.begin(kwargs), with_kwargs=True)
-    ]
+    state, handles = attach(decoder, down_proj, edits, rows)
     try:
-        for layer in sorted({layer for edit in applied.edits for layer in edit.layers}):
-            handles.append(subject.down_proj(layer).register_forward_hook(_layer_hook(applied, layer, subject.device)))
-        yield applied
+        yield state
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _layer_hook(applied: Applied, layer: int, device: torch.device) -> Callable:
-    changes = []
-    for kind in KINDS.values():
-        members = [n for n, edit in enumerate(applied.edits) if type(edit) is kind and layer in edit.layers]
-        if members:
-            changes.append((members, kind.stack([applied.edits[n] for n in members], layer, device)))
+def attach(
+    decoder: torch.nn.Module, down_proj: DownProj, edits: Sequence[Edit], rows: Sequence[int] | None = None
+) -> tuple[PassState, list[RemovableHandle]]:
+    """What :func:`applying` does at its start: the state of the passes to come, and the registered hooks."""
+    state = PassState(edits, rows)
+    if rows is not None and any(not -1 <= row < len(state.edits) for row in rows):
+        raise StudyError(f"rows= must name edits 0 to {len(state.edits) - 1} or -1 for none")
+    for edit in state.edits:
+        check_fits(edit, down_proj)
+    modules = {layer: down_proj(layer) for layer in sorted({layer for edit in state.edits for layer in edit.layers})}
+    # All hooks are made before the first is registered: making them may run out of memory.
+    hooks = [(module, _layer_hook(state, layer, module.weight.device)) for layer, module in modules.items()]
+    begin = decoder.register_forward_pre_hook(lambda _m, _args, kwargs: state.begin(kwargs), with_kwargs=True)
+    return state, [begin, *(module.register_forward_hook(hook) for module, hook in hooks)]
 
-    # which rows a change acts on, as the hook needs it, for the owners it was made for: the same in each pass of a generation
+
+def _layer_hook(state: PassState, layer: int, device: torch.device) -> Callable:
+    changes = _changes(state.edits, layer, device)
+    # Which rows each change acts on is the same in all passes of a generation but the few that drop finished rows.
     placed: list[tuple[list[int], torch.Tensor, torch.Tensor]] = []
-    known: list[int] | None = None
+    placed_for: list[int] | None = None
 
     def place(owners: list[int]) -> None:
-        nonlocal known
+        nonlocal placed_for
         placed.clear()
         for members, _ in changes:
-            at = {edit: n for n, edit in enumerate(members)}
-            mine = [row for row, edit in enumerate(owners) if edit in at]
-            stacked = torch.tensor([at[owners[row]] for row in mine], device=device, dtype=torch.long)
-            placed.append((mine, torch.tensor(mine, device=device, dtype=torch.long), stacked))
-        known = list(owners)
+            position = {edit: n for n, edit in enumerate(members)}
+            rows = [row for row, edit in enumerate(owners) if edit in position]
+            stacked = torch.tensor([position[owners[row]] for row in rows], device=device, dtype=torch.long)
+            placed.append((rows, torch.tensor(rows, device=device, dtype=torch.long), stacked))
+        placed_for = list(owners)
 
-    def hook(_module, args, output):
+    def hook(module, args, output):
         inputs = args[0]
-        owners = applied.rows_of(len(inputs))
-        if owners != known:
+        if inputs.dim() == 2:  # single columns, which an update of weights treats like any others
+            if any(part.lookups for edit in state.edits for part in edit.parts):
+                raise StudyError(f"layer {layer} has a codebook, which cannot be consulted for single columns")
+            return hook(module, (inputs[:, None],), output[:, None])[:, 0]
+        owners = state.rows_of(len(inputs))
+        if owners != placed_for:
             place(owners)
-        for (_, change), (mine, index, stacked) in zip(changes, placed):
-            applied.batch_rows = mine
-            if len(mine) == len(owners):
-                output = change(inputs, output, stacked, applied)
-            elif mine:
-                whole, applied.mask = applied.mask, applied.mask[index] if applied.mask is not None else None
-                changed = change(inputs[index], output[index], stacked, applied)
-                applied.mask = whole
+        state.take_announced()
+        for (_, change), (rows, index, stacked) in zip(changes, placed):
+            state.batch_rows = rows
+            if len(rows) == len(owners):
+                output = change(inputs, output, stacked, state)
+            elif rows:
+                with state.narrowed_to(index):
+                    changed = change(inputs[index], output[index], stacked, state)
                 output = output.index_copy(0, index, changed)
         return output
 
     return hook
 
 
-def check_fits(edit: Edit, subject: Subject) -> None:
-    """Raise StudyError unless the edit's layers and widths exist in the subject."""
-    widths = {"left": (0, subject.hidden_size), "right": (1, subject.inner_size), "keys": (1, subject.inner_size),
-              "values": (1, subject.hidden_size), "encoder.first.weight": (1, subject.inner_size)}  # fmt: skip
-    for name, tensor in edit.tensors().items():
-        layer, part = name.split(".", 1)
-        weight = subject.down_proj(int(layer)).weight
-        axis, size = widths.get(part, (0, tensor.shape[0]))
-        if tensor.shape[axis] != size or (part == "delta" and tensor.shape != weight.shape):
-            raise StudyError(
-                f"edit of case {edit.case_id} by {edit.editor}: {name} has shape {tuple(tensor.shape)}, which does not "
-                f"fit {subject.name} (d={subject.hidden_size}, d_f={subject.inner_size}): made for another subject?"
-            )
+def _changes(edits: Sequence[Edit], layer: int, device: torch.device) -> list[tuple[list[int], Change]]:
+    """Which edits change a layer's output, and how: edits of one kind together, the parts of composed ones in order."""
+    parts = [[part for part in edit.parts if layer in part.layers] for edit in edits]
+    changes = []
+    for turn in range(max(map(len, parts), default=0)):
+        for kind in Edit.kinds.values():
+            members = [n for n, own in enumerate(parts) if turn < len(own) and type(own[turn]) is kind]
+            if members:
+                changes.append((members, kind.stack([parts[n][turn] for n in members], layer, device)))
+    return changes
+
+
+def check_fits(edit: Edit, down_proj: DownProj) -> None:
+    """Raise StudyError unless the edit's layers and widths exist in the model."""
+    for part in edit.parts:
+        for name, tensor in part.tensors().items():
+            layer, kind = name.split(".", 1)
+            d, d_f = down_proj(int(layer)).weight.shape
+            axis, size = {"left": (0, d), "right": (1, d_f), "keys": (1, d_f), "values": (1, d),
+                          "encoder.first.weight": (1, d_f)}.get(kind, (0, tensor.shape[0]))  # fmt: skip
+            if tensor.shape[axis] != size or (kind == "delta" and tensor.shape != (d, d_f)):
+                raise StudyError(
+                    f"edit of case {part.case_id} by {part.editor}: {name} has shape {tuple(tensor.shape)}, which does not "
+                    f"fit a model of d={d}, d_f={d_f}: made for another subject?"
+                )

@@ -2,21 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from ..support.errors import StudyError
 
+if TYPE_CHECKING:
+    from .codebooks import Codebook
 
-class Applied:
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a pass that reads prompts, with or without more text after them, has its tokens.
+
+    Attributes:
+        real: (B, T) True at tokens, False at padding.
+        prompt_end: (B,) the last column of each prompt. What follows is treated as text that the model has written.
+    """
+
+    real: torch.Tensor
+    prompt_end: torch.Tensor
+
+
+_LAYOUT: ContextVar[Layout | None] = ContextVar("layout", default=None)
+
+
+@contextlib.contextmanager
+def announced(layout: Layout) -> Iterator[None]:
+    """Passes inside the block have this layout, even where blocks are called one by one."""
+    token = _LAYOUT.set(layout)
+    try:
+        yield
+    finally:
+        _LAYOUT.reset(token)
+
+
+class PassState:
     """What the hooks know about the forward pass in progress, and what they saw.
 
     Attributes:
         phase: ``prefill`` for a pass over a prompt, ``decode`` for one that continues a cache.
+        mask: (B, T or more) attention mask; None when every column is a token.
+        prompt_end: (B,) the last column of each prompt, where a :class:`Layout` was announced; None otherwise.
         batch_rows: the rows of the batch that the change in progress acts on.
         lookups: every codebook consultation, in order.
     """
@@ -26,8 +61,9 @@ class Applied:
         self.rows = None if rows is None else list(rows)
         self.phase = "prefill"
         self.mask: torch.Tensor | None = None
+        self.prompt_end: torch.Tensor | None = None
         self.batch_rows: list[int] = []
-        self.lookups: list[Lookup] = []
+        self.lookups: MutableSequence[Lookup] = []
 
     def begin(self, kwargs: dict) -> None:
         """Note phase and attention mask of the pass that starts."""
@@ -35,6 +71,22 @@ class Applied:
         self.phase = "decode" if past is not None and past.get_seq_length() > 0 else "prefill"
         mask = kwargs.get("attention_mask")
         self.mask = mask if mask is not None and mask.dim() == 2 else None
+        self.prompt_end = None
+
+    def take_announced(self) -> None:
+        """Note the layout that was announced, if there is one."""
+        if (layout := _LAYOUT.get()) is not None:
+            self.phase, self.mask, self.prompt_end = "prefill", layout.real, layout.prompt_end
+
+    @contextlib.contextmanager
+    def narrowed_to(self, rows: torch.Tensor) -> Iterator[None]:
+        """Inside the block, masks and columns are those of some rows of the batch."""
+        whole = self.mask, self.prompt_end
+        self.mask, self.prompt_end = (part[rows] if part is not None else None for part in whole)
+        try:
+            yield
+        finally:
+            self.mask, self.prompt_end = whole
 
     def rows_of(self, batch: int) -> list[int]:
         """Which edit each of ``batch`` rows gets (-1: none)."""
@@ -50,19 +102,32 @@ class Applied:
             )
         return list(range(batch))
 
-    def real_columns(self, inputs: torch.Tensor) -> torch.Tensor:
-        """(B, T) True where ``inputs`` (B, T, .) of this pass are of real tokens, not of padding."""
+    def prompt_columns(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(B, T) True where ``inputs`` (B, T, .) of this pass are of a prompt's tokens: neither padding nor written text."""
         if self.mask is None:
             return torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
-        return self.mask[:, -inputs.shape[1] :].bool()
+        real = self.mask[:, -inputs.shape[1] :].bool()
+        if self.prompt_end is None:
+            return real
+        return real & (torch.arange(inputs.shape[1], device=real.device) <= self.prompt_end[:, None])
 
     def last_column(self, width: int) -> torch.Tensor:
-        """(B,) the last real column of each row within the ``width`` columns of this forward pass."""
+        """(B,) the last column of each row's prompt within the ``width`` columns of this forward pass."""
+        if self.prompt_end is not None:
+            return self.prompt_end
         batch = self.mask.shape[0] if self.mask is not None else 1
         if self.mask is None or width == 1:
             return torch.full((batch,), width - 1, device=self.mask.device if self.mask is not None else None)
         mask = self.mask[:, -width:].long()
         return (mask * torch.arange(1, width + 1, device=mask.device)).argmax(dim=-1)
+
+    def next_token_columns(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows (N,) and columns (N,) of ``inputs`` (B, T, .) after which a token is written, when texts are generated."""
+        if self.prompt_end is None or self.mask is None:
+            return torch.arange(len(inputs), device=inputs.device), self.last_column(inputs.shape[1])
+        column = torch.arange(inputs.shape[1], device=self.mask.device)
+        rows, columns = (self.mask.bool() & (column >= self.prompt_end[:, None])).nonzero().T
+        return rows, columns
 
 
 @dataclass(frozen=True)
@@ -77,7 +142,7 @@ class Lookup:
     fired: torch.Tensor
 
 
-Change = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "Applied"], torch.Tensor]
+Change = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, PassState], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -103,20 +168,61 @@ class EditLog:
 
 @dataclass(frozen=True, eq=False)
 class Edit(ABC):
-    """What one editor made of one case. Subclasses hold the tensors.
-
-    ``kind`` names the subclass in saved files.
-    """
+    """What one editor made of one case. Subclasses hold the tensors and register themselves by their ``kind``, which names
+    them in saved files."""
 
     case_id: int
     editor: str
     log: EditLog = field(default_factory=EditLog, kw_only=True)
     kind: ClassVar[str] = ""
+    kinds: ClassVar[dict[str, type[Edit]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        known = cls.kinds.get(cls.kind, cls)
+        # running a notebook's cell again defines the same class anew
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(f"{cls.__qualname__} needs a kind of its own: {cls.kind!r} is {known.__qualname__}")
+        cls.kinds[cls.kind] = cls
+
+    @staticmethod
+    def compose(edits: Sequence[Edit]) -> Edit:
+        """One edit that does what ``edits`` (at least one) do when they are applied one after the other.
+
+        Neighbours that can be joined are: factors are concatenated, dense updates added, codebooks become one with all entries,
+        of which the nearest counts. What cannot be joined acts in order. ``case_id``, ``editor`` and ``log`` are the last edit's.
+        """
+        parts: list[Edit] = []
+        for part in (part for edit in edits for part in edit.parts):
+            joined = parts[-1].joined(part) if parts else None
+            parts[-1:] = [*parts[-1:], part] if joined is None else [joined]
+        last = edits[-1]
+        if len(parts) == 1:
+            return parts[0]
+        return Composite(last.case_id, last.editor, parts=tuple(parts), log=last.log)
+
+    def joined(self, later: Edit) -> Edit | None:
+        """This edit and a later one as one of the same kind; None where that is impossible."""
+        return None
+
+    @property
+    def parts(self) -> tuple[Edit, ...]:
+        """The edits that this one is composed of, in order; itself alone if of none."""
+        return (self,)
 
     @property
     def first_call_only(self) -> bool:
         """Whether only the first generation after an edit is the edited model's (a defect of the released A-GRACE)."""
         return False
+
+    @property
+    def lookups(self) -> tuple[Codebook, ...] | None:
+        """The codebooks that decide by their queries alone whether a text changes; None if only generating it can tell."""
+        return None
+
+    def deltas(self) -> dict[int, torch.Tensor] | None:
+        """The update (d, d_f) of each layer's weight, written out; None if the edit is not an update of weights."""
+        return None
 
     @property
     @abstractmethod
@@ -131,6 +237,36 @@ class Edit(ABC):
         """What else a saved edit has to say, as JSON values."""
         return {}
 
+    def describe(self) -> dict:
+        """The edit but for its tensors, as JSON values."""
+        return {
+            "kind": self.kind,
+            "case_id": self.case_id,
+            "editor": self.editor,
+            "log": asdict(self.log),
+            "settings": self.settings(),
+        }
+
+    @staticmethod
+    def restored(description: dict, tensors: dict[str, torch.Tensor]) -> Edit:
+        """The edit that :meth:`describe` and :meth:`tensors` were taken from; StudyError for an unknown kind."""
+        if description["kind"] not in Edit.kinds:
+            raise StudyError(f"unknown kind of edit {description['kind']!r}: import the module that defines it first")
+        log = EditLog(**{**description["log"], "losses": tuple(description["log"]["losses"])})
+        names = {"case_id": description["case_id"], "editor": description["editor"]}
+        return Edit.kinds[description["kind"]].from_tensors(tensors, **names, log=log, **description["settings"])
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what the edit does: kinds, settings and tensors, not who made it or how."""
+        digest = hashlib.sha256()
+        for part in self.parts:
+            digest.update(json.dumps([part.kind, part.settings()], sort_keys=True).encode())
+            for name, tensor in sorted(part.tensors().items()):
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
     @classmethod
     @abstractmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor], **fields) -> Edit:
@@ -139,7 +275,7 @@ class Edit(ABC):
     @classmethod
     @abstractmethod
     def stack(cls, edits: Sequence[Edit], layer: int, device: torch.device) -> Change:
-        """A function that applies ``edits[rows[b]]`` to row b at ``layer``: (inputs, outputs, rows, applied) -> outputs."""
+        """A function that applies ``edits[rows[b]]`` to row b at ``layer``: (inputs, outputs, rows, state) -> outputs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +283,9 @@ class Unedited(Edit):
     """The model as it is: the baseline row of every table."""
 
     kind: ClassVar[str] = "unedited"
+
+    def joined(self, later):
+        return later
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -161,4 +300,53 @@ class Unedited(Edit):
 
     @classmethod
     def stack(cls, edits, layer, device) -> Change:
-        return lambda inputs, outputs, rows, applied: outputs
+        return lambda inputs, outputs, rows, state: outputs
+
+
+@dataclass(frozen=True, eq=False)
+class Composite(Edit):
+    """Edits of several kinds or layers, applied in order: each acts on what the ones before it gave."""
+
+    parts: tuple[Edit, ...] = ()  # type: ignore[assignment]  # takes the place of a property
+    kind: ClassVar[str] = "composite"
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted({layer for part in self.parts for layer in part.layers}))
+
+    @property
+    def first_call_only(self) -> bool:
+        return all(part.first_call_only for part in self.parts)
+
+    @property
+    def lookups(self) -> tuple[Codebook, ...] | None:
+        of_parts = [part.lookups for part in self.parts]
+        return None if None in of_parts else tuple(book for books in of_parts for book in books or ())
+
+    def deltas(self) -> dict[int, torch.Tensor] | None:
+        summed: dict[int, torch.Tensor] = {}
+        for deltas in (part.deltas() for part in self.parts):
+            if deltas is None:
+                return None
+            for layer, delta in deltas.items():
+                summed[layer] = summed[layer] + delta if layer in summed else delta
+        return summed
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {f"{n}:{name}": one for n, part in enumerate(self.parts) for name, one in part.tensors().items()}
+
+    def settings(self) -> dict:
+        return {"parts": [part.describe() for part in self.parts]}
+
+    @classmethod
+    def from_tensors(cls, tensors, **fields) -> Composite:
+        of_part: list[dict[str, torch.Tensor]] = [{} for _ in fields["parts"]]
+        for name, tensor in tensors.items():
+            n, _, own_name = name.partition(":")
+            of_part[int(n)][own_name] = tensor
+        parts = tuple(Edit.restored(*described) for described in zip(fields.pop("parts"), of_part))
+        return cls(**fields, parts=parts)
+
+    @classmethod
+    def stack(cls, edits, layer, device) -> Change:
+        raise NotImplementedError("applying stacks the parts of composed edits, not the edits themselves")

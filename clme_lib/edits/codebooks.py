@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
+from torch.nn.functional import pad
 
 from ..support.errors import StudyError
-from .base import Change, Edit, Lookup
+from .base import Change, Edit, Lookup, PassState
 from .encoder import Encoder
 
-if TYPE_CHECKING:
-    from .base import Applied
+Query = Literal["mean", "last"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +23,7 @@ class Codebook(Edit):
     Attributes:
         layer: the block l.
         keys: (n, d_f); values: (n, d); radii: (n,).
+        every_token: whether tokens that the model has written are looked up too, not the prompt alone.
 
     The query is the input of ``W_l`` at the last real column of a row, in the prompt pass and in every decoding
     step; only that column's output is replaced ("replace_last").
@@ -33,10 +34,30 @@ class Codebook(Edit):
     values: torch.Tensor
     radii: torch.Tensor
     kind: ClassVar[str] = "codebook"
+    every_token: ClassVar[bool] = True
 
     @property
     def layers(self) -> tuple[int, ...]:
         return (self.layer,)
+
+    @property
+    def asked_with(self) -> Query:
+        """Which query of a prompt is looked up."""
+        return "last"
+
+    @property
+    def lookups(self):
+        return (self,)
+
+    def joined(self, later):
+        if type(later) is not type(self) or later.layer != self.layer or not self._asked_like(later):
+            return None
+        entries = {name: torch.cat([getattr(self, name), getattr(later, name)]) for name in ("keys", "values", "radii")}
+        return replace(later, **entries)
+
+    def _asked_like(self, later: Codebook) -> bool:
+        """Whether two codebooks of one class and layer are asked with the same query at the same times."""
+        return True
 
     def nearest(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Distance (Q,) of each query (Q, d_f) to its nearest key, and whether it is within that key's radius (Q,)."""
@@ -58,9 +79,9 @@ class Codebook(Edit):
     def stack(cls, edits, layer, device) -> Change:
         books = _Books(edits, layer, device)
 
-        def change(inputs, outputs, rows, applied):
-            batch, column = torch.arange(len(inputs), device=device), applied.last_column(inputs.shape[1])
-            return books.look_up(inputs[batch, column], outputs, column, rows, applied, applied.batch_rows)
+        def change(inputs, outputs, rows, state):
+            where = state.next_token_columns(inputs)
+            return books.look_up(inputs[where], outputs, where, rows, state)
 
         return change
 
@@ -70,24 +91,32 @@ class _Books:
 
     def __init__(self, edits: Sequence[Codebook], layer: int, device: torch.device) -> None:
         size = max(len(edit.keys) for edit in edits)
-        pad = torch.nn.functional.pad
-        # missing entries of smaller codebooks lie infinitely far away
+        # Missing entries of smaller codebooks lie infinitely far away.
         self.keys = torch.stack([pad(e.keys, (0, 0, 0, size - len(e.keys)), value=torch.inf) for e in edits]).to(device)
         self.values = torch.stack([pad(e.values, (0, 0, 0, size - len(e.values))) for e in edits]).to(device)
         self.radii = torch.stack([pad(e.radii, (0, size - len(e.radii)), value=-1.0) for e in edits]).to(device)
         self.layer = layer
 
-    def look_up(self, queries, outputs, column, books, applied: Applied, batch_rows: list[int]) -> torch.Tensor:
-        """``outputs`` (B, T, d) with the nearest value of codebook ``books[b]`` at ``column[b]``, where its key is near enough."""
-        batch = torch.arange(len(queries), device=queries.device)
-        found = (self.keys[books] - queries.to(self.keys.dtype)[:, None]).norm(dim=-1)
-        nearest = found.argmin(dim=-1)
-        distance = found[batch, nearest]
+    def look_up(self, queries, outputs, where, books, state: PassState, batch_rows: Sequence[int] | None = None):
+        """``outputs`` (B, T, d) with the nearest value of a codebook at each of ``where``, if its key is near enough.
+
+        Args:
+            queries: (N, d_f) or encoded, one for each of ``where``, N rows and N columns of ``outputs``.
+            books: (B,) the codebook of each row.
+            batch_rows: the rows' numbers in the whole batch, where they are not the state's.
+        """
+        row, column = where
+        books = books[row]
+        distances = (self.keys[books] - queries.to(self.keys.dtype)[:, None]).norm(dim=-1)
+        nearest = distances.argmin(dim=-1)
+        distance = distances[torch.arange(len(queries), device=queries.device), nearest]
         fired = distance <= self.radii[books, nearest]
-        applied.lookups.append(Lookup(self.layer, applied.phase, batch_rows, distance, fired))
+        batch_rows = state.batch_rows if batch_rows is None else batch_rows
+        if state.prompt_end is None:  # a text that is given is not looked up by the one who reads it
+            state.lookups.append(Lookup(self.layer, state.phase, list(batch_rows), distance, fired))
         changed = outputs.clone()
-        old = outputs[batch, column]
-        changed[batch, column] = torch.where(fired[:, None], self.values[books, nearest].to(outputs.dtype), old)
+        replaced = self.values[books, nearest].to(outputs.dtype)
+        changed[row, column] = torch.where(fired[:, None], replaced, outputs[row, column])
         return changed
 
 
@@ -108,6 +137,18 @@ class PromptCodebook(Codebook):
     encoder: Encoder | None = None
     first_call_only: bool = False
     kind: ClassVar[str] = "prompt-codebook"
+    every_token: ClassVar[bool] = False
+
+    @property
+    def asked_with(self):
+        return self.query
+
+    def _asked_like(self, later):
+        return (
+            (self.query, self.first_call_only) == (later.query, later.first_call_only)
+            and (self.encoder is None) == (later.encoder is None)
+            and (self.encoder is None or self.encoder.equals(later.encoder))
+        )
 
     def nearest(self, queries):
         return super().nearest(queries if self.encoder is None else self.encoder.to(queries.device)(queries))
@@ -121,21 +162,21 @@ class PromptCodebook(Codebook):
             return super().tensors()
         named = {f"{self.layer}.{name}": getattr(self, name) for name in ("values", "radii")}
         named[f"{self.layer}.encoded-keys"] = self.keys
-        return named | {f"{self.layer}.encoder.{name}": one for name, one in self.encoder.state_dict().items()}
+        return named | {f"{self.layer}.encoder.{name}": part for name, part in self.encoder.state_dict().items()}
 
     @classmethod
     def from_tensors(cls, tensors, **fields) -> PromptCodebook:
         layer = int(next(iter(tensors)).split(".")[0])
-        named = {name.removeprefix(f"{layer}."): one for name, one in tensors.items()}
+        named = {name.removeprefix(f"{layer}."): tensor for name, tensor in tensors.items()}
         if architecture := fields.pop("architecture"):
-            weights = {name.removeprefix("encoder."): one for name, one in named.items()}
+            weights = {name.removeprefix("encoder."): tensor for name, tensor in named.items()}
             fields["encoder"] = Encoder.from_tensors(weights, architecture)
         keys = named["encoded-keys"] if architecture else named["keys"]
         return cls(**fields, layer=layer, keys=keys, values=named["values"], radii=named["radii"])
 
     @classmethod
     def stack(cls, edits, layer, device) -> Change:
-        # edits of one encoder and kind of query are asked together; a fold's edits share their encoder's tensors
+        # Edits with the same encoder and kind of query are asked together; a fold's edits share their encoder's tensors.
         groups: dict[tuple, list[int]] = {}
         for n, edit in enumerate(edits):
             groups.setdefault((edit.query, edit.encoder and edit.encoder.first.weight.data_ptr()), []).append(n)
@@ -143,44 +184,36 @@ class PromptCodebook(Codebook):
         parts = []
         for g, members in enumerate(groups.values()):
             group_of[members], place[members] = g, torch.arange(len(members), device=device)
-            encoder = edits[members[0]].encoder
-            parts.append(
-                (
-                    edits[members[0]].query,
-                    encoder.to(device) if encoder else None,
-                    _Books([edits[n] for n in members], layer, device),
-                )
-            )
+            first, books = edits[members[0]], _Books([edits[n] for n in members], layer, device)
+            parts.append((first.query, first.encoder.to(device) if first.encoder else None, books))
 
-        def change(inputs, outputs, rows, applied):
-            if applied.phase == "decode":
+        def change(inputs, outputs, rows, state):
+            if state.phase == "decode":
                 return outputs
-            column = applied.last_column(inputs.shape[1]).to(device).expand(len(inputs))
-            mask = applied.real_columns(inputs)
+            column = state.last_column(inputs.shape[1]).to(device).expand(len(inputs))
+            mask = state.prompt_columns(inputs)
             for g, (query, encoder, books) in enumerate(parts):
-                mine = (group_of[rows] == g).nonzero()[:, 0]
-                if not len(mine):
+                own = (group_of[rows] == g).nonzero()[:, 0]
+                if not len(own):
                     continue
-                asked = inputs[mine, column[mine]].float() if query == "last" else masked_mean(inputs[mine], mask[mine])
+                asked = inputs[own, column[own]].float() if query == "last" else masked_mean(inputs[own], mask[own])
                 asked = asked if encoder is None else encoder(asked)
                 if not asked.isfinite().all():
                     raise StudyError(
                         f"a query of layer {layer} is not finite: use float32, or look at the prompt's mask"
                     )
-                batch_rows = [applied.batch_rows[n] for n in mine.tolist()]
-                changed = books.look_up(asked, outputs[mine], column[mine], place[rows[mine]], applied, batch_rows)
-                outputs = outputs.index_copy(0, mine, changed)
+                batch_rows = [state.batch_rows[n] for n in own.tolist()]
+                where = torch.arange(len(own), device=device), column[own]
+                changed = books.look_up(asked, outputs[own], where, place[rows[own]], state, batch_rows)
+                outputs = outputs.index_copy(0, own, changed)
             return outputs
 
         return change
 
 
-Query = Literal["mean", "last"]
-
-
 def masked_mean(keys: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean of (B, T, d_f) over the columns where (B, T) ``mask`` is true, in float32: (B, d_f)."""
     weights = mask.to(torch.float32)
-    # zero weight does not hide a NaN or an infinity that a padding column may hold
+    # Zero weight does not hide a NaN or an infinity that a padding column may hold.
     summed = torch.where(mask.bool()[..., None], keys.float(), 0.0).sum(dim=1)
     return summed / weights.sum(dim=1, keepdim=True)

@@ -1,6 +1,6 @@
 """A-GRACE's encoder: from the keys' space to one where an edit's other wordings are near and its neighbours are not.
 
-Two architectures are told of: the released program's, and the paper's (section V). Both are two linear layers.
+There are two architectures, both of two linear layers: the released program's, and the paper's (section V).
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from ..support.errors import StudyError
 Architecture = Literal["released", "paper"]
 WIDTH = 256
 _SLOPE, _DROPOUT = 0.5, 0.5
-
-
 _TENSORS = ("first.weight", "first.bias", "second.weight", "second.bias")
 
 
@@ -37,7 +35,7 @@ class Encoder(torch.nn.Module):
         inner = width // 4 if architecture == "released" else width
         self.first, self.second = torch.nn.Linear(width, inner), torch.nn.Linear(inner, WIDTH)
         for layer in (self.first, self.second):
-            # PyTorch's own initial distribution, from a generator of its own
+            # This is PyTorch's own initial distribution, drawn from the given generator.
             bound = 1 / math.sqrt(layer.in_features)
             for tensor in (layer.weight, layer.bias):
                 torch.nn.init.uniform_(tensor, -bound, bound, generator=draw)
@@ -53,12 +51,19 @@ class Encoder(torch.nn.Module):
             inner = inner * kept.to(inner.device) / (1 - _DROPOUT)
         return self.second(inner)
 
+    def equals(self, encoder: Encoder) -> bool:
+        """Whether another encoder gives the same: architecture and weights."""
+        own, others = self.state_dict(), encoder.state_dict()
+        return self.architecture == encoder.architecture and all(
+            own[name].shape == others[name].shape and torch.equal(own[name], others[name].to(own[name])) for name in own
+        )
+
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor], architecture: Architecture) -> Encoder:
         """An encoder with the weights of another's ``state_dict``."""
         if missing := [name for name in _TENSORS if name not in tensors]:
             raise StudyError(f"an encoder's {', '.join(missing)} is missing")
         encoder = cls(tensors["first.weight"].shape[1], architecture)
-        # the tensors themselves, not copies: edits that share them are asked together
+        # The tensors themselves are taken, not copies: edits that share them are asked together.
         encoder.load_state_dict({name: tensors[name] for name in _TENSORS}, assign=True)
         return encoder.requires_grad_(False)

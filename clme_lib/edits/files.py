@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from ..subjects.subject import Subject
 from ..support.artifact import read_tensors, write_tensors
 from ..support.errors import StudyError
-from .applying import KINDS, check_fits
-from .base import Edit, EditLog
+from . import codebooks, weights  # noqa: F401  # the kinds there register themselves
+from .applying import check_fits
+from .base import Edit
+
+if TYPE_CHECKING:
+    from ..subjects.subject import Subject
 
 FORMAT = "clme-edits"
 FORMAT_VERSION = 2
@@ -30,16 +33,7 @@ def save_edits(path: str | os.PathLike, edits: Sequence[Edit], subject: Subject)
             where = (tensor.data_ptr(), tensor.shape, tensor.stride())
             names[name] = first.setdefault(where, f"{n}.{name}") if tensor.numel() else f"{n}.{name}"
             tensors.setdefault(names[name], tensor)
-        entries.append(
-            {
-                "kind": edit.kind,
-                "case_id": edit.case_id,
-                "editor": edit.editor,
-                "log": asdict(edit.log),
-                "settings": edit.settings(),
-                "tensors": names,
-            }
-        )
+        entries.append({**edit.describe(), "tensors": names})
     header = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -66,10 +60,7 @@ def load_edits(path: str | os.PathLike, subject: Subject) -> list[Edit]:
         )
     edits = []
     for entry in header["edits"]:
-        mine = {name: tensors[stored] for name, stored in entry["tensors"].items()}
-        log = EditLog(**{**entry["log"], "losses": tuple(entry["log"]["losses"])})
-        fields = {"case_id": entry["case_id"], "editor": entry["editor"], "log": log, **entry["settings"]}
-        edit = KINDS[entry["kind"]].from_tensors(mine, **fields)
-        check_fits(edit, subject)
+        edit = Edit.restored(entry, {name: tensors[stored] for name, stored in entry["tensors"].items()})
+        check_fits(edit, subject.down_proj)
         edits.append(edit)
     return edits

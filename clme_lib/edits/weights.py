@@ -1,14 +1,12 @@
-"""An edit is a value: plain tensors that say which module's output changes and how.
-
-Here are updates of weights; codebooks.py has GRACE's memories, and applying.py runs a subject as edited.
-"""
+"""Edits that update weights, kept as factors or as a whole matrix."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from torch.nn.functional import pad
 
 from .base import Change, Edit
 
@@ -33,6 +31,19 @@ class LowRankUpdate(Edit):
         left, right = self.factors[layer]
         return left @ right
 
+    def deltas(self):
+        return {layer: self.delta(layer) for layer in self.factors}
+
+    def joined(self, later):
+        if not isinstance(later, LowRankUpdate):
+            return None
+        factors = dict(self.factors)
+        for layer, (left, right) in later.factors.items():
+            if layer in factors:
+                left, right = torch.cat([factors[layer][0], left], dim=1), torch.cat([factors[layer][1], right])
+            factors[layer] = (left, right)
+        return replace(later, factors=factors)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         named = {}
         for layer, (left, right) in self.factors.items():
@@ -48,11 +59,11 @@ class LowRankUpdate(Edit):
     def stack(cls, edits, layer, device) -> Change:
         pairs = [edit.factors[layer] for edit in edits]
         rank = max(left.shape[1] for left, _ in pairs)
-        # smaller ranks are padded with zeros, which add nothing
-        lefts = torch.stack([torch.nn.functional.pad(a, (0, rank - a.shape[1])) for a, _ in pairs]).to(device)
-        rights = torch.stack([torch.nn.functional.pad(b, (0, 0, 0, rank - b.shape[0])) for _, b in pairs]).to(device)
+        # Smaller ranks are padded with zeros, which add nothing.
+        lefts = torch.stack([pad(left, (0, rank - left.shape[1])) for left, _ in pairs]).to(device)
+        rights = torch.stack([pad(right, (0, 0, 0, rank - right.shape[0])) for _, right in pairs]).to(device)
 
-        def change(inputs, outputs, rows, applied):
+        def change(inputs, outputs, rows, state):
             inner = torch.einsum("btf,brf->btr", inputs.to(rights.dtype), rights[rows])
             return outputs + torch.einsum("btr,bdr->btd", inner, lefts[rows]).to(outputs.dtype)
 
@@ -74,6 +85,14 @@ class DenseUpdate(Edit):
     def layers(self) -> tuple[int, ...]:
         return (self.layer,)
 
+    def deltas(self):
+        return {self.layer: self.delta}
+
+    def joined(self, later):
+        if not isinstance(later, DenseUpdate) or later.layer != self.layer:
+            return None
+        return replace(later, delta=self.delta + later.delta)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         return {f"{self.layer}.delta": self.delta}
 
@@ -86,12 +105,12 @@ class DenseUpdate(Edit):
     def stack(cls, edits, layer, device) -> Change:
         deltas = [edit.delta.to(device) for edit in edits]
 
-        def change(inputs, outputs, rows, applied):
+        def change(inputs, outputs, rows, state):
             changed = outputs.clone()
-            # one product an edit, not a row: copying a (d, d_f) matrix for every row would dwarf the product itself
+            # Rows of the same edit share a product: copying a (d, d_f) matrix for every row would cost more than the product.
             for index in rows.unique().tolist():
-                mine = rows == index
-                changed[mine] += (inputs[mine].to(deltas[index].dtype) @ deltas[index].T).to(outputs.dtype)
+                own = rows == index
+                changed[own] += (inputs[own].to(deltas[index].dtype) @ deltas[index].T).to(outputs.dtype)
             return changed
 
         return change

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..edits.base import Applied, Edit
+from ..edits.base import PassState, Edit
+from ..forward.blockwise import passes
 from ..forward.tokens import encode
 from ..subjects.subject import Subject
 from ..support.errors import StudyError
@@ -23,12 +24,10 @@ from ..support.errors import StudyError
 SPECIFICITY_TOKENS = 16
 FLUENCY_TOKENS = 64
 FLUENCY_TOP_K = 5
-# prompts worked on side by side, and tokens (padding included) read in one pass: small enough to stay in a CPU's
-# caches, large enough to keep a GPU busy
+# Prompts worked on side by side: few enough to stay in a CPU's caches, many enough to keep a GPU busy.
 _ROWS = {"cpu": 64, "cuda": 512}
-_PREFILL_TOKENS = {"cpu": 2_048, "cuda": 32_768}
-# steps between two looks at which rows have ended: each waits for the device
-_LOOK_EVERY = {"cpu": 1, "cuda": 8}
+# Checking which rows are done synchronises with the GPU, so it happens once in so many steps.
+CHECK_DONE_EVERY = {"cpu": 1, "cuda": 8}
 
 
 @dataclass(frozen=True)
@@ -108,18 +107,13 @@ class _Prompt:
 
 def _prefill(subject: Subject, prompts: Sequence[tuple[list[int], int]], edits: Sequence[Edit]) -> list[_Prompt]:
     """Read prompts (sorted by length) in left-padded passes of like length."""
-    limit = _PREFILL_TOKENS[subject.device.type]
-    passes: list[list[tuple[list[int], int]]] = [[]]
-    for prompt in prompts:
-        if passes[-1] and (len(passes[-1]) + 1) * len(prompt[0]) > limit:
-            passes.append([])
-        passes[-1].append(prompt)
     read = []
-    for batch in passes:
+    for group in passes(subject, [ids for ids, _ in prompts]):
+        batch = [prompts[n] for n in group]
         ids = subject.tokenizer.pad({"input_ids": [ids for ids, _ in batch]}, return_tensors="pt").to(subject.device)
         mask = ids["attention_mask"]
         edit_rows = [edit for _, edit in batch]
-        with subject.applying(edits, rows=edit_rows) as applied:
+        with subject.applying(edits, rows=edit_rows) as state:
             done = subject.decoder(
                 input_ids=ids["input_ids"],
                 attention_mask=mask,
@@ -127,7 +121,7 @@ def _prefill(subject: Subject, prompts: Sequence[tuple[list[int], int]], edits: 
                 use_cache=True,
             )
         logits = subject.model.lm_head(done.last_hidden_state[:, -1]).float()
-        distances, fired = _prompt_lookups(applied, len(batch))
+        distances, fired = _prompt_lookups(state, len(batch))
         for row, (tokens, _) in enumerate(batch):
             read.append(_Prompt(tokens, done.past_key_values, row, logits[row], distances[row], fired[row]))
     return read
@@ -158,7 +152,7 @@ def _decode(
     new = torch.full((len(prompts), steps), eos, dtype=torch.long, device=device)
     rows = torch.arange(len(prompts), device=device)  # which request each row of the batch still works for
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    with subject.applying(edits, rows=[request.edit for request in requests]) as applied:
+    with subject.applying(edits, rows=[request.edit for request in requests]) as state:
         for step in range(steps):
             token = logits.argmax(dim=-1)
             if step < FLUENCY_TOKENS:
@@ -167,15 +161,15 @@ def _decode(
             done = done | (token == eos) | (budgets[rows] <= step + 1)
             if step + 1 == steps:
                 break
-            looks = (step + 1) % _LOOK_EVERY[device.type] == 0
-            keep = (~done).nonzero()[:, 0] if looks else rows
+            checks = (step + 1) % CHECK_DONE_EVERY[device.type] == 0
+            keep = (~done).nonzero()[:, 0] if checks else rows
             if not len(keep):
                 break
             if len(keep) <= 0.75 * len(rows):
                 rows, done, mask = rows[keep], done[keep], mask[keep]
                 for layer in cache.layers:
                     layer.batch_select_indices(keep)
-                applied.rows = [requests[n].edit for n in rows.tolist()]
+                state.rows = [requests[n].edit for n in rows.tolist()]
             hidden = subject.decoder(
                 input_ids=new[rows, step][:, None],
                 attention_mask=mask[:, : width + step + 1],
@@ -240,11 +234,11 @@ def _joined_cache(prompts: Sequence[_Prompt], width: int, steps: int) -> Any:
     return Cache(layers=layers)
 
 
-def _prompt_lookups(applied: Applied, rows: int) -> tuple[list, list]:
+def _prompt_lookups(state: PassState, rows: int) -> tuple[list, list]:
     """Distance and hit of each row's codebook lookup in a prompt pass (None for rows without a codebook)."""
     distances: list[float | None] = [None] * rows
     fired: list[bool | None] = [None] * rows
-    for lookup in applied.lookups:
+    for lookup in state.lookups:
         for n, distance, hit in zip(lookup.rows, lookup.distances.tolist(), lookup.fired.tolist()):
             distances[n], fired[n] = distance, hit
     return distances, fired

@@ -5,14 +5,18 @@ Rows are padded on the left, so a prompt's lookup token is the last column.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from ..edits.base import Layout, announced
 from ..subjects.subject import Subject
+from ..support.batching import of_like_length
+from .padded import Padded
+from .recording import recorded
 
-_PASS_TOKENS = {"cpu": 2_048, "cuda": 32_768}  # padding included
+PASS_TOKENS = {"cpu": 2_048, "cuda": 32_768}  # read in one pass, padding included
 
 
 @dataclass(frozen=True)
@@ -32,68 +36,50 @@ class BlockPass:
 class Blockwise:
     """Rows of token ids on their way through the blocks.
 
+    Args:
+        rows: the token ids.
+        written: how many of each row's last tokens the model itself has written (default: none).
+
     Attributes:
         embedded: (R, W, d) the stream before block 0.
         mask: (R, W) True at real tokens.
     """
 
     @torch.no_grad()
-    def __init__(self, subject: Subject, rows: Sequence[Sequence[int]]) -> None:
+    def __init__(self, subject: Subject, rows: Sequence[Sequence[int]], written: Sequence[int] | None = None) -> None:
         self.subject = subject
         width = max(map(len, rows))
-        ids = torch.full((len(rows), width), subject.tokenizer.pad_token_id, dtype=torch.long)
-        mask = torch.zeros(len(rows), width, dtype=torch.bool)
-        for n, row in enumerate(rows):
-            ids[n, width - len(row) :] = torch.tensor(row)
-            mask[n, width - len(row) :] = True
-        self.mask = mask.to(subject.device)
-        self._positions = (self.mask.long().cumsum(-1) - 1).clamp(min=0)
-        self.embedded = subject.decoder.embed_tokens(ids.to(subject.device))
+        padded = Padded.of(subject, rows, [width - len(row) for row in rows], width)
+        self.mask, self._positions, self._attended = padded.mask, padded.positions, padded.attended()
+        self.embedded = subject.decoder.embed_tokens(padded.ids)
         self._rotary = subject.decoder.rotary_emb(self.embedded, position_ids=self._positions)
-        causal = torch.ones(width, width, dtype=torch.bool, device=subject.device).tril()
-        # a padding column attends to itself alone, so that no softmax is empty
-        own = torch.eye(width, dtype=torch.bool, device=subject.device)
-        self._attended = ((causal & self.mask[:, None, :]) | own)[:, None]
+        self._prompt_end = width - 1 - torch.tensor(written or [0] * len(rows), device=subject.device)
 
     @torch.no_grad()
     def block(self, layer: int, hidden: torch.Tensor, rows: torch.Tensor | None = None) -> BlockPass:
         """Run block ``layer`` on the stream ``hidden`` of all rows, or of the given ones."""
-        kept = {}
-
-        def keep(_module, args, output):
-            kept["keys"], kept["outputs"] = args[0], output
 
         def of(part: torch.Tensor) -> torch.Tensor:
             return part if rows is None or len(part) == 1 < len(self.mask) else part[rows]
 
-        handle = self.subject.down_proj(layer).register_forward_hook(keep)
-        try:
-            after = self.subject.blocks[layer](
+        block, layout = self.subject.blocks[layer], Layout(of(self.mask), of(self._prompt_end))
+        with announced(layout), recorded(block, "keys", "outputs") as values:
+            after = block(
                 hidden,
                 attention_mask=of(self._attended),
                 position_ids=of(self._positions),
                 position_embeddings=tuple(of(part) for part in self._rotary),
             )
-        finally:
-            handle.remove()
-        return BlockPass(after[0] if isinstance(after, tuple) else after, kept["keys"], kept["outputs"])
+        return BlockPass(after[0] if isinstance(after, tuple) else after, values["keys"], values["outputs"])
 
     def up_to(self, layer: int) -> torch.Tensor:
-        """(R, W, d) the unedited stream before block ``layer``."""
+        """(R, W, d) the stream before block ``layer``."""
         hidden = self.embedded
         for below in range(layer):
             hidden = self.block(below, hidden).hidden
         return hidden
 
 
-def passes(subject: Subject, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+def passes(subject: Subject, rows: Sequence[Sequence[int]]) -> list[list[int]]:
     """Indices of rows of like length that go through the blocks together."""
-    limit = _PASS_TOKENS[subject.device.type]
-    batch: list[int] = []
-    for n in sorted(range(len(rows)), key=lambda n: len(rows[n])):
-        if batch and (len(batch) + 1) * len(rows[n]) > limit:
-            yield batch
-            batch = []
-        batch.append(n)
-    if batch:
-        yield batch
+    return of_like_length([len(row) for row in rows], tokens=PASS_TOKENS[subject.device.type])

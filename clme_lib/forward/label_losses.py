@@ -9,19 +9,19 @@ import torch
 
 from ..subjects.subject import Subject
 
-# label columns whose logits exist at one time: enough to keep the product efficient, few enough for the memory (on a CPU, below
-# the 32 MiB from which the C library asks the system for new pages each time)
+# Label columns whose logits exist at one time: enough for efficient products, and little enough memory. On a CPU they stay below
+# the 32 MiB from which the C library asks the system for new pages each time.
 _LABELS_AT_ONCE = {"cpu": 128, "cuda": 4_096}
 
 
-class Places(NamedTuple):
-    """Indices of labels in ascending order, both where the host and where the device can read them without the other."""
+class LabelIndices(NamedTuple):
+    """Indices of labels in ascending order, on the host and on the device, so that reading them never waits for the other."""
 
-    known: tuple[int, ...]
-    there: torch.Tensor
+    on_host: tuple[int, ...]
+    on_device: torch.Tensor
 
     @classmethod
-    def of(cls, indices: torch.Tensor) -> Places:
+    def of(cls, indices: torch.Tensor) -> LabelIndices:
         return cls(tuple(indices.tolist()), indices)
 
 
@@ -41,47 +41,42 @@ class _LabelLoss(torch.autograd.Function):
         weight = head.weight
         losses, greedy = torch.empty(len(states), device=states.device), torch.empty_like(labels, dtype=torch.bool)
         gradient = torch.empty_like(states)
-        places = compared.there
-        divergences = torch.zeros(len(places), device=states.device)
-        of_divergences = states.new_zeros(len(places), states.shape[-1])
-        log_shares = torch.empty(len(places), len(weight), device=states.device)
+        indices = compared.on_device
+        divergences = torch.zeros(len(indices), device=states.device)
+        of_divergences = states.new_zeros(len(indices), states.shape[-1])
+        log_shares = torch.empty(len(indices), len(weight), device=states.device)
         at_once = _LABELS_AT_ONCE[states.device.type]
         for first in range(0, len(states), at_once):
             part = slice(first, first + at_once)
-            mine = slice(bisect_left(compared.known, first), bisect_left(compared.known, first + at_once))
-            wanted = labels[part, None]
+            inside = slice(bisect_left(compared.on_host, first), bisect_left(compared.on_host, first + at_once))
+            expected = labels[part, None]
             logits = head(states[part]).float()
             greedy[part] = logits.argmax(dim=-1) == labels[part]
-            # PyTorch's own kernel, so that losses round like anybody's cross-entropy
+            # PyTorch's own kernel makes the losses round like anybody's cross-entropy.
             logits = torch.log_softmax(logits, dim=-1)
-            losses[part] = -logits.gather(-1, wanted)[:, 0]
-            log_shares[mine] = logits[places[mine] - first]
+            losses[part] = -logits.gather(-1, expected)[:, 0]
+            log_shares[inside] = logits[indices[inside] - first]
             logits.exp_()
             if reference is not None:
-                apart = log_shares[mine] - reference[mine]
-                shares = logits[places[mine] - first]
-                divergences[mine] = (shares * apart).sum(dim=-1)
-                logits = torch.cat([logits, shares * (apart - divergences[mine, None])])
-            logits[: len(wanted)].scatter_add_(-1, wanted, torch.full_like(wanted, -1.0, dtype=torch.float32))
+                difference = log_shares[inside] - reference[inside]
+                shares = logits[indices[inside] - first]
+                divergences[inside] = (shares * difference).sum(dim=-1)
+                logits = torch.cat([logits, shares * (difference - divergences[inside, None])])
+            logits[: len(expected)].scatter_add_(-1, expected, torch.full_like(expected, -1.0, dtype=torch.float32))
             product = logits.to(weight.dtype) @ weight
-            gradient[part] = product[: len(wanted)]
+            gradient[part] = product[: len(expected)]
             if reference is not None:
-                of_divergences[mine] = product[len(wanted) :]
-        ctx.save_for_backward(gradient, places, of_divergences)
+                of_divergences[inside] = product[len(expected) :]
+        ctx.save_for_backward(gradient, indices, of_divergences)
         ctx.mark_non_differentiable(greedy, log_shares)
         return losses, greedy, divergences, log_shares
 
     @staticmethod
     def backward(ctx, of_losses, _greedy, upstream, _log_shares):
-        gradient, places, of_divergences = ctx.saved_tensors
+        gradient, indices, of_divergences = ctx.saved_tensors
         whole = of_losses[:, None].to(gradient.dtype) * gradient
-        return (
-            whole.index_add(0, places, upstream[:, None].to(gradient.dtype) * of_divergences),
-            None,
-            None,
-            None,
-            None,
-        )
+        whole = whole.index_add(0, indices, upstream[:, None].to(gradient.dtype) * of_divergences)
+        return whole, None, None, None, None
 
 
 class _DistributionLoss(torch.autograd.Function):
@@ -95,11 +90,11 @@ class _DistributionLoss(torch.autograd.Function):
         at_once = _LABELS_AT_ONCE[states.device.type]
         for first in range(0, len(states), at_once):
             part = slice(first, first + at_once)
-            wanted = torch.log_softmax(head(reference[part]).float(), dim=-1)
-            found = torch.log_softmax(head(states[part]).float(), dim=-1)
-            probabilities = wanted.exp()
-            divergences[part] = (probabilities * wanted.sub_(found)).sum(dim=-1)
-            gradient[part] = found.exp_().sub_(probabilities).to(head.weight.dtype) @ head.weight
+            log_reference = torch.log_softmax(head(reference[part]).float(), dim=-1)
+            log_shares = torch.log_softmax(head(states[part]).float(), dim=-1)
+            probabilities = log_reference.exp()
+            divergences[part] = (probabilities * log_reference.sub_(log_shares)).sum(dim=-1)
+            gradient[part] = log_shares.exp_().sub_(probabilities).to(head.weight.dtype) @ head.weight
         ctx.save_for_backward(gradient)
         return divergences
 

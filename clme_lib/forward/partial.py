@@ -25,19 +25,22 @@ from typing import Any
 
 import torch
 
+from ..edits.base import Layout, announced
 from ..subjects.subject import Subject
 from ..support.batching import of_like_length
 from ..support.errors import StudyError
-from .label_losses import Places, _LabelLoss
+from .label_losses import LabelIndices, _LabelLoss
+from .padded import Padded
 from .prefix_attention import Prefix, _attending_to
-from .tokens import Row
+from .recording import recorded
+from .tokens import TokenRow
 
-# of rows that are read together, the longest over the shortest
-_LONGEST_READ = 1.2
+# largest ratio of the lengths of rows that are read together
+_MAX_READ_RATIO = 1.2
 
 
 def longest_above(subject: Subject, layer: int) -> float:
-    """Of rows that are optimised together, the longest over the shortest: padding is a third of the work at most.
+    """Largest ratio of the lengths of rows that are optimised together, at which padding is a third of the work at most.
 
     Only the blocks above W_l work on padding; the head, a large part of a small model, works on labels alone.
     """
@@ -49,7 +52,7 @@ class PartialForward:
     """Cached constants of one batch and the forward pass above the edited layer.
 
     Args:
-        subject: the unedited model.
+        subject: the model to edit.
         rows: what each row reads and is asked for (B rows), such as tokenised prompts and targets.
         layer: the edited block l.
         from_lookup: True when only columns from the lookup token on are touched (GRACE and the ROME family);
@@ -59,7 +62,7 @@ class PartialForward:
 
     Attributes:
         keys: (B, S, d_f) inputs of ``W_l`` at the tail columns.
-        outputs: (B, S, d) unedited outputs of ``W_l`` at the tail columns.
+        outputs: (B, S, d) outputs of ``W_l`` at the tail columns.
         residual: (B, S, d) the stream that output is added to.
         attention: (B, S, d) what the block's attention added to it; None when ``residuals`` were given.
         touched: (B,) tail column of the lookup token.
@@ -71,7 +74,7 @@ class PartialForward:
     def __init__(
         self,
         subject: Subject,
-        rows: Sequence[Row],
+        rows: Sequence[TokenRow],
         layer: int,
         *,
         from_lookup: bool,
@@ -79,21 +82,18 @@ class PartialForward:
     ) -> None:
         self.subject = subject
         self.layer = layer
-        starts = [min(row.lookup, row.first_label) if from_lookup else 0 for row in rows]
-        # nothing after the last label's column matters
+        # A codebook above that is asked with the mean over a prompt must see all of the prompt.
+        whole = not from_lookup or any(book.layer > layer and book.asked_with == "mean" for book in subject.codebooks)
+        starts = [0 if whole else min(row.lookup, row.first_label) for row in rows]
+        # What follows the last label's column is never used.
         ends = [row.first_label + len(row.target_ids) for row in rows]
         prefix = max(starts)
         width = prefix + max(end - start for start, end in zip(starts, ends))
         device = subject.device
-        # pads repeat EOS like everywhere else; the mask, not the id, says what is padding
-        ids = torch.full((len(rows), width), subject.tokenizer.pad_token_id, dtype=torch.long)
-        mask = torch.zeros(len(rows), width, dtype=torch.bool)
-        for n, (row, start, end) in enumerate(zip(rows, starts, ends)):
-            first = prefix - start
-            ids[n, first : first + end] = torch.tensor(row.inputs[:end])
-            mask[n, first + row.pads : first + end] = True
-        positions = (mask.long().cumsum(-1) - 1).clamp(min=0).to(device)
-        ids, mask = ids.to(device), mask.to(device)
+        # Padding that a row brings along becomes padding like any other.
+        inputs = [row.inputs[row.pads : end] for row, end in zip(rows, ends)]
+        firsts = [prefix - start + row.pads for row, start in zip(rows, starts)]
+        padded = Padded.of(subject, inputs, firsts, width)
 
         self.touched = torch.tensor([row.lookup - start for row, start in zip(rows, starts)], device=device)
         columns = [row.first_label - start + t for row, start in zip(rows, starts) for t in range(len(row.target_ids))]
@@ -102,41 +102,41 @@ class PartialForward:
         self.label_columns = torch.tensor(columns, device=device)
         self.label_counts = torch.tensor([len(row.target_ids) for row in rows], device=device)
 
-        causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
-        # a padding column attends to itself alone, so that no softmax is empty
-        own = torch.eye(width, dtype=torch.bool, device=device)
-        attended = ((causal & mask[:, None, :]) | own)[:, None]
+        attended = padded.attended()
+        self._real = padded.mask[:, prefix:]
         if residuals is None:
-            self._prefill(ids, attended, positions, starts, ends)
+            self._prefill(padded, attended, starts, ends)
         else:
             self._start_from(residuals)
         self._mask = attended[:, :, prefix:]
-        self._positions = positions[:, prefix:]
+        self._positions = padded.positions[:, prefix:]
         self._rotary = subject.decoder.rotary_emb(self.outputs, position_ids=self._positions)
 
     @torch.no_grad()
     def _prefill(
-        self,
-        ids: torch.Tensor,
-        attended: torch.Tensor,
-        positions: torch.Tensor,
-        starts: Sequence[int],
-        ends: Sequence[int],
+        self, padded: Padded, attended: torch.Tensor, starts: Sequence[int], ends: Sequence[int]
     ) -> None:
         """Ordinary forward passes; keep the constants of layer l and the K/V of the blocks above.
 
         Rows of like length go together: they are read through all blocks, so padding costs more here than in a step.
         """
-        (count, width), prefix = ids.shape, max(starts)
+        (count, width), prefix = padded.ids.shape, max(starts)
         above = range(self.layer + 1, len(self.subject.blocks)) if prefix else ()
         tails: dict[str, torch.Tensor] = {}
         cached: Prefix = {}
-        for group in of_like_length(ends, _LONGEST_READ):
+        for group in of_like_length(ends, ratio=_MAX_READ_RATIO):
             first = prefix - max(starts[n] for n in group)
             last = prefix + max(ends[n] - starts[n] for n in group)
-            rows, columns = torch.tensor(group, device=ids.device), slice(first, last)
-            inputs = ids[rows, columns], attended[rows, :, columns, columns], positions[rows, columns]
-            read, cache = self._read(*inputs, use_cache=bool(prefix))
+            rows, columns = torch.tensor(group, device=padded.ids.device), slice(first, last)
+            layout = Layout(padded.mask[rows, columns], self.touched[rows] + prefix - first)
+            block = self.subject.blocks[self.layer]
+            with announced(layout), recorded(block, "attention", "residual", "keys", "outputs") as read:
+                cache = self.subject.decoder(
+                    input_ids=padded.ids[rows, columns],
+                    attention_mask=attended[rows, :, columns, columns],
+                    position_ids=padded.positions[rows, columns],
+                    use_cache=bool(prefix),
+                ).past_key_values
             for name, states in read.items():
                 whole = tails.setdefault(name, states.new_zeros(count, width - prefix, states.shape[-1]))
                 whole[rows, : last - prefix] = states[:, prefix - first :]
@@ -144,66 +144,43 @@ class PartialForward:
                 pair = cache.layers[n].keys, cache.layers[n].values
                 if n not in cached:
                     _, heads, _, size = pair[0].shape
-                    cached[n] = tuple(one.new_zeros(count, heads, prefix, size) for one in pair)
-                for whole, one in zip(cached[n], pair):
-                    whole[rows, :, first:] = one[:, :, : prefix - first]
+                    cached[n] = tuple(part.new_zeros(count, heads, prefix, size) for part in pair)
+                for whole, part in zip(cached[n], pair):
+                    whole[rows, :, first:] = part[:, :, : prefix - first]
         self.keys, self.outputs, self.residual = tails["keys"], tails["outputs"], tails["residual"]
         self.attention: torch.Tensor | None = tails["attention"]
         self._before = cached
 
-    def _read(self, ids: torch.Tensor, attended: torch.Tensor, positions: torch.Tensor, use_cache: bool):
-        """What layer l reads and writes in one ordinary forward pass, by name, and the pass's K/V."""
-        block = self.subject.blocks[self.layer]
-        read: dict[str, torch.Tensor] = {}
-
-        def keep_attention(_module, _args, output):
-            read["attention"] = output
-
-        def keep_residual(_module, args):
-            read["residual"] = args[0]
-
-        def keep_mlp(_module, args, output):
-            read["keys"], read["outputs"] = args[0], output
-
-        hooks = [
-            block.self_attn.o_proj.register_forward_hook(keep_attention),
-            block.post_attention_layernorm.register_forward_pre_hook(keep_residual),
-            block.mlp.down_proj.register_forward_hook(keep_mlp),
-        ]
-        try:
-            done = self.subject.decoder(
-                input_ids=ids, attention_mask=attended, position_ids=positions, use_cache=use_cache
-            )
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return read, done.past_key_values
-
     @torch.no_grad()
     def _start_from(self, residuals: Sequence[torch.Tensor]) -> None:
-        block = self.subject.blocks[self.layer]
         self.residual = torch.nn.utils.rnn.pad_sequence(list(residuals), batch_first=True)
-        kept = []
-        handle = block.mlp.down_proj.register_forward_hook(lambda _module, args, _output: kept.append(args[0]))
-        try:
-            self.outputs = block.mlp(block.post_attention_layernorm(self.residual))
-        finally:
-            handle.remove()
-        (self.keys,), self.attention, self._before = kept, None, {}
+        with recorded(self.subject.blocks[self.layer], "keys") as read:
+            self.outputs = self.mlp(self.residual)
+        self.keys, self.attention, self._before = read["keys"], None, {}
+
+    def mlp(self, stream: torch.Tensor) -> torch.Tensor:
+        """What layer l's MLP gives, (B, S, d) or (B, d), for a stream at the tail columns or at the touched ones."""
+        block = self.subject.blocks[self.layer]
+        with announced(self._layout):
+            return block.mlp(block.post_attention_layernorm(stream))
+
+    @property
+    def _layout(self) -> Layout:
+        return Layout(self._real, self.touched)
 
     def select(self, rows: torch.Tensor) -> PartialForward:
         """The same for some of the rows (indices in ascending order): those of cases that are still being optimised."""
         chosen = copy.copy(self)
-        for name in ("keys", "outputs", "residual", "attention", "touched", "label_counts", "_positions", "_mask"):
+        for name in ("keys", "outputs", "residual", "attention", "touched", "label_counts", "_positions", "_mask", "_real"):
             if getattr(self, name) is not None:
                 setattr(chosen, name, getattr(self, name)[rows])
         chosen._rotary = tuple(part[rows] if len(part) > 1 else part for part in self._rotary)
         chosen._before = {n: (keys[rows], values[rows]) for n, (keys, values) in self._before.items()}
-        place = torch.full((len(self.touched),), -1, device=rows.device)
-        place[rows] = torch.arange(len(rows), device=rows.device)
-        kept = place[self.label_rows] >= 0
+        new_index = torch.full((len(self.touched),), -1, device=rows.device)
+        new_index[rows] = torch.arange(len(rows), device=rows.device)
+        kept = new_index[self.label_rows] >= 0
         chosen.labels, chosen.label_columns = self.labels[kept], self.label_columns[kept]
-        chosen.label_rows = place[self.label_rows[kept]]
+        chosen.label_rows = new_index[self.label_rows[kept]]
         return chosen
 
     def with_touched(self, changed: torch.Tensor) -> torch.Tensor:
@@ -230,7 +207,7 @@ class PartialForward:
 
     def through(self, block: Callable[..., Any], hidden: torch.Tensor) -> torch.Tensor:
         """The stream (B, S, d) at the tail columns after a block above the edited layer, from that before it."""
-        with _attending_to(self._before, self.subject.model.config):
+        with _attending_to(self._before, self.subject.model.config), announced(self._layout):
             after = block(
                 hidden,
                 attention_mask=self._mask,
@@ -241,11 +218,11 @@ class PartialForward:
 
     def label_losses(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy of each label (N,), and whether the label is the arg-max (N,), from :meth:`states`."""
-        nowhere = Places((), self.labels.new_zeros(0))
-        return _LabelLoss.apply(states, self.subject.model.lm_head, self.labels, nowhere, None)[:2]
+        none = LabelIndices((), self.labels.new_zeros(0))
+        return _LabelLoss.apply(states, self.subject.model.lm_head, self.labels, none, None)[:2]
 
     def compared_losses(
-        self, states: torch.Tensor, compared: Places, reference: torch.Tensor | None
+        self, states: torch.Tensor, compared: LabelIndices, reference: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """:meth:`label_losses`, and how far some next-token distributions have moved.
 

@@ -12,7 +12,7 @@ from transformers import AttentionInterface, PreTrainedConfig
 
 # keys and values of a block's prefix, (B, key heads, P, size) each
 Prefix = dict[int, tuple[torch.Tensor, torch.Tensor]]
-# the one that blocks attend to: not all architectures hand their attention what a caller gives a block
+# The prefix that blocks attend to. It is not handed to them: not all architectures pass a block's arguments on to their attention.
 _PREFIX: ContextVar[Prefix] = ContextVar("prefix")
 
 
@@ -32,7 +32,7 @@ def _attend_with_prefix(
     Only the scores are joined.
     """
     rows, heads, columns, size = query.shape
-    before_keys, before_values = (one.flatten(0, 1) for one in _PREFIX.get()[int(module.layer_idx)])  # type: ignore[arg-type]
+    before_keys, before_values = (part.flatten(0, 1) for part in _PREFIX.get()[int(module.layer_idx)])  # type: ignore[arg-type]
     asked = (query * scaling).reshape(len(before_keys), -1, size)
     scores = torch.cat([asked @ before_keys.mT, asked @ key.flatten(0, 1).mT], dim=-1)
     scores = scores.view(rows, heads, columns, -1).masked_fill(~attention_mask, -math.inf)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -11,16 +12,42 @@ from ..subjects.subject import Subject
 
 Hook = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
+# what can be recorded in a block: the module, and whether its input is meant or its output
+_POINTS = {
+    "attention": ("self_attn.o_proj", False),
+    "residual": ("post_attention_layernorm", True),
+    "keys": ("mlp.down_proj", True),
+    "outputs": ("mlp.down_proj", False),
+}
+
+
+@contextlib.contextmanager
+def recorded(block: Any, *points: str) -> Iterator[dict[str, torch.Tensor]]:
+    """What the latest pass through a block inside the ``with`` block gave at some points, by their names.
+
+    Points: ``attention`` (what attention adds to the stream), ``residual`` (the stream that the MLP's output is added to), ``keys`` and
+    ``outputs`` (inputs and outputs of ``down_proj``).
+    """
+    values: dict[str, torch.Tensor] = {}
+
+    def keep(point: str, is_input: bool) -> Callable:
+        return lambda _module, args, output: values.__setitem__(point, args[0] if is_input else output)
+
+    with contextlib.ExitStack() as handles:
+        for point in points:
+            path, is_input = _POINTS[point]
+            handle = block.get_submodule(path).register_forward_hook(keep(point, is_input))
+            handles.callback(handle.remove)
+        yield values
+
 
 @contextlib.contextmanager
 def hooked(subject: Subject, hooks: dict[int, Hook]) -> Iterator[None]:
     """Inside the block, ``W_l``'s output of each named layer is ``hooks[l](input, output)``."""
-    handles = [
-        subject.down_proj(layer).register_forward_hook(lambda _module, args, output, act=act: act(args[0], output))
-        for layer, act in hooks.items()
-    ]
-    try:
+    with contextlib.ExitStack() as handles:
+        for layer, hook in hooks.items():
+            handle = subject.down_proj(layer).register_forward_hook(
+                lambda _module, args, output, hook=hook: hook(args[0], output)
+            )
+            handles.callback(handle.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

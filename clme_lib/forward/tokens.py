@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Row(Protocol):
+class TokenRow(Protocol):
     """What a forward pass over one row has to know (columns count from the row's first token, padding included)."""
 
     @property
@@ -68,7 +68,7 @@ class Tokenized:
 
 @dataclass(frozen=True)
 class PlacedRow:
-    """A row whose columns are given, not derived from its text; see :class:`Row`."""
+    """A row whose columns are given, not derived from its text; see :class:`TokenRow`."""
 
     inputs: tuple[int, ...]
     pads: int

@@ -1,11 +1,13 @@
-"""Whether a hub model is already in the Hugging Face cache (no network access)."""
+"""A subject: a loaded model, its tokenizer and its settings, and how it is edited."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,8 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from ..edits.applying import applying, attach
+from ..edits.base import Edit, PassState
 from ..support.errors import StudyError, first_line
 from ..support.memory import free_memory_bytes, is_out_of_memory
 from . import embedded as embedded_subject
@@ -21,13 +25,11 @@ from .settings import SubjectSettings, load_settings, registered_subjects
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..edits.base import Applied, Edit
+    from ..edits.codebooks import Codebook
 
 
 def is_cached(model_id: str) -> bool:
-    """True when the model's configuration is in the local cache."""
-    from huggingface_hub import try_to_load_from_cache
-
+    """True when the model's configuration is in the Hugging Face cache; does not use the network."""
     return isinstance(try_to_load_from_cache(model_id, "config.json"), str)
 
 
@@ -40,7 +42,8 @@ class Subject:
 
     Attributes:
         name: registry name, Hugging Face id or folder it was loaded by.
-        fingerprint: what the weights are (a file hash or a hub commit); part of every cache key and record.
+        fingerprint: what the weights are (a file hash or a hub commit) and what edited them; part of every cache key and record.
+        edit: what was made of the loaded model by :meth:`edited`; None for the loaded model itself.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Subject:
     tokenizer: PreTrainedTokenizerBase
     settings: SubjectSettings
     fingerprint: str
+    edit: Edit | None = None
 
     @property
     def device(self) -> torch.device:
@@ -92,12 +96,35 @@ class Subject:
         return self.blocks[layer].mlp.down_proj
 
     @contextlib.contextmanager
-    def applying(self, edits: Sequence[Edit], rows: Sequence[int] | None = None) -> Iterator[Applied]:
+    def applying(self, edits: Sequence[Edit], rows: Sequence[int] | None = None) -> Iterator[PassState]:
         """Run the model *as edited* inside the block; see :func:`clme_lib.edits.applying.applying`."""
-        from ..edits.applying import applying
+        with applying(self.decoder, self.down_proj, edits, rows) as state:
+            yield state
 
-        with applying(self, edits, rows) as applied:
-            yield applied
+    def edited(self, edit: Edit) -> Subject:
+        """The subject that ``edit`` makes of this one, which stays as it is.
+
+        Its model is a copy of the modules that shares all tensors and carries the edit's hooks for good. Whoever runs the copy or
+        any module of it sees the edited model; hooks that are registered later, to apply further edits or to record,
+        come after the edit's. In 16-bit precision this keeps what merging into the weights would round away.
+
+        Raises:
+            StudyError: the edit does not fit the subject.
+        """
+        shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
+        copied = replace(
+            self,
+            model=copy.deepcopy(self.model, shared),
+            fingerprint=f"{self.fingerprint}+edit-sha256:{edit.sha256}",
+            edit=edit if self.edit is None else Edit.compose([self.edit, edit]),
+        )
+        attach(copied.decoder, copied.down_proj, [edit])[0].lookups = collections.deque(maxlen=0)  # nobody reads them
+        return copied
+
+    @property
+    def codebooks(self) -> list[Codebook]:
+        """The codebooks of the edits that were made of the loaded model."""
+        return [book for part in (self.edit.parts if self.edit else ()) for book in part.lookups or ()]
 
 
 def list_subjects() -> list[str]:

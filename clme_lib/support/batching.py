@@ -1,50 +1,72 @@
-"""What is worked on together: things of like length, and as many as are asked for or as the device's memory allows."""
+"""What is worked on together: rows of like length, and as many cases as are asked for or as the device's memory allows."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import torch
 
-from ..datasets.cases import Case
 from .memory import free_memory_bytes, memory_in_use_mib, peak_memory_mib, release_memory, reset_peak_memory
 
-_FIRST = 8
-_LARGEST = {"cpu": 16, "cuda": 256}  # beyond these nothing is gained
-_MOST = 0.4  # of the memory: twice as many cases need about twice as much
+Item = TypeVar("Item")
+
+_FIRST_SIZE = 8
+_LARGEST_SIZE = {"cpu": 16, "cuda": 256}  # larger batches are not faster
+# A batch of twice the size needs about twice the memory: sizes double only while a batch's peak is below this share.
+_LARGEST_SHARE = 0.4
 
 
-def of_like_length(lengths: Sequence[int], longest: float, most: int | None = None) -> list[list[int]]:
-    """Indices in groups, each padded to its longest member.
+def of_like_length(
+    lengths: Sequence[int],
+    *,
+    ratio: float = math.inf,
+    most: int | None = None,
+    tokens: float = math.inf,
+    filled: float = 0.0,
+    longest_first: bool = False,
+) -> list[list[int]]:
+    """Indices in groups of neighbours by length, each padded to its longest member.
 
     Args:
-        longest: of a group, over its shortest.
+        ratio: largest of a group's longest member to its shortest.
         most: members of a group.
+        tokens: of a group, padding included (a longer member makes a group of its own).
+        filled: smallest share of a group that is not padding.
+        longest_first: whether the longest go first.
     """
     groups: list[list[int]] = []
-    for n in sorted(range(len(lengths)), key=lambda n: lengths[n]):
-        if not groups or len(groups[-1]) == most or lengths[n] > longest * lengths[groups[-1][0]]:
+    total = 0
+    for n in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=longest_first):
+        if groups:
+            first, count = lengths[groups[-1][0]], len(groups[-1]) + 1
+            longest, shortest = max(first, lengths[n]), min(first, lengths[n])
+            fits = longest <= ratio * shortest and count - 1 != most and count * longest <= tokens
+            fits = fits and total + lengths[n] >= filled * longest * count
+        if not groups or not fits:
             groups.append([])
+            total = 0
         groups[-1].append(n)
+        total += lengths[n]
     return groups
 
 
-class Batches:
-    """Cases in order, a batch at a time.
+class Batches(Generic[Item]):
+    """Items (cases) in order, a batch at a time.
 
     Args:
-        cases: those that cost alike beside each other, so that little of a batch is padding.
+        items: those that cost alike beside each other, so that little of a batch is padding.
         size: of a batch; ``auto`` starts with 8 and doubles while a batch's peak leaves more than half of the memory.
     """
 
-    def __init__(self, cases: Sequence[Case], size: int | Literal["auto"], device: torch.device) -> None:
-        self._left = list(cases)
+    def __init__(self, items: Sequence[Item], size: int | Literal["auto"], device: torch.device) -> None:
+        self._left = list(items)
         self._device = device
         self._grows = size == "auto"
-        self.size = _FIRST if size == "auto" else size
+        self.size = _FIRST_SIZE if size == "auto" else size
 
-    def __iter__(self) -> Iterator[list[Case]]:
+    def __iter__(self) -> Iterator[list[Item]]:
         while self._left:
             batch, self._left = self._left[: self.size], self._left[self.size :]
             base = memory_in_use_mib(self._device)
@@ -53,7 +75,7 @@ class Batches:
             if self._grows and len(batch) == self.size:
                 self._grow(base)
 
-    def did_not_fit(self, batch: list[Case]) -> None:
+    def did_not_fit(self, batch: list[Item]) -> None:
         """Put a batch back, to be given out again in halves; no batch will be as large from now on."""
         release_memory(self._device)
         self._left = batch + self._left
@@ -63,5 +85,5 @@ class Batches:
     def _grow(self, base: float) -> None:
         used = peak_memory_mib(self._device) - base
         room = used + free_memory_bytes(self._device) / 2**20
-        if used == used and used < _MOST * room:
-            self.size = min(2 * self.size, _LARGEST[self._device.type])
+        if used == used and used < _LARGEST_SHARE * room:
+            self.size = min(2 * self.size, _LARGEST_SIZE[self._device.type])

@@ -29,9 +29,9 @@ from pydantic import Field
 
 from ...datasets.cases import Case
 from ...edits.base import EditLog
-from ...forward.label_losses import Places
+from ...forward.label_losses import LabelIndices
 from ...forward.partial import PartialForward, longest_above
-from ...forward.tokens import PlacedRow, Row, encode, tokenize
+from ...forward.tokens import PlacedRow, TokenRow, encode, tokenize
 from ...subjects.subject import Subject
 from ...support.errors import StudyError
 from ...support.schema import Schema
@@ -58,7 +58,7 @@ class RewritingHyperparameters(Schema):
 Values = TypeVar("Values", bound=RewritingHyperparameters)
 
 
-def rewriting_rows(subject: Subject, case: Case, contexts: Sequence[str], padding: str, targets: str) -> list[Row]:
+def rewriting_rows(subject: Subject, case: Case, contexts: Sequence[str], padding: str, targets: str) -> list[TokenRow]:
     """One row a context, and the bare prompt's row last unless the first one can stand for it.
 
     With aligned rows and targets in context, the first row (no context) has the lookup token where the bare prompt has it,
@@ -83,10 +83,10 @@ def rewriting_rows(subject: Subject, case: Case, contexts: Sequence[str], paddin
     return list(rows) if padding == "aligned" else misplaced(rows, subject.tokenizer.pad_token_id)
 
 
-def misplaced(rows: Sequence[PlacedRow], pad: int) -> list[Row]:
+def misplaced(rows: Sequence[PlacedRow], pad: int) -> list[TokenRow]:
     """Rows as the released program reads them: too far left by the padding that the longest row costs each."""
     longest = max(len(row.inputs) for row in rows)
-    moved: list[Row] = []
+    moved: list[TokenRow] = []
     for row in rows:
         shift = longest - len(row.inputs)
         first = min(row.lookup, row.first_label) - shift
@@ -111,10 +111,10 @@ class Rewriting:
     def __init__(self, forward: PartialForward, cases, owner, scored, bare) -> None:
         self.forward, self.cases, self.owner, self.scored, self.bare = forward, cases, owner, scored, bare
         self.scored_rows = scored.nonzero()[:, 0]
-        self.after_bare = Places.of(forward.label_counts.cumsum(0)[bare] - forward.label_counts[bare])
+        self.after_bare = LabelIndices.of(forward.label_counts.cumsum(0)[bare] - forward.label_counts[bare])
 
     @classmethod
-    def of(cls, subject: Subject, rows: Sequence[Sequence[Row]], contexts: int, layer: int) -> Rewriting:
+    def of(cls, subject: Subject, rows: Sequence[Sequence[TokenRow]], contexts: int, layer: int) -> Rewriting:
         """From each case's :func:`rewriting_rows`."""
         flat = [row for mine in rows for row in mine]
         each, device = len(rows[0]), subject.device

@@ -20,6 +20,7 @@ from ...forward.blockwise import Blockwise
 from ...forward.tokens import encode
 from ...subjects.subject import Subject
 from ...support.artifact import read_tensors, write_tensors
+from ...support.batching import of_like_length
 from ...support.cache import cache_dir
 from ...support.errors import StudyError
 from ...support.schema import Schema
@@ -168,8 +169,8 @@ def _gather(subject: Subject, layers: list[int], corpus: Corpus, folder: Path, h
     limit = header["wanted_tokens"]
     with tqdm(total=limit, initial=tokens, desc=f"statistics of {subject.name}", unit="token") as bar:
         for count, batch in _chunks(subject, corpus, documents, header["wanted_documents"], limit, tokens):
-            for rows in _passes(batch):
-                _add(subject, rows, sums)
+            for group in of_like_length(list(map(len, batch)), tokens=_PASS_TOKENS, longest_first=True):
+                _add(subject, [batch[n] for n in group], sums)
             documents, read = documents + count, sum(map(len, batch))
             tokens += read
             bar.update(read)
@@ -215,18 +216,6 @@ def _chunks(
             taken, chunk = 0, []
     if taken:
         yield taken, chunk
-
-
-def _passes(rows: list[list[int]]) -> Iterator[list[list[int]]]:
-    """Rows of like length together, longest first."""
-    batch: list[list[int]] = []
-    for row in sorted(rows, key=len, reverse=True):
-        if batch and (len(batch) + 1) * len(batch[0]) > _PASS_TOKENS:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
 
 
 @torch.no_grad()

@@ -8,18 +8,17 @@ import torch
 
 from ...forward.partial import PartialForward
 from ...forward.recording import Hook, hooked
-from ...forward.tokens import PlacedRow, Row, encode, tokenize
+from ...forward.tokens import PlacedRow, TokenRow, encode, tokenize
 from ...subjects.subject import Subject
 
 
 def upper_states(forward: PartialForward, hooks: dict[int, Hook]) -> torch.Tensor:
     """Last-block states at the label columns, with hooks on the edited layers, the first of which is ``forward.layer``."""
-    block = forward.subject.blocks[forward.layer]
     with hooked(forward.subject, hooks):
-        return forward.states(block.mlp(block.post_attention_layernorm(forward.residual)))
+        return forward.states(forward.mlp(forward.residual))
 
 
-def edit_row(subject: Subject, prompt: str, target: str, targets: str) -> Row:
+def edit_row(subject: Subject, prompt: str, target: str, targets: str) -> TokenRow:
     """The row an edit of ``prompt`` towards ``target`` reads."""
     tokens = tokenize(subject.tokenizer, prompt, target)
     if targets == "in-context":

@@ -29,9 +29,10 @@ from ...evaluation.unedited import answers_for
 from ...forward.label_losses import divergences
 from ...forward.partial import PartialForward
 from ...forward.recording import Hook
-from ...forward.tokens import Row, Tokenized, encode
+from ...forward.tokens import TokenRow, Tokenized, encode
 from ...subjects.subject import Subject
 from ...support.artifact import read_tensors, write_tensors
+from ...support.batching import of_like_length
 from ...support.cache import cache_dir
 from ...support.errors import StudyError
 from ...support.schema import Layers, Schema
@@ -115,8 +116,8 @@ class Training:
         safe = "".join(c if c.isalnum() or c in ".-_" else "-" for c in subject.name)
         self.file = cache_dir() / "malmen" / f"{safe}-{dataset}-{name}.safetensors"
         self.answers: dict[str, str] = {}
-        self._kept: dict[Row, torch.Tensor] = {}
-        self._references: dict[Row, torch.Tensor] = {}
+        self._kept: dict[TokenRow, torch.Tensor] = {}
+        self._references: dict[TokenRow, torch.Tensor] = {}
         self._kept_bytes = 0
 
     def finish(self) -> Hypernetwork:
@@ -186,14 +187,16 @@ class Training:
             )
         return self.log[-1]
 
-    def _losses(self, rows: Sequence[Row], shifts: dict[int, Hook], *, reference: bool, factor: float = 1.0) -> float:
+    def _losses(self, rows: Sequence[TokenRow], shifts: dict[int, Hook], *, reference: bool, factor: float = 1.0) -> float:
         """Mean loss per label under the update, its gradient (times ``factor``) left in the update's coefficients.
 
         The loss is the cross-entropy of the labels, or with ``reference`` the divergence from the unedited subject.
         """
         labels = sum(len(row.target_ids) for row in rows)
         total = 0.0
-        for group in _of_like_length(rows):
+        # at most a fifth of a group's columns is padding
+        for indices in of_like_length([len(row.inputs) for row in rows], filled=0.8):
+            group = [rows[n] for n in indices]
             forward = self._forward(group)
             with torch.enable_grad():
                 states = upper_states(forward, shifts)
@@ -207,7 +210,7 @@ class Training:
         return total
 
     @torch.no_grad()
-    def _reference_states(self, rows: Sequence[Row], forward: PartialForward) -> torch.Tensor:
+    def _reference_states(self, rows: Sequence[TokenRow], forward: PartialForward) -> torch.Tensor:
         """Last-block states (N, d) of the unedited subject at the rows' label columns."""
         if any(row not in self._references for row in rows):
             states = upper_states(forward, {}).split([len(row.target_ids) for row in rows])
@@ -226,7 +229,7 @@ class Training:
         return Tokenized(tuple(joined[:first]), tuple(joined[first:]))
 
     @torch.no_grad()
-    def _forward(self, rows: Sequence[Row]) -> PartialForward:
+    def _forward(self, rows: Sequence[TokenRow]) -> PartialForward:
         """The pass from the first edited layer on; what lies below is computed once a sequence."""
         layer = self.layers[0]
         fresh = {}
@@ -270,15 +273,3 @@ class Training:
             self.optimizer.load_state_dict(
                 {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
             )
-
-
-def _of_like_length(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """Rows in groups that waste at most a fifth of their columns on padding."""
-    group: list[Row] = []
-    for row in sorted(rows, key=lambda row: len(row.inputs)):
-        if group and sum(len(one.inputs) for one in [*group, row]) < 0.8 * len(row.inputs) * (len(group) + 1):
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group

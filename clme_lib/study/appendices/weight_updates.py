@@ -7,6 +7,7 @@ prompt's own, specificity is lost whatever else is done.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from ...editors.memit import MEMIT
 from ...editors.none import NoEditor
 from ...editors.registry import EDITORS, load_editor
 from ...edits.base import Edit
-from ...edits.weights import DenseUpdate, LowRankUpdate
+from ...forward.recording import recorded
 from ...forward.tokens import encode, tokenize
 from ...subjects.subject import Subject
 from ...support.errors import StudyError
@@ -96,10 +97,10 @@ def diagnose(subject: Subject, cases: Sequence[Case], edits: Sequence[Edit]) -> 
     """
     rows = []
     for case, edit in zip(cases, edits):
-        if not isinstance(edit, LowRankUpdate | DenseUpdate):
+        if (updates := edit.deltas()) is None:
             raise StudyError(f"{edit.editor} does not update weights: there is nothing to diagnose")
         before, after = (_target_losses(subject, case, one) for one in ([], [edit]))
-        deltas = _deltas(edit, subject)
+        deltas = {layer: delta.to(subject.device) for layer, delta in updates.items()}
         own, *others = (_moved(subject, prompt, deltas) for prompt in (case.prompt, *case.unrelated))
         rows.append(
             {
@@ -201,23 +202,10 @@ def _target_losses(subject: Subject, case: Case, edits: Sequence[Edit]) -> torch
     return torch.nn.functional.cross_entropy(subject.model.lm_head(states).float(), labels, reduction="none")
 
 
-def _deltas(edit: LowRankUpdate | DenseUpdate, subject: Subject) -> dict[int, torch.Tensor]:
-    if isinstance(edit, DenseUpdate):
-        return {edit.layer: edit.delta.to(subject.device)}
-    return {layer: edit.delta(layer).to(subject.device) for layer in edit.layers}
-
-
 def _moved(subject: Subject, prompt: str, deltas: dict[int, torch.Tensor]) -> torch.Tensor:
     """``|dW_l k_l|`` at a prompt's last column, for each edited layer."""
-    keys: dict[int, torch.Tensor] = {}
-
-    def keep(layer: int):
-        return lambda _module, args, _output: keys.__setitem__(layer, args[0][0, -1].float())
-
-    handles = [subject.down_proj(layer).register_forward_hook(keep(layer)) for layer in deltas]
-    try:
-        subject.decoder(input_ids=torch.tensor([encode(subject.tokenizer, prompt)], device=subject.device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return torch.stack([(delta @ keys[layer]).norm() for layer, delta in deltas.items()])
+    ids = torch.tensor([encode(subject.tokenizer, prompt)], device=subject.device)
+    with contextlib.ExitStack() as hooks:
+        read = {layer: hooks.enter_context(recorded(subject.blocks[layer], "keys")) for layer in deltas}
+        subject.decoder(input_ids=ids)
+    return torch.stack([(delta @ read[layer]["keys"][0, -1].float()).norm() for layer, delta in deltas.items()])

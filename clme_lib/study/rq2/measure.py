@@ -38,7 +38,6 @@ from ...editors.malmen.training import Training
 from ...editors.memit import MEMIT
 from ...editors.registry import EDITORS, load_editor
 from ...edits.base import Edit
-from ...edits.codebooks import Codebook
 from ...edits.encoder import Encoder
 from ...evaluation.evaluate import Circumstances, score
 from ...evaluation.unedited import answers_for
@@ -255,7 +254,7 @@ def time_batch(editor: Editor, cases: Sequence[Case]) -> dict[str, Any]:
         edits = editor.edit(cases, batch_size=len(cases))
         synchronize(device)
         edited = time.perf_counter()
-        if any(isinstance(edit, Codebook) for edit in edits):
+        if any(edit.lookups is not None for edit in edits):
             _generate(editor.subject, cases, edits)  # texts that no edit changes are made once for all such editors
         synchronize(device)
         again = time.perf_counter()
