@@ -206,6 +206,12 @@ def test_evaluate_is_a_row_per_case(tiny, cases):
         evaluate(tiny, cases, load_editor("none", tiny).edit(cases[:2]))
 
 
+def in_notebook(parameters, **others):
+    """The configuration from a notebook with these parameters in its cell, and other names in its namespace."""
+    cell = "\n".join(f"{name}: object = ..." for name in parameters)
+    return config_from_notebook({"In": ["", cell, "%matplotlib inline", "x = 1"], "_hidden": 1, **parameters, **others})
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -225,12 +231,6 @@ def test_evaluate_is_a_row_per_case(tiny, cases):
         ({"cases": 0}, "cases: .*greater than or equal to 1"),
     ],
 )
-def in_notebook(parameters, **others):
-    """The configuration from a notebook with these parameters in its cell, and other names in its namespace."""
-    cell = "\n".join(f"{name}: object = ..." for name in parameters)
-    return config_from_notebook({"In": ["", cell, "%matplotlib inline", "x = 1"], "_hidden": 1, **parameters, **others})
-
-
 def test_notebook_parameters_are_checked(values, message):
     with pytest.raises(StudyError, match=message):
         in_notebook({"subject": "smollm2-135m", **values})

@@ -69,7 +69,8 @@ def _protocol(name: str) -> str:
 
 
 def _all(value: Any) -> Any:
-    return None if value in ("all", "None", "") else value
+    """A shell has no way to pass None."""
+    return None if isinstance(value, str) and value in ("all", "None", "") else value
 
 
 def _batch_size(value: Any) -> Any:
@@ -132,7 +133,9 @@ class RunConfig(Schema):
     )
     cases: Annotated[int | None, BeforeValidator(_all), Field(ge=1)] = Field(8, description="per data set, or all")
     out: Path = Field(Path("runs/run"), description="the run's folder; the same command resumes it")
-    name: str = Field("", pattern=r"^[A-Za-z0-9._-]*$", description="in its records; if not given, the folder's name")
+    name: Annotated[str | None, BeforeValidator(_all), Field(pattern=r"^[A-Za-z0-9._-]+$")] = Field(
+        None, description="in its records; if not given, the folder's name"
+    )
     sample: int = Field(0, description="which random sample of cases")
     within: Path | None = Field(None, description="draw the cases from this earlier run's")
     source: str = Field("embedded", description="embedded, published, or a JSON file in the published layout")
@@ -156,14 +159,6 @@ class RunConfig(Schema):
     batch_size: Annotated[int | Literal["auto"], BeforeValidator(_batch_size)] = Field(
         8, description="cases edited and scored together, or auto: what memory allows"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _named_by_its_folder(cls, fields: Any) -> Any:
-        if isinstance(fields, dict) and not fields.get("name"):
-            folder = Path(fields.get("out") or "runs/run").resolve().name
-            return {**fields, "name": re.sub(r"[^A-Za-z0-9._-]", "-", folder)}
-        return fields
 
     @model_validator(mode="after")
     def _overrides_fit(self) -> RunConfig:

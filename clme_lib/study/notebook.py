@@ -42,7 +42,9 @@ def config_from_notebook(namespace: Mapping[str, Any], schema: type[Config] = Ru
         raise StudyError(f"unknown parameter {unknown[0]!r}{hint}; known: {', '.join(known)}")
     # papermill's -p has no way to pass None
     values = {
-        name: None if namespace[name] == "" and schema.model_fields[name].default is None else namespace[name]
+        name: None
+        if isinstance(namespace[name], str) and not namespace[name] and schema.model_fields[name].default is None
+        else namespace[name]
         for name in names
     }
     return parse(schema, values, "notebook parameters")

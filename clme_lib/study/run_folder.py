@@ -12,6 +12,7 @@ Records are only appended. A published run (publish.py) is only read.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -120,12 +121,19 @@ def is_published(folder: Path) -> bool:
     return (folder / "run.json").is_file() and "published" in load_manifest(folder)
 
 
+def run_name(config: RunConfig) -> str:
+    """What a run is called in its records: as asked for, else as it was called before, else like its folder."""
+    if config.name is None and (config.out / "run.json").is_file():
+        return load_manifest(config.out)["config"]["name"]
+    return config.name or re.sub(r"[^A-Za-z0-9._-]", "-", config.out.resolve().name)
+
+
 def check_same_run(config: RunConfig) -> None:
     """Raise StudyError when the folder holds a run of another configuration; the message names what differs."""
     if not (config.out / "run.json").is_file():
         return
     manifest = load_manifest(config.out)
-    before, now = manifest["config"], config.model_dump(mode="json")
+    before, now = manifest["config"], _described(config)
     differing = [(name, before[name], now[name]) for name in _IDENTITY if name in before and before[name] != now[name]]
     for start in manifest["starts"]:
         for editor in set(start["hyperparameters"]) & set(config.editors):
@@ -139,6 +147,10 @@ def check_same_run(config: RunConfig) -> None:
         )
 
 
+def _described(config: RunConfig) -> dict:
+    return {**config.model_dump(mode="json", exclude={"out"}), "name": run_name(config)}
+
+
 def write_manifest(config: RunConfig, start: dict) -> None:
     """``run.json`` with this start's provenance appended (or, when it has finished, replaced)."""
     file = config.out / "run.json"
@@ -146,7 +158,7 @@ def write_manifest(config: RunConfig, start: dict) -> None:
     starts = [earlier for earlier in starts if earlier["id"] != start["id"]] + [start]
     content = {
         "schema_version": MANIFEST_VERSION,
-        "config": config.model_dump(mode="json", exclude={"out"}),
+        "config": _described(config),
         "starts": starts,
     }
     write_text(file, json.dumps(content, indent=1) + "\n")

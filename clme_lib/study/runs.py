@@ -36,6 +36,7 @@ from .run_folder import (
     load_run,
     recorded,
     records_file,
+    run_name,
     write_manifest,
 )
 
@@ -128,7 +129,7 @@ class _Work:
         self.halves = folds(self.cases, config.seed)
         self.circumstances = Circumstances(
             editor.name,
-            run=config.name,
+            run=run_name(config),
             source=get_dataset(dataset).file or config.source,
             preset=config.preset,
             seed=config.seed,

@@ -29,7 +29,7 @@ from ...evaluation.unedited import answers_for
 from ...forward.label_losses import divergences
 from ...forward.partial import PartialForward
 from ...forward.recording import Hook
-from ...forward.tokens import TokenRow, Tokenized, encode
+from ...forward.tokens import Tokenized, TokenRow, encode
 from ...subjects.subject import Subject
 from ...support.artifact import read_tensors, write_tensors
 from ...support.batching import of_like_length
@@ -187,7 +187,9 @@ class Training:
             )
         return self.log[-1]
 
-    def _losses(self, rows: Sequence[TokenRow], shifts: dict[int, Hook], *, reference: bool, factor: float = 1.0) -> float:
+    def _losses(
+        self, rows: Sequence[TokenRow], shifts: dict[int, Hook], *, reference: bool, factor: float = 1.0
+    ) -> float:
         """Mean loss per label under the update, its gradient (times ``factor``) left in the update's coefficients.
 
         The loss is the cross-entropy of the labels, or with ``reference`` the divergence from the unedited subject.

@@ -10,10 +10,9 @@ import pandas as pd
 from ...datasets.registry import load_cases
 from ...support.errors import StudyError
 from ..config import RunConfig
-from ..plan import sampled
 from ..provenance import hardware
-from ..run_folder import is_published
-from ..runs import run
+from ..run_folder import is_published, run_name
+from ..runs import run, sampled
 
 VARIANTS = ("grace", "a-grace", "a-grace-wo-cl", "a-grace-wo-mean")
 _TIMED = 5  # cases edited alone, per data set and variant
@@ -30,7 +29,7 @@ def compat_run(config: RunConfig) -> pd.DataFrame:
     folder = config.out.with_name(f"{config.out.name}-compat")
     # nothing was wrong with leaving a model unedited
     editors = tuple(name for name in config.editors if name in VARIANTS)
-    changed = {"preset": "compat", "out": folder, "name": f"{config.name}-compat", "editors": editors}
+    changed = {"preset": "compat", "out": folder, "name": f"{run_name(config)}-compat", "editors": editors}
     return run(config.model_copy(update=changed))
 
 
