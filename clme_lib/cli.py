@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 from . import __version__
@@ -357,7 +358,9 @@ def _data_build(options: argparse.Namespace) -> int:
     from .datasets.construction import pipeline, relevance, rephrasing
     from .datasets.construction.endpoint import Endpoint
 
-    common: dict = {"targets": options.targets, "seed": options.seed, "subject": options.answers}
+    common: dict = {"targets": options.targets, "seed": options.seed}
+    if options.answers:
+        common["answers"] = options.answers, _answering(options.answers)
     if options.encoder:
         from .datasets.construction.language_models import TextEncoder
 
@@ -386,6 +389,15 @@ def _data_build(options: argparse.Namespace) -> int:
     print(pipeline.stage_counts(options.out).to_string(index=False))
     print(report)
     return 0 if report.passed else 1
+
+
+def _answering(name: str) -> Callable[[Sequence[str]], list[str]]:
+    """From prompts to what a subject writes after them; the subject is loaded when it is first asked."""
+    from .evaluation.unedited import answers_for
+    from .subjects.subject import load_subject
+
+    subject = cache(lambda: load_subject(name))
+    return lambda prompts: answers_for(subject(), prompts)
 
 
 def _data_labels(options: argparse.Namespace) -> int:

@@ -29,7 +29,7 @@ from clme_lib.datasets.construction.stages import Stages, kept
 from clme_lib.datasets.neighbours import nearest, tfidf
 from clme_lib.datasets.published import read
 from clme_lib.datasets.registry import load_cases
-from clme_lib.datasets.renaming import same_bytecode
+from clme_lib.datasets.renaming import rename, same_bytecode
 from clme_lib.support.errors import StudyError
 from clme_lib.support.journal import read_rows
 
@@ -329,7 +329,7 @@ def test_csne_is_built_offline(code_search_net, tmp_path, capsys):
     assert "EditCodeSearchNet.json: 8 records" in capsys.readouterr().out
     cases = read(tmp_path / "out" / "EditCodeSearchNet.json", "csne")
     bare = {
-        sources.without_docstring(code): ast.get_docstring(ast.parse(code).body[0]).split("\n")[0] for code in FUNCTIONS
+        sources.bare_function(code): ast.get_docstring(ast.parse(code).body[0]).split("\n")[0] for code in FUNCTIONS
     }
     tested = list(bare)[28:]
     assert {case.text for case in cases} == set(tested)
@@ -416,7 +416,7 @@ def test_parquet_is_read(tmp_path):
 
 def test_a_function_without_variant_says_why():
     def why(code, mapping):
-        return rephrasing.renamed({"id": 1, "code": code}, lambda _: mapping).get("dropped")
+        return rephrasing.renamed({"id": 1, "code": code}, lambda name, taken: mapping.get(name)).get("dropped")
 
     assert why("def f(self):\n    return self.x()", {}) == "no name to change"
     assert why("def f(value):\n    return value", {}) == "no substitute for its names"
@@ -525,15 +525,12 @@ def test_fine_tuning_brings_descriptions_to_their_functions(tiny_bert, code_sear
 
 def test_a_masked_model_renames(tiny_bert):
     names = language_models.MaskedNames(str(tiny_bert / "masked"))
-    rows = [{"id": n, "code": sources.without_docstring(code)} for n, code in enumerate(FUNCTIONS[:3])]
+    rows = [{"id": n, "code": sources.bare_function(code)} for n, code in enumerate(FUNCTIONS[:3])]
     for row, made in zip(rows, names.rephrase(rows)):
         assert made["id"] == row["id"] and set(made["names"]) <= {*VOCABULARIES[0], *VOCABULARIES[1]} and made["names"]
         taken = set(re.findall(r"\w+", row["code"]))
         assert not set(made["names"].values()) & taken
-    assert (
-        language_models._masked("def f(a):\n    b = a\n    return a + f.a", "a", "M")
-        == "def f(M):\n    b = M\n    return M + f.a"
-    )
+    assert rename("def f(a):\n    b = a\n    return a + f.a", {"a": "M"}) == "def f(M):\n    b = M\n    return M + f.a"
 
 
 def test_labels_are_drawn_and_compared(conala, tmp_path, capsys):
@@ -550,13 +547,13 @@ def test_labels_are_drawn_and_compared(conala, tmp_path, capsys):
     table["labeller 2"] = [5 - n % 2 for n in range(20)]
     table.to_csv(tmp_path / "labels.csv", index=False)
     assert cli.main(arguments) == 0
-    found = agreement.agreement(tmp_path / "labels.csv", {str(one): level for one, level in levels.items()})
-    assert list(zip(found["one"], found["other"])) == [
+    kappas = agreement.agreement(tmp_path / "labels.csv", {str(one): level for one, level in levels.items()})
+    assert list(zip(kappas["first"], kappas["second"])) == [
         ("labeller 1", "labeller 2"),
         ("labeller 1", "scorer"),
         ("labeller 2", "scorer"),
     ]
-    assert found["agree"][1] == 1 and found["agree"][2] == found["agree"][0] < 1
+    assert kappas["agree"][1] == 1 and kappas["agree"][2] == kappas["agree"][0] < 1
     assert agreement.sample_size(594_000, 0.05) == 384
     with pytest.raises(StudyError, match="exists already: somebody may have filled it in"):
         agreement.draw([], tmp_path / "labels.csv", 0.1, 0)

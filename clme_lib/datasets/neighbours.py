@@ -1,4 +1,4 @@
-"""Nearest non-targeted inputs: the unrelated prompts of a case (paper section III-C: five a case).
+"""Nearest non-targeted inputs: the unrelated prompts of a case (paper section III-C: five per case).
 
 Any embedder is a function from texts to a matrix of row vectors; the embedded one is TF-IDF. scikit-learn's index computes the exact cosines
 a part at a time and keeps each target's best, so that the whole matrix is never held.
@@ -27,7 +27,7 @@ def subtokens(text: str) -> list[str]:
 
 
 def tfidf(texts: Sequence[str]):
-    """Unit TF-IDF rows over split identifiers (sparse, one row a text)."""
+    """Unit TF-IDF rows over split identifiers (sparse, one row per text)."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     return TfidfVectorizer(analyzer=subtokens, sublinear_tf=True).fit_transform(texts)
@@ -60,17 +60,17 @@ def nearest(
     vectors = embed([*targets, *pool])
     index = NearestNeighbors(algorithm="brute", metric="cosine").fit(vectors[len(targets) :])
     needed_foreign = from_other_groups if groups else 0
-    # most targets find theirs among the first few; the others ask for more
+    # most targets find theirs among the first few; the rest ask for more
     unsettled, asked = list(range(len(targets))), min(_FIRST_ASKED, len(pool))
     while unsettled:
         open_ends = []
         at_once = max(1, _HELD // asked)
         for first in range(0, len(unsettled), at_once):
-            some = unsettled[first : first + at_once]
+            part = unsettled[first : first + at_once]
             with config_context(working_memory=_PART_MIB):
-                answers = index.kneighbors(vectors[some], asked)
-            for target, distances, found in zip(some, *answers):
-                order = _settled(distances, found, everything=asked == len(pool))
+                answers = index.kneighbors(vectors[part], asked)
+            for target, distances, entries in zip(part, *answers):
+                order = _settled(distances, entries, everything=asked == len(pool))
                 near = [n for n, cosine in order if cosine <= ceiling and allowed(target, n)]
                 best = near[:NEIGHBOURS]
                 foreign = [n for n in near if groups and groups[1][n] != groups[0][target]][:needed_foreign]
@@ -87,12 +87,12 @@ def nearest(
     return chosen
 
 
-def _settled(distances: np.ndarray, found: np.ndarray, everything: bool) -> list[tuple[int, float]]:
-    """(index, cosine) of what the index found, nearest first, up to where its order depends on what it did not find.
+def _settled(distances: np.ndarray, entries: np.ndarray, everything: bool) -> list[tuple[int, float]]:
+    """(pool entry, cosine) of what the index returned, nearest first, up to where the order depends on what it left out.
 
     Rounding makes the order of (near) ties the pool's own, whatever the machine; of those that tie with the last, some may be missing.
     """
     cosines = np.round(1 - distances, 9)
-    order = np.lexsort((found, -cosines))
+    order = np.lexsort((entries, -cosines))
     last = -np.inf if everything else cosines.min()
-    return [(int(found[n]), float(cosines[n])) for n in order if cosines[n] > last]
+    return [(int(entries[n]), float(cosines[n])) for n in order if cosines[n] > last]

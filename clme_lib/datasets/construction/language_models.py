@@ -5,11 +5,9 @@ Any Hugging Face encoder or folder works. Vectors are pooled as the model's own 
 
 from __future__ import annotations
 
-import ast
-import builtins
 import json
-import keyword
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +16,9 @@ import torch
 from tqdm import tqdm
 
 from ...support.errors import StudyError, first_line
-from .rephrasing import candidates, definition, renamed
-from .stages import Row
+from ..renaming import rename
+from .rephrasing import renamed
+from .stages import StageRow
 
 Pooling = Literal["cls", "mean"]
 _MOST_TOKENS = 512
@@ -53,14 +52,11 @@ class TextEncoder:
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         order = sorted(range(len(texts)), key=lambda n: len(texts[n]))
-        found: np.ndarray | None = None
+        matrix = np.empty((len(texts), self.model.config.hidden_size), dtype=np.float32)
         for first in tqdm(range(0, len(order), _ROWS), desc=f"encode by {self.name}", unit="batch"):
             part = order[first : first + _ROWS]
-            vectors = self.vectors([texts[n] for n in part]).cpu().numpy()
-            if found is None:
-                found = np.empty((len(texts), vectors.shape[1]), dtype=np.float32)
-            found[part] = vectors
-        return np.empty((0, 0), dtype=np.float32) if found is None else found
+            matrix[part] = self.vectors([texts[n] for n in part]).cpu().numpy()
+        return matrix
 
 
 def card_pooling(name: str) -> Pooling:
@@ -139,64 +135,26 @@ class MaskedNames:
         """For the stage's manifest."""
         return {"names": self.name}
 
-    def rephrase(self, rows: Sequence[Row]) -> Iterator[Row]:
+    def rephrase(self, rows: Sequence[StageRow]) -> Iterator[StageRow]:
         """Each row's ``rephrased`` code."""
         for row in rows:
-            yield renamed(row, self.choose)
-
-    def choose(self, code: str) -> dict[str, str]:
-        """New names of a function's variables."""
-        function = definition(code)
-        if function is None:
-            return {}
-        taken = (
-            {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
-            | set(keyword.kwlist)
-            | set(dir(builtins))
-        )
-        taken |= {node.arg for node in ast.walk(function) if isinstance(node, ast.arg | ast.keyword) and node.arg}
-        taken |= {node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)}
-        mapping = {}
-        for name in candidates(code):
-            if new := self._predicted(code, name, taken):
-                mapping[name] = new
-                taken.add(new)
-        return mapping
+            yield renamed(row, partial(self._predicted, row["code"]))
 
     @torch.no_grad()
     def _predicted(self, code: str, name: str, taken: set[str]) -> str | None:
-        masked = _masked(code, name, self.tokenizer.mask_token)
+        masked = rename(code, {name: self.tokenizer.mask_token})
         batch = self.tokenizer(masked, truncation=True, max_length=_MOST_TOKENS, return_tensors="pt").to(self.device)
-        places = (batch["input_ids"][0] == self.tokenizer.mask_token_id).nonzero()[:, 0]
-        if not len(places):  # beyond what the model reads
+        masks = (batch["input_ids"][0] == self.tokenizer.mask_token_id).nonzero()[:, 0]
+        if not len(masks):  # beyond what the model reads
             return None
-        scores = self.model(**batch).logits[0, places].float().log_softmax(-1).sum(0)
+        scores = self.model(**batch).logits[0, masks].float().log_softmax(-1).sum(0)
+        fewest = min(len(name), _FEWEST_LETTERS)
         for token in scores.topk(min(200, len(scores))).indices.tolist():
             word = self.tokenizer.decode([token]).strip()
-            long_enough = len(word) >= _FEWEST_LETTERS or len(name) == 1
-            if (
-                word.isidentifier()
-                and word.isascii()
-                and word not in taken
-                and long_enough
-                and not word.startswith("_")
-            ):
+            is_name = word.isidentifier() and word.isascii() and not word.startswith("_")
+            if is_name and word not in taken and len(word) >= fewest:
                 return word
         return None
-
-
-def _masked(code: str, name: str, mask: str) -> str:
-    """``code`` with every occurrence of a variable replaced, by source position."""
-    places = [
-        (node.lineno, node.col_offset)
-        for node in ast.walk(ast.parse(code))
-        if (isinstance(node, ast.Name) and node.id == name) or (isinstance(node, ast.arg) and node.arg == name)
-    ]
-    lines = code.split("\n")
-    for line, column in sorted(places, reverse=True):
-        text = lines[line - 1]
-        lines[line - 1] = text[:column] + mask + text[column + len(name) :]
-    return "\n".join(lines)
 
 
 def _load(name: str, kind: str) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from ..neighbours import subtokens
 from .endpoint import Endpoint
-from .stages import Row
+from .stages import StageRow, stage_row
 
 LEVELS = ("irrelevant", "slightly relevant", "partly relevant", "mostly relevant", "very relevant")
 INSTRUCTION = (
@@ -28,13 +28,13 @@ class OfflineScorer:
         """For the stage's manifest."""
         return {"scorer": "offline"}
 
-    def score(self, rows: Sequence[Row]) -> Iterator[Row]:
+    def score(self, rows: Sequence[StageRow]) -> Iterator[StageRow]:
         """Each row's ``level``."""
         for row in rows:
             asked = set(subtokens(row["intent"]))
             words = {word for word in subtokens(row["snippet"]) if len(word) > 1}
             share = len(words & asked) / len(words) if words else 0.0
-            yield {"id": row["id"], "level": LEVELS[min(4, int(share * 10))]}
+            yield stage_row(row["id"], level=LEVELS[min(4, int(share * 10))])
 
 
 class ModelScorer:
@@ -47,18 +47,17 @@ class ModelScorer:
         """For the stage's manifest."""
         return {"scorer": "model", "instruction": INSTRUCTION, **self.endpoint.settings()}
 
-    def score(self, rows: Sequence[Row]) -> Iterator[Row]:
+    def score(self, rows: Sequence[StageRow]) -> Iterator[StageRow]:
         """Each row's ``level``; an answer that names none drops the row."""
         questions = [f"Intent: {row['intent']}\nSnippet: {row['snippet']}" for row in rows]
         for row, answer in zip(rows, self.endpoint.ask(INSTRUCTION, questions)):
             level = parse_level(answer)
-            yield {"id": row["id"], **({"level": level} if level else {"dropped": "unusable answer"})}
+            yield stage_row(row["id"], None if level else "unusable answer", level=level)
 
 
 def parse_level(answer: str) -> str | None:
     """The level that an answer names, by its number or in words; None when it names none or several."""
     text = answer.strip().lower()
-    named = [level for level in LEVELS if re.search(rf"\b{level}\b", text)]
-    numbers = {LEVELS[int(number) - 1] for number in _NUMBER.findall(text)}
-    found = set(named) or numbers
-    return found.pop() if len(found) == 1 else None
+    in_words = [level for level in LEVELS if re.search(rf"\b{level}\b", text)]
+    levels = in_words or list({LEVELS[int(number) - 1] for number in _NUMBER.findall(text)})
+    return levels[0] if len(levels) == 1 else None
