@@ -366,26 +366,21 @@ def _data_build(options: argparse.Namespace) -> int:
 
         common["embed"] = TextEncoder(options.encoder, options.device)
     if options.dataset == "cnle":
-        scorer: pipeline.Scorer = relevance.OfflineScorer()
-        rephraser: pipeline.Rephraser = rephrasing.GivenIntents()
+        scorer, rephraser = relevance.OFFLINE_SCORER, rephrasing.GIVEN_INTENTS
         if options.model:
             limits = {"concurrency": options.concurrency, "budget": options.budget}
             endpoint = Endpoint(options.model, options.endpoint, options.out / "answers.jsonl", **limits)
-            scorer, rephraser = relevance.ModelScorer(endpoint), rephrasing.ModelIntents(endpoint)
+            scorer, rephraser = relevance.model_scorer(endpoint), rephrasing.model_intents(endpoint)
         report = pipeline.build_cnle(options.out, options.source, scorer, rephraser, **common)
         print(pipeline.level_counts(options.out).to_string(index=False))
     else:
+        renamer: Callable = rephrasing.corpus_names
         if options.names:
             from .datasets.construction.language_models import MaskedNames
 
-            masked = MaskedNames(options.names, options.device)
-        report = pipeline.build_csne(
-            options.out,
-            options.source,
-            (lambda _corpus: masked) if options.names else rephrasing.CorpusNames,
-            tokenizer=options.tokenizer,
-            **common,
-        )
+            masked = MaskedNames(options.names, options.device).step()
+            renamer = lambda corpus: masked  # noqa: E731
+        report = pipeline.build_csne(options.out, options.source, renamer, tokenizer=options.tokenizer, **common)
     print(pipeline.stage_counts(options.out).to_string(index=False))
     print(report)
     return 0 if report.passed else 1

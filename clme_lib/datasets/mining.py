@@ -74,7 +74,6 @@ def build() -> dict:
         [f.code for f in pool],
         allowed=lambda target, entry: targets[target][0].doc != pool[entry].doc,
         groups=([f.package for f, _ in targets], [f.package for f in pool]),
-        from_other_groups=2,
     )
     return {
         "targets": [

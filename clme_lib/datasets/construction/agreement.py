@@ -20,17 +20,20 @@ from .relevance import LEVELS
 from .stages import StageRow
 
 
-def sample_size(population: int, margin: float, confidence: float = 0.95) -> int:
-    """How many to label so that a share is known within ``margin`` (Cochran, with the correction for a finite population)."""
+def sample_size(population: int, margin: float) -> int:
+    """How many to label so that a share is known within ``margin`` at 95 % confidence (Cochran, corrected for a finite population).
+
+    Raises:
+        StudyError: the margin is not between 0 and 1.
+    """
     if not 0 < margin < 1:
         raise StudyError(f"margin={margin} is not between 0 and 1")
-    z = stats.norm.ppf(0.5 + confidence / 2)
-    infinite = z**2 * 0.25 / margin**2
+    infinite = stats.norm.ppf(0.975) ** 2 * 0.25 / margin**2
     return min(population, math.ceil(infinite / (1 + (infinite - 1) / population)))
 
 
-def draw(pairs: Sequence[StageRow], file: Path, margin: float, seed: int, labellers: int = 2) -> int:
-    """Write a random sample of scored pairs for people to label (CSV); the scorer's level is not shown. Returns their number.
+def draw(pairs: Sequence[StageRow], file: Path, margin: float, seed: int) -> int:
+    """Write a random sample of scored pairs for two people to label (CSV), without the scorer's level. Returns their number.
 
     Raises:
         StudyError: the file exists (somebody may have filled it in).
@@ -39,9 +42,7 @@ def draw(pairs: Sequence[StageRow], file: Path, margin: float, seed: int, labell
         raise StudyError(f"{file} exists already: somebody may have filled it in; choose another name")
     by_id = {row["id"]: row for row in pairs}
     sample = [by_id[pair] for pair in seeded_order(by_id, seed, "labels")[: sample_size(len(pairs), margin)]]
-    table = pd.DataFrame(sample, columns=["id", "intent", "snippet"])
-    for n in range(labellers):
-        table[f"labeller {n + 1}"] = ""
+    table = pd.DataFrame(sample, columns=["id", "intent", "snippet"]).assign(**{"labeller 1": "", "labeller 2": ""})
     write_text(file, table.to_csv(index=False, lineterminator="\r\n"))
     return len(sample)
 

@@ -20,11 +20,10 @@ import numpy as np
 from ...metrics.text import bleu, rouge_l
 from ...support.errors import StudyError
 from ..cases import Case, DatasetName, prompt_text
-from ..neighbours import tfidf
+from ..neighbours import TOO_CLOSE, tfidf
 from ..published import FILES, parse_record, read_records
 from ..source_code import parsed
 
-TOO_CLOSE = 0.97  # cosine above which a neighbour is the same thing in other spelling
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 
 

@@ -6,7 +6,7 @@ Any Hugging Face encoder or folder works. Vectors are pooled as the model's own 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +16,10 @@ import torch
 from tqdm import tqdm
 
 from ...support.errors import StudyError, first_line
+from ...support.journal import write_text
 from ..renaming import rename
 from .rephrasing import renamed
-from .stages import StageRow
+from .stages import Step
 
 Pooling = Literal["cls", "mean"]
 _MOST_TOKENS = 512
@@ -61,18 +62,14 @@ class TextEncoder:
 
 def card_pooling(name: str) -> Pooling:
     """How the model's card pools: its ``1_Pooling/config.json``, or the mean where it has none."""
-    file = Path(name) / "1_Pooling" / "config.json"
-    if not Path(name).is_dir():
-        from huggingface_hub import hf_hub_download
+    from transformers.utils import cached_file
 
-        try:
-            file = Path(hf_hub_download(name, "1_Pooling/config.json"))
-        except Exception:  # no such file, or no network: loading the model has already told
-            return "mean"
     try:
-        return "cls" if json.loads(file.read_text(encoding="utf-8")).get("pooling_mode_cls_token") else "mean"
-    except FileNotFoundError:
+        file = cached_file(name, "1_Pooling/config.json")
+    except OSError:  # no such file, or no network: loading the model has already told
         return "mean"
+    card = json.loads(Path(str(file)).read_text(encoding="utf-8"))
+    return "cls" if card.get("pooling_mode_cls_token") else "mean"
 
 
 def fine_tune(
@@ -112,10 +109,8 @@ def fine_tune(
     encoder.model.eval()
     encoder.model.save_pretrained(folder)
     encoder.tokenizer.save_pretrained(folder)
-    (folder / "1_Pooling").mkdir(exist_ok=True)
-    (folder / "1_Pooling" / "config.json").write_text(
-        json.dumps({"pooling_mode_cls_token": encoder.pooling == "cls"}) + "\n"
-    )
+    card = {"pooling_mode_cls_token": encoder.pooling == "cls"}
+    write_text(folder / "1_Pooling" / "config.json", json.dumps(card) + "\n")
     return losses
 
 
@@ -131,14 +126,11 @@ class MaskedNames:
         self.tokenizer, self.model = _load(name, "AutoModelForMaskedLM")
         self.model.eval().to(self.device)
 
-    def settings(self) -> dict:
-        """For the stage's manifest."""
-        return {"names": self.name}
-
-    def rephrase(self, rows: Sequence[StageRow]) -> Iterator[StageRow]:
-        """Each row's ``rephrased`` code."""
-        for row in rows:
-            yield renamed(row, partial(self._predicted, row["code"]))
+    def step(self) -> Step:
+        """Gives each function its ``rephrased`` code."""
+        return Step(
+            {"names": self.name}, lambda rows: (renamed(row, partial(self._predicted, row["code"])) for row in rows)
+        )
 
     @torch.no_grad()
     def _predicted(self, code: str, name: str, taken: set[str]) -> str | None:

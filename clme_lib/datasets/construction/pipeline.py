@@ -26,7 +26,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pandas as pd
 
@@ -38,9 +38,9 @@ from ..cases import Case, DatasetName, make_prompt
 from ..neighbours import NEIGHBOURS, Embedder, nearest, tfidf
 from .checking import Report, check_file
 from .relevance import LEVELS
-from .rephrasing import GivenIntents
+from .rephrasing import GIVEN_INTENTS
 from .sources import collect_functions, collect_pairs, source_files, too_long
-from .stages import StageRow, Stages, file_sha256, kept, stage_row
+from .stages import StageRow, Stages, Step, file_sha256, kept, stage_row
 
 MAX_TOKENS = 256
 # a subject's name, and from prompts to what it writes after them
@@ -48,25 +48,11 @@ Answers = tuple[str, Callable[[Sequence[str]], list[str]]]
 _FIELDS = {"cnle": ("intent", "snippet"), "csne": ("code", "doc")}  # edit input and target
 
 
-class Scorer(Protocol):
-    """Gives each pair its ``level``."""
-
-    def settings(self) -> dict: ...
-    def score(self, rows: Sequence[StageRow]) -> Iterator[StageRow]: ...
-
-
-class Rephraser(Protocol):
-    """Gives each targeted row its ``rephrased`` input."""
-
-    def settings(self) -> dict: ...
-    def rephrase(self, rows: Sequence[StageRow]) -> Iterator[StageRow]: ...
-
-
 def build_cnle(
     folder: Path,
     source: str,
-    scorer: Scorer,
-    rephraser: Rephraser,
+    scorer: Step,
+    rephraser: Step,
     *,
     targets: int | None,
     seed: int,
@@ -77,6 +63,8 @@ def build_cnle(
 
     Args:
         source: ``embedded``, ``hub``, or a file or folder of CoNaLa rows.
+        scorer: gives each pair its ``level``.
+        rephraser: gives each targeted pair its ``rephrased`` intent.
         targets: how many intents are targeted at most (None: half of the selected).
         answers: of the subject whose answers to the neighbours are written into the file.
 
@@ -84,23 +72,23 @@ def build_cnle(
         StudyError: a source or endpoint fails, a stage there is of other settings, or nothing is left of the rows.
     """
     work = _Construction(folder, "cnle", source, collect_pairs, embed)
-    scores = work.stages.run("score", scorer.settings(), work.collected, scorer.score)
+    scores = work.stages.run("score", scorer.settings, work.collected, scorer.make)
     levels = {row["id"]: row.get("level") for row in scores}
     selected = work.stages.run(
         "select", {"level": LEVELS[-1]}, kept(scores), lambda rows: _very_relevant(rows, work.rows, levels)
     )
     # without a model only rows that have a second wording can be targeted
-    given = isinstance(rephraser, GivenIntents)
+    given = rephraser is GIVEN_INTENTS
     targeted, pool = work.split(selected, {"targets": targets, "seed": seed, "second wording": given})
     near = work.neighbours(targeted, pool)
-    rephrased = work.stages.run("rephrase", rephraser.settings(), targeted, rephraser.rephrase)
+    rephrased = work.stages.run("rephrase", rephraser.settings, targeted, rephraser.make)
     return work.finish(near, rephrased, answers)
 
 
 def build_csne(
     folder: Path,
     source: str,
-    rephraser: Callable[[Sequence[str]], Rephraser],
+    rephraser: Callable[[Sequence[str]], Step],
     *,
     targets: int | None,
     seed: int,
@@ -112,7 +100,7 @@ def build_csne(
 
     Args:
         source: ``embedded``, ``hub``, or a file or folder of CodeSearchNet rows.
-        rephraser: made from the pool's functions.
+        rephraser: made from the pool's functions; gives each targeted function its ``rephrased`` code.
         targets: how many functions are targeted at most (None: all of the test part).
         tokenizer: counts the tokens (the paper: CodeBERT's); None: the embedded subject's.
         answers: of the subject whose answers to the neighbours are written into the file.
@@ -125,7 +113,7 @@ def build_csne(
     selected = work.stages.run("select", settings, work.collected, lambda rows: _distinct_functions(rows, tokenizer))
     targeted, pool = work.split(selected, {"targets": targets, "seed": seed})
     renamer = rephraser([row["code"] for row in pool])
-    variants = work.stages.run("rephrase", renamer.settings(), targeted, renamer.rephrase)
+    variants = work.stages.run("rephrase", renamer.settings, targeted, renamer.make)
     renamed = {row["id"] for row in kept(variants)}
     near = work.neighbours([row for row in targeted if row["id"] in renamed], pool)
     return work.finish(near, variants, answers)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ..renaming import Substitute, Substitutes, choose_names, eligible_names, rename, same_bytecode, verified
 from ..source_code import single_function
 from .endpoint import Endpoint
-from .stages import StageRow, stage_row
+from .stages import StageRow, Step, stage_row
 
 INSTRUCTION = (
     "Rewrite the programming request so that another person could have asked it: other words, the same meaning, one sentence. Keep every "
@@ -20,33 +20,23 @@ INSTRUCTION = (
 _CORPUS = 20_000  # functions
 
 
-class GivenIntents:
-    """The source's own second wording, as CoNaLa's annotated part and the embedded set have one."""
-
-    def settings(self) -> dict:
-        """For the stage's manifest."""
-        return {"rephraser": "given"}
-
-    def rephrase(self, rows: Sequence[StageRow]) -> Iterator[StageRow]:
-        """Each row's ``rephrased``; a row without another wording is dropped."""
-        for row in rows:
-            yield _rephrased(row, row.get("rewritten_intent") or "")
+def _rephrase_as_given(rows: Sequence[StageRow]) -> Iterator[StageRow]:
+    for row in rows:
+        yield _rephrased(row, row.get("rewritten_intent") or "")
 
 
-class ModelIntents:
-    """Rewritten by a language model."""
+# the source's own second wording, as CoNaLa's annotated part and the embedded set have one; a row without it is dropped
+GIVEN_INTENTS = Step({"rephraser": "given"}, _rephrase_as_given)
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
 
-    def settings(self) -> dict:
-        """For the stage's manifest."""
-        return {"rephraser": "model", "instruction": INSTRUCTION, **self.endpoint.settings()}
+def model_intents(endpoint: Endpoint) -> Step:
+    """Intents rewritten by a language model; an answer that is empty, repeats the intent or is a paragraph drops the row."""
 
-    def rephrase(self, rows: Sequence[StageRow]) -> Iterator[StageRow]:
-        """Each row's ``rephrased``; an answer that is empty, repeats the intent or is a paragraph drops the row."""
-        for row, answer in zip(rows, self.endpoint.ask(INSTRUCTION, [row["intent"] for row in rows])):
+    def rephrase(rows: Sequence[StageRow]) -> Iterator[StageRow]:
+        for row, answer in zip(rows, endpoint.ask(INSTRUCTION, [row["intent"] for row in rows])):
             yield _rephrased(row, answer.strip().strip('"'))
+
+    return Step({"rephraser": "model", "instruction": INSTRUCTION, **endpoint.settings()}, rephrase)
 
 
 def _rephrased(row: StageRow, text: str) -> StageRow:
@@ -81,29 +71,24 @@ def renamed(row: StageRow, substitute: Substitute) -> StageRow:
     return stage_row(row["id"], rephrased=variant, names=mapping)
 
 
-class CorpusNames:
-    """Names that are used alike in a corpus of functions (:class:`~clme_lib.datasets.renaming.Substitutes`), on all cores.
+def corpus_names(corpus: Sequence[str]) -> Step:
+    """Functions with names that are used alike in a corpus of functions (:class:`~clme_lib.datasets.renaming.Substitutes`), on all cores.
 
     Of a larger corpus the first functions are taken (a pool comes in seeded order), because every name is compared with every other.
     """
+    codes = corpus[:_CORPUS]
 
-    def __init__(self, corpus: Sequence[str]) -> None:
-        self._corpus = list(corpus[:_CORPUS])
-
-    def settings(self) -> dict:
-        """For the stage's manifest."""
-        return {"names": "corpus", "functions": len(self._corpus)}
-
-    def rephrase(self, rows: Sequence[StageRow]) -> Iterator[StageRow]:
-        """Each row's ``rephrased`` code."""
-        codes = tqdm(self._corpus, desc="names of the corpus", unit="row")
-        substitutes = Substitutes(function for code in codes if (function := single_function(code)))
+    def rephrase(rows: Sequence[StageRow]) -> Iterator[StageRow]:
+        trees = map(single_function, tqdm(codes, desc="names of the corpus", unit="row"))
+        substitutes = Substitutes(filter(None, trees))
         workers = min(os.cpu_count() or 1, 1 + len(rows) // 500)
         if workers == 1:
             yield from (renamed(row, substitutes.substitute) for row in rows)
             return
         with ProcessPoolExecutor(workers, initializer=_use, initargs=(substitutes,)) as pool:
             yield from pool.map(_by_corpus, rows, chunksize=50)
+
+    return Step({"names": "corpus", "functions": len(codes)}, rephrase)
 
 
 _substitutes: Substitutes  # of a worker process, which is given them once

@@ -15,6 +15,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,15 @@ from ...support.errors import StudyError
 from ...support.journal import append_rows, read_rows, write_text
 
 StageRow = dict[str, Any]
+Make = Callable[[Sequence[StageRow]], Iterable[StageRow]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """How rows are made from others, and whatever decides the result besides those, as JSON values for the stage's manifest."""
+
+    settings: dict[str, Any]
+    make: Make
 
 
 class Stages:
@@ -46,7 +56,7 @@ class Stages:
         name: str,
         settings: dict[str, Any],
         todo: Sequence[StageRow],
-        make: Callable[[Sequence[StageRow]], Iterable[StageRow]],
+        make: Make,
         batch: int | None = None,
     ) -> list[StageRow]:
         """The rows of stage ``name``: read, or made from the rows of the stage before.
@@ -79,11 +89,11 @@ class Stages:
             self._complete(name, file, todo, make, batch)
         rows = read_rows(file)
         self._made[name] = file_sha256(file)
-        counts = {"rows": len(rows), **self._dropped(rows)}
+        counts = {"rows": len(rows), **Counter(f"dropped: {row['dropped']}" for row in rows if row.get("dropped"))}
         self._write_manifest(file, {**identity, "counts": counts, "sha256": self._made[name], "finished": True})
         return rows
 
-    def _complete(self, name: str, file: Path, todo: Sequence[StageRow], make: Callable, batch: int | None) -> None:
+    def _complete(self, name: str, file: Path, todo: Sequence[StageRow], make: Make, batch: int | None) -> None:
         append_rows(file, [])
         done = {row["id"] for row in read_rows(file)}
         left = [row for row in todo if row["id"] not in done]
@@ -92,11 +102,6 @@ class Stages:
                 for rows in _together(row for row in make(part) if row["id"] not in done):
                     append_rows(file, rows)
                     bar.update(len(rows))
-
-    @staticmethod
-    def _dropped(rows: Sequence[StageRow]) -> dict[str, int]:
-        """How many rows say why they are left out from here on."""
-        return dict(Counter(f"dropped: {row['dropped']}" for row in rows if row.get("dropped")))
 
     @staticmethod
     def _write_manifest(file: Path, content: dict) -> None:
