@@ -43,8 +43,8 @@ def neighbours(targets, pool, embed=None, words=10):
 
     texts = texts_of(targets + pool, words, np.random.default_rng(0))
     started = time.perf_counter()
-    found = nearest(texts[:targets], texts[targets:], allowed=lambda one, other: True, embed=embed or tfidf)
-    assert len(found) == targets
+    near = nearest(texts[:targets], texts[targets:], allowed=lambda target, entry: True, embed=embed or tfidf)
+    assert len(near) == targets
     return time.perf_counter() - started
 
 
@@ -56,13 +56,13 @@ def dense(texts):
 
 def renaming(count, corpus):
     from clme_lib.datasets import embedded_csne
-    from clme_lib.datasets.construction.rephrasing import CorpusNames
+    from clme_lib.datasets.construction.rephrasing import corpus_names
 
     content = embedded_csne.load_content()
     codes, pool = ([row["code"] for row in content[part]] for part in ("targets", "pool"))
     rows = [{"id": n, "code": codes[n % len(codes)]} for n in range(count)]
     started = time.perf_counter()
-    made = list(CorpusNames([pool[n % len(pool)] for n in range(corpus)]).rephrase(rows))
+    made = list(corpus_names([pool[n % len(pool)] for n in range(corpus)]).make(rows))
     assert len(made) == count
     return time.perf_counter() - started
 

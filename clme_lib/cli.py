@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 from . import __version__
@@ -184,31 +185,41 @@ def _data_build(config: Any) -> int:
     from .datasets.construction.endpoint import Endpoint
     from .datasets.paper import CNLE
 
-    common: dict = {"targets": config.targets, "seed": config.seed, "subject": config.answers}
+    common: dict = {"targets": config.targets, "seed": config.seed}
+    if config.answers:
+        common["answers"] = config.answers, _answering(config.answers)
     if config.encoder:
         from .datasets.construction.language_models import TextEncoder
 
         common["embed"] = TextEncoder(config.encoder, config.device)
     if config.dataset == CNLE.name:
-        scorer: pipeline.Scorer = relevance.OfflineScorer()
-        rephraser: pipeline.Rephraser = rephrasing.GivenIntents()
+        scorer, rephraser = relevance.OFFLINE_SCORER, rephrasing.GIVEN_INTENTS
         if config.model:
             limits = {"concurrency": config.concurrency, "budget": config.budget}
             endpoint = Endpoint(config.model, config.endpoint, config.out / "answers.jsonl", **limits)
-            scorer, rephraser = relevance.ModelScorer(endpoint), rephrasing.ModelIntents(endpoint)
+            scorer, rephraser = relevance.model_scorer(endpoint), rephrasing.model_intents(endpoint)
         report = pipeline.build_cnle(config.out, config.source, scorer, rephraser, **common)
         print(pipeline.level_counts(config.out).to_string(index=False))
     else:
-        names: Callable = rephrasing.CorpusNames
+        renamer: Callable = rephrasing.corpus_names
         if config.names:
             from .datasets.construction.language_models import MaskedNames
 
-            masked = MaskedNames(config.names, config.device)
-            names = lambda _corpus: masked  # noqa: E731
-        report = pipeline.build_csne(config.out, config.source, names, tokenizer=config.tokenizer, **common)
+            masked = MaskedNames(config.names, config.device).step()
+            renamer = lambda corpus: masked  # noqa: E731
+        report = pipeline.build_csne(config.out, config.source, renamer, tokenizer=config.tokenizer, **common)
     print(pipeline.stage_counts(config.out).to_string(index=False))
     print(report)
     return 0 if report.passed else 1
+
+
+def _answering(name: str) -> Callable[[Sequence[str]], list[str]]:
+    """From prompts to what a subject writes after them; the subject is loaded when it is first asked."""
+    from .evaluation.unedited import answers_for
+    from .subjects.subject import load_subject
+
+    subject = cache(lambda: load_subject(name))
+    return lambda prompts: answers_for(subject(), prompts)
 
 
 def _data_labels(config: Any) -> int:

@@ -25,11 +25,11 @@ from clme_lib.datasets.construction import (
     rephrasing,
     sources,
 )
-from clme_lib.datasets.construction.stages import Stages, kept
+from clme_lib.datasets.construction.stages import Stages, Step, kept
 from clme_lib.datasets.neighbours import nearest, tfidf
 from clme_lib.datasets.published import read
 from clme_lib.datasets.registry import load_cases
-from clme_lib.datasets.renaming import same_bytecode
+from clme_lib.datasets.renaming import rename, same_bytecode
 from clme_lib.support.errors import StudyError
 from clme_lib.support.journal import read_rows
 
@@ -219,7 +219,7 @@ def test_the_offline_scorer_prefers_true_pairs():
     rows = [{"id": n, "intent": case.text, "snippet": case.target} for n, case in enumerate(load_cases("cnle")[:200])]
     shuffled = [{**row, "snippet": other["snippet"]} for row, other in zip(rows, rows[1:] + rows[:1])]
     true, false = (
-        [relevance.LEVELS.index(one["level"]) for one in relevance.OfflineScorer().score(part)]
+        [relevance.LEVELS.index(row["level"]) for row in relevance.OFFLINE_SCORER.make(part)]
         for part in (rows, shuffled)
     )
     assert sum(a > b for a, b in zip(true, false)) > 5 * sum(a < b for a, b in zip(true, false))
@@ -228,13 +228,13 @@ def test_the_offline_scorer_prefers_true_pairs():
 def slow_build(source, folder):
     """CNLE built offline by a scorer that takes its time."""
 
-    class Slow(relevance.OfflineScorer):
-        def score(self, rows):
-            for row in super().score(rows):
-                time.sleep(0.15)
-                yield row
+    def score(rows):
+        for row in relevance.OFFLINE_SCORER.make(rows):
+            time.sleep(0.15)
+            yield row
 
-    pipeline.build_cnle(folder, str(source), Slow(), rephrasing.GivenIntents(), targets=4, seed=1)
+    slow = Step(relevance.OFFLINE_SCORER.settings, score)
+    pipeline.build_cnle(folder, str(source), slow, rephrasing.GIVEN_INTENTS, targets=4, seed=1)
 
 
 def test_a_killed_construction_goes_on(conala, tmp_path):
@@ -252,13 +252,13 @@ def test_a_killed_construction_goes_on(conala, tmp_path):
     file.write_bytes(file.read_bytes() + b'{"id": 7, "lev')  # torn
     scored = []
 
-    class Counting(relevance.OfflineScorer):
-        def score(self, rows):
-            scored.extend(rows)
-            return super().score(rows)
+    def score(rows):
+        scored.extend(rows)
+        return relevance.OFFLINE_SCORER.make(rows)
 
+    counting = Step(relevance.OFFLINE_SCORER.settings, score)
     for folder in ("killed", "whole"):
-        pipeline.build_cnle(tmp_path / folder, str(conala), Counting(), rephrasing.GivenIntents(), targets=4, seed=1)
+        pipeline.build_cnle(tmp_path / folder, str(conala), counting, rephrasing.GIVEN_INTENTS, targets=4, seed=1)
     assert len(scored) == (24 - made) + 24
     for name in ("02-score.jsonl", "03-select.jsonl", "EditConala.json"):
         assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text()
@@ -267,7 +267,7 @@ def test_a_killed_construction_goes_on(conala, tmp_path):
 def test_changed_settings_and_inputs_are_refused(conala, tmp_path):
     def make(seed):
         return pipeline.build_cnle(
-            tmp_path / "out", str(conala), relevance.OfflineScorer(), rephrasing.GivenIntents(), targets=4, seed=seed
+            tmp_path / "out", str(conala), relevance.OFFLINE_SCORER, rephrasing.GIVEN_INTENTS, targets=4, seed=seed
         )
 
     make(1)
@@ -329,7 +329,7 @@ def test_csne_is_built_offline(code_search_net, tmp_path, capsys):
     assert "EditCodeSearchNet.json: 8 records" in capsys.readouterr().out
     cases = read(tmp_path / "out" / "EditCodeSearchNet.json", "csne")
     bare = {
-        sources.without_docstring(code): ast.get_docstring(ast.parse(code).body[0]).split("\n")[0] for code in FUNCTIONS
+        sources.bare_function(code): ast.get_docstring(ast.parse(code).body[0]).split("\n")[0] for code in FUNCTIONS
     }
     tested = list(bare)[28:]
     assert {case.text for case in cases} == set(tested)
@@ -416,7 +416,7 @@ def test_parquet_is_read(tmp_path):
 
 def test_a_function_without_variant_says_why():
     def why(code, mapping):
-        return rephrasing.renamed({"id": 1, "code": code}, lambda _: mapping).get("dropped")
+        return rephrasing.renamed({"id": 1, "code": code}, lambda name, taken: mapping.get(name)).get("dropped")
 
     assert why("def f(self):\n    return self.x()", {}) == "no name to change"
     assert why("def f(value):\n    return value", {}) == "no substitute for its names"
@@ -439,27 +439,29 @@ def test_bytecode_is_compared_up_to_names():
 def test_neighbours_do_not_depend_on_how_many_are_asked_for_or_held(monkeypatch):
     cases = load_cases("cnle")
     texts = [case.text for case in cases[:60]], [case.text for case in cases[60:]]
-    allowed = lambda one, other: (one + other) % 3 > 0  # noqa: E731
+    allowed = lambda target, entry: (target + entry) % 3 > 0  # noqa: E731
     groups = [n % 7 for n in range(60)], [n % 7 for n in range(len(cases) - 60)]
-    options = {"allowed": allowed, "groups": groups, "from_other_groups": 2}
+    options = {"allowed": allowed, "groups": groups}
     expected = nearest(*texts, **options)
     vectors = tfidf([*texts[0], *texts[1]])
     similarity = (vectors[:60] @ vectors[60:].T).toarray().round(9)
-    for target, found in enumerate(nearest(*texts, allowed=allowed)):
+    for target, entries in enumerate(nearest(*texts, allowed=allowed)):
         order = sorted(range(similarity.shape[1]), key=lambda n: (-similarity[target, n], n))
-        assert found == [n for n in order if allowed(target, n) and similarity[target, n] <= 0.97][:5]
+        assert entries == [n for n in order if allowed(target, n) and similarity[target, n] <= 0.97][:5]
     # equal texts tie: the earlier comes first, also when the index is asked for fewer than tie
     tied = [*texts[1][:9], *[texts[1][9]] * 9]
-    firsts = nearest([texts[1][9]], tied, allowed=lambda one, other: True, ceiling=1.0)
+    firsts = nearest([texts[1][9]], tied, allowed=lambda target, entry: True, ceiling=1.0)
     for asked, held in ((7, 1), (3, 2**24)):
         monkeypatch.setattr("clme_lib.datasets.neighbours._FIRST_ASKED", asked)
         monkeypatch.setattr("clme_lib.datasets.neighbours._HELD", held)
         assert nearest(*texts, **options) == expected
-        assert nearest([texts[1][9]], tied, allowed=lambda one, other: True, ceiling=1.0) == firsts == [[*range(9, 14)]]
+        assert (
+            nearest([texts[1][9]], tied, allowed=lambda target, entry: True, ceiling=1.0) == firsts == [[*range(9, 14)]]
+        )
     # only the last of the pool is allowed: the search goes on until it has looked at all
-    assert nearest(texts[0][:2], texts[1], allowed=lambda one, other: other > len(texts[1]) - 3) == [
-        sorted(found, key=lambda n: (-similarity[t, n], n))
-        for t, found in enumerate([[len(texts[1]) - 2, len(texts[1]) - 1]] * 2)
+    assert nearest(texts[0][:2], texts[1], allowed=lambda target, entry: entry > len(texts[1]) - 3) == [
+        sorted(entries, key=lambda n: (-similarity[t, n], n))
+        for t, entries in enumerate([[len(texts[1]) - 2, len(texts[1]) - 1]] * 2)
     ]
 
 
@@ -525,20 +527,17 @@ def test_fine_tuning_brings_descriptions_to_their_functions(tiny_bert, code_sear
 
 def test_a_masked_model_renames(tiny_bert):
     names = language_models.MaskedNames(str(tiny_bert / "masked"))
-    rows = [{"id": n, "code": sources.without_docstring(code)} for n, code in enumerate(FUNCTIONS[:3])]
-    for row, made in zip(rows, names.rephrase(rows)):
+    rows = [{"id": n, "code": sources.bare_function(code)} for n, code in enumerate(FUNCTIONS[:3])]
+    for row, made in zip(rows, names.step().make(rows)):
         assert made["id"] == row["id"] and set(made["names"]) <= {*VOCABULARIES[0], *VOCABULARIES[1]} and made["names"]
         taken = set(re.findall(r"\w+", row["code"]))
         assert not set(made["names"].values()) & taken
-    assert (
-        language_models._masked("def f(a):\n    b = a\n    return a + f.a", "a", "M")
-        == "def f(M):\n    b = M\n    return M + f.a"
-    )
+    assert rename("def f(a):\n    b = a\n    return a + f.a", {"a": "M"}) == "def f(M):\n    b = M\n    return M + f.a"
 
 
 def test_labels_are_drawn_and_compared(conala, tmp_path, capsys):
     pipeline.build_cnle(
-        tmp_path / "out", str(conala), relevance.OfflineScorer(), rephrasing.GivenIntents(), targets=4, seed=1
+        tmp_path / "out", str(conala), relevance.OFFLINE_SCORER, rephrasing.GIVEN_INTENTS, targets=4, seed=1
     )
     arguments = ["data", "labels", str(tmp_path / "out"), str(tmp_path / "labels.csv"), "--margin", "0.1"]
     assert cli.main(arguments) == 0
@@ -550,13 +549,13 @@ def test_labels_are_drawn_and_compared(conala, tmp_path, capsys):
     table["labeller 2"] = [5 - n % 2 for n in range(20)]
     table.to_csv(tmp_path / "labels.csv", index=False)
     assert cli.main(arguments) == 0
-    found = agreement.agreement(tmp_path / "labels.csv", {str(one): level for one, level in levels.items()})
-    assert list(zip(found["one"], found["other"])) == [
+    kappas = agreement.agreement(tmp_path / "labels.csv", {str(one): level for one, level in levels.items()})
+    assert list(zip(kappas["first"], kappas["second"])) == [
         ("labeller 1", "labeller 2"),
         ("labeller 1", "scorer"),
         ("labeller 2", "scorer"),
     ]
-    assert found["agree"][1] == 1 and found["agree"][2] == found["agree"][0] < 1
+    assert kappas["agree"][1] == 1 and kappas["agree"][2] == kappas["agree"][0] < 1
     assert agreement.sample_size(594_000, 0.05) == 384
     with pytest.raises(StudyError, match="exists already: somebody may have filled it in"):
         agreement.draw([], tmp_path / "labels.csv", 0.1, 0)

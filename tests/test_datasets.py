@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import CodeType
 
 import pytest
+from cnle_rules import problems
 
 from clme_lib.datasets import embedded_cnle, embedded_csne, published, source_code
 from clme_lib.datasets.cases import folds, sample_cases
@@ -21,7 +22,7 @@ from clme_lib.support.errors import StudyError
 
 def test_every_hand_written_row_keeps_the_rules():
     targets, pool = embedded_cnle.read_rows("cnle-targets"), embedded_cnle.read_rows("cnle-pool")
-    assert embedded_cnle.problems(targets, pool) == []
+    assert problems(targets, pool) == []
     assert len(targets) >= 600 and len(pool) >= 600
     assert len(set().union(*(embedded_cnle.calls(row["snippet"]) for row in targets))) >= 120
     lengths = [len(row["snippet"]) for row in targets]
@@ -41,11 +42,11 @@ def test_the_rules_catch_bad_rows():
         "repeats the intent": {"rewritten_intent": "sort the list `xs` in place please"},
         "paired back-quotes": {"intent": "sort the list `xs in place"},
     }
-    assert embedded_cnle.problems([row], []) == []
+    assert problems([row], []) == []
     for message, change in bad.items():
-        assert any(message in problem for problem in embedded_cnle.problems([{**row, **change}], [])), message
+        assert any(message in problem for problem in problems([{**row, **change}], [])), message
     twin = {"topic": "t", "intent": "sort another list `ys` in place", "snippet": "ys.sort(reverse=True)"}
-    assert any("too close" in problem for problem in embedded_cnle.problems([row], [twin]))
+    assert any("too close" in problem for problem in problems([row], [twin]))
 
 
 def test_embedded_cnle_cases():
@@ -77,10 +78,10 @@ def test_mined_set_obeys_its_bounds():
     assert len(content["pool"]) >= 2000
     for part in ("targets", "pool"):
         packages = [row["package"] for row in content[part]]
-        assert max(packages.count(one) for one in set(packages)) <= 0.15 * len(packages)
+        assert max(packages.count(name) for name in set(packages)) <= 0.15 * len(packages)
     for row in content["targets"]:
-        others = [content["pool"][n]["package"] for n in row["neighbours"]]
-        assert sum(one != row["package"] for one in others) >= 2
+        packages = [content["pool"][n]["package"] for n in row["neighbours"]]
+        assert sum(package != row["package"] for package in packages) >= 2
         assert bytecode(row["code"]) == bytecode(row["variant"]), row["origin"]
     assert not {row["origin"] for row in content["targets"]} & {row["origin"] for row in content["pool"]}
 
@@ -89,17 +90,17 @@ def bytecode(code: str):
     """Instructions of all nested code objects, names replaced by the order in which they first occur."""
 
     def instructions(obj: CodeType, seen: dict):
-        found = []
-        for one in dis.get_instructions(obj):
-            if isinstance(one.argval, CodeType):
-                found.append((one.opname, instructions(one.argval, seen)))
-            elif isinstance(one.argval, (str, tuple)) and one.opcode in dis.haslocal:
-                found.append((one.opname, seen.setdefault(str(one.argval), len(seen))))
-            elif one.opcode in dis.hasfree or one.opname in ("LOAD_CONST", "KW_NAMES"):
-                found.append((one.opname,))  # the order of cells follows the alphabet; constants hold argument names
+        steps = []
+        for step in dis.get_instructions(obj):
+            if isinstance(step.argval, CodeType):
+                steps.append((step.opname, instructions(step.argval, seen)))
+            elif isinstance(step.argval, (str, tuple)) and step.opcode in dis.haslocal:
+                steps.append((step.opname, seen.setdefault(str(step.argval), len(seen))))
+            elif step.opcode in dis.hasfree or step.opname in ("LOAD_CONST", "KW_NAMES"):
+                steps.append((step.opname,))  # the order of cells follows the alphabet; constants hold argument names
             else:
-                found.append((one.opname, repr(one.argval)))
-        return sorted(map(repr, found)) if obj.co_freevars or obj.co_cellvars else found
+                steps.append((step.opname, repr(step.argval)))
+        return sorted(map(repr, steps)) if obj.co_freevars or obj.co_cellvars else steps
 
     return instructions(compile("from __future__ import annotations\n" + code, "f", "exec"), {})
 
@@ -160,8 +161,8 @@ def test_renaming_keeps_the_function_and_its_layout():
         ("Fetch it from https://example.org now.", None),
     ],
 )
-def test_first_sentence(docstring, sentence):
-    assert source_code.first_sentence(docstring) == sentence
+def test_description(docstring, sentence):
+    assert source_code.description(docstring) == sentence
 
 
 def record(**request):

@@ -92,7 +92,7 @@ def _benchmark() -> dict[str, str]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = built.get("cnle", Path(scratch))
         if "cnle" not in built:
-            scorer, rephraser = relevance.OfflineScorer(), rephrasing.GivenIntents()
+            scorer, rephraser = relevance.OFFLINE_SCORER, rephrasing.GIVEN_INTENTS
             pipeline.build_cnle(folder, "embedded", scorer, rephraser, targets=None, seed=42)
         what = f"those of {folder.name}" if "cnle" in built else "the embedded pairs by the offline scorer"
         levels = tables.level_table(pipeline.level_counts(folder), what)

@@ -14,7 +14,7 @@ import json
 from importlib import resources
 from pathlib import Path
 
-from ..subjects import embedded as embedded_subject
+from ..support.cache import cache_dir
 from ..support.errors import StudyError
 from ..support.journal import write_text
 from .base import DataSet
@@ -24,7 +24,18 @@ from .mining import build, installed_versions
 
 def load(dataset: DataSet) -> list[Case]:
     """The embedded CSNE cases; see :func:`load_content`."""
-    return _cases(dataset, load_content())
+    content = load_content()
+    return [
+        Case(
+            case_id=row["case_id"],
+            dataset=dataset.name,
+            prompt=dataset.prompt(row["code"]),
+            target=row["doc"],
+            rephrased=(dataset.prompt(row["variant"]),),
+            unrelated=tuple(dataset.prompt(content["pool"][n]["code"]) for n in row["neighbours"]),
+        )
+        for row in content["targets"]
+    ]
 
 
 def is_mined() -> bool:
@@ -34,11 +45,7 @@ def is_mined() -> bool:
 
 def cached() -> Path:
     """Where the committed set is kept once it has been mined."""
-    return embedded_subject.cache_dir() / "datasets" / f"csne-{_committed()['sha256'][:16]}.json"
-
-
-def _committed() -> dict:
-    return json.loads((_resource() / "csne.json").read_text(encoding="utf-8"))
+    return cache_dir() / "datasets" / f"csne-{_committed()['sha256'][:16]}.json"
 
 
 def load_content() -> dict:
@@ -48,12 +55,10 @@ def load_content() -> dict:
         StudyError: a package is missing or differs from its pin, so the set would not be the committed one.
     """
     committed, file = _committed(), cached()
-    if file.is_file():
-        with contextlib.suppress(OSError, ValueError):
-            content = json.loads(file.read_text(encoding="utf-8"))
-            if content_sha256(content) == committed["sha256"]:
-                return content
-        # damaged or edited: mined anew below
+    with contextlib.suppress(OSError, ValueError):  # absent, damaged or edited: mined anew below
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content_sha256(content) == committed["sha256"]:
+            return content
     _require_pinned(committed["packages"])
     content = build()
     if content_sha256(content) != committed["sha256"]:
@@ -63,6 +68,27 @@ def load_content() -> dict:
         )
     write_text(file, json.dumps(content))
     return content
+
+
+def content_sha256(content: dict) -> str:
+    """Hash of the set, independent of JSON's layout."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def commit_hash() -> str:
+    """Mine anew and record the set's hash and the packages it came from in ``embedded/csne.json`` (after a pin changed)."""
+    digest = content_sha256(build())
+    content = json.dumps({"sha256": digest, "packages": installed_versions()}, indent=1)
+    write_text(Path(str(_resource() / "csne.json")), content + "\n")
+    return digest
+
+
+def _committed() -> dict:
+    return json.loads((_resource() / "csne.json").read_text(encoding="utf-8"))
+
+
+def _resource():
+    return resources.files("clme_lib") / "datasets" / "embedded"
 
 
 def _require_pinned(pinned: dict[str, str]) -> None:
@@ -77,38 +103,6 @@ def _require_pinned(pinned: dict[str, str]) -> None:
             f"embedded CSNE is mined from pinned packages, and these differ: {', '.join(different)}. "
             "Install with `pip install -c constraints.txt -e .`, or use source='published' or a file."
         )
-
-
-def content_sha256(content: dict) -> str:
-    """Hash of the set, independent of JSON's layout."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
-
-
-def _cases(dataset: DataSet, content: dict) -> list[Case]:
-    pool = content["pool"]
-    return [
-        Case(
-            case_id=row["case_id"],
-            dataset=dataset.name,
-            prompt=dataset.prompt(row["code"]),
-            target=row["doc"],
-            rephrased=(dataset.prompt(row["variant"]),),
-            unrelated=tuple(dataset.prompt(pool[n]["code"]) for n in row["neighbours"]),
-        )
-        for row in content["targets"]
-    ]
-
-
-def _resource():
-    return resources.files("clme_lib") / "datasets" / "embedded"
-
-
-def commit_hash() -> str:
-    """Mine anew and record the set's hash and the packages it came from in ``embedded/csne.json`` (after a pin changed)."""
-    digest = content_sha256(build())
-    content = json.dumps({"sha256": digest, "packages": installed_versions()}, indent=1)
-    write_text(Path(str(_resource() / "csne.json")), content + "\n")
-    return digest
 
 
 if __name__ == "__main__":

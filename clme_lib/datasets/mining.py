@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.metadata
 import re
-import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -16,8 +16,8 @@ from ..subjects import embedded as embedded_subject
 from ..support.seeds import seed_of
 from .neighbours import nearest
 from .paper import CSNE
-from .renaming import Substitutes, eligible_names, rename, verified
-from .source_code import _without_docstring_and_comments, first_sentence
+from .renaming import Substitutes, choose_names, eligible_names, rename, verified
+from .source_code import description, parsed, single_function, without_comments, without_docstring
 
 # distribution -> import package; all of them are installed with clme_lib itself
 PACKAGES = {
@@ -32,7 +32,7 @@ TARGETS = 600
 POOL = 2_200
 PACKAGE_QUOTA = 155  # of 2,800: well under the bound of 15 % from one package
 MAX_TOKENS = 256
-
+_MAX_CHARACTERS = 1_500  # nothing longer has 256 tokens or fewer in practice; spares the costly checks
 
 # tests, vendored and generated files, and numpy.distutils, which wheels for Python 3.12 and later leave out
 _SKIPPED_PARTS = re.compile(
@@ -53,14 +53,15 @@ class MinedFunction:
 def build() -> dict:
     """Mine, rename, and find neighbours; returns the set as plain data, ``{"targets": [...], "pool": [...]}``."""
     functions = mine()
-    trees = {f.origin: _definition(f.code) for f in functions}
+    trees = {f.origin: tree for f in functions if (tree := single_function(f.code))}
     substitutes = Substitutes(trees.values())
     targets: list[tuple[MinedFunction, str]] = []
     pool: list[MinedFunction] = []
     for function in sorted(functions, key=lambda f: seed_of(CSNE.name, f.origin)):
         variant = ""
-        if len(targets) < TARGETS and len(eligible_names(trees[function.origin])) >= 2:
-            mapping = substitutes.choose(trees[function.origin])
+        tree = trees[function.origin]
+        if len(targets) < TARGETS and len(eligible_names(tree)) >= 2:
+            mapping = choose_names(tree, substitutes.substitute)
             variant = rename(function.code, mapping)
             if len(mapping) < 2 or not verified(function.code, variant, mapping):
                 variant = ""
@@ -72,9 +73,8 @@ def build() -> dict:
     neighbours = nearest(
         [f.code for f, _ in targets],
         [f.code for f in pool],
-        allowed=lambda target, other: targets[target][0].doc != pool[other].doc,
+        allowed=lambda target, entry: targets[target][0].doc != pool[entry].doc,
         groups=([f.package for f, _ in targets], [f.package for f in pool]),
-        from_other_groups=2,
     )
     return {
         "targets": [
@@ -87,21 +87,19 @@ def build() -> dict:
 
 def mine() -> list[MinedFunction]:
     """All accepted functions, package by package in name order, near-duplicates and repeated sentences removed."""
-    found: list[MinedFunction] = []
+    functions: list[MinedFunction] = []
     for distribution, package in sorted(PACKAGES.items()):
-        found += _distinct(_package_functions(distribution, package))[:PACKAGE_QUOTA]
-    return _distinct(found)
+        functions += _distinct(_package_functions(distribution, package))[:PACKAGE_QUOTA]
+    return _distinct(functions)
 
 
 def installed_versions() -> dict[str, str]:
     """Installed versions of the mined distributions."""
-    found = {}
+    versions = {}
     for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def _package_functions(distribution: str, package: str) -> Iterator[MinedFunction]:
@@ -115,17 +113,15 @@ def _package_functions(distribution: str, package: str) -> Iterator[MinedFunctio
     for file in sorted(files, key=lambda file: seed_of(CSNE.name, file.as_posix())):
         try:
             source = Path(str(file.locate())).read_text(encoding="utf-8")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # invalid escapes in third-party sources
-                tree = ast.parse(source)
-        except (OSError, SyntaxError, UnicodeDecodeError, ValueError):
+        except (OSError, UnicodeDecodeError):
+            continue
+        if (tree := parsed(source)) is None:
             continue
         lines = source.split("\n")
         for name, node in _definitions(tree):
-            mined = _accept(lines, name, node)
-            if mined:
+            if code_and_doc := _accept(lines, name, node):
                 accepted += 1
-                yield MinedFunction(f"{package} {file.as_posix()} {name}", package, *mined)
+                yield MinedFunction(f"{package} {file.as_posix()} {name}", package, *code_and_doc)
         if accepted >= 1.5 * PACKAGE_QUOTA:  # some of them will prove near-duplicates
             return
 
@@ -154,20 +150,31 @@ def _accept(lines: list[str], name: str, node: ast.FunctionDef) -> tuple[str, st
     if "test" in name.lower() or node.name.startswith("__") or len(node.body) < 2:
         return None
     docstring = ast.get_docstring(node, clean=False)
-    doc = first_sentence(docstring) if docstring else None
-    if doc is None:
-        return None
-    code = _without_docstring_and_comments(lines, node)
-    if code is None or not code.isascii() or code.count("\n") < 2:
+    doc = description(docstring) if docstring else None
+    code = _bare(lines, node) if doc else None
+    if doc is None or code is None or not code.isascii() or code.count("\n") < 2:
         return None
     return (code, doc) if len(tokenizer().encode(code, add_special_tokens=False).ids) <= MAX_TOKENS else None
 
 
-def _distinct(functions: Iterator[MinedFunction] | list[MinedFunction]) -> list[MinedFunction]:
+def _bare(lines: list[str], node: ast.FunctionDef) -> str | None:
+    """The function's code without docstring, comments and decorators, when that is still the same function."""
+    code = without_docstring(lines, node)
+    if code is None or len(code) > 2 * _MAX_CHARACTERS:  # comments are still in it
+        return None
+    code = without_comments(code)
+    if code is None or len(code) > _MAX_CHARACTERS or (function := single_function(code)) is None:
+        return None
+    # removing the indentation may have changed a string
+    node.decorator_list, node.body = [], node.body[1:]
+    return code if ast.dump(function) == ast.dump(node) else None
+
+
+def _distinct(candidates: Iterable[MinedFunction]) -> list[MinedFunction]:
     """Drop functions whose tokens nearly repeat an earlier one's (set Jaccard >= 0.8, multiset >= 0.7) or whose doc does."""
     from scipy.sparse import csr_matrix
 
-    functions = list(functions)
+    functions = list(candidates)
     if not functions:
         return []
     bags = [Counter(re.findall(r"\w+", f.code)) for f in functions]
@@ -177,27 +184,18 @@ def _distinct(functions: Iterator[MinedFunction] | list[MinedFunction]) -> list[
     incidence = csr_matrix(([1] * len(rows), (rows, columns)), shape=(len(bags), len(vocabulary)))
     shared = (incidence @ incidence.T).tocoo()
     close: dict[int, list[int]] = {}
-    for one, other, common in zip(shared.row.tolist(), shared.col.tolist(), shared.data.tolist()):
+    for later, earlier, common in zip(shared.row.tolist(), shared.col.tolist(), shared.data.tolist()):
         # compared as integers: no rounding decides membership
-        if other < one and 10 * common >= 8 * (len(bags[one]) + len(bags[other]) - common):
-            close.setdefault(one, []).append(other)
-    kept: list[MinedFunction] = []
-    removed: set[int] = set()
+        if earlier < later and 10 * common >= 8 * (len(bags[later]) + len(bags[earlier]) - common):
+            close.setdefault(later, []).append(earlier)
+    kept: dict[int, MinedFunction] = {}
     sentences: set[str] = set()
     for n, function in enumerate(functions):
         repeats = any(
-            other not in removed and 10 * (bags[n] & bags[other]).total() >= 7 * (bags[n] | bags[other]).total()
-            for other in close.get(n, ())
+            earlier in kept and 10 * (bags[n] & bags[earlier]).total() >= 7 * (bags[n] | bags[earlier]).total()
+            for earlier in close.get(n, ())
         )
-        if repeats or function.doc in sentences:
-            removed.add(n)
-            continue
-        sentences.add(function.doc)
-        kept.append(function)
-    return kept
-
-
-def _definition(code: str) -> ast.FunctionDef:
-    node = ast.parse(code).body[0]
-    assert isinstance(node, ast.FunctionDef)
-    return node
+        if not repeats and function.doc not in sentences:
+            sentences.add(function.doc)
+            kept[n] = function
+    return list(kept.values())

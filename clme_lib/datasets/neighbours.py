@@ -1,4 +1,4 @@
-"""Nearest non-targeted inputs: the unrelated prompts of a case (paper section III-C: five a case).
+"""Nearest non-targeted inputs: the unrelated prompts of a case (paper section III-C: five per case).
 
 Any embedder is a function from texts to a matrix of row vectors; the embedded one is TF-IDF. scikit-learn's index computes the exact cosines
 a part at a time and keeps each target's best, so that the whole matrix is never held.
@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 NEIGHBOURS = 5
+TOO_CLOSE = 0.97  # cosine above which a text is the same thing in other spelling
+_FOREIGN = 2  # neighbours from other groups
 _FIRST_ASKED = 200  # of the index, for a target
 _HELD = 2**24  # similarities kept at one time
 _PART_MIB = 128  # of all similarities, that are computed before the best are kept
@@ -27,7 +29,7 @@ def subtokens(text: str) -> list[str]:
 
 
 def tfidf(texts: Sequence[str]):
-    """Unit TF-IDF rows over split identifiers (sparse, one row a text)."""
+    """Unit TF-IDF rows over split identifiers (sparse, one row per text)."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     return TfidfVectorizer(analyzer=subtokens, sublinear_tf=True).fit_transform(texts)
@@ -39,17 +41,15 @@ def nearest(
     *,
     allowed: Callable[[int, int], bool],
     embed: Embedder = tfidf,
-    ceiling: float = 0.97,
+    ceiling: float = TOO_CLOSE,
     groups: tuple[Sequence[str], Sequence[str]] | None = None,
-    from_other_groups: int = 0,
 ) -> list[list[int]]:
     """Indices into ``pool`` of each target's five nearest texts.
 
     Args:
         allowed: (target, pool entry) -> whether the pair may be neighbours at all.
         ceiling: pairs with a higher cosine are aliases of the target, not neighbours.
-        groups: group (say, package) of each target and pool entry.
-        from_other_groups: at least this many neighbours come from a group other than the target's.
+        groups: group (say, package) of each target and pool entry; at least two neighbours come from a group other than the target's.
     """
     from sklearn import config_context
     from sklearn.neighbors import NearestNeighbors
@@ -59,40 +59,35 @@ def nearest(
         return chosen
     vectors = embed([*targets, *pool])
     index = NearestNeighbors(algorithm="brute", metric="cosine").fit(vectors[len(targets) :])
-    needed_foreign = from_other_groups if groups else 0
-    # most targets find theirs among the first few; the others ask for more
+    needed_foreign = _FOREIGN if groups else 0
+    # most targets find theirs among the first few; the rest ask for more
     unsettled, asked = list(range(len(targets))), min(_FIRST_ASKED, len(pool))
     while unsettled:
         open_ends = []
         at_once = max(1, _HELD // asked)
         for first in range(0, len(unsettled), at_once):
-            some = unsettled[first : first + at_once]
+            part = unsettled[first : first + at_once]
             with config_context(working_memory=_PART_MIB):
-                answers = index.kneighbors(vectors[some], asked)
-            for target, distances, found in zip(some, *answers):
-                order = _settled(distances, found, everything=asked == len(pool))
+                answers = index.kneighbors(vectors[part], asked)
+            for target, distances, entries in zip(part, *answers):
+                order = _settled(distances, entries, everything=asked == len(pool))
                 near = [n for n, cosine in order if cosine <= ceiling and allowed(target, n)]
-                best = near[:NEIGHBOURS]
                 foreign = [n for n in near if groups and groups[1][n] != groups[0][target]][:needed_foreign]
-                if asked < len(pool) and (len(best) < NEIGHBOURS or len(foreign) < needed_foreign):
+                if asked < len(pool) and (len(near) < NEIGHBOURS or len(foreign) < needed_foreign):
                     open_ends.append(target)
                     continue
-                if groups:
-                    own = groups[0][target]
-                    if sum(groups[1][n] != own for n in best) < needed_foreign:
-                        keep = [n for n in best if groups[1][n] == own][: NEIGHBOURS - len(foreign)]
-                        best = sorted([*keep, *foreign], key=near.index)
-                chosen[target] = best
+                nearest_rest = [n for n in near if n not in foreign][: NEIGHBOURS - len(foreign)]
+                chosen[target] = sorted([*foreign, *nearest_rest], key=near.index)
         unsettled, asked = open_ends, min(10 * asked, len(pool))
     return chosen
 
 
-def _settled(distances: np.ndarray, found: np.ndarray, everything: bool) -> list[tuple[int, float]]:
-    """(index, cosine) of what the index found, nearest first, up to where its order depends on what it did not find.
+def _settled(distances: np.ndarray, entries: np.ndarray, everything: bool) -> list[tuple[int, float]]:
+    """(pool entry, cosine) of what the index returned, nearest first, up to where the order depends on what it left out.
 
     Rounding makes the order of (near) ties the pool's own, whatever the machine; of those that tie with the last, some may be missing.
     """
     cosines = np.round(1 - distances, 9)
-    order = np.lexsort((found, -cosines))
+    order = np.lexsort((entries, -cosines))
     last = -np.inf if everything else cosines.min()
-    return [(int(found[n]), float(cosines[n])) for n in order if cosines[n] > last]
+    return [(int(entries[n]), float(cosines[n])) for n in order if cosines[n] > last]

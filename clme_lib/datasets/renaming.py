@@ -14,14 +14,17 @@ import keyword
 import symtable
 import types
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+
+from .source_code import Function
 
 MIN_OCCURRENCES = 12
 _INTROSPECTION = {"locals", "eval", "exec", "vars", "globals", "dir"}
 _FORBIDDEN = set(keyword.kwlist) | set(keyword.softkwlist) | set(dir(builtins)) | {"self", "cls", "mcs"}
 # instructions whose argument is a variable's name (a global's or an attribute's is never renamed)
 _OF_VARIABLES = {*dis.haslocal, *dis.hasfree}
-Function = ast.FunctionDef | ast.AsyncFunctionDef
+# (name, names that are taken) -> its new name, or None
+Substitute = Callable[[str, set[str]], str | None]
 
 
 def eligible_names(function: Function) -> list[str]:
@@ -37,9 +40,7 @@ def eligible_names(function: Function) -> list[str]:
     used_names = [node.id for node in nodes if isinstance(node, ast.Name)]
     if _INTROSPECTION & set(used_names) or any(isinstance(node, ast.Match) for node in nodes):
         return []
-    own = _parameters(function.args)
-    bound = dict.fromkeys(own)
-    bound.update(dict.fromkeys(_bound_in_scope(function.body)))
+    bound = dict.fromkeys([*_parameters(function.args), *_bound_in_scope(function.body)])
     excluded = set(_FORBIDDEN)
     nested_parameters: set[str] = set()
     for node in nodes:
@@ -57,31 +58,39 @@ def eligible_names(function: Function) -> list[str]:
             nested_parameters |= set(_parameters(node.args))
             if not isinstance(node, ast.Lambda):
                 excluded.add(node.name)
-        elif isinstance(node, ast.Call):
-            callee = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", None)
-            if callee == function.name:
-                excluded |= {word.arg for word in node.keywords if word.arg}
+        elif isinstance(node, ast.Call) and _called(node) == function.name:
+            excluded |= {word.arg for word in node.keywords if word.arg}
     keywords = {word.arg for node in nodes if isinstance(node, ast.Call) for word in node.keywords}
     excluded |= nested_parameters & keywords
-    outside = [
-        *function.args.defaults,
-        *filter(None, function.args.kw_defaults),
-        *filter(None, [function.returns]),
-    ]
-    outside += [arg.annotation for arg in _arguments(function.args) if arg.annotation]
+    # defaults, and annotations inside the arguments
+    outside = [function.args, *filter(None, [function.returns])]
     excluded |= {node.id for part in outside for node in ast.walk(part) if isinstance(node, ast.Name)}
     return [name for name in bound if name not in excluded and not name.startswith("_")]
 
 
+def choose_names(function: Function, substitute: Substitute) -> dict[str, str]:
+    """A new name, unused in the function and no keyword or builtin, for each eligible name that ``substitute`` has one for."""
+    nodes = list(ast.walk(function))
+    taken = {node.id for node in nodes if isinstance(node, ast.Name)} | set(keyword.kwlist) | set(dir(builtins))
+    taken |= {node.arg for node in nodes if isinstance(node, ast.arg | ast.keyword) and node.arg}
+    taken |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    mapping = {}
+    for name in eligible_names(function):
+        if new := substitute(name, taken):
+            mapping[name] = new
+            taken.add(new)
+    return mapping
+
+
 def rename(code: str, mapping: dict[str, str]) -> str:
     """Replace names by source position; ``code`` is one ASCII function definition."""
-    places = []
+    occurrences = []
     for node in ast.walk(ast.parse(code)):
         name = node.id if isinstance(node, ast.Name) else node.arg if isinstance(node, ast.arg) else None
         if name in mapping:
-            places.append((node.lineno, node.col_offset, name))  # type: ignore[attr-defined]
+            occurrences.append((node.lineno, node.col_offset, name))  # type: ignore[attr-defined]
     lines = code.split("\n")
-    for line, column, name in sorted(places, reverse=True):
+    for line, column, name in sorted(occurrences, reverse=True):
         text = lines[line - 1]
         lines[line - 1] = text[:column] + mapping[name] + text[column + len(name) :]
     return "\n".join(lines)
@@ -92,12 +101,12 @@ def verified(code: str, variant: str, mapping: dict[str, str]) -> bool:
     if not mapping or len(set(mapping.values())) != len(mapping):
         return False
     try:
-        there = _mapped(ast.parse(code), mapping) == ast.dump(ast.parse(variant))
+        forth = _mapped(ast.parse(code), mapping) == ast.dump(ast.parse(variant))
         back = _mapped(ast.parse(variant), {new: old for old, new in mapping.items()}) == ast.dump(ast.parse(code))
         tables = [symtable.symtable(text, "function", "exec") for text in (code, variant)]
     except (SyntaxError, ValueError):
         return False
-    return there and back and _isomorphic(tables[0], tables[1], mapping)
+    return forth and back and _isomorphic(tables[0], tables[1], mapping)
 
 
 def same_bytecode(code: str, variant: str, mapping: dict[str, str]) -> bool:
@@ -107,10 +116,10 @@ def same_bytecode(code: str, variant: str, mapping: dict[str, str]) -> bool:
     handed over, which follows the alphabet.
     """
     try:
-        one, other = (compile(_unannotated(text), "function", "exec", dont_inherit=True) for text in (code, variant))
+        before, after = (compile(_unannotated(text), "function", "exec", dont_inherit=True) for text in (code, variant))
     except (SyntaxError, ValueError):
         return False
-    return _instructions(one, mapping) == _instructions(other, {})
+    return _instructions(before, mapping) == _instructions(after, {})
 
 
 def _unannotated(code: str) -> ast.Module:
@@ -124,7 +133,7 @@ def _unannotated(code: str) -> ast.Module:
 
 
 def _instructions(code: types.CodeType, names: dict[str, str]) -> list[tuple]:
-    found: list[tuple] = []
+    steps: list[tuple] = []
     cells: list[tuple] = []  # a run of instructions that make or hand over cells
     shared = {names.get(name, name) for name in (*code.co_cellvars, *code.co_freevars)}
     for step in dis.get_instructions(code):
@@ -137,19 +146,19 @@ def _instructions(code: types.CodeType, names: dict[str, str]) -> list[tuple]:
                 value.co_flags,
                 _instructions(value, names),
             )
-        elif step.opcode in _OF_VARIABLES:
+        elif step.opcode in _OF_VARIABLES and isinstance(value, tuple):
             # newer interpreters load two variables with one instruction
-            value = (
-                tuple(names.get(name, name) for name in value) if isinstance(value, tuple) else names.get(value, value)
-            )
+            value = tuple(names.get(name, name) for name in value)
+        elif step.opcode in _OF_VARIABLES:
+            value = names.get(value, value)
         elif isinstance(value, frozenset):
             value = sorted(map(repr, value))
         if step.opcode in _OF_VARIABLES and value in shared:
             cells.append((step.opname, repr(value)))
             continue
-        found += [*sorted(cells), (step.opname, repr(value))]
+        steps += [*sorted(cells), (step.opname, repr(value))]
         cells = []
-    return found + sorted(cells)
+    return steps + sorted(cells)
 
 
 class Substitutes:
@@ -163,19 +172,17 @@ class Substitutes:
     def __init__(self, functions: Iterable[Function]) -> None:
         contexts: dict[str, set] = defaultdict(set)
         counts: Counter[str] = Counter()
-        total = 0
         for function in functions:
-            total += 1
             names = set(eligible_names(function))
             for name, context in _contexts(function):
                 if name in names:
                     contexts[name].add(context)
             counts.update(names)
-        self._contexts = {name: found for name, found in contexts.items() if counts[name] >= MIN_OCCURRENCES}
-        frequency = Counter(context for found in self._contexts.values() for context in found)
+        self._contexts = {name: own for name, own in contexts.items() if counts[name] >= MIN_OCCURRENCES}
+        frequency = Counter(context for own in self._contexts.values() for context in own)
         size = len(self._contexts)
-        self._weight = {context: (size // seen).bit_length() for context, seen in frequency.items()}
-        self._mass = {n: sum(self._weight[c] for c in found) for n, found in self._contexts.items()}
+        self._weight = {context: (size // names).bit_length() for context, names in frequency.items()}
+        self._mass = {name: sum(self._weight[context] for context in own) for name, own in self._contexts.items()}
         self._ranked: dict[str, list[str]] = {}
 
     def ranked(self, name: str) -> list[str]:
@@ -185,41 +192,21 @@ class Substitutes:
         if name not in self._ranked:
             own = self._contexts[name]
 
-            def likeness(other: str) -> int:
-                shared = sum(self._weight[context] for context in own & self._contexts[other])
-                return 2_000_000 * shared // (self._mass[name] + self._mass[other] or 1)
+            def likeness(candidate: str) -> int:
+                shared = sum(self._weight[context] for context in own & self._contexts[candidate])
+                return 2_000_000 * shared // (self._mass[name] + self._mass[candidate] or 1)
 
-            others = [n for n in self._contexts if n != name and (len(n) == 1) == (len(name) == 1)]
-            scores = {other: likeness(other) for other in others}
-            self._ranked[name] = sorted(others, key=lambda other: (-scores[other], other))[:40]
+            candidates = [n for n in self._contexts if n != name and (len(n) == 1) == (len(name) == 1)]
+            self._ranked[name] = sorted(candidates, key=lambda candidate: (-likeness(candidate), candidate))[:40]
         return self._ranked[name]
 
-    def choose(self, function: Function) -> dict[str, str]:
-        """A new name for each eligible name that has an unused substitute."""
-        taken = {n.id for n in ast.walk(function) if isinstance(n, ast.Name)} | _FORBIDDEN
-        taken |= {n.arg for n in ast.walk(function) if isinstance(n, (ast.arg, ast.keyword)) and n.arg}
-        taken |= {n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute)}
-        mapping = {}
-        for name in eligible_names(function):
-            new = next((other for other in self.ranked(name) if other not in taken), None)
-            if new:
-                mapping[name] = new
-                taken.add(new)
-        return mapping
-
-
-def _arguments(args: ast.arguments) -> list[ast.arg]:
-    return [
-        *args.posonlyargs,
-        *args.args,
-        *filter(None, [args.vararg]),
-        *args.kwonlyargs,
-        *filter(None, [args.kwarg]),
-    ]
+    def substitute(self, name: str, taken: set[str]) -> str | None:
+        """The name most alike that is not taken (a :data:`Substitute`)."""
+        return next((candidate for candidate in self.ranked(name) if candidate not in taken), None)
 
 
 def _parameters(args: ast.arguments) -> list[str]:
-    return [argument.arg for argument in _arguments(args)]
+    return [argument.arg for argument in ast.iter_child_nodes(args) if isinstance(argument, ast.arg)]
 
 
 def _bound_in_scope(body: list[ast.stmt]) -> list[str]:
@@ -242,44 +229,40 @@ def _contexts(function: Function) -> Iterable[tuple[str, tuple]]:
     for position, name in enumerate(_parameters(function.args)):
         yield name, ("parameter", min(position, 4))
     for node in ast.walk(function):
-        if isinstance(node, ast.Call):
-            callee = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "?")
+        for part, context in _uses(node):
+            if isinstance(part, ast.Name):
+                yield part.id, context
+
+
+def _uses(node: ast.AST) -> Iterable[tuple[ast.expr | None, tuple]]:
+    """Parts of a node, each with the context it stands in."""
+    match node:
+        case ast.Call():
             for position, argument in enumerate(node.args):
-                if isinstance(argument, ast.Name):
-                    yield argument.id, ("argument", callee, position)
-            for word in node.keywords:
-                if isinstance(word.value, ast.Name) and word.arg:
-                    yield word.value.id, ("keyword", word.arg)
-            if isinstance(node.func, ast.Name):
-                yield node.func.id, ("called",)
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            yield node.value.id, ("attribute", node.attr)
-        elif isinstance(node, ast.Subscript):
-            if isinstance(node.value, ast.Name):
-                yield node.value.id, ("subscripted",)
-            if isinstance(node.slice, ast.Name):
-                yield node.slice.id, ("index",)
-        elif isinstance(node, (ast.For, ast.comprehension)):
-            if isinstance(node.iter, ast.Name):
-                yield node.iter.id, ("iterated",)
-            if isinstance(node.target, ast.Name):
-                yield node.target.id, ("loop variable",)
-        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
-            callee = node.value.func
-            name = callee.id if isinstance(callee, ast.Name) else getattr(callee, "attr", "?")
-            for target in node.targets:
-                if isinstance(target, ast.Name):
-                    yield target.id, ("assigned from", name)
-        elif isinstance(node, ast.Compare) and isinstance(node.left, ast.Name):
-            for operator, other in zip(node.ops, node.comparators):
-                constant = type(other.value).__name__ if isinstance(other, ast.Constant) else "expression"
-                yield node.left.id, ("compared", type(operator).__name__, constant)
-        elif isinstance(node, ast.BinOp):
-            for side in (node.left, node.right):
-                if isinstance(side, ast.Name):
-                    yield side.id, ("operand", type(node.op).__name__)
-        elif isinstance(node, ast.Return) and isinstance(node.value, ast.Name):
-            yield node.value.id, ("returned",)
+                yield argument, ("argument", _called(node), position)
+            yield from ((word.value, ("keyword", word.arg)) for word in node.keywords if word.arg)
+            yield node.func, ("called",)
+        case ast.Attribute():
+            yield node.value, ("attribute", node.attr)
+        case ast.Subscript():
+            yield from ((node.value, ("subscripted",)), (node.slice, ("index",)))
+        case ast.For() | ast.comprehension():
+            yield from ((node.iter, ("iterated",)), (node.target, ("loop variable",)))
+        case ast.Assign(value=ast.Call() as call):
+            yield from ((target, ("assigned from", _called(call))) for target in node.targets)
+        case ast.Compare():
+            for operator, right in zip(node.ops, node.comparators):
+                constant = type(right.value).__name__ if isinstance(right, ast.Constant) else "expression"
+                yield node.left, ("compared", type(operator).__name__, constant)
+        case ast.BinOp():
+            yield from ((side, ("operand", type(node.op).__name__)) for side in (node.left, node.right))
+        case ast.Return():
+            yield node.value, ("returned",)
+
+
+def _called(call: ast.Call) -> str:
+    """Name of the function or method that is called."""
+    return call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "?")
 
 
 def _mapped(tree: ast.AST, mapping: dict[str, str]) -> str:
@@ -291,7 +274,7 @@ def _mapped(tree: ast.AST, mapping: dict[str, str]) -> str:
     return ast.dump(tree)
 
 
-def _isomorphic(one: symtable.SymbolTable, other: symtable.SymbolTable, mapping: dict[str, str]) -> bool:
+def _isomorphic(before: symtable.SymbolTable, after: symtable.SymbolTable, mapping: dict[str, str]) -> bool:
     def facts(table: symtable.SymbolTable, names: dict[str, str]) -> dict[str, tuple]:
         return {
             names.get(s.get_name(), s.get_name()): (
@@ -300,9 +283,9 @@ def _isomorphic(one: symtable.SymbolTable, other: symtable.SymbolTable, mapping:
             for s in table.get_symbols()
         }  # fmt: skip
 
-    children = one.get_children(), other.get_children()
+    nested = before.get_children(), after.get_children()
     return (
-        facts(one, mapping) == facts(other, {})
-        and len(children[0]) == len(children[1])
-        and all(_isomorphic(a, b, mapping) for a, b in zip(*children))
+        facts(before, mapping) == facts(after, {})
+        and len(nested[0]) == len(nested[1])
+        and all(_isomorphic(*tables, mapping) for tables in zip(*nested))
     )

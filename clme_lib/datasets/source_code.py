@@ -1,4 +1,4 @@
-"""Python source: docstrings and comments taken out, and the sentence that describes a function."""
+"""Python source: parsing, docstrings and comments taken out, and the sentence that describes a function."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import io
 import re
 import textwrap
 import tokenize
+import warnings
 
-MAX_CHARACTERS = 1_500  # nothing longer has 256 tokens or fewer in practice; spares the costly checks
-
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 _ROLE = re.compile(r":[\w:+-]+:`~?!?([^`<]*?)(?:\s*<[^`]*>)?`")
 _POINTER = re.compile(
@@ -20,48 +20,62 @@ _POINTER = re.compile(
 _OPENINGS = re.compile(r"(This|These|That|We|I|Maybe|Note|It|Also|And|But|If|When|For|Please|Notes?:)\b")
 
 
-def first_sentence(docstring: str) -> str | None:
-    """The description a docstring opens with, or None when it is not one that stands alone."""
-    paragraph = inspect.cleandoc(docstring).split("\n\n")[0]
-    text = _ROLE.sub(r"\1", " ".join(paragraph.split())).replace("``", "`")
-    sentence = re.split(r"(?<=[.!?])\s", text)[0]
-    if not sentence.endswith(".") or sentence.endswith(("e.g.", "i.e.", "etc.", "vs.")):
+def parsed(code: str) -> ast.Module | None:
+    """The syntax tree, or None when ``code`` is not Python of this interpreter's version."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes
+        try:
+            return ast.parse(code)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return None
+
+
+def single_function(code: str) -> Function | None:
+    """The function that ``code`` defines, or None when it is anything but one function."""
+    tree = parsed(code)
+    node = tree.body[0] if tree and len(tree.body) == 1 else None
+    return node if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else None
+
+
+def without_docstring(lines: list[str], function: Function) -> str | None:
+    """A function's text from its ``def`` on, not indented; None when its docstring shares a line with code or is all it has.
+
+    Args:
+        lines: the source that ``function`` was parsed from.
+    """
+    kept, body = lines[function.lineno - 1 : function.end_lineno], function.body
+    if ast.get_docstring(function, clean=False) is not None:
+        first, end = body[0].lineno - function.lineno, (body[0].end_lineno or 0) - function.lineno + 1
+        if len(body) == 1 or first == 0 or body[1].lineno == body[0].end_lineno:
+            return None
+        del kept[first:end]
+    return textwrap.dedent("\n".join(kept))
+
+
+def without_comments(code: str) -> str | None:
+    """``code`` without its comments and the lines that hold nothing else; None when it cannot be tokenized."""
+    try:
+        tokens = list(tokenize.generate_tokens(io.StringIO(code).readline))
+    except (tokenize.TokenError, SyntaxError):
         return None
-    words = sentence.split()
-    good = 4 <= len(words) <= 30 and sentence[0].isupper() and sentence.isascii()
-    if not good or _POINTER.search(sentence) or _OPENINGS.match(sentence) or sentence.count("`") % 2:
+    columns = {token.start[0] - 1: token.start[1] for token in tokens if token.type == tokenize.COMMENT}
+    lines = [line[: columns[n]].rstrip() if n in columns else line for n, line in enumerate(code.split("\n"))]
+    return "\n".join(line for n, line in enumerate(lines) if line or n not in columns).strip("\n")
+
+
+def first_sentence(docstring: str) -> str | None:
+    """The first sentence of a docstring's first paragraph; None with fewer than three words or more than sixty."""
+    paragraph = inspect.cleandoc(docstring).split("\n\n")[0]
+    sentence = re.split(r"(?<=[.!?])\s", " ".join(paragraph.split()))[0]
+    return sentence if 3 <= len(sentence.split()) <= 60 else None
+
+
+def description(docstring: str) -> str | None:
+    """The first sentence with its markup taken out, or None when it is not a description that stands alone."""
+    sentence = first_sentence(_ROLE.sub(r"\1", docstring).replace("``", "`"))
+    if sentence is None or not sentence.endswith(".") or sentence.endswith(("e.g.", "i.e.", "etc.", "vs.")):
+        return None
+    stands_alone = 4 <= len(sentence.split()) <= 30 and sentence[0].isupper() and sentence.isascii()
+    if not stands_alone or _POINTER.search(sentence) or _OPENINGS.match(sentence) or sentence.count("`") % 2:
         return None
     return sentence
-
-
-def _without_docstring_and_comments(lines: list[str], node: ast.FunctionDef) -> str | None:
-    doc = node.body[0]
-    signature_end = max(doc.lineno - 1, node.lineno)
-    kept = [*lines[node.lineno - 1 : signature_end], *lines[doc.end_lineno or 0 : node.end_lineno]]
-    code = textwrap.dedent("\n".join(kept))
-    if len(code) > 2 * MAX_CHARACTERS:  # comments are still in it
-        return None
-    try:
-        comments = [
-            token.start
-            for token in tokenize.generate_tokens(io.StringIO(code).readline)
-            if token.type == tokenize.COMMENT
-        ]
-    except (tokenize.TokenError, SyntaxError, IndentationError):
-        return None
-    rows = code.split("\n")
-    for row, column in comments:
-        rows[row - 1] = rows[row - 1][:column].rstrip() or "\0"
-    code = "\n".join(row for row in rows if row != "\0").strip("\n")
-    if len(code) > MAX_CHARACTERS:
-        return None
-    try:
-        again = ast.parse(code)
-    except (SyntaxError, ValueError):
-        return None
-    node.decorator_list = []
-    expected = ast.Module(body=[node], type_ignores=[])
-    node.body = node.body[1:]
-    # what is left must be the same function: a docstring sharing its line with code, or a dedent inside a string, is not
-    same = ast.dump(again) == ast.dump(expected)
-    return code if same else None

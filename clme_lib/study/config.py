@@ -109,6 +109,8 @@ if TYPE_CHECKING:
     Metrics = tuple[str, ...]
 else:
     Datasets, Editors, Metrics = _names("data set", _dataset), _names("editor", _editor), _names("metric", _metric)
+_Count = Annotated[int, Field(ge=1)]
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 _SUBJECT = Field("smollm2-135m", description="registry name, Hugging Face id or folder")
 _DATASET = Field(PAPER_DATASET_NAMES, description="comma-separated: names, or JSON files that describe a data set")
 _DEVICE = Field("auto", description="auto, cpu, cuda, cuda:N")
@@ -131,9 +133,9 @@ class RunConfig(Schema):
     editors: Editors = Field(
         (UNEDITED, "ft-l", "grace"), description="comma-separated; see clme list", json_schema_extra=_EDITOR_FLAGS
     )
-    cases: Annotated[int | None, BeforeValidator(_all), Field(ge=1)] = Field(8, description="per data set, or all")
+    cases: Annotated[_Count | None, BeforeValidator(_all)] = Field(8, description="per data set, or all")
     out: Path = Field(Path("runs/run"), description="the run's folder; the same command resumes it")
-    name: Annotated[str | None, BeforeValidator(_all), Field(pattern=r"^[A-Za-z0-9._-]+$")] = Field(
+    name: Annotated[_Name | None, BeforeValidator(_all)] = Field(
         None, description="in its records; if not given, the folder's name"
     )
     sample: int = Field(0, description="which random sample of cases")
@@ -247,7 +249,7 @@ class DataBuildConfig(Schema):
     )
     out: Path = Field(description="folder of the stages and of the data set")
     source: str = Field("embedded", description="embedded, hub (CoNaLa, CodeSearchNet), or a file or folder")
-    targets: Annotated[int | None, BeforeValidator(_all), Field(ge=1)] = Field(None, description="edit inputs at most")
+    targets: Annotated[_Count | None, BeforeValidator(_all)] = Field(None, description="edit inputs at most")
     seed: int = Field(DEFAULT_SEED, description="of the split")
     encoder: str | None = Field(None, description="Hugging Face encoder of the neighbours; if not given, TF-IDF")
     model: str | None = Field(None, description="CNLE: language model that scores and rewrites; if not given, offline")

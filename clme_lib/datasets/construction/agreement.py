@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,38 +14,37 @@ import pandas as pd
 from scipy import stats
 
 from ...support.errors import StudyError
+from ...support.journal import write_text
 from ...support.seeds import seeded_order
 from .relevance import LEVELS
-from .stages import Row
+from .stages import StageRow
 
 
-def sample_size(population: int, margin: float, confidence: float = 0.95) -> int:
-    """How many to label so that a share is known within ``margin`` (Cochran, with the correction for a finite population)."""
+def sample_size(population: int, margin: float) -> int:
+    """How many to label so that a share is known within ``margin`` at 95 % confidence (Cochran, corrected for a finite population).
+
+    Raises:
+        StudyError: the margin is not between 0 and 1.
+    """
     if not 0 < margin < 1:
         raise StudyError(f"margin={margin} is not between 0 and 1")
-    z = stats.norm.ppf(0.5 + confidence / 2)
-    infinite = z**2 * 0.25 / margin**2
+    infinite = stats.norm.ppf(0.975) ** 2 * 0.25 / margin**2
     return min(population, math.ceil(infinite / (1 + (infinite - 1) / population)))
 
 
-def draw(pairs: Sequence[Row], file: Path, margin: float, seed: int, labellers: int = 2) -> int:
-    """Write a random sample of scored pairs for people to label (CSV); the scorer's level is not shown. Returns their number.
+def draw(pairs: Sequence[StageRow], file: Path, margin: float, seed: int) -> int:
+    """Write a random sample of scored pairs for two people to label (CSV), without the scorer's level. Returns their number.
 
     Raises:
         StudyError: the file exists (somebody may have filled it in).
     """
     if file.exists():
         raise StudyError(f"{file} exists already: somebody may have filled it in; choose another name")
-    count = sample_size(len(pairs), margin)
     by_id = {row["id"]: row for row in pairs}
-    order = [by_id[one] for one in seeded_order(by_id, seed, "labels")[:count]]
-    unfinished = file.with_name(f"{file.name}.part")
-    with unfinished.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["id", "intent", "snippet", *(f"labeller {n + 1}" for n in range(labellers))])
-        writer.writerows([row["id"], row["intent"], row["snippet"], *[""] * labellers] for row in order)
-    os.replace(unfinished, file)
-    return count
+    sample = [by_id[pair] for pair in seeded_order(by_id, seed, "labels")[: sample_size(len(pairs), margin)]]
+    table = pd.DataFrame(sample, columns=["id", "intent", "snippet"]).assign(**{"labeller 1": "", "labeller 2": ""})
+    write_text(file, table.to_csv(index=False, lineterminator="\r\n"))
+    return len(sample)
 
 
 def agreement(file: Path, levels: dict[str, str]) -> pd.DataFrame:
@@ -65,27 +62,19 @@ def agreement(file: Path, levels: dict[str, str]) -> pd.DataFrame:
     people = [name for name in table.columns if name.startswith("labeller")]
     if not people or not len(table):
         raise StudyError(f"{file}: no pairs with columns 'labeller 1', 'labeller 2'")
+    spellings = {level: level for level in LEVELS} | {str(n): level for n, level in enumerate(LEVELS, 1)}
     for name in people:
-        labels = table[name].str.strip().str.lower()
-        wrong = table.index[~labels.isin([*LEVELS, *"12345"])]
-        if len(wrong):
-            raise StudyError(
-                f"{file}, line {wrong[0] + 2}, {name}: {table[name][wrong[0]]!r} is not a level; use 1 to 5 or {', '.join(LEVELS)}"
-            )
-        table[name] = [LEVELS[int(one) - 1] if one.isdigit() else one for one in labels]
-    unknown = [one for one in table["id"] if one not in levels]
-    if unknown:
-        raise StudyError(f"{file}: the scorer has no level for pair {unknown[0]}: is it of another construction?")
-    table["scorer"] = [levels[one] for one in table["id"]]
+        labels = table[name].str.strip().str.lower().map(spellings)
+        if len(wrong := table[name][labels.isna()]):
+            where = f"{file}, line {wrong.index[0] + 2}, {name}"
+            raise StudyError(f"{where}: {wrong.iloc[0]!r} is not a level; use 1 to 5 or {', '.join(LEVELS)}")
+        table[name] = labels
+    table["scorer"] = table["id"].map(levels)
+    if len(unknown := table["id"][table["scorer"].isna()]):
+        raise StudyError(f"{file}: the scorer has no level for pair {unknown.iloc[0]}: is it of another construction?")
     rows = []
-    for one, other in itertools.combinations([*people, "scorer"], 2):
-        rows.append(
-            {
-                "one": one,
-                "other": other,
-                "pairs": len(table),
-                "agree": (table[one] == table[other]).mean(),
-                "kappa": cohen_kappa_score(table[one], table[other], labels=list(LEVELS)),
-            }
-        )
+    for first, second in itertools.combinations([*people, "scorer"], 2):
+        agree = (table[first] == table[second]).mean()
+        kappa = cohen_kappa_score(table[first], table[second], labels=list(LEVELS))
+        rows.append({"first": first, "second": second, "pairs": len(table), "agree": agree, "kappa": kappa})
     return pd.DataFrame(rows)

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import ast
 import re
-import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,18 +21,21 @@ from ...metrics.text import bleu, rouge_l
 from ...support.errors import StudyError
 from ..base import DataSet, get_dataset, list_datasets
 from ..cases import Case
-from ..neighbours import tfidf
+from ..neighbours import TOO_CLOSE, tfidf
 from ..published import parse_record, read_records
+from ..source_code import parsed
 
-TOO_CLOSE = 0.97  # cosine above which a neighbour is the same thing in other spelling
 _TOKEN = re.compile(r"\w+|[^\w\s]")
+
+
+Level = Literal["error", "warning"]
 
 
 @dataclass(frozen=True)
 class Finding:
     """One kind of problem, the cases that have it, and what to do."""
 
-    level: Literal["error", "warning"]
+    level: Level
     problem: str
     cases: tuple[int | str, ...]
     remedy: str
@@ -72,7 +74,7 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.records} records, {self.cases} readable cases of {self.dataset}"]
         lines += [f"  {'text':24} {'number':>8} {'mean':>8} {'median':>8}   (words and symbols)"]
-        lines += [f"  {one.text:24} {one.number:8d} {one.mean:8.1f} {one.median:8.1f}" for one in self.lengths]
+        lines += [f"  {row.text:24} {row.number:8d} {row.mean:8.1f} {row.median:8.1f}" for row in self.lengths]
         lines += [f"  {finding}" for finding in self.findings] or ["  nothing found"]
         return "\n".join(lines)
 
@@ -97,8 +99,12 @@ def check_file(path: Path | str, dataset: str | None = None) -> Report:
             malformed.append(str(error))
             continue
         answered.update(list(record["neighborhoods"].get("answers") or ()))
-    findings = [_finding("error", "malformed records", malformed, "Mend or remove them.")] if malformed else []
-    findings += _answers(answered, len(cases))
+    findings = [Finding("error", "malformed records", tuple(malformed), "Mend or remove them.")] if malformed else []
+    findings += [
+        Finding("warning", f"answers of {model} are missing for some cases", (f"{len(cases) - count} of {len(cases)}",),
+                "The study generates its own; answers in a file are not used.")
+        for model, count in sorted(answered.items()) if count < len(cases)
+    ]  # fmt: skip
     return Report(path.name, kind.name, len(records), len(cases), lengths(cases), (*findings, *check_cases(cases)))
 
 
@@ -113,16 +119,18 @@ def check_cases(cases: Sequence[Case]) -> tuple[Finding, ...]:
     """Findings about readable cases of one data set."""
     if not cases:
         return ()
-    found = [
-        _finding(level, problem, [case.case_id for case in cases if test(case)], remedy)
-        for level, problem, remedy, test in _tests(cases)
+    findings = [
+        Finding(level, problem, affected, remedy)
+        for level, problem, remedy, has_problem in _checks(cases)
+        if (affected := tuple(case.case_id for case in cases if has_problem(case)))
     ]
-    different = len({one for case in cases for one in case.unrelated})
+    different = len({prompt for case in cases for prompt in case.unrelated})
     if 0 < different <= len(cases):
-        few = _finding("warning", "few different neighbours", [f"{different} for {len(cases)} cases"],
-                       "Specificity measures the same ones again and again: target fewer, or take a larger source.")  # fmt: skip
-        found.append(few)
-    return tuple(one for one in found if one.cases)
+        findings.append(
+            Finding("warning", "few different neighbours", (f"{different} for {len(cases)} cases",),
+                    "Specificity measures the same ones again and again: target fewer, or take a larger source.")
+        )  # fmt: skip
+    return tuple(findings)
 
 
 def lengths(cases: Sequence[Case]) -> tuple[Lengths, ...]:
@@ -131,7 +139,7 @@ def lengths(cases: Sequence[Case]) -> tuple[Lengths, ...]:
         return ()
     dataset = get_dataset(cases[0].dataset)
     unrelated = [dataset.text(prompt) for case in cases for prompt in case.unrelated]
-    texts = {
+    texts_of = {
         "edit inputs": [case.text for case in cases],
         "targets": [case.target for case in cases],
         "rephrased inputs": [dataset.text(prompt) for case in cases for prompt in case.rephrased],
@@ -140,152 +148,78 @@ def lengths(cases: Sequence[Case]) -> tuple[Lengths, ...]:
         "targets, distinct": list(dict.fromkeys(case.target for case in cases)),
     }
     rows = []
-    for name, mine in texts.items():
-        counts = [len(_TOKEN.findall(text)) for text in mine]
-        rows.append(Lengths(name, len(mine), float(np.mean(counts or [0])), float(np.median(counts or [0]))))
+    for name, texts in texts_of.items():
+        counts = [len(_TOKEN.findall(text)) for text in texts]
+        rows.append(Lengths(name, len(texts), float(np.mean(counts or [0])), float(np.median(counts or [0]))))
     return tuple(rows)
 
 
-def _finding(level, problem: str, cases: Sequence, remedy: str) -> Finding:
-    return Finding(level, problem, tuple(cases), remedy)
+# level, problem, remedy, and whether a case has the problem
+_Check = tuple[Level, str, str, Callable[[Case], bool]]
 
 
-def _answers(answered: Counter[str], cases: int) -> list[Finding]:
-    return [
-        _finding("warning", f"answers of {model} are missing for some cases", [f"{cases - count} of {cases}"],
-                 "The study generates its own; answers in a file are not used.")
-        for model, count in sorted(answered.items()) if count < cases
-    ]  # fmt: skip
-
-
-_Test = tuple[Literal["error", "warning"], str, str, Callable[[Case], bool]]
-
-
-def _tests(cases: Sequence[Case]) -> Iterator[_Test]:
+def _checks(cases: Sequence[Case]) -> list[_Check]:
     dataset = get_dataset(cases[0].dataset)
     ids, prompts = Counter(case.case_id for case in cases), Counter(case.prompt for case in cases)
-    close = _closest(cases)
-    yield "error", "case_id occurs twice", "Number the cases.", lambda case: ids[case.case_id] > 1
-    yield (
-        "error",
-        "edit input occurs in several cases",
-        "Keep one of them: two edits of one prompt contradict each other.",
-        (lambda case: prompts[case.prompt] > 1),
-    )
-    yield (
-        "error",
-        "rephrased input repeats the edit input",
-        "It measures effectiveness again: rewrite it.",
-        (lambda case: case.prompt in case.rephrased),
-    )
-    yield (
-        "error",
-        "a neighbour is the case's own edit or rephrased input",
-        "Choose another neighbour.",
-        (lambda case: bool({case.prompt, *case.rephrased} & set(case.unrelated))),
-    )
-    yield (
-        "error",
-        "a neighbour is another case's edit input",
-        "Neighbours come from the non-targeted half: split anew.",
-        (lambda case: any(one in prompts and one != case.prompt for one in case.unrelated)),
-    )
-    yield (
-        "error",
-        "a neighbour occurs twice in a case",
-        "Choose another one.",
-        (lambda case: len(set(case.unrelated)) < len(case.unrelated)),
-    )
-    yield (
-        "warning",
-        f"a neighbour is closer than {TOO_CLOSE} to the edit input (TF-IDF)",
-        "Leaving it unchanged may be wrong.",
-        (lambda case: close[case.case_id] > TOO_CLOSE),
-    )
-    yield (
-        "warning",
-        "target is too short for BLEU",
-        "With fewer than four tokens it scores 0 even when written exactly.",
-        (lambda case: bleu([case.target], [case.target]) == 0),
-    )
-    yield (
-        "warning",
-        "target has no letter or digit",
-        "ROUGE-L is 0 even when it is written exactly.",
-        (lambda case: rouge_l([case.target], [case.target]) == 0),
-    )
-    yield (
-        "warning",
-        "target begins or ends with white space",
-        "It can never match exactly: what is generated is stripped.",
-        (lambda case: case.target != case.target.strip()),
-    )
+    closest = _closest(cases)
+    checks: list[_Check] = [
+        ("error", "case_id occurs twice", "Number the cases.",
+         lambda case: ids[case.case_id] > 1),
+        ("error", "edit input occurs in several cases", "Keep one of them: two edits of one prompt contradict each other.",
+         lambda case: prompts[case.prompt] > 1),
+        ("error", "rephrased input repeats the edit input", "It measures effectiveness again: rewrite it.",
+         lambda case: case.prompt in case.rephrased),
+        ("error", "a neighbour is the case's own edit or rephrased input", "Choose another neighbour.",
+         lambda case: bool({case.prompt, *case.rephrased} & set(case.unrelated))),
+        ("error", "a neighbour is another case's edit input", "Neighbours come from the non-targeted half: split anew.",
+         lambda case: any(prompt in prompts and prompt != case.prompt for prompt in case.unrelated)),
+        ("error", "a neighbour occurs twice in a case", "Choose another one.",
+         lambda case: len(set(case.unrelated)) < len(case.unrelated)),
+        ("warning", f"a neighbour is closer than {TOO_CLOSE} to the edit input (TF-IDF)", "Leaving it unchanged may be wrong.",
+         lambda case: closest[case.case_id] > TOO_CLOSE),
+        ("warning", "target is too short for BLEU", "With fewer than four tokens it scores 0 even when written exactly.",
+         lambda case: bleu([case.target], [case.target]) == 0),
+        ("warning", "target has no letter or digit", "ROUGE-L is 0 even when it is written exactly.",
+         lambda case: rouge_l([case.target], [case.target]) == 0),
+        ("warning", "target begins or ends with white space", "It can never match exactly: what is generated is stripped.",
+         lambda case: case.target != case.target.strip()),
+    ]  # fmt: skip
     if "target" in dataset.code:
-        yield (
-            "warning",
-            "snippet is not Python 3",
-            "Check whether it is Python 2, or remove the case.",
-            (lambda case: not parses(case.target)),
-        )
-        return
-    yield (
-        "warning",
-        "function is not Python 3",
-        "Check whether it is Python 2, or remove the case.",
-        (lambda case: not parses(case.text)),
-    )
-    yield (
-        "warning",
-        "a neighbour is not Python 3",
-        "Check whether it is Python 2.",
-        (lambda case: not all(parses(dataset.text(one)) for one in case.unrelated)),
-    )
-    yield (
-        "warning",
-        "rephrased function is not the function up to names",
-        "Rename anew and verify.",
-        (
-            lambda case: (
-                parses(case.text) and not all(same_up_to_names(case.text, dataset.text(one)) for one in case.rephrased)
-            )
-        ),
-    )
+        checks += [
+            ("warning", "snippet is not Python 3", "Check whether it is Python 2, or remove the case.",
+             lambda case: not parsed(case.target)),
+        ]  # fmt: skip
+    else:
+        checks += [
+            ("warning", "function is not Python 3", "Check whether it is Python 2, or remove the case.",
+             lambda case: not parsed(case.text)),
+            ("warning", "a neighbour is not Python 3", "Check whether it is Python 2.",
+             lambda case: not all(parsed(dataset.text(prompt)) for prompt in case.unrelated)),
+            ("warning", "rephrased function is not the function up to names", "Rename anew and verify.",
+             lambda case: bool(parsed(case.text)) and not all(
+                 same_up_to_names(case.text, dataset.text(prompt)) for prompt in case.rephrased)),
+        ]  # fmt: skip
+    return checks
 
 
 def _closest(cases: Sequence[Case]) -> dict[int, float]:
     """The largest TF-IDF cosine between a case's edit input and one of its neighbours."""
-    texts: dict[str, int] = {}
+    rows: dict[str, int] = {}
     for case in cases:
         for prompt in (case.prompt, *case.unrelated):
-            texts.setdefault(prompt, len(texts))
-    vectors = tfidf([get_dataset(cases[0].dataset).text(prompt) for prompt in texts])
-    found = {}
-    for case in cases:
-        near = (
-            vectors[[texts[one] for one in case.unrelated]] @ vectors[texts[case.prompt]].T if case.unrelated else None
-        )
-        found[case.case_id] = float(near.max()) if near is not None else 0.0
-    return found
+            rows.setdefault(prompt, len(rows))
+    vectors = tfidf([get_dataset(cases[0].dataset).text(prompt) for prompt in rows])
 
+    def cosine(case: Case) -> float:
+        return float((vectors[[rows[prompt] for prompt in case.unrelated]] @ vectors[rows[case.prompt]].T).max())
 
-def parses(code: str) -> bool:
-    """Whether ``code`` is Python of this interpreter's version."""
-    return _tree(code) is not None
+    return {case.case_id: cosine(case) if case.unrelated else 0.0 for case in cases}
 
 
 def same_up_to_names(code: str, variant: str) -> bool:
     """Whether two pieces of code differ in nothing but a one-to-one renaming of variables, parameters and functions."""
-    one, other = _tree(code), _tree(variant)
-    return one is not None and other is not None and _anonymous(one) == _anonymous(other)
-
-
-def _tree(code: str) -> ast.Module | None:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes
-            return ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
+    before, after = parsed(code), parsed(variant)
+    return before is not None and after is not None and _anonymous(before) == _anonymous(after)
 
 
 def _anonymous(tree: ast.Module) -> str:

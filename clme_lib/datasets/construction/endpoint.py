@@ -55,8 +55,9 @@ class Endpoint:
             raise StudyError("OPENAI_API_KEY is not set: set it, or name an endpoint of your own with --endpoint")
         self.model, self.cache, self.concurrency, self.budget = model, cache, concurrency, budget
         self._client = openai.OpenAI(api_key=key, base_url=url, max_retries=retries, timeout=timeout)
-        self._known = {row["key"]: row["answer"] for row in read_rows(cache)}
-        self.spent = sum(row["tokens"] for row in read_rows(cache))
+        answered = read_rows(cache)
+        self._known = {row["key"]: row["answer"] for row in answered}
+        self.spent = sum(row["tokens"] for row in answered)
 
     def settings(self) -> dict[str, Any]:
         """What an answer depends on, for a stage's manifest."""

@@ -5,11 +5,9 @@ Any Hugging Face encoder or folder works. Vectors are pooled as the model's own 
 
 from __future__ import annotations
 
-import ast
-import builtins
 import json
-import keyword
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +16,10 @@ import torch
 from tqdm import tqdm
 
 from ...support.errors import StudyError, first_line
-from .rephrasing import candidates, definition, renamed
-from .stages import Row
+from ...support.journal import write_text
+from ..renaming import rename
+from .rephrasing import renamed
+from .stages import Step
 
 Pooling = Literal["cls", "mean"]
 _MOST_TOKENS = 512
@@ -53,30 +53,23 @@ class TextEncoder:
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         order = sorted(range(len(texts)), key=lambda n: len(texts[n]))
-        found: np.ndarray | None = None
+        matrix = np.empty((len(texts), self.model.config.hidden_size), dtype=np.float32)
         for first in tqdm(range(0, len(order), _ROWS), desc=f"encode by {self.name}", unit="batch"):
             part = order[first : first + _ROWS]
-            vectors = self.vectors([texts[n] for n in part]).cpu().numpy()
-            if found is None:
-                found = np.empty((len(texts), vectors.shape[1]), dtype=np.float32)
-            found[part] = vectors
-        return np.empty((0, 0), dtype=np.float32) if found is None else found
+            matrix[part] = self.vectors([texts[n] for n in part]).cpu().numpy()
+        return matrix
 
 
 def card_pooling(name: str) -> Pooling:
     """How the model's card pools: its ``1_Pooling/config.json``, or the mean where it has none."""
-    file = Path(name) / "1_Pooling" / "config.json"
-    if not Path(name).is_dir():
-        from huggingface_hub import hf_hub_download
+    from transformers.utils import cached_file
 
-        try:
-            file = Path(hf_hub_download(name, "1_Pooling/config.json"))
-        except Exception:  # no such file, or no network: loading the model has already told
-            return "mean"
     try:
-        return "cls" if json.loads(file.read_text(encoding="utf-8")).get("pooling_mode_cls_token") else "mean"
-    except FileNotFoundError:
+        file = cached_file(name, "1_Pooling/config.json")
+    except OSError:  # no such file, or no network: loading the model has already told
         return "mean"
+    card = json.loads(Path(str(file)).read_text(encoding="utf-8"))
+    return "cls" if card.get("pooling_mode_cls_token") else "mean"
 
 
 def fine_tune(
@@ -116,10 +109,8 @@ def fine_tune(
     encoder.model.eval()
     encoder.model.save_pretrained(folder)
     encoder.tokenizer.save_pretrained(folder)
-    (folder / "1_Pooling").mkdir(exist_ok=True)
-    (folder / "1_Pooling" / "config.json").write_text(
-        json.dumps({"pooling_mode_cls_token": encoder.pooling == "cls"}) + "\n"
-    )
+    card = {"pooling_mode_cls_token": encoder.pooling == "cls"}
+    write_text(folder / "1_Pooling" / "config.json", json.dumps(card) + "\n")
     return losses
 
 
@@ -135,68 +126,27 @@ class MaskedNames:
         self.tokenizer, self.model = _load(name, "AutoModelForMaskedLM")
         self.model.eval().to(self.device)
 
-    def settings(self) -> dict:
-        """For the stage's manifest."""
-        return {"names": self.name}
-
-    def rephrase(self, rows: Sequence[Row]) -> Iterator[Row]:
-        """Each row's ``rephrased`` code."""
-        for row in rows:
-            yield renamed(row, self.choose)
-
-    def choose(self, code: str) -> dict[str, str]:
-        """New names of a function's variables."""
-        function = definition(code)
-        if function is None:
-            return {}
-        taken = (
-            {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
-            | set(keyword.kwlist)
-            | set(dir(builtins))
+    def step(self) -> Step:
+        """Gives each function its ``rephrased`` code."""
+        return Step(
+            {"names": self.name}, lambda rows: (renamed(row, partial(self._predicted, row["code"])) for row in rows)
         )
-        taken |= {node.arg for node in ast.walk(function) if isinstance(node, ast.arg | ast.keyword) and node.arg}
-        taken |= {node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)}
-        mapping = {}
-        for name in candidates(code):
-            if new := self._predicted(code, name, taken):
-                mapping[name] = new
-                taken.add(new)
-        return mapping
 
     @torch.no_grad()
     def _predicted(self, code: str, name: str, taken: set[str]) -> str | None:
-        masked = _masked(code, name, self.tokenizer.mask_token)
+        masked = rename(code, {name: self.tokenizer.mask_token})
         batch = self.tokenizer(masked, truncation=True, max_length=_MOST_TOKENS, return_tensors="pt").to(self.device)
-        places = (batch["input_ids"][0] == self.tokenizer.mask_token_id).nonzero()[:, 0]
-        if not len(places):  # beyond what the model reads
+        masks = (batch["input_ids"][0] == self.tokenizer.mask_token_id).nonzero()[:, 0]
+        if not len(masks):  # beyond what the model reads
             return None
-        scores = self.model(**batch).logits[0, places].float().log_softmax(-1).sum(0)
+        scores = self.model(**batch).logits[0, masks].float().log_softmax(-1).sum(0)
+        fewest = min(len(name), _FEWEST_LETTERS)
         for token in scores.topk(min(200, len(scores))).indices.tolist():
             word = self.tokenizer.decode([token]).strip()
-            long_enough = len(word) >= _FEWEST_LETTERS or len(name) == 1
-            if (
-                word.isidentifier()
-                and word.isascii()
-                and word not in taken
-                and long_enough
-                and not word.startswith("_")
-            ):
+            is_name = word.isidentifier() and word.isascii() and not word.startswith("_")
+            if is_name and word not in taken and len(word) >= fewest:
                 return word
         return None
-
-
-def _masked(code: str, name: str, mask: str) -> str:
-    """``code`` with every occurrence of a variable replaced, by source position."""
-    places = [
-        (node.lineno, node.col_offset)
-        for node in ast.walk(ast.parse(code))
-        if (isinstance(node, ast.Name) and node.id == name) or (isinstance(node, ast.arg) and node.arg == name)
-    ]
-    lines = code.split("\n")
-    for line, column in sorted(places, reverse=True):
-        text = lines[line - 1]
-        lines[line - 1] = text[:column] + mask + text[column + len(name) :]
-    return "\n".join(lines)
 
 
 def _load(name: str, kind: str) -> tuple[Any, Any]:

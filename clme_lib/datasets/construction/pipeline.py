@@ -26,7 +26,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pandas as pd
 
@@ -36,115 +36,227 @@ from ...support.seeds import seeded_order
 from .. import published
 from ..base import DataSet
 from ..cases import Case
-from ..neighbours import Embedder, nearest, tfidf
+from ..neighbours import NEIGHBOURS, Embedder, nearest, tfidf
 from ..paper import CNLE, CSNE, PAPER_DATASETS
 from .checking import Report, check_file
 from .relevance import LEVELS
-from .rephrasing import GivenIntents
+from .rephrasing import GIVEN_INTENTS
 from .sources import collect_functions, collect_pairs, source_files, too_long
-from .stages import Row, Stages, file_sha256, kept
+from .stages import StageRow, Stages, Step, file_sha256, kept, stage_row
 
 MAX_TOKENS = 256
-
-
-class Scorer(Protocol):
-    """Gives each pair its ``level``."""
-
-    def settings(self) -> dict: ...
-    def score(self, rows: Sequence[Row]) -> Iterator[Row]: ...
-
-
-class Rephraser(Protocol):
-    """Gives each targeted row its ``rephrased`` input."""
-
-    def settings(self) -> dict: ...
-    def rephrase(self, rows: Sequence[Row]) -> Iterator[Row]: ...
+# a subject's name, and from prompts to what it writes after them
+Answers = tuple[str, Callable[[Sequence[str]], list[str]]]
+_FIELDS = {CNLE.name: ("intent", "snippet"), CSNE.name: ("code", "doc")}  # edit input and target
 
 
 def build_cnle(
     folder: Path,
     source: str,
-    scorer: Scorer,
-    rephraser: Rephraser,
+    scorer: Step,
+    rephraser: Step,
     *,
     targets: int | None,
     seed: int,
     embed: Embedder = tfidf,
-    subject: str | None = None,
+    answers: Answers | None = None,
 ) -> Report:
     """Build CNLE in ``folder``, or go on where it was stopped; returns the validation report of the file written.
 
     Args:
         source: ``embedded``, ``hub``, or a file or folder of CoNaLa rows.
+        scorer: gives each pair its ``level``.
+        rephraser: gives each targeted pair its ``rephrased`` intent.
         targets: how many intents are targeted at most (None: half of the selected).
-        subject: whose answers to the neighbours are written into the file.
+        answers: of the subject whose answers to the neighbours are written into the file.
 
     Raises:
         StudyError: a source or endpoint fails, a stage there is of other settings, or nothing is left of the rows.
     """
-    stages = Stages(folder)
-    pairs = stages.run("collect", {"dataset": CNLE.name, **_source(source, CNLE)}, [], lambda _: collect_pairs(source))
-    by_id = {row["id"]: row for row in pairs}
-    scores = stages.run("score", scorer.settings(), kept(pairs), scorer.score)
+    work = _Construction(folder, CNLE, source, collect_pairs, embed)
+    scores = work.stages.run("score", scorer.settings, work.collected, scorer.make)
     levels = {row["id"]: row.get("level") for row in scores}
-    selected = stages.run("select", {"level": LEVELS[-1]}, kept(scores), lambda rows: _select(rows, by_id, levels))
-    chosen = [by_id[row["id"]] for row in kept(selected)]
-    # without a model only rows that have a second wording can be targeted
-    given = isinstance(rephraser, GivenIntents)
-    settings = {"targets": targets, "seed": seed, "second wording": given}
-    split = stages.run("split", settings, chosen, lambda rows: _split(rows, targets, seed, given))
-    targeted, pool = _halves(split, by_id)
-    near = stages.run(
-        "neighbours", _embedding(embed), targeted, lambda rows: _neighbours(rows, pool, "intent", "snippet", embed)
+    selected = work.stages.run(
+        "select", {"level": LEVELS[-1]}, kept(scores), lambda rows: _very_relevant(rows, work.rows, levels)
     )
-    others = stages.run("rephrase", rephraser.settings(), targeted, rephraser.rephrase)
-    return _finish(stages, CNLE, by_id, near, others, ("intent", "snippet"), subject)
+    # without a model only rows that have a second wording can be targeted
+    given = rephraser is GIVEN_INTENTS
+    targeted, pool = work.split(selected, {"targets": targets, "seed": seed, "second wording": given})
+    near = work.neighbours(targeted, pool)
+    rephrased = work.stages.run("rephrase", rephraser.settings, targeted, rephraser.make)
+    return work.finish(near, rephrased, answers)
 
 
 def build_csne(
     folder: Path,
     source: str,
-    rephraser: Callable[[Sequence[str]], Rephraser],
+    rephraser: Callable[[Sequence[str]], Step],
     *,
     targets: int | None,
     seed: int,
     embed: Embedder = tfidf,
     tokenizer: str | None = None,
-    subject: str | None = None,
+    answers: Answers | None = None,
 ) -> Report:
     """Build CSNE in ``folder``, or go on where it was stopped; returns the validation report of the file written.
 
     Args:
         source: ``embedded``, ``hub``, or a file or folder of CodeSearchNet rows.
-        rephraser: made from the pool's functions.
+        rephraser: made from the pool's functions; gives each targeted function its ``rephrased`` code.
         targets: how many functions are targeted at most (None: all of the test part).
         tokenizer: counts the tokens (the paper: CodeBERT's); None: the embedded subject's.
-        subject: whose answers to the neighbours are written into the file.
+        answers: of the subject whose answers to the neighbours are written into the file.
 
     Raises:
         StudyError: as :func:`build_cnle`.
     """
-    stages = Stages(folder)
-    functions = stages.run(
-        "collect", {"dataset": CSNE.name, **_source(source, CSNE)}, [], lambda _: collect_functions(source)
-    )
-    by_id = {row["id"]: row for row in functions}
+    work = _Construction(folder, CSNE, source, collect_functions, embed)
     settings = {"tokens": MAX_TOKENS, "tokenizer": tokenizer or "smollm2-135m"}
-    selected = stages.run("select", settings, kept(functions), lambda rows: _distinct_functions(rows, tokenizer))
-    chosen = [by_id[row["id"]] for row in kept(selected)]
-    split = stages.run("split", {"targets": targets, "seed": seed}, chosen, lambda rows: _split(rows, targets, seed))
-    targeted, pool = _halves(split, by_id)
-    made = rephraser([row["code"] for row in pool])
-    others = stages.run("rephrase", made.settings(), targeted, made.rephrase)
-    there = {row["id"] for row in kept(others)}
-    renamed = [row for row in targeted if row["id"] in there]
-    near = stages.run(
-        "neighbours", _embedding(embed), renamed, lambda rows: _neighbours(rows, pool, "code", "doc", embed)
-    )
-    return _finish(stages, CSNE, by_id, near, others, ("code", "doc"), subject)
+    selected = work.stages.run("select", settings, work.collected, lambda rows: _distinct_functions(rows, tokenizer))
+    targeted, pool = work.split(selected, {"targets": targets, "seed": seed})
+    renamer = rephraser([row["code"] for row in pool])
+    variants = work.stages.run("rephrase", renamer.settings, targeted, renamer.make)
+    renamed = {row["id"] for row in kept(variants)}
+    near = work.neighbours([row for row in targeted if row["id"] in renamed], pool)
+    return work.finish(near, variants, answers)
 
 
-def stage_rows(folder: Path, name: str) -> list[Row]:
+class _Construction:
+    """The steps that both data sets take. ``collected`` are the source's usable rows, ``rows`` all of them by their id."""
+
+    def __init__(
+        self,
+        folder: Path,
+        dataset: DataSet,
+        source: str,
+        collect: Callable[[str], Iterator[StageRow]],
+        embed: Embedder,
+    ) -> None:
+        self.stages, self.dataset, self.embed = Stages(folder), dataset, embed
+        known: Any = source  # its files with their hashes, so that another source in its place is noticed
+        if source != "embedded":
+            known = [[file.name, file_sha256(file)] for file in source_files(dataset, source)]
+        rows = self.stages.run("collect", {"dataset": dataset.name, "source": known}, [], lambda _: collect(source))
+        self.collected, self.rows = kept(rows), {row["id"]: row for row in rows}
+
+    def split(self, selected: Sequence[StageRow], settings: dict[str, Any]) -> tuple[list[StageRow], list[StageRow]]:
+        """The targeted rows and the pool."""
+        candidates = [self.rows[row["id"]] for row in kept(selected)]
+        split = kept(self.stages.run("split", settings, candidates, lambda rows: _split(rows, settings)))
+        targeted, pool = ([self.rows[row["id"]] for row in split if row["targeted"] == side] for side in (True, False))
+        if not targeted or len(pool) < NEIGHBOURS:
+            raise StudyError(
+                f"{len(targeted)} targeted rows and {len(pool)} others are left: at least 1 and {NEIGHBOURS} are needed; "
+                "see the counts of each stage"
+            )
+        return targeted, pool
+
+    def neighbours(self, targeted: Sequence[StageRow], pool: Sequence[StageRow]) -> list[StageRow]:
+        """Each targeted row's nearest in the pool."""
+        text, target = _FIELDS[self.dataset.name]
+
+        def make(rows: Sequence[StageRow]) -> Iterator[StageRow]:
+            near = nearest(
+                [row[text] for row in rows],
+                [row[text] for row in pool],
+                allowed=lambda row, entry: rows[row][target] != pool[entry][target],
+                embed=self.embed,
+            )
+            for row, entries in zip(rows, near):
+                few = {"dropped": "fewer than five neighbours"} if len(entries) < NEIGHBOURS else {}
+                yield {"id": row["id"], "neighbours": [pool[n]["id"] for n in entries], **few}
+
+        settings = self.embed.settings() if hasattr(self.embed, "settings") else {"encoder": "tfidf"}
+        return self.stages.run("neighbours", settings, targeted, make)
+
+    def finish(self, near: Sequence[StageRow], rephrased: Sequence[StageRow], answers: Answers | None) -> Report:
+        """Write the rows that have neighbours and another wording as cases, and check them."""
+        text, target = _FIELDS[self.dataset.name]
+        wordings = {row["id"]: row["rephrased"] for row in kept(rephrased)}
+        complete = [row for row in kept(near) if row["id"] in wordings]
+        if not complete:
+            raise StudyError(f"no case is left in {self.stages.folder}: see the counts of each stage")
+
+        prompt = self.dataset.prompt
+        cases = [
+            Case(
+                n,
+                self.dataset.name,
+                prompt(self.rows[row["id"]][text]),
+                self.rows[row["id"]][target],
+                (prompt(wordings[row["id"]]),),
+                tuple(prompt(self.rows[neighbour][text]) for neighbour in row["neighbours"]),
+            )
+            for n, row in enumerate(complete)
+        ]
+        written = {}
+        if answers is not None:
+            subject, answer = answers
+            rows = self.stages.run(
+                "answers",
+                {"subject": subject},
+                [{"id": case.case_id} for case in cases],
+                lambda rows: (stage_row(row["id"], answers=answer(cases[row["id"]].unrelated)) for row in rows),
+                batch=32,
+            )
+            written[subject] = [row["answers"] for row in sorted(rows, key=lambda row: row["id"])]
+        file = self.stages.folder / f"{published.layout_of(self.dataset).file}.json"
+        published.write(file, cases, written)
+        return check_file(file)
+
+
+def _very_relevant(rows: Sequence[StageRow], pairs: dict[Any, StageRow], levels: dict) -> Iterator[StageRow]:
+    intents: set[str] = set()
+    for row in rows:
+        intent = " ".join(pairs[row["id"]]["intent"].split()).casefold()
+        reason = None
+        if levels[row["id"]] != LEVELS[-1]:
+            reason = "not very relevant"
+        elif intent in intents:
+            reason = "intent occurs again"
+        else:
+            intents.add(intent)
+        yield stage_row(row["id"], reason)
+
+
+def _distinct_functions(rows: Sequence[StageRow], tokenizer: str | None) -> Iterator[StageRow]:
+    codes: set[str] = set()
+    docs: set[str] = set()
+    for row, long in zip(rows, too_long([row["code"] for row in rows], MAX_TOKENS, tokenizer)):
+        code, doc = " ".join(row["code"].split()), row["doc"].casefold()
+        reason = None
+        if long:
+            reason = "too many tokens"
+        elif code in codes:
+            reason = "function occurs again"
+        elif doc in docs:
+            reason = "description occurs again"
+        else:
+            codes.add(code)
+            docs.add(doc)
+        yield stage_row(row["id"], reason)
+
+
+def _split(rows: Sequence[StageRow], settings: dict[str, Any]) -> Iterator[StageRow]:
+    """Which rows are targeted: the source's test part where it has parts, else the first in seeded order."""
+    by_id = {row["id"]: row for row in rows}
+    order = seeded_order(by_id, "construction", settings["seed"])
+    parts = {row.get("partition") for row in rows}
+    by_part = "test" in parts and parts != {"test"}
+    if by_part:
+        candidates = [row_id for row_id in order if by_id[row_id]["partition"] == "test"]
+    else:
+        needs_wording = settings.get("second wording", False)
+        candidates = [row_id for row_id in order if not needs_wording or by_id[row_id].get("rewritten_intent")]
+    limit = settings["targets"] if by_part or settings["targets"] is not None else len(rows) // 2
+    targeted = set(candidates[:limit])
+    unused = set(candidates) - targeted if by_part else set()
+    for row_id in order:
+        dropped = {"dropped": "of the test part, not needed"} if row_id in unused else {}
+        yield {"id": row_id, "targeted": row_id in targeted, **dropped}
+
+
+def stage_rows(folder: Path, name: str) -> list[StageRow]:
     """The rows of a stage that was built before.
 
     Raises:
@@ -187,141 +299,3 @@ def stage_counts(folder: Path) -> pd.DataFrame:
         for what, count in manifest.get("counts", {}).items():
             rows.append({"stage": manifest["stage"], "what": what, "count": count})
     return pd.DataFrame(rows)
-
-
-def _source(source: str, dataset: DataSet) -> dict[str, Any]:
-    """What a source is, so that another one in its place is noticed: its files with their hashes."""
-    if source == "embedded":
-        return {"source": source}
-    return {"source": [[file.name, file_sha256(file)] for file in source_files(dataset, source)]}
-
-
-def _embedding(embed: Embedder) -> dict[str, Any]:
-    return embed.settings() if hasattr(embed, "settings") else {"encoder": "tfidf"}
-
-
-def _select(rows: Sequence[Row], by_id: dict, levels: dict) -> Iterator[Row]:
-    seen: set[str] = set()
-    for row in rows:
-        intent = " ".join(by_id[row["id"]]["intent"].split()).casefold()
-        reason = None if levels[row["id"]] == LEVELS[-1] else "not very relevant"
-        if reason is None and intent in seen:
-            reason = "intent occurs again"
-        if reason is None:
-            seen.add(intent)
-        yield {"id": row["id"], **({"dropped": reason} if reason else {})}
-
-
-def _distinct_functions(rows: Sequence[Row], tokenizer: str | None) -> Iterator[Row]:
-    codes: set[str] = set()
-    docs: set[str] = set()
-    for row, long in zip(rows, too_long([row["code"] for row in rows], MAX_TOKENS, tokenizer)):
-        code, doc = " ".join(row["code"].split()), row["doc"].casefold()
-        reason = "too many tokens" if long else "function occurs again" if code in codes else None
-        if reason is None and doc in docs:
-            reason = "description occurs again"
-        if reason is None:
-            codes.add(code)
-            docs.add(doc)
-        yield {"id": row["id"], **({"dropped": reason} if reason else {})}
-
-
-def _split(rows: Sequence[Row], targets: int | None, seed: int, given: bool = False) -> Iterator[Row]:
-    """Parts of the source decide where there are any.
-
-    Args:
-        given: whether only rows with a second wording can be targeted.
-    """
-    by_id = {row["id"]: row for row in rows}
-    order = seeded_order(by_id, "construction", seed)
-    parts = {row.get("partition") for row in rows}
-    if "test" in parts and parts != {"test"}:
-        wanted = [one for one in order if by_id[one]["partition"] == "test"]
-    else:
-        wanted = [one for one in order if not given or by_id[one].get("rewritten_intent")]
-        wanted = wanted if targets is not None else wanted[: len(rows) // 2]
-    targeted = set(wanted[:targets])
-    for one in order:
-        unused = "test" in parts and parts != {"test"} and by_id[one]["partition"] == "test" and one not in targeted
-        yield {
-            "id": one,
-            "targeted": one in targeted,
-            **({"dropped": "of the test part, not needed"} if unused else {}),
-        }
-
-
-def _halves(split: Sequence[Row], by_id: dict) -> tuple[list[Row], list[Row]]:
-    targeted = [by_id[row["id"]] for row in kept(split) if row["targeted"]]
-    pool = [by_id[row["id"]] for row in kept(split) if not row["targeted"]]
-    if not targeted or len(pool) < 5:
-        raise StudyError(
-            f"{len(targeted)} targeted rows and {len(pool)} others are left: at least 1 and 5 are needed; see the counts of each stage"
-        )
-    return targeted, pool
-
-
-def _neighbours(targeted: Sequence[Row], pool: Sequence[Row], text: str, target: str, embed: Embedder) -> Iterator[Row]:
-    found = nearest(
-        [row[text] for row in targeted],
-        [row[text] for row in pool],
-        allowed=lambda one, other: targeted[one][target] != pool[other][target],
-        embed=embed,
-    )
-    for row, near in zip(targeted, found):
-        few = {"dropped": "fewer than five neighbours"} if len(near) < 5 else {}
-        yield {"id": row["id"], "neighbours": [pool[n]["id"] for n in near], **few}
-
-
-def _finish(
-    stages: Stages,
-    dataset: DataSet,
-    by_id: dict,
-    near: Sequence[Row],
-    others: Sequence[Row],
-    fields: tuple[str, str],
-    subject: str | None,
-) -> Report:
-    text, target = fields
-    rephrased = {row["id"]: row["rephrased"] for row in kept(others)}
-    complete = [row for row in kept(near) if row["id"] in rephrased]
-    if not complete:
-        raise StudyError(f"no case is left in {stages.folder}: see the counts of each stage")
-    cases = [
-        Case(
-            n,
-            dataset.name,
-            dataset.prompt(by_id[row["id"]][text]),
-            by_id[row["id"]][target],
-            (dataset.prompt(rephrased[row["id"]]),),
-            tuple(dataset.prompt(by_id[one][text]) for one in row["neighbours"]),
-        )
-        for n, row in enumerate(complete)
-    ]
-    answers = {}
-    if subject is not None:
-        given = stages.run(
-            "answers",
-            {"subject": subject},
-            [{"id": case.case_id} for case in cases],
-            _answering(subject, cases),
-            batch=32,
-        )
-        answers[subject] = [row["answers"] for row in sorted(given, key=lambda row: row["id"])]
-    file = stages.folder / f"{published.layout_of(dataset).file}.json"
-    published.write(file, cases, answers)
-    return check_file(file)
-
-
-def _answering(name: str, cases: Sequence[Case]) -> Callable[[Sequence[Row]], Iterator[Row]]:
-    loaded: list = []
-
-    def answer(rows: Sequence[Row]) -> Iterator[Row]:
-        from ...evaluation.unedited import answers_for
-        from ...subjects.subject import load_subject
-
-        if not loaded:
-            loaded.append(load_subject(name))
-        for row in rows:
-            yield {"id": row["id"], "answers": answers_for(loaded[0], cases[row["id"]].unrelated)}
-
-    return answer

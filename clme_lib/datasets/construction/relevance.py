@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from ..neighbours import subtokens
 from .endpoint import Endpoint
-from .stages import Row
+from .stages import StageRow, Step, stage_row
 
 LEVELS = ("irrelevant", "slightly relevant", "partly relevant", "mostly relevant", "very relevant")
 INSTRUCTION = (
@@ -21,44 +21,33 @@ INSTRUCTION = (
 _NUMBER = re.compile(r"(?<![\d.])([1-5])(?!\.?\d)")
 
 
-class OfflineScorer:
-    """Levels by the share of the snippet's words that the intent has."""
-
-    def settings(self) -> dict:
-        """For the stage's manifest."""
-        return {"scorer": "offline"}
-
-    def score(self, rows: Sequence[Row]) -> Iterator[Row]:
-        """Each row's ``level``."""
-        for row in rows:
-            asked = set(subtokens(row["intent"]))
-            words = {word for word in subtokens(row["snippet"]) if len(word) > 1}
-            share = len(words & asked) / len(words) if words else 0.0
-            yield {"id": row["id"], "level": LEVELS[min(4, int(share * 10))]}
+def _score_offline(rows: Sequence[StageRow]) -> Iterator[StageRow]:
+    for row in rows:
+        in_intent = set(subtokens(row["intent"]))
+        words = {word for word in subtokens(row["snippet"]) if len(word) > 1}
+        share = len(words & in_intent) / len(words) if words else 0.0
+        yield stage_row(row["id"], level=LEVELS[min(4, int(share * 10))])
 
 
-class ModelScorer:
-    """Levels by a language model at temperature 0."""
+# gives each row its ``level`` by the share of the snippet's words that the intent has
+OFFLINE_SCORER = Step({"scorer": "offline"}, _score_offline)
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
 
-    def settings(self) -> dict:
-        """For the stage's manifest."""
-        return {"scorer": "model", "instruction": INSTRUCTION, **self.endpoint.settings()}
+def model_scorer(endpoint: Endpoint) -> Step:
+    """Gives each row its ``level`` by a language model at temperature 0; an answer that names none drops the row."""
 
-    def score(self, rows: Sequence[Row]) -> Iterator[Row]:
-        """Each row's ``level``; an answer that names none drops the row."""
+    def score(rows: Sequence[StageRow]) -> Iterator[StageRow]:
         questions = [f"Intent: {row['intent']}\nSnippet: {row['snippet']}" for row in rows]
-        for row, answer in zip(rows, self.endpoint.ask(INSTRUCTION, questions)):
+        for row, answer in zip(rows, endpoint.ask(INSTRUCTION, questions)):
             level = parse_level(answer)
-            yield {"id": row["id"], **({"level": level} if level else {"dropped": "unusable answer"})}
+            yield stage_row(row["id"], None if level else "unusable answer", level=level)
+
+    return Step({"scorer": "model", "instruction": INSTRUCTION, **endpoint.settings()}, score)
 
 
 def parse_level(answer: str) -> str | None:
     """The level that an answer names, by its number or in words; None when it names none or several."""
     text = answer.strip().lower()
-    named = [level for level in LEVELS if re.search(rf"\b{level}\b", text)]
-    numbers = {LEVELS[int(number) - 1] for number in _NUMBER.findall(text)}
-    found = set(named) or numbers
-    return found.pop() if len(found) == 1 else None
+    in_words = [level for level in LEVELS if re.search(rf"\b{level}\b", text)]
+    levels = in_words or list({LEVELS[int(number) - 1] for number in _NUMBER.findall(text)})
+    return levels[0] if len(levels) == 1 else None

@@ -8,13 +8,9 @@ from __future__ import annotations
 
 import ast
 import gzip
-import inspect
 import io
 import json
-import re
 import textwrap
-import tokenize
-import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +20,8 @@ from ...support.errors import StudyError, first_line
 from .. import embedded_cnle, embedded_csne, mining
 from ..base import DataSet
 from ..paper import CNLE, CSNE
-from .stages import Row
+from ..source_code import first_sentence, parsed, single_function, without_comments, without_docstring
+from .stages import StageRow, stage_row
 
 # data set -> (Hub repository, files of the part that the paper uses)
 HUB = {
@@ -112,33 +109,27 @@ def source_files(dataset: DataSet, source: str) -> list[Path]:
     return files
 
 
-def collect_pairs(source: str) -> Iterator[Row]:
+def collect_pairs(source: str) -> Iterator[StageRow]:
     """CoNaLa's pairs: ``id``, ``intent``, ``snippet``, and ``rewritten_intent`` where there is one."""
     if source == "embedded":
         rows: Iterator[dict] = iter([*embedded_cnle.read_rows("cnle-targets"), *embedded_cnle.read_rows("cnle-pool")])
     else:
         rows = (row for file in source_files(CNLE, source) for row in read_table(file))
     for number, row in enumerate(rows):
-        found = {name: _clean(row.get(name)) for name in ("intent", "snippet", "rewritten_intent")}
-        reason = next((f"no {name}" for name in ("intent", "snippet") if not found[name]), None)
-        if reason is None and max(map(len, found.values())) > LONGEST:
+        texts = {name: _clean(row.get(name)) for name in ("intent", "snippet", "rewritten_intent")}
+        reason = next((f"no {name}" for name in ("intent", "snippet") if not texts[name]), None)
+        if reason is None and max(map(len, texts.values())) > LONGEST:
             reason = "too long"
-        yield {"id": number, **({"dropped": reason} if reason else found)}
+        yield stage_row(number, reason, **texts)
 
 
-def collect_functions(source: str) -> Iterator[Row]:
+def collect_functions(source: str) -> Iterator[StageRow]:
     """CodeSearchNet's functions: ``id``, ``code`` without docstring and comments, ``doc``, ``partition`` and ``package``."""
     if source == "embedded":
         content = embedded_csne.load_content()
-        for part, partition in (("targets", "test"), ("pool", "train")):
-            for row in content[part]:
-                yield {
-                    "id": row["origin"],
-                    "code": row["code"],
-                    "doc": row["doc"],
-                    "partition": partition,
-                    "package": row["package"],
-                }
+        rows = [(row, part) for key, part in (("targets", "test"), ("pool", "train")) for row in content[key]]
+        for row, part in rows:
+            yield stage_row(row["origin"], code=row["code"], doc=row["doc"], partition=part, package=row["package"])
         return
     number = -1
     for file in source_files(CSNE, source):
@@ -150,81 +141,41 @@ def collect_functions(source: str) -> Iterator[Row]:
             yield _function(number, row, row.get("partition") or row.get("split_name") or named)
 
 
-def _function(number: int, row: dict, partition: str | None) -> Row:
+def _function(number: int, row: dict, partition: str | None) -> StageRow:
     # the Hub's columns, then those of the jsonl files
-    code, doc = (next((found for name in names if (found := _clean(row.get(name)))), "")
+    code, doc = (next((text for name in names if (text := _clean(row.get(name)))), "")
                  for names in (("func_code_string", "code"), ("func_documentation_string", "docstring", "doc")))  # fmt: skip
     if not code or not doc:
-        return {"id": number, "dropped": f"no {'docstring' if code else 'code'}"}
+        return stage_row(number, f"no {'docstring' if code else 'code'}")
     if len(code) > LONGEST:
-        return {"id": number, "dropped": "too long"}
-    bare, sentence = without_docstring(code), first_sentence(doc)
+        return stage_row(number, "too long")
+    bare, sentence = bare_function(code), first_sentence(doc)
     if bare is None or sentence is None:
-        return {"id": number, "dropped": "no describing sentence" if bare else "not one Python 3 function"}
+        return stage_row(number, "no describing sentence" if bare else "not one Python 3 function")
     package = str(row.get("repository_name") or row.get("repo") or "")
-    return {"id": number, "code": bare, "doc": sentence, "partition": partition, "package": package}
+    return stage_row(number, code=bare, doc=sentence, partition=partition, package=package)
 
 
-def without_docstring(code: str) -> str | None:
+def bare_function(code: str) -> str | None:
     """A function's source without docstring, comments and decorators; None when it is not one function of Python 3."""
     code = textwrap.dedent(code.replace("\r\n", "\n").expandtabs(4))
     if not code.startswith(("def ", "async def ", "@")):
         code = code.lstrip()
+    # CodeSearchNet strips a method's first line of its indentation and leaves the rest theirs
     first, _, rest = code.partition("\n")
-    # CodeSearchNet strips a method's first line of its indentation and leaves the others theirs
-    outdented = first + "\n" + _outdented(rest)
-    trees = {text: tree for text in (code, outdented) if (tree := _one_function(text)) is not None}
-    if not trees:
-        return None
-    # moving the lines must not have moved the text of a string
-    same = code not in trees or (outdented in trees and ast.dump(trees[code]) == ast.dump(trees[outdented]))
-    text = outdented if same else code
-    return _stripped(text, trees[text])
-
-
-def _one_function(text: str) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            body = ast.parse(text).body
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return None
-    return body[0] if len(body) == 1 and isinstance(body[0], ast.FunctionDef | ast.AsyncFunctionDef) else None
-
-
-def _outdented(rest: str) -> str:
     lines = rest.split("\n")
     least = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=4)
-    return "\n".join(line[max(0, least - 4) :] for line in lines)
-
-
-def _stripped(code: str, function: ast.FunctionDef | ast.AsyncFunctionDef) -> str | None:
-    lines = code.split("\n")
-    body = function.body
-    if ast.get_docstring(function, clean=False) is not None:
-        if len(body) == 1 or body[0].lineno == function.lineno or body[1].lineno == body[0].end_lineno:
-            return None
-        lines[body[0].lineno - 1 : body[0].end_lineno] = ["\0"] * (body[0].end_lineno - body[0].lineno + 1)  # type: ignore[operator]
-    try:
-        comments = [t.start for t in tokenize.generate_tokens(io.StringIO(code).readline) if t.type == tokenize.COMMENT]
-    except (tokenize.TokenError, SyntaxError):
+    outdented = "\n".join([first, *(line[max(0, least - 4) :] for line in lines)])
+    functions = {text: function for text in (code, outdented) if (function := single_function(text))}
+    if not functions:
         return None
-    for row, column in comments:
-        if lines[row - 1] != "\0":
-            lines[row - 1] = lines[row - 1][:column].rstrip() or "\0"
-    kept = "\n".join(line.rstrip() for line in lines[function.lineno - 1 :] if line != "\0").strip("\n")
-    try:
-        ast.parse(kept)
-    except (SyntaxError, ValueError):
-        return None
-    return kept
-
-
-def first_sentence(docstring: str) -> str | None:
-    """The first sentence of a docstring's first paragraph; None with fewer than three words or more than sixty."""
-    paragraph = inspect.cleandoc(docstring).split("\n\n")[0]
-    sentence = re.split(r"(?<=[.!?])\s", " ".join(paragraph.split()))[0]
-    return sentence if 3 <= len(sentence.split()) <= 60 else None
+    # moving the lines must not have moved the text of a string
+    same = len(functions) == 1 or ast.dump(functions[code]) == ast.dump(functions[outdented])
+    text = outdented if same and outdented in functions else code
+    bare = without_docstring(text.split("\n"), functions[text])
+    bare = without_comments(bare) if bare else None
+    bare = "\n".join(line.rstrip() for line in bare.split("\n")).strip("\n") if bare else None
+    return bare if bare and parsed(bare) else None
 
 
 def _clean(value: Any) -> str:
@@ -246,6 +197,6 @@ def too_long(texts: Sequence[str], limit: int, tokenizer: str | None) -> Iterato
     for first in range(0, len(texts), _TOKENIZED):  # an encoding takes many times the memory of its text
         part = list(texts[first : first + _TOKENIZED])
         if tokenizer is None:
-            yield from (len(one.ids) > limit for one in encoder.encode_batch(part, add_special_tokens=False))
+            yield from (len(encoding.ids) > limit for encoding in encoder.encode_batch(part, add_special_tokens=False))
         else:
             yield from (len(ids) > limit for ids in loaded(part, add_special_tokens=True)["input_ids"])

@@ -15,6 +15,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,16 @@ from tqdm import tqdm
 from ...support.errors import StudyError
 from ...support.journal import append_rows, read_rows, write_text
 
-Row = dict[str, Any]
+StageRow = dict[str, Any]
+Make = Callable[[Sequence[StageRow]], Iterable[StageRow]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """How rows are made from others, and whatever decides the result besides those, as JSON values for the stage's manifest."""
+
+    settings: dict[str, Any]
+    make: Make
 
 
 class Stages:
@@ -45,10 +55,10 @@ class Stages:
         self,
         name: str,
         settings: dict[str, Any],
-        todo: Sequence[Row],
-        make: Callable[[Sequence[Row]], Iterable[Row]],
+        todo: Sequence[StageRow],
+        make: Make,
         batch: int | None = None,
-    ) -> list[Row]:
+    ) -> list[StageRow]:
         """The rows of stage ``name``: read, or made from the rows of the stage before.
 
         Args:
@@ -79,11 +89,11 @@ class Stages:
             self._complete(name, file, todo, make, batch)
         rows = read_rows(file)
         self._made[name] = file_sha256(file)
-        counts = {"rows": len(rows), **self._dropped(rows)}
+        counts = {"rows": len(rows), **Counter(f"dropped: {row['dropped']}" for row in rows if row.get("dropped"))}
         self._write_manifest(file, {**identity, "counts": counts, "sha256": self._made[name], "finished": True})
         return rows
 
-    def _complete(self, name: str, file: Path, todo: Sequence[Row], make: Callable, batch: int | None) -> None:
+    def _complete(self, name: str, file: Path, todo: Sequence[StageRow], make: Make, batch: int | None) -> None:
         append_rows(file, [])
         done = {row["id"] for row in read_rows(file)}
         left = [row for row in todo if row["id"] not in done]
@@ -92,11 +102,6 @@ class Stages:
                 for rows in _together(row for row in make(part) if row["id"] not in done):
                     append_rows(file, rows)
                     bar.update(len(rows))
-
-    @staticmethod
-    def _dropped(rows: Sequence[Row]) -> dict[str, int]:
-        """How many rows say why they are left out from here on."""
-        return dict(Counter(f"dropped: {row['dropped']}" for row in rows if row.get("dropped")))
 
     @staticmethod
     def _write_manifest(file: Path, content: dict) -> None:
@@ -112,20 +117,25 @@ class Stages:
             raise StudyError(f"{file.with_suffix('.json')}: not JSON ({error}); remove it and {file.name}") from error
 
 
-def kept(rows: Iterable[Row]) -> list[Row]:
+def stage_row(row_id: Any, dropped: str | None = None, **fields: Any) -> StageRow:
+    """A row with its fields, or with the reason why it is left out from here on."""
+    return {"id": row_id, "dropped": dropped} if dropped else {"id": row_id, **fields}
+
+
+def kept(rows: Iterable[StageRow]) -> list[StageRow]:
     """Rows that no stage has dropped."""
     return [row for row in rows if not row.get("dropped")]
 
 
-def _parts(rows: Sequence[Row], size: int | None) -> Iterator[Sequence[Row]]:
+def _parts(rows: Sequence[StageRow], size: int | None) -> Iterator[Sequence[StageRow]]:
     step = size or max(1, len(rows))
     for first in range(0, len(rows), step):
         yield rows[first : first + step]
 
 
-def _together(rows: Iterable[Row], most: int = 256) -> Iterator[list[Row]]:
+def _together(rows: Iterable[StageRow], most: int = 256) -> Iterator[list[StageRow]]:
     """Rows as they come when they are slow to make, many at once when they are not: an append is a disk write."""
-    waiting: list[Row] = []
+    waiting: list[StageRow] = []
     last = time.monotonic()
     try:
         for row in rows:
