@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,7 +18,7 @@ from ..evaluation.records import SCORES
 LEVEL = 0.95
 RESAMPLES = 2_000
 BINARY = ("effectiveness_em", "generalization_em", "specificity_em")
-_METRIC_NAMES = {"em": "EM", "bleu": "BLEU", "rouge_l": "R-L"}
+METRIC_NAMES = {"em": "EM", "bleu": "BLEU", "rouge_l": "R-L"}
 _EDITOR_NAMES = {
     "none": "unedited",
     "ft-l": "FT-L",
@@ -29,7 +31,7 @@ _EDITOR_NAMES = {
     "a-grace-wo-cl": "A-GRACE w/o CL",
     "a-grace-wo-mean": "A-GRACE w/o Mean",
 }
-_DATASET_NAMES = {"cnle": "CNLE", "csne": "CSNE"}
+DATASET_NAMES = {"cnle": "CNLE", "csne": "CSNE"}
 # places in seaborn's colourblind palette, the same in all figures
 _COLOURS = {
     "ft-l": 0,
@@ -52,6 +54,9 @@ class Interval:
     low: float
     high: float
     n: int
+
+    def __str__(self) -> str:
+        return f"{percent(self.mean)} % ({percent(self.low)}–{percent(self.high)})"
 
 
 def interval(values: Sequence[float], binary: bool) -> Interval:
@@ -92,10 +97,11 @@ class Table:
 
     Attributes:
         data: cells as (possibly HTML) text.
+        label: the name that pages refer to; the notebook that shows the table gives it.
     """
 
-    def __init__(self, data: pd.DataFrame, caption: str, name: str) -> None:
-        self.data, self.caption, self.name = data, caption, name
+    def __init__(self, data: pd.DataFrame, caption: str, label: str) -> None:
+        self.data, self.caption, self.label = data, caption, label
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
         return {
@@ -106,9 +112,27 @@ class Table:
 
     def to_myst(self) -> str:
         """The table as a captioned, labelled MyST directive."""
-        rows = [list(self.data.columns), ["---"] * self.data.shape[1], *self.data.to_numpy().tolist()]
-        body = "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
-        return f"```{{table}} {self.caption}\n:name: {self.name}\n\n{body}\n```"
+        return f"```{{table}} {self.caption}\n:name: {self.label}\n\n{to_markdown(self.data)}\n```"
+
+
+def to_markdown(data: pd.DataFrame) -> str:
+    """A Markdown table of cells that are text."""
+    rows = [list(data.columns), ["---"] * data.shape[1], *data.to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def inline_code(text: str) -> str:
+    """Generated text for a table cell, its line breaks as ⏎: nothing of it is taken for markup."""
+    shown = html.escape(text.strip() or "(nothing)").replace("\n", "⏎")
+    shown = re.sub(r"[|`$*_[{\\]", lambda mark: f"&#{ord(mark[0])};", shown)
+    return f"<code>{shown}</code>"
+
+
+def write_csv(table: pd.DataFrame, file: Path, digits: int = 4) -> pd.DataFrame:
+    """Write a measurement, rounded, and return it as it is."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    table.round(digits).to_csv(file, index=False)
+    return table
 
 
 def score_rows(records: pd.DataFrame) -> pd.DataFrame:
@@ -118,21 +142,19 @@ def score_rows(records: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     shown = [*SCORES[:-1], "specificity_rate", SCORES[-1]]
-    for dataset, mine in scored(records).groupby("dataset", sort=False):
-        cells = {
-            editor: {score: interval(own[score], score in BINARY) for score in shown}
-            for editor, own in mine.groupby("editor", sort=False)
+    for dataset, of_dataset in scored(records).groupby("dataset", sort=False):
+        intervals = {
+            editor: {score: interval(of_editor[score], score in BINARY) for score in shown}
+            for editor, of_editor in of_dataset.groupby("editor", sort=False)
         }
-        best = {s: max((c[s].mean for editor, c in cells.items() if editor != "none"), default=None) for s in shown}
-        for editor, intervals in cells.items():
-            row = {
-                "Data": dataset_name(str(dataset)),
-                "Editor": editor_name(str(editor)),
-                "n": str(next(iter(intervals.values())).n),
-            }
-            for score in shown:
-                bold = editor != "none" and score != "fluency" and intervals[score].mean == best[score]
-                row[column_name(score)] = _cell(intervals[score], bold)
+        edited = [by_score for editor, by_score in intervals.items() if editor != "none"]
+        best = {score: max((by_score[score].mean for by_score in edited), default=None) for score in shown[:-1]}
+        for editor, by_score in intervals.items():
+            count = by_score[shown[0]].n
+            row = {"Data": dataset_name(str(dataset)), "Editor": editor_name(str(editor)), "n": str(count)}
+            for score, reached in by_score.items():
+                bold = editor != "none" and reached.mean == best.get(score)
+                row[column_name(score)] = _cell(reached, bold)
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -152,7 +174,7 @@ def editor_colour(name: str) -> tuple[float, float, float]:
 
 def dataset_name(name: str) -> str:
     """A data set's name as the paper writes it."""
-    return _DATASET_NAMES.get(name, name.upper())
+    return DATASET_NAMES.get(name, name.upper())
 
 
 def column_name(score: str) -> str:
@@ -160,17 +182,17 @@ def column_name(score: str) -> str:
     if score in ("fluency", "specificity_rate"):
         return "FL." if score == "fluency" else "Spec. kept"
     measure, metric = score.split("_", 1)
-    return (
-        {"effectiveness": "Eff.", "generalization": "Gen.", "specificity": "Spec."}[measure]
-        + " "
-        + _METRIC_NAMES[metric]
-    )
+    shortened = {"effectiveness": "Eff.", "generalization": "Gen.", "specificity": "Spec."}
+    return f"{shortened[measure]} {METRIC_NAMES[metric]}"
 
 
-def _cell(found: Interval, bold: bool) -> str:
-    mean = f"<strong>{100 * found.mean:.2f}</strong>" if bold else f"{100 * found.mean:.2f}"
-    return mean if np.isnan(found.low) else f"{mean}<br><small>{100 * found.low:.1f}–{100 * found.high:.1f}</small>"
+def percent(share: float) -> str:
+    """A share times 100, with one decimal."""
+    return f"{100 * share:.1f}"
 
 
-def _percent(found: Interval) -> str:
-    return f"{100 * found.mean:.1f} % ({100 * found.low:.1f}–{100 * found.high:.1f})"
+def _cell(reached: Interval, bold: bool) -> str:
+    mean = f"<strong>{100 * reached.mean:.2f}</strong>" if bold else f"{100 * reached.mean:.2f}"
+    if np.isnan(reached.low):
+        return mean
+    return f"{mean}<br><small>{percent(reached.low)}–{percent(reached.high)}</small>"
