@@ -1,9 +1,9 @@
 """Render the book: stage its sources under _build/, run Jupyter Book with warnings as errors, and check the pages.
 
-usage: python book/build.py [OWN_RUN.ipynb]
+usage: python book/build.py [PAGE=NOTEBOOK.ipynb ...]
 
-The working tree is not touched. OWN_RUN.ipynb, the RQ1 notebook executed on this machine, becomes the page
-"Re-run on this machine"; without it that page says that there is none.
+The working tree is not touched. A NOTEBOOK that was executed on this machine takes the place of a PAGE of the table of
+contents, under that page's title: the reader's own run that of book/own_run, which otherwise says that there is none.
 """
 
 import json
@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -19,43 +20,104 @@ ROOT = Path(__file__).resolve().parent.parent
 STAGE = ROOT / "_build" / "source"
 HTML = ROOT / "_build" / "html"
 _LOCAL_STATE = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "*.part")
+# a page's label and title, which stand at its top
+_TITLE = re.compile(r"\A(?:\(.+\)=\n)?# .+$", re.M)
+# where a page defines a label: before a heading, in a directive, after an equation
+_DEFINITION = re.compile(r"^\((?P<target>[^\s()]+)\)=$|^:(?:name|label):[ ]+(?P<option>\S+)$|^\$\$ \((?P<equation>\S+)\)$", re.M)
+# where it refers to one: {role}`label`, {role}`text <label>`, [text](#label)
+_REFERENCE = re.compile(r"\{\w+\}`(?:[^`<]*<)?(?P<role>[^`<>]+)>?`|\]\(#(?P<link>[^\s()]+)\)")
 
 
-def stage(own_run: Path | None) -> None:
-    """Copy what the book consists of."""
+def pages() -> list[str]:
+    """The pages of the table of contents, in its order, without their suffix."""
+    contents = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+    return [contents["root"], *(chapter["file"] for chapter in contents["chapters"])]
+
+
+def stage(replacements: dict[str, Path]) -> None:
+    """Copy what the book consists of, with executed notebooks in place of some pages."""
     shutil.rmtree(STAGE, ignore_errors=True)
     STAGE.mkdir(parents=True)
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(ROOT / name, STAGE)
     for name in ("book", "results"):
         shutil.copytree(ROOT / name, STAGE / name, ignore=_LOCAL_STATE)
-    if own_run:
-        notebook = json.loads(own_run.read_text(encoding="utf-8"))
-        if "exception" in notebook["metadata"].get("papermill", {}):
-            sys.exit(f"{own_run}: the notebook failed; run it again")
-        text = json.dumps(notebook)
-        # its tables and figures are numbered beside the published page's, so they need labels of their own
-        text = text.replace("-rq1-", "-own-").replace("(rq1)=", "(own-run)=")
-        text = text.replace("# RQ1: Proficiency", "# Re-run on this machine", 1)
-        (STAGE / "book" / "own_run.md").unlink()
-        (STAGE / "book" / "own_run.ipynb").write_text(text, encoding="utf-8")
+    for page, notebook in replacements.items():
+        _replace(page, notebook)
+    used: set[str] = set()
+    for page in pages():
+        used |= _make_labels_unique(page, used)
+
+
+def _file(page: str) -> Path:
+    files = [STAGE / f"{page}{suffix}" for suffix in (".md", ".ipynb")]
+    return next((file for file in files if file.is_file()), files[0])
+
+
+def _replace(page: str, notebook: Path) -> None:
+    """Put a notebook in a page's place, with the page's label and title for its own."""
+    if page not in pages():
+        sys.exit(f"{page}: no page of _toc.yml; there are {', '.join(pages())}")
+    content = json.loads(notebook.read_text(encoding="utf-8"))
+    if "exception" in content["metadata"].get("papermill", {}):
+        sys.exit(f"{notebook}: the notebook failed; run it again")
+    replaced = _file(page)
+    title = _TITLE.search(_markdown(replaced)[0])
+    first = content["cells"][0]
+    first["source"] = _TITLE.sub(lambda _: title[0], "".join(first["source"]))
+    replaced.unlink()
+    (STAGE / f"{page}.ipynb").write_text(json.dumps(content), encoding="utf-8")
+
+
+def _markdown(file: Path) -> list[str]:
+    """The Markdown of a page: a file's, or of a notebook the cells' and the outputs'."""
+    texts: list[str] = []
+    _rewrite(file, lambda text: texts.append(text) or text)
+    return texts
+
+
+def _rewrite(file: Path, change: Callable[[str], str]) -> None:
+    """Change the Markdown of a page, the names of a notebook's figures (as ``:name:`` options) included."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".md":
+        file.write_text(change(text), encoding="utf-8")
+        return
+    content = json.loads(text)
+    for cell in content["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = change("".join(cell["source"]))
+        for output in cell.get("outputs", []):
+            if "text/markdown" in output.get("data", {}):
+                output["data"]["text/markdown"] = change("".join(output["data"]["text/markdown"]))
+        if name := cell["metadata"].get("mystnb", {}).get("figure", {}).get("name"):
+            cell["metadata"]["mystnb"]["figure"]["name"] = change(f":name: {name}").removeprefix(":name: ")
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _make_labels_unique(page: str, used: set[str]) -> set[str]:
+    """Add the page's name to its labels that an earlier page has, also where the page refers to them; returns its labels.
+
+    So a copy of a notebook can be a page beside the original.
+    """
+    file = _file(page)
+    own = {found[found.lastgroup] for text in _markdown(file) for found in _DEFINITION.finditer(text)}
+    renamed = {label: f"{label}-{re.sub(r'[^a-z0-9]+', '-', page.lower())}" for label in own & used}
+
+    def rename(found: re.Match[str]) -> str:
+        label = found[found.lastgroup]
+        return found[0].replace(label, renamed.get(label, label))
+
+    if renamed:
+        _rewrite(file, lambda text: _REFERENCE.sub(rename, _DEFINITION.sub(rename, text)))
+    return {renamed.get(label, label) for label in own}
 
 
 def render() -> None:
     """Jupyter Book, every warning an error."""
     shutil.rmtree(HTML, ignore_errors=True)
-    command = [
-        "jupyter-book",
-        "build",
-        str(STAGE),
-        "--path-output",
-        str(ROOT),
-        "-W",
-        "-n",
-        "--keep-going",
-        "--all",
-    ]
-    done = subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], capture_output=True, text=True)
+    options = ["--path-output", str(ROOT), "-W", "-n", "--keep-going", "--all"]
+    program = str(Path(sys.executable).parent / "jupyter-book")
+    done = subprocess.run([program, "build", str(STAGE), *options], capture_output=True, text=True)
     (ROOT / "_build" / "build.log").write_text(done.stdout + done.stderr, encoding="utf-8")
     if done.returncode:
         problems = [line for line in (done.stdout + done.stderr).splitlines() if re.search("WARNING|ERROR|rror:", line)]
@@ -75,21 +137,17 @@ def prune_mathjax() -> None:
 
 def check() -> None:
     """Every chapter has a page, and no page loads anything from outside the site."""
-    contents = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
-    names = [contents["root"], *(chapter["file"] for chapter in contents["chapters"])]
-    missing = [name for name in names if not (HTML / f"{name}.html").is_file()]
+    missing = [page for page in pages() if not (HTML / f"{page}.html").is_file()]
     if missing:
         sys.exit(f"pages missing from the site: {', '.join(missing)}")
+    outside = re.compile(r'<(?:script|link|img|iframe)[^>]*(?:src|href)="(https?://[^"]+)"')
     for page in HTML.rglob("*.html"):
-        if found := re.search(
-            r'<(?:script|link|img|iframe)[^>]*(?:src|href)="(https?://[^"]+)"',
-            page.read_text(encoding="utf-8"),
-        ):
-            sys.exit(f"{page.relative_to(HTML)} loads {found[1]}: the site must read offline")
+        if loaded := outside.search(page.read_text(encoding="utf-8")):
+            sys.exit(f"{page.relative_to(HTML)} loads {loaded[1]}: the site must read offline")
 
 
 if __name__ == "__main__":
-    stage(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+    stage({page: Path(notebook) for page, _, notebook in (argument.partition("=") for argument in sys.argv[1:])})
     render()
     prune_mathjax()
     check()

@@ -48,7 +48,9 @@ config = clme.config_from_notebook(globals())
 # %% tags=["hide-input"]
 from IPython.display import Markdown, display
 
+from clme_lib.datasets.base import get_dataset
 from clme_lib.study import rq1 as report
+from clme_lib.study.tables import inline_code, to_markdown
 
 records = clme.run(config)
 
@@ -56,7 +58,12 @@ records = clme.run(config)
 # ## How the editors do
 
 # %% tags=["hide-input"]
-report.proficiency_table(records)
+caption = (
+    f"Proficiency on {', '.join(records['subject'].unique())} (the paper's Table IV): effectiveness (Eff.), generalization (Gen.), "
+    "specificity (Spec.) and fluency (FL.) by exact match, BLEU and ROUGE-L (R-L), times 100, with 95 % intervals below; *kept* is the "
+    "share of neighbours left unchanged; best edited row in bold."
+)
+report.proficiency_table(records, label="tab-rq1-proficiency", caption=caption)
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Exact match by editor and measure; bars are 95 % Wilson intervals.", "name": "fig-rq1-proficiency"}}
 import matplotlib.pyplot as plt
@@ -65,7 +72,23 @@ report.proficiency_figure(records)
 plt.show()
 
 # %% tags=["hide-input"]
-Markdown(report.reading(records))
+paragraphs = []
+for data, shown in report.findings(records).items():
+    best = {measure: f"{' and '.join(names)}: {share}" for measure, (names, share) in shown["best"].items()}
+    text = (
+        f"**{data}.** The most edits hold exactly with {best['effectiveness']}. The target follows the most rephrased prompts with "
+        f"{best['generalization']}. All five neighbours of a case stay unchanged most often with {best['specificity']}. "
+    )
+    if careful := shown["careful"]:
+        farthest = max(careful, key=careful.get)
+        text += (
+            "Of the editors that make at least half of the edits hold and keep all neighbours in at least half of the cases "
+            f"({', '.join(careful)}), the most that any carries over is {100 * careful[farthest]:.1f} % ({farthest})."
+        )
+    else:
+        text += "No editor both makes half of the edits hold and keeps all neighbours in half of the cases."
+    paragraphs.append(text)
+Markdown("\n\n".join(paragraphs) or "_Nothing to read yet: these records have no edited case with scores._")
 
 # %% [markdown]
 # ## From CSNE to CNLE
@@ -73,7 +96,8 @@ Markdown(report.reading(records))
 # The paper's Table V asks whether an editor is as effective on code targets as on natural-language ones.
 
 # %% tags=["hide-input"]
-report.transfer_table(records)
+caption = "Effectiveness from CSNE to CNLE, in points (the paper's Table V)."
+report.transfer_table(records, label="tab-rq1-transfer", caption=caption)
 
 # %% [markdown]
 # ## What the edited models write
@@ -82,7 +106,21 @@ report.transfer_table(records)
 
 # %% tags=["hide-input"]
 with_texts = clme.load_cases("cnle" if "cnle" in config.dataset else config.dataset[0], config.source)
-Markdown(report.examples(records, with_texts))
+columns = {
+    "effectiveness": "writes after the edit prompt",
+    "generalization": "after the rephrased prompt",
+    "specificity": "after the neighbour",
+}
+parts = []
+for number, (case, written) in enumerate(report.examples(records, with_texts), 1):
+    rephrased, neighbour = (inline_code(get_dataset(case.dataset).text(prompt)) for prompt in (case.rephrased[0], case.unrelated[0]))
+    parts.append(
+        f"**Example {number}** (case {case.case_id})\n\n"
+        f"edit prompt:\n\n````text\n{case.prompt}\n````\n\n"
+        f"target:\n\n````text\n{case.target}\n````\n\n"
+        f"rephrased: {rephrased}; a neighbour: {neighbour}\n\n" + to_markdown(written.rename(columns=columns))
+    )
+Markdown("\n\n".join(parts) or "_These records keep no texts to show._")
 
 # %% [markdown]
 # [](#weight-editors) looks at updates of weights before any text is generated, to tell the method, the model and the code apart.
@@ -92,4 +130,10 @@ from clme_lib.study import spot_check
 
 if config.within:
     compared = spot_check.compare(clme.load_run(config.out), clme.load_run(config.within))
-    display(Markdown("## The same cases, published and here\n\n" + spot_check.to_markdown(compared)))
+    agreement = spot_check.agreement_table(compared, label="tab-spot-check", caption="Texts generated again on this machine.")
+    differences = [
+        f"Case {text.case_id} of {text.dataset}, {text.editor}, {text.measure}; published, then here:\n\n````text\n"
+        f"{'(only its hash is published)' if text.published is None else text.published}\n────\n{text.here}\n````"
+        for text in compared.differences
+    ] or ["Every text came out the same, character by character."]
+    display(Markdown("\n\n".join(["## The same cases, published and here", agreement.to_myst(), *differences])))

@@ -55,7 +55,10 @@ measured = bench(config)
 # ## What was measured
 
 # %% tags=["hide-input"]
-rq2.circumstances(measured)
+caption = (
+    "What was measured, on what. Random weights stand for a subject whose trained weights were not at hand: the sizes are exact."
+)
+rq2.circumstances(measured, label="tab-rq2-circumstances", caption=caption)
 
 # %% [markdown]
 # Where a subject's trained weights are not at hand, its exact architecture is filled with seeded random weights: time and memory of an
@@ -76,10 +79,47 @@ rq2.cost_figure(measured, "peak_mib")
 plt.show()
 
 # %% tags=["hide-input"]
-Markdown(rq2.reading(measured))
+shown = rq2.findings(measured)
+sentences = []
+for subject_label, costs in shown["costs"].groupby(level="label", sort=False):
+    each = [
+        f"from {row['least']:.2g} s ({row['fastest']}) to {row['most']:.3g} s ({row['slowest']}) on {data}"
+        for (_, data), row in costs.iterrows()
+    ]
+    sentences.append(f"On {subject_label}, an edit takes {' and '.join(each)}.")
+if counts := shown["malmen"]:
+    sentences.append(
+        f"The paper finds MALMEN fastest and MEMIT and PMET slowest: of the {counts['pairs']} pairs of subject and data set in which all "
+        f"three were measured, MALMEN is the fastest in {counts['fastest']} and one of the other two the slowest in {counts['slowest']}."
+    )
+if counts := shown["csne"]:
+    sentences.append(
+        f"It finds CSNE dearer than CNLE: so it is in {counts['longer']} of {counts['pairs']} pairs of subject and editor."
+    )
+if largest := shown["shapes"]:
+    slow, large = largest["seconds"], largest["peak_mib"]
+    both = "time and memory" if slow == large else f"time, {large} the largest median memory"
+    sentences.append(
+        "It finds CodeQwen1.5-7B slowest and largest: of its subjects' shapes, by the editors measured on all, "
+        f"{slow} has the largest median {both}."
+    )
+if peak := shown["half"]:
+    sentences.append(f"The largest peak in 16 bits is {peak['gib']:.1f} GiB ({peak['editor']} on {peak['subject']}).")
+if shown["too_large"]:
+    lists = [f"{' and '.join(names)} on {subject_label}" for subject_label, names in shown["too_large"].items()]
+    sentences.append(f"Did not fit into the device's memory: {'; '.join(lists)}.")
+if not shown["on_gpu"]:
+    sentences.append("Nothing of this was measured on a GPU.")
+if shown["unmeasured"]:
+    sentences.append(f"Not measured, for want of a device that holds them: {', '.join(shown['unmeasured'])}.")
+Markdown("\n".join(f"- {sentence}" for sentence in sentences))
 
 # %% tags=["hide-input"]
-rq2.cost_table(measured)
+caption = (
+    "One edit at a time: median seconds with quartiles, and median peak memory with what was in use before the edit. Set-up "
+    "(statistics, context templates and encoders, from the cache where they are there) and a warm-up are outside; n is per data set."
+)
+rq2.cost_table(measured, label="tab-rq2-cost", caption=caption)
 
 # %% [markdown]
 # ## Many at a time
@@ -88,7 +128,8 @@ rq2.cost_table(measured)
 # batch. The results are the same; what changes is how well the device is used.
 
 # %% tags=["hide-input"]
-rq2.throughput_table(measured)
+caption = "Edits a second, and edits with their evaluation a second, when cases are edited and scored together."
+rq2.throughput_table(measured, label="tab-rq2-throughput", caption=caption)
 
 # %% [markdown]
 # ## How far from the floor
@@ -97,10 +138,14 @@ rq2.throughput_table(measured)
 # [](#sec-floor). Divided by what the device reaches on a large matrix product and on a large copy, they give a floor.
 
 # %% tags=["hide-input"]
-rq2.ceiling_table(measured)
+caption = "What the device can do: a large matrix product, and a large copy (read and written)."
+rq2.ceiling_table(measured, label="tab-rq2-ceilings", caption=caption)
 
 # %% tags=["hide-input"]
-rq2.floor_table(measured)
+caption = (
+    "How far one edit alone is from its floor: the least time that its arithmetic and memory traffic take on this device."
+)
+rq2.floor_table(measured, label="tab-rq2-floor", caption=caption)
 
 # %% [markdown]
 # An edit alone is made of small products, most of all the codebooks' steps on a dozen columns; batches make larger ones of
@@ -123,4 +168,12 @@ rq2.floor_table(measured)
 # The plain procedure edits and generates one text at a time with unchanged library calls ([](#speed)), as the released program does.
 
 # %% tags=["hide-input"]
-rq2.projection_table(measured, pd.read_csv(config.plain) if config.plain else None)
+caption = (
+    f"Projected hours for {sum(rq2.PAPER_CASES.values()):,} cases (the paper's data sets; CSNE's lengths as mined here) by "
+    f"{len(rq2.VARIANTS)} editor variants, each edited and evaluated; training and set-up apart."
+)
+plain_seconds = None
+if config.plain:
+    plain_seconds = pd.read_csv(config.plain)
+    caption += " The plain procedure's seconds a case are the speed appendix's, whose CSNE prompts have at least 110 tokens."
+rq2.projection_table(measured, plain_seconds, label="tab-rq2-projection", caption=caption)

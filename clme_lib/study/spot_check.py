@@ -10,6 +10,7 @@ import pandas as pd
 from ..metrics.base import MEASURES, TEXTS
 from ..metrics.paper import COMPARISONS
 from ..support.errors import StudyError
+from .tables import Table
 
 GREEDY_AGREEMENT = 0.90  # below this share for an editor, the check fails
 UNEDITED_POINTS = 1.0  # a score of the unedited row may move by this much, in points
@@ -70,9 +71,9 @@ def compare(here: pd.DataFrame, published: pd.DataFrame) -> Comparison:
             f"case {changed.iloc[0]['case_id']} of {changed.iloc[0]['dataset']} has changed since the published run; publish anew"
         )
     rows, differences, moved = [], [], []
-    for (dataset, editor), mine in pairs.groupby(["dataset", "editor"], sort=False):
+    for (dataset, editor), of_editor in pairs.groupby(["dataset", "editor"], sort=False):
         counts = dict.fromkeys(("greedy", "greedy_same", "sampled", "sampled_same"), 0)
-        for _, pair in mine.iterrows():
+        for _, pair in of_editor.iterrows():
             for measure in TEXTS:
                 kind = "greedy" if measure in _GREEDY else "sampled"
                 for same, difference in _texts(pair, measure):
@@ -80,10 +81,10 @@ def compare(here: pd.DataFrame, published: pd.DataFrame) -> Comparison:
                     counts[f"{kind}_same"] += same
                     if not same:
                         differences.append(difference)
-        rows.append({"dataset": dataset, "editor": editor, "cases": len(mine), **counts})
+        rows.append({"dataset": dataset, "editor": editor, "cases": len(of_editor), **counts})
         if editor == "none":
             for score in _SCORES:
-                shift = 100 * (mine[score].mean() - mine[f"{score}_published"].mean())
+                shift = 100 * (of_editor[score].mean() - of_editor[f"{score}_published"].mean())
                 if abs(shift) > UNEDITED_POINTS:
                     moved.append(f"{dataset} {score}: {shift:+.2f} points")
     return Comparison(pd.DataFrame(rows), differences, moved)
@@ -92,12 +93,11 @@ def compare(here: pd.DataFrame, published: pd.DataFrame) -> Comparison:
 def describe(comparison: Comparison) -> str:
     """The comparison as plain text."""
     lines = [comparison.table.to_string(index=False)]
-    for one in comparison.differences:
-        published = "(text not published)" if one.published is None else repr(one.published)
-        lines.append(
-            f"differs: {one.dataset} {one.editor} case {one.case_id} {one.measure}: {published} -> {one.here!r}"
-        )
-    lines += [f"unedited row moved: {what}" for what in comparison.moved]
+    for text in comparison.differences:
+        published = "(text not published)" if text.published is None else repr(text.published)
+        case = f"{text.dataset} {text.editor} case {text.case_id} {text.measure}"
+        lines.append(f"differs: {case}: {published} -> {text.here!r}")
+    lines += [f"unedited row moved: {score}" for score in comparison.moved]
     worst = comparison.agreement.min()
     lines.append(
         f"spot check {'passed' if comparison.passed else 'FAILED'}: at least {100 * worst:.1f} % of every editor's greedy "
@@ -106,42 +106,21 @@ def describe(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def to_markdown(comparison: Comparison) -> str:
-    """The comparison as Markdown: a table, and every difference."""
+def agreement_table(comparison: Comparison, label: str, caption: str = "Texts that came out the same.") -> Table:
+    """How many texts came out the same, a row for each data set and editor."""
     names = ["Data", "Editor", "cases", "greedy texts", "the same", "sampled texts", "the same"]
-    rows = [names, ["---"] * len(names), *comparison.table.to_numpy().tolist()]
-    table = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
-    parts = [
-        f"```{{table}} Texts generated again on this machine.\n:name: tab-spot-check\n\n{table}\n```",
-        "",
-    ]
-    if not comparison.differences:
-        parts.append("Every text came out the same, character by character.")
-    for one in comparison.differences:
-        published = "(only its hash is published)" if one.published is None else one.published
-        parts.append(
-            f"Case {one.case_id} of {one.dataset}, {one.editor}, {one.measure}; published, then here:\n\n"
-            f"````text\n{published}\n────\n{one.here}\n````\n"
-        )
-    return "\n".join(parts)
+    return Table(comparison.table.astype(str).set_axis(names, axis=1), caption, label)
 
 
 def _texts(pair: pd.Series, measure: str) -> Iterator[tuple[bool, Difference]]:
-    published, here = pair[f"sha256_{measure}_published"], pair[f"sha256_{measure}"]
-    if not isinstance(published, list) or not isinstance(here, list) or len(published) != len(here):
+    """Each text of a measure: whether it is the same, by its hash, and what differs."""
+    hashes = pair[f"sha256_{measure}_published"], pair[f"sha256_{measure}"]
+    if not all(isinstance(of_run, list) for of_run in hashes) or len(hashes[0]) != len(hashes[1]):
         raise StudyError(
             f"case {pair['case_id']} of {pair['dataset']} by {pair['editor']}: {measure} was not recorded twice"
         )
-    texts, old = pair[f"generated_{measure}"], pair[f"generated_{measure}_published"]
-    for n, (one, other) in enumerate(zip(published, here)):
-        yield (
-            one == other,
-            Difference(
-                pair["dataset"],
-                pair["editor"],
-                pair["case_id"],
-                measure,
-                old[n] if isinstance(old, list) else None,
-                texts[n] if isinstance(texts, list) else None,
-            ),
-        )
+    texts = pair[f"generated_{measure}_published"], pair[f"generated_{measure}"]
+    case = pair["dataset"], pair["editor"], pair["case_id"], measure
+    for number, (published, here) in enumerate(zip(*hashes)):
+        shown = (of_run[number] if isinstance(of_run, list) else None for of_run in texts)
+        yield published == here, Difference(*case, *shown)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -53,6 +55,9 @@ class Interval:
     high: float
     n: int
 
+    def __str__(self) -> str:
+        return f"{percent(self.mean)} % ({percent(self.low)}–{percent(self.high)})"
+
 
 def interval(values: Sequence[float], binary: bool) -> Interval:
     """Mean of per-case values: Wilson's interval for 0/1 values, else percentile bootstrap over cases."""
@@ -92,10 +97,11 @@ class Table:
 
     Attributes:
         data: cells as (possibly HTML) text.
+        label: the name that pages refer to; the notebook that shows the table gives it.
     """
 
-    def __init__(self, data: pd.DataFrame, caption: str, name: str) -> None:
-        self.data, self.caption, self.name = data, caption, name
+    def __init__(self, data: pd.DataFrame, caption: str, label: str) -> None:
+        self.data, self.caption, self.label = data, caption, label
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
         return {
@@ -106,37 +112,54 @@ class Table:
 
     def to_myst(self) -> str:
         """The table as a captioned, labelled MyST directive."""
-        rows = [list(self.data.columns), ["---"] * self.data.shape[1], *self.data.to_numpy().tolist()]
-        body = "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
-        return f"```{{table}} {self.caption}\n:name: {self.name}\n\n{body}\n```"
+        return f"```{{table}} {self.caption}\n:name: {self.label}\n\n{to_markdown(self.data)}\n```"
 
 
-def score_rows(records: pd.DataFrame) -> pd.DataFrame:
-    """Cells of a table of all ten scores and the share of unchanged neighbours, a row per data set and editor.
+def to_markdown(data: pd.DataFrame) -> str:
+    """A Markdown table of cells that are text."""
+    rows = [list(data.columns), ["---"] * data.shape[1], *data.to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
 
-    The best edited row is in bold, but for fluency: its entropy tells broken text (too low), not better text, apart.
+
+def inline_code(text: str) -> str:
+    """Generated text for a table cell, its line breaks as ⏎: nothing of it is taken for markup."""
+    shown = html.escape(text.strip() or "(nothing)").replace("\n", "⏎")
+    shown = re.sub(r"[|`$*_[{\\]", lambda mark: f"&#{ord(mark[0])};", shown)
+    return f"<code>{shown}</code>"
+
+
+def write_csv(table: pd.DataFrame, file: Path, digits: int = 4) -> pd.DataFrame:
+    """Write a measurement, rounded, and return it as it is."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    table.round(digits).to_csv(file, index=False)
+    return table
+
+
+def score_rows(records: pd.DataFrame, metrics: Sequence[str] = PAPER_METRICS) -> pd.DataFrame:
+    """Cells of a table of metrics, by default the paper's ten scores and the share of unchanged neighbours.
+
+    A row for each data set and editor; of each metric that has a better end, the best edited row is in bold.
     """
     rows = []
-    shown = PAPER_METRICS
-    for dataset, mine in scored(records).groupby("dataset", sort=False):
-        cells = {
-            editor: {score: interval(own[score], get_metric(score).binary) for score in shown}
-            for editor, own in mine.groupby("editor", sort=False)
+    for dataset, of_dataset in scored(records).groupby("dataset", sort=False):
+        intervals = {
+            editor: {name: interval(of_editor[name], get_metric(name).binary) for name in metrics}
+            for editor, of_editor in of_dataset.groupby("editor", sort=False)
         }
-        best = {s: max((c[s].mean for editor, c in cells.items() if editor != "none"), default=None) for s in shown}
-        for editor, intervals in cells.items():
-            row = {
-                "Data": dataset_name(str(dataset)),
-                "Editor": editor_name(str(editor)),
-                "n": str(next(iter(intervals.values())).n),
-            }
-            for score in shown:
-                bold = (
-                    editor != "none"
-                    and bool(get_metric(score).higher_is_better)
-                    and intervals[score].mean == best[score]
-                )
-                row[column_name(score)] = _cell(intervals[score], bold)
+        edited = [by_score for editor, by_score in intervals.items() if editor != "none"]
+        best = {
+            name: (max if get_metric(name).higher_is_better else min)(
+                (by_score[name].mean for by_score in edited), default=None
+            )
+            for name in metrics
+            if get_metric(name).higher_is_better is not None
+        }
+        for editor, by_score in intervals.items():
+            count = by_score[metrics[0]].n
+            row = {"Data": dataset_name(str(dataset)), "Editor": editor_name(str(editor)), "n": str(count)}
+            for score, reached in by_score.items():
+                bold = editor != "none" and reached.mean == best.get(score)
+                row[column_name(score)] = _cell(reached, bold)
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -164,10 +187,13 @@ def column_name(score: str) -> str:
     return get_metric(score).title
 
 
-def _cell(found: Interval, bold: bool) -> str:
-    mean = f"<strong>{100 * found.mean:.2f}</strong>" if bold else f"{100 * found.mean:.2f}"
-    return mean if np.isnan(found.low) else f"{mean}<br><small>{100 * found.low:.1f}–{100 * found.high:.1f}</small>"
+def percent(share: float) -> str:
+    """A share times 100, with one decimal."""
+    return f"{100 * share:.1f}"
 
 
-def _percent(found: Interval) -> str:
-    return f"{100 * found.mean:.1f} % ({100 * found.low:.1f}–{100 * found.high:.1f})"
+def _cell(reached: Interval, bold: bool) -> str:
+    mean = f"<strong>{100 * reached.mean:.2f}</strong>" if bold else f"{100 * reached.mean:.2f}"
+    if np.isnan(reached.low):
+        return mean
+    return f"{mean}<br><small>{percent(reached.low)}–{percent(reached.high)}</small>"

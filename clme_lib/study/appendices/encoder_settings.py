@@ -19,38 +19,47 @@ from ...edits.encoder import Encoder
 from ...subjects.subject import Subject
 from ...support.seeds import DEFAULT_SEED
 from ..rq3.radius import MARGINS, Setting, _fitted
-from ..tables import Table, dataset_name, editor_name
+from ..tables import Table, dataset_name, editor_name, write_csv
+
+SIZES = (50, 100, 200)
+_SETTINGS = ["dataset", "editor", "architecture", "selection", "patience", "margin"]
 
 
-def encoder_tables(measured: pd.DataFrame) -> tuple[Table, Table]:
-    """Encoders by setting (trained on all of the other half), and by training size; means over both halves.
+def setting_table(measured: pd.DataFrame, label: str, caption: str = "Encoders by setting.") -> Table:
+    """Encoders by setting, trained on all of the other half; means over both halves.
 
     Args:
-        measured: what ``clme encoders`` writes (:func:`clme_lib.study.appendices.encoder_settings.compare_encoders`).
+        measured: what ``clme encoders`` writes (:func:`compare_encoders`).
     """
-    settings = ["dataset", "editor", "architecture", "selection", "patience", "margin"]
-    sizes = measured.groupby(settings)["cases"].transform("max") // 10 * 10 <= measured["cases"]
-    whole = measured[sizes].groupby(settings, sort=False)
-    by_setting = [{**_encoder_setting(keys), **_encoder_scores(mine)} for keys, mine in whole]
-    grown = measured.groupby(settings).filter(lambda mine: mine["cases"].nunique() > 2)
+    whole = measured[_on_whole_half(measured)].groupby(_SETTINGS, sort=False)
+    return Table(
+        pd.DataFrame([{**_setting_cells(keys), **_score_cells(halves)} for keys, halves in whole]), caption, label
+    )
+
+
+def size_table(measured: pd.DataFrame, label: str, caption: str = "An encoder by training size.") -> Table:
+    """The encoder that was trained on several numbers of cases (:func:`compared_sizes`); means over both halves."""
+    grown = compared_sizes(measured)
     # the halves of a data set of odd size differ by one case
-    grown = grown.assign(cases=grown["cases"].where(~sizes, grown.groupby("dataset")["cases"].transform("max")))
-    by_size = [
-        {"Data": dataset_name(dataset), "Training cases": str(count), **_encoder_scores(mine)}
-        for (dataset, count), mine in grown.groupby(["dataset", "cases"])
+    largest = grown.groupby("dataset")["cases"].transform("max")
+    grown = grown.assign(cases=grown["cases"].mask(_on_whole_half(grown), largest))
+    rows = [
+        {"Data": dataset_name(dataset), "Training cases": str(count), **_score_cells(halves)}
+        for (dataset, count), halves in grown.groupby(["dataset", "cases"])
     ]
-    caption = (
-        "Balanced accuracy of *within the radius* on the half that was not trained on, means of both halves (0.5 is what any constant gets), at "
-        "the editors' radius and at the radius that would be best there; and the shares of rephrased and neighbour prompts within the radius."
-    )
-    one = Table(pd.DataFrame(by_setting), f"Encoders by setting. {caption}", "tab-encoders")
-    margin = ", ".join(f"{value:g}" for value in grown["margin"].unique())
-    return one, Table(
-        pd.DataFrame(by_size), f"A-GRACE's encoder (margin {margin}) by training size.", "tab-encoder-sizes"
-    )
+    return Table(pd.DataFrame(rows), caption, label)
 
 
-def _encoder_setting(keys: tuple) -> dict[str, str]:
+def compared_sizes(measured: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the setting that was trained on more and fewer cases."""
+    return measured.groupby(_SETTINGS).filter(lambda rows: rows["cases"].nunique() > 2)
+
+
+def _on_whole_half(measured: pd.DataFrame) -> pd.Series:
+    return measured.groupby(_SETTINGS)["cases"].transform("max") // 10 * 10 <= measured["cases"]
+
+
+def _setting_cells(keys: tuple) -> dict[str, str]:
     dataset, editor, architecture, selection, patience, margin = keys
     chosen_by = {"training": "held-out training cases", "edited": "the edited cases"}[selection]
     return {
@@ -63,8 +72,8 @@ def _encoder_setting(keys: tuple) -> dict[str, str]:
     }
 
 
-def _encoder_scores(mine: pd.DataFrame) -> dict[str, str]:
-    means = mine[["held_out", "accuracy", "best", "best_radius", "inside", "neighbours_inside"]].mean()
+def _score_cells(halves: pd.DataFrame) -> dict[str, str]:
+    means = halves[["held_out", "accuracy", "best", "best_radius", "inside", "neighbours_inside"]].mean()
     return {
         "Held out": f"{means['held_out']:.3f}",
         "Other half": f"{means['accuracy']:.3f}",
@@ -74,29 +83,26 @@ def _encoder_scores(mine: pd.DataFrame) -> dict[str, str]:
     }
 
 
-SIZES = (50, 100, 200)
-
-
 def encoder_settings(margin: float) -> Iterator[tuple[str, Setting, int | None]]:
     """(editor, hyper-parameters, training cases) of every encoder compared; the paper's own is the first.
 
     Args:
         margin: of the settings that differ in something else.
     """
-    for one in MARGINS:
-        yield "a-grace", {"margin": one}, None
+    for compared in MARGINS:
+        yield "a-grace", {"margin": compared}, None
     yield "a-grace", {"margin": 1.0, "patience": 30}, None
-    for architecture_margin in (1.0, margin):
-        yield "a-grace", {"margin": architecture_margin, "architecture": "paper"}, None
+    for compared in (1.0, margin):
+        yield "a-grace", {"margin": compared, "architecture": "paper"}, None
     yield "a-grace", {"margin": margin, "selection": "edited"}, None
-    for one in (1.0, margin):
-        yield "a-grace-wo-mean", {"margin": one}, None
+    for compared in (1.0, margin):
+        yield "a-grace-wo-mean", {"margin": compared}, None
     for size in SIZES:
         yield "a-grace", {"margin": margin}, size
 
 
 def compare_encoders(subject: Subject, file: Path, margin: float = 2.0) -> pd.DataFrame:
-    """Train encoders on each half of each data set and ask them about the other; written as CSV, a row an encoder.
+    """Train encoders on each half of each data set and ask them about the other; written as CSV, a row for each encoder.
 
     Columns: ``cases`` (trained on, with those held out to choose the epoch), ``epochs``, ``chosen`` (the epoch that was),
     ``held_out`` (its balanced accuracy there), ``accuracy`` (on the other half, at the editor's radius), ``inside`` and
@@ -122,26 +128,25 @@ def compare_encoders(subject: Subject, file: Path, margin: float = 2.0) -> pd.Da
         assert made.trained is not None
         log = made.trained.header["log"]
         pairs = make_pairs(subject, edited, made.values.layer, made.query)
-        rows.append({**row, **_found(pairs, made.trained.encoder, made.values.radius), "epochs": len(log),
-                     "chosen": 1 + int(np.argmax([epoch["accuracy"] for epoch in log])),
-                     "held_out": max(epoch["accuracy"] for epoch in log)})  # fmt: skip
+        held_out = [epoch["accuracy"] for epoch in log]
+        row |= _scores(pairs, made.trained.encoder, made.values.radius)
+        row |= {"epochs": len(log), "chosen": 1 + int(np.argmax(held_out)), "held_out": max(held_out)}
+        rows.append(row)
         known.add(_key(row))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        pd.DataFrame(rows).round(4).to_csv(file, index=False)
+        write_csv(pd.DataFrame(rows), file)
     return pd.DataFrame(rows)
 
 
 def _shown(setting: Setting) -> dict[str, Any]:
     defaults = {"architecture": "released", "selection": "training", "patience": 5}
-    return {"margin": setting["margin"], **{name: setting.get(name, one) for name, one in defaults.items()}}
+    return {"margin": setting["margin"], **{name: setting.get(name, default) for name, default in defaults.items()}}
 
 
 def _key(row: dict) -> tuple:
-    names = ("dataset", "fold", "editor", "margin", "architecture", "selection", "patience", "cases")
-    return tuple(row[name] for name in names)
+    return tuple(row[name] for name in ("fold", "cases", *_SETTINGS))
 
 
-def _found(pairs: Pairs, encoder: Encoder, radius: float) -> dict[str, float]:
+def _scores(pairs: Pairs, encoder: Encoder, radius: float) -> dict[str, float]:
     distance = pairs.distances(encoder)
     inside = (distance <= radius).double()
     radii = torch.linspace(0, float(distance.max()), 400).tolist()

@@ -17,7 +17,6 @@ from typing import Any, Literal
 import pandas as pd
 from tqdm import tqdm
 
-from ...datasets.cases import Case
 from ...datasets.paper import PAPER_DATASET_NAMES
 from ...datasets.registry import selection_cases
 from ...editors.registry import EDITORS, load_editor
@@ -28,100 +27,78 @@ from ...subjects.subject import Subject
 from ...support.errors import StudyError
 from ...support.journal import append_rows, read_rows
 from ...support.seeds import seed_of
-from ..tables import Table, dataset_name, editor_name
+from ..tables import Table, dataset_name, editor_name, percent, write_csv
 
 
-def selection_table(measured: pd.DataFrame) -> Table:
+def selection_table(measured: pd.DataFrame, label: str, caption: str = "") -> Table:
     """An editor's grid in its order, the chosen setting in bold.
 
     Args:
-        measured: what ``clme select`` writes (:func:`clme_lib.study.appendices.selection.select`).
+        measured: what ``clme select`` writes (:func:`select`).
     """
     (editor,) = measured["editor"].unique()
-    rows = []
-    for _, one in measured.iterrows():
-        cells = {
-            "Setting": one["setting"],
-            "n": str(one["cases"]),
-            **_scores(one),
-            "Loss": f"{one['loss']:.3f}",
-            "Criterion": _percent(one["criterion"]),
-        }
-        rows.append({name: f"**{cell}**" for name, cell in cells.items()} if one["chosen"] else cells)
-    caption = f"{editor_name(editor)} on the selection cases; the chosen setting in bold."
-    return Table(pd.DataFrame(rows), caption, f"tab-selection-{editor}")
+    cells = _score_cells(measured).assign(Criterion=measured["criterion"].map(percent))
+    cells[measured["chosen"]] = cells[measured["chosen"]].map(lambda cell: f"**{cell}**")
+    return Table(cells, caption or f"{editor_name(editor)} on the selection cases; the chosen setting in bold.", label)
 
 
-def values_table(paper: str = "codellama-7b", own: str = "smollm2-135m") -> Table:
+def differing_values(paper: str = "codellama-7b", own: str = "smollm2-135m") -> pd.DataFrame:
     """The hyper-parameters in which two registered subjects differ, a row each."""
-    settings = {name: load_settings(name).editors for name in (paper, own)}
-    rows = []
-    for editor in (name for name in EDITORS if name in settings[paper]):
-        theirs, ours = settings[paper][editor], settings[own][editor]
-        differing = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
-        rows += [
-            {
-                "Editor": editor_name(editor),
-                "Value": f"`{name}`",
-                f"{paper} (the paper's)": _value(theirs.get(name)),
-                own: _value(ours.get(name)),
-            }
-            for name in differing
-        ]
-    caption = (
-        f"Hyper-parameters of {own} that are not those of {paper}; layers are zero-based. All others are the same."
-    )
-    return Table(pd.DataFrame(rows), caption, "tab-values")
+    papers, owns = (load_settings(name).editors for name in (paper, own))
+    rows = [
+        {
+            "Editor": editor_name(editor),
+            "Value": f"`{name}`",
+            f"{paper} (the paper's)": _value(papers[editor].get(name)),
+            own: _value(owns[editor].get(name)),
+        }
+        for editor in EDITORS
+        if editor in papers
+        for name in {**papers[editor], **owns[editor]}
+        if papers[editor].get(name) != owns[editor].get(name)
+    ]
+    return pd.DataFrame(rows)
 
 
 def _value(value: object) -> str:
     if value is None:
         return "all"  # of the records there are
     if isinstance(value, dict):
-        return ", ".join(f"{dataset_name(name)} {_value(one)}" for name, one in value.items())
+        return ", ".join(f"{dataset_name(name)} {_value(of_dataset)}" for name, of_dataset in value.items())
     if isinstance(value, list | tuple):
         return f"{value[0]}–{value[-1]}"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def preset_table(measured: Mapping[str, pd.DataFrame]) -> Table:
+def preset_table(
+    measured: Mapping[str, pd.DataFrame], label: str, caption: str = "What the released program's defects do."
+) -> Table:
     """What the released program's defects do, alone and together; each data set's first row has none of them.
 
     Args:
-        measured: by editor, what ``clme presets`` writes (:func:`clme_lib.study.appendices.selection.compare_presets`).
+        measured: by editor, what ``clme presets`` writes (:func:`compare_presets`).
     """
-    rows = []
+    parts = []
     for editor in (name for name in EDITORS if name in measured):
-        for dataset, mine in measured[editor].groupby("dataset", sort=False):
-            for _, one in mine.iterrows():
-                rows.append(
-                    {
-                        "Editor": editor_name(editor),
-                        "Data": dataset_name(str(dataset)),
-                        "Setting": one["setting"],
-                        "n": str(one["cases"]),
-                        **_scores(one),
-                        "Loss": f"{one['loss']:.3f}",
-                        "Eff., released budget": _percent(one["released_budget_em"]),
-                    }
-                )
-    caption = (
-        "Exact match (times 100) of effectiveness and generalization, the share of neighbours left unchanged, the loss at the end, and effectiveness "
-        "when a text may only have as many tokens as the released program grants it."
+        for dataset, rows in measured[editor].groupby("dataset", sort=False):
+            cells = _score_cells(rows).assign(**{"Eff., released budget": rows["released_budget_em"].map(percent)})
+            cells.insert(0, "Editor", editor_name(editor))
+            cells.insert(1, "Data", dataset_name(str(dataset)))
+            parts.append(cells)
+    return Table(pd.concat(parts, ignore_index=True), caption, label)
+
+
+def _score_cells(measured: pd.DataFrame) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "Setting": measured["setting"],
+            "n": measured["cases"].astype(str),
+            "Eff.": measured["effectiveness_em"].map(percent),
+            "Gen.": measured["generalization_em"].map(percent),
+            "Neighbours unchanged": measured["specificity_rate"].map(percent),
+            "Loss": measured["loss"].map("{:.3f}".format),
+        }
     )
-    return Table(pd.DataFrame(rows), caption, "tab-presets")
-
-
-def _scores(one: pd.Series) -> dict[str, str]:
-    return {
-        "Eff.": _percent(one["effectiveness_em"]),
-        "Gen.": _percent(one["generalization_em"]),
-        "Neighbours unchanged": _percent(one["specificity_rate"]),
-    }
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
 
 
 GOOD_ENOUGH = 0.95
@@ -174,10 +151,8 @@ def select(
     measured = measure(subject, editor, GRIDS[editor], file, values="transferred", cases=cases, datasets=datasets)
     settings = measured.groupby(["editor", "setting"], sort=False)
     table = settings["cases"].sum().to_frame().join(settings[SCORES].mean()).reset_index()
-    reached = [criterion(*one) for one in zip(table["effectiveness_em"], table["specificity_rate"])]
-    table = choose(table.assign(criterion=reached))
-    _write(table, file)
-    return table
+    reached = [criterion(*scores) for scores in zip(table["effectiveness_em"], table["specificity_rate"])]
+    return _finish(choose(table.assign(criterion=reached)), file)
 
 
 def compare_presets(subject: Subject, editor: str, file: Path, cases: int | None = None) -> pd.DataFrame:
@@ -193,14 +168,13 @@ def compare_presets(subject: Subject, editor: str, file: Path, cases: int | None
     """
     defects = EDITORS[editor].compat if editor in EDITORS else {}
     if not defects:
-        known = [name for name, one in EDITORS.items() if one.compat]
+        known = [name for name, described in EDITORS.items() if described.compat]
         raise StudyError(f"{editor!r} has no presets to compare; known: {', '.join(known)}")
     clean = {name: EDITORS[editor].Hyperparameters.model_fields[name].default for name in defects}
-    settings = [dict(zip(defects, one)) for one in product(*((clean[name], defects[name]) for name in defects))]
+    settings = [dict(zip(defects, chosen)) for chosen in product(*((clean[name], defects[name]) for name in defects))]
     settings = [settings[0], settings[-1]] if EDITORS[editor].needs_training else settings
     table = measure(subject, editor, settings, file, values="subject", cases=cases, budgets=("clean", "compat"))
-    _write(table, file)
-    return table
+    return _finish(table, file)
 
 
 def measure(
@@ -228,7 +202,8 @@ def measure(
         for dataset in datasets:
             chosen, others = selection_cases(dataset, cases)
             made = load_editor(editor, subject, values=values, **setting)
-            identity = seed_of(subject.fingerprint, subject.dtype_name, editor, made.values, budgets, _digest(chosen))
+            digest = "".join(case.sha256 for case in chosen)
+            identity = seed_of(subject.fingerprint, subject.dtype_name, editor, made.values, budgets, digest)
             if (identity, dataset) not in done:
                 if made.needs_training:
                     made.fit(others, edited=chosen)
@@ -237,26 +212,16 @@ def measure(
                 if "compat" in budgets:
                     released = evaluate(subject, chosen, edits, preset="compat")
                     mean["released_budget_em"] = released["effectiveness_em"].mean()
-                scores = {name: finite(one) for name, one in mean.items()}
+                scores = {name: finite(score) for name, score in mean.items()}
                 done[identity, dataset] = {"identity": identity, "dataset": dataset, "scores": scores}
                 append_rows(kept, [done[identity, dataset]])
-            rows.append(
-                {
-                    "editor": editor,
-                    "setting": ", ".join(f"{name} {_shown(value)}" for name, value in setting.items()),
-                    "dataset": dataset,
-                    "cases": len(chosen),
-                    **{
-                        name: float("nan") if one is None else one
-                        for name, one in done[identity, dataset]["scores"].items()
-                    },
-                }
-            )
+            scores = {
+                name: float("nan") if score is None else score
+                for name, score in done[identity, dataset]["scores"].items()
+            }
+            shown = ", ".join(f"{name} {_shown(value)}" for name, value in setting.items())
+            rows.append({"editor": editor, "setting": shown, "dataset": dataset, "cases": len(chosen), **scores})
     return pd.DataFrame(rows)
-
-
-def _digest(cases: Sequence[Case]) -> str:
-    return "".join(case.sha256 for case in cases)
 
 
 def _shown(value: Any) -> str:
@@ -264,10 +229,10 @@ def _shown(value: Any) -> str:
     return format(value, "g") if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
-def _write(table: pd.DataFrame, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    table.round(4).to_csv(file, index=False)
+def _finish(table: pd.DataFrame, file: Path) -> pd.DataFrame:
+    write_csv(table, file)
     file.with_name(f"{file.name}.part").unlink(missing_ok=True)
+    return table
 
 
 def choose(measured: pd.DataFrame) -> pd.DataFrame:

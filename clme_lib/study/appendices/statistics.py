@@ -15,41 +15,34 @@ from ...editors.registry import load_editor
 from ...forward.blockwise import Blockwise
 from ...forward.tokens import encode
 from ...subjects.subject import Subject
-from ..tables import Table
-from .selection import _percent
+from ..tables import Table, percent, write_csv
 
 
-def statistics_table(measured: pd.DataFrame) -> Table:
+def statistics_table(measured: pd.DataFrame, label: str, caption: str = "Writes under more statistics.") -> Table:
     """MEMIT's writes under more and more statistics.
 
     Args:
-        measured: what ``clme statistics`` writes (:func:`clme_lib.study.appendices.statistics.compare_statistics`).
+        measured: what ``clme statistics`` writes (:func:`compare_statistics`).
     """
-    rows = [
-        {
-            "Tokens": f"{one['tokens']:,}",
-            "Layer": str(one["layer"]),
-            "n": str(one["cases"]),
-            "Cosine": f"{one['cosine']:.3f}",
-            "Share": _percent(one["share"]),
-            "of four times as many": _percent(one["share_of_four"]),
-            "Difference": f"{100 * one['difference']:.1f} %",
-        }
-        for one in measured.to_dict("records")
-    ]
-    return Table(
-        pd.DataFrame(rows),
-        "The same keys under statistics of so many tokens, and of four times as many.",
-        "tab-statistics",
-    )
+    cells = {
+        "Tokens": measured["tokens"].map("{:,}".format),
+        "Layer": measured["layer"].astype(str),
+        "n": measured["cases"].astype(str),
+        "Cosine": measured["cosine"].map("{:.3f}".format),
+        "Share": measured["share"].map(percent),
+        "of four times as many": measured["share_of_four"].map(percent),
+        "Difference": measured["difference"].map("{:.1%}".format).str.replace("%", " %"),
+    }
+    return Table(pd.DataFrame(cells), caption, label)
 
 
 @torch.no_grad()
 def compare_statistics(subject: Subject, file: Path, cases: int) -> pd.DataFrame:
     """What MEMIT would write with so many tokens' statistics, and with four times as many; written as CSV.
 
-    One row a layer for ten tokens per dimension of the key, and one for forty (the default). Columns: ``tokens``; ``cosine`` (smallest over the cases) between the two write directions ``a``; ``share`` and ``share_of_four`` (mean) of
-    the residual that a write puts at its own key, ``k^T a``; ``difference`` (largest) between the two, relative.
+    For each layer one row with ten tokens per dimension of the key, and one with forty (the default). Columns: ``tokens``; ``cosine``
+    (smallest over the cases) between the two write directions ``a``; ``share`` and ``share_of_four`` (mean) of the residual that a
+    write puts at its own key, ``k^T a``; ``difference`` (largest) between the two, relative.
 
     Args:
         cases: of each data set's selection cases, the first so many.
@@ -66,22 +59,19 @@ def compare_statistics(subject: Subject, file: Path, cases: int) -> pd.DataFrame
         few, many = (load_editor("memit", subject, corpus_tokens=times * each * subject.inner_size) for times in (1, 4))
         assert isinstance(few, MEMIT) and isinstance(many, MEMIT)
         for layer, moment in few.moments.items():
-            (one, share), (other, share_of_four) = (_direction(editor, layer, keys[layer]) for editor in (few, many))
+            directions, shares = zip(*(_direction(editor, layer, keys[layer]) for editor in (few, many)))
             rows.append(
                 {
                     "tokens": moment.header["tokens"],
                     "layer": layer,
                     "cases": len(chosen),
-                    "cosine": torch.nn.functional.cosine_similarity(one, other).min().item(),
-                    "share": share.mean().item(),
-                    "share_of_four": share_of_four.mean().item(),
-                    "difference": (share / share_of_four - 1).abs().max().item(),
+                    "cosine": torch.nn.functional.cosine_similarity(*directions).min().item(),
+                    "share": shares[0].mean().item(),
+                    "share_of_four": shares[1].mean().item(),
+                    "difference": (shares[0] / shares[1] - 1).abs().max().item(),
                 }
             )
-    table = pd.DataFrame(rows)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    table.round(4).to_csv(file, index=False)
-    return table
+    return write_csv(pd.DataFrame(rows), file)
 
 
 def _direction(editor: MEMIT, layer: int, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

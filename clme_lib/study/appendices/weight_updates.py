@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -26,66 +27,65 @@ from ...forward.recording import recorded
 from ...forward.tokens import encode, tokenize
 from ...subjects.subject import Subject
 from ...support.errors import StudyError
-from ..tables import Table, editor_name
+from ..tables import Table, editor_name, write_csv
 
 _VALUES = {"transferred": "the paper's", "subject": "selected"}
 
 
-def diagnosis_table(measured: pd.DataFrame) -> Table:
+def diagnosis_table(measured: pd.DataFrame, label: str, caption: str = "Updates, means over cases.") -> Table:
     """Losses, size and reach of updates.
 
     Args:
-        measured: what ``clme diagnose`` writes (:func:`clme_lib.study.appendices.weight_updates.diagnose_editors`).
+        measured: what ``clme diagnose`` writes (:func:`diagnose_editors`).
     """
-    rows = [
-        {
-            "Editor": editor_name(one["editor"]),
-            "Values": _VALUES[one["values"]],
-            "n": str(one["cases"]),
-            "Learnt": f"{one['learnt']:.2f}",
-            "NLL": f"{one['nll_before']:.2f} → {one['nll_after']:.2f}",
-            "First": f"{one['first_before']:.2f} → {one['first_after']:.2f}",
-            "Norm": f"{one['norm']:.2f}",
-            "Reach": f"{100 * one['reach']:.0f} %",
-        }
-        for _, one in measured.iterrows()
-    ]
-    return Table(pd.DataFrame(rows), "Updates on selection cases of smollm2-135m, means over cases.", "tab-diagnosis")
+    cells = {
+        "Editor": measured["editor"].map(editor_name),
+        "Values": measured["values"].map(_VALUES),
+        **_loss_cells(measured),
+        "First": _change(measured, "first"),
+        "Norm": measured["norm"].map("{:.2f}".format),
+        "Reach": measured["reach"].map("{:.0%}".format).str.replace("%", " %"),
+    }
+    return Table(pd.DataFrame(cells), caption, label)
 
 
-def pmet_table(measured: pd.DataFrame) -> Table:
+def pmet_table(measured: pd.DataFrame, label: str, caption: str = "PMET's steps taken apart.") -> Table:
     """PMET's steps taken apart.
 
     Args:
-        measured: what ``clme pmet-parts`` writes (:func:`clme_lib.study.appendices.weight_updates.take_pmet_apart`).
+        measured: what ``clme pmet-parts`` writes (:func:`take_pmet_apart`).
     """
-    rows = [
-        {
-            "Attention's vector": "learnt beside" if one["attention learnt"] else "none",
-            "Written": f"block {one['layers']}" if one["layers"].isdigit() else f"blocks {one['layers']}",
-            "Weight": f"{one['weight']:g}",
-            "n": str(one["cases"]),
-            "Learnt": f"{one['learnt']:.2f}",
-            "NLL": f"{one['nll_before']:.2f} → {one['nll_after']:.2f}",
-            "First after": f"{one['first_after']:.2f}",
-            "Norm": f"{one['norm']:.2f}",
-        }
-        for _, one in measured.astype({"layers": str}).iterrows()
-    ]
-    caption = (
-        "PMET's vectors learnt without the KL term, written at the last layers of its window; CNLE selection cases."
-    )
-    return Table(pd.DataFrame(rows), caption, "tab-pmet-parts")
+    layers = measured["layers"].astype(str)
+    cells = {
+        "Attention's vector": measured["attention learnt"].map({True: "learnt beside", False: "none"}),
+        "Written": [f"block {written}" if written.isdigit() else f"blocks {written}" for written in layers],
+        "Weight": measured["weight"].map("{:g}".format),
+        **_loss_cells(measured),
+        "First after": measured["first_after"].map("{:.2f}".format),
+        "Norm": measured["norm"].map("{:.2f}".format),
+    }
+    return Table(pd.DataFrame(cells), caption, label)
+
+
+def _loss_cells(measured: pd.DataFrame) -> dict[str, pd.Series]:
+    learnt = measured["learnt"].map("{:.2f}".format)
+    return {"n": measured["cases"].astype(str), "Learnt": learnt, "NLL": _change(measured, "nll")}
+
+
+def _change(measured: pd.DataFrame, loss: str) -> pd.Series:
+    before, after = (measured[f"{loss}_{when}"].map("{:.2f}".format) for when in ("before", "after"))
+    return before + " → " + after
 
 
 # the subject's own weight, which writes about 60 % of a residual, and one that writes nearly all of it
 PARTS_WEIGHTS = (2_093.0, 200.0)
+_PARTS_COLUMNS = ["learnt", "nll_before", "nll_after", "first_after", "norm"]
 UPDATING = tuple(name for name, editor in EDITORS.items() if not issubclass(editor, NoEditor | ValueEditor))
 
 
 @torch.no_grad()
 def diagnose(subject: Subject, cases: Sequence[Case], edits: Sequence[Edit]) -> pd.DataFrame:
-    """One row a case.
+    """One row for each case.
 
     Columns: ``learnt`` (the loss when the editor stopped), ``nll_before`` and ``nll_after`` (the target's mean
     cross-entropy, nats per token, read by the unedited and by the edited subject), ``first_before`` and ``first_after`` (of
@@ -99,9 +99,9 @@ def diagnose(subject: Subject, cases: Sequence[Case], edits: Sequence[Edit]) -> 
     for case, edit in zip(cases, edits):
         if (updates := edit.deltas()) is None:
             raise StudyError(f"{edit.editor} does not update weights: there is nothing to diagnose")
-        before, after = (_target_losses(subject, case, one) for one in ([], [edit]))
+        before, after = (_target_losses(subject, case, applied) for applied in ([], [edit]))
         deltas = {layer: delta.to(subject.device) for layer, delta in updates.items()}
-        own, *others = (_moved(subject, prompt, deltas) for prompt in (case.prompt, *case.unrelated))
+        own, *neighbours = (_moved(subject, prompt, deltas) for prompt in (case.prompt, *case.unrelated))
         rows.append(
             {
                 "editor": edit.editor,
@@ -113,7 +113,7 @@ def diagnose(subject: Subject, cases: Sequence[Case], edits: Sequence[Edit]) -> 
                 "first_before": before[0].item(),
                 "first_after": after[0].item(),
                 "norm": sum(delta.norm() ** 2 for delta in deltas.values()).item() ** 0.5,
-                "reach": torch.stack([other / own for other in others]).mean().item(),
+                "reach": torch.stack([neighbour / own for neighbour in neighbours]).mean().item(),
             }
         )
     return pd.DataFrame(rows)
@@ -134,18 +134,15 @@ def diagnose_editors(subject: Subject, editors: Sequence[str], file: Path, cases
     for editor in editors:
         for values in ("transferred", "subject"):
             made = load_editor(editor, subject, values=values)
-            found = []
+            diagnoses = []
             for dataset in PAPER_DATASET_NAMES:
                 chosen, others = selection_cases(dataset, cases)
                 if made.needs_training:
                     made.fit(others)
-                found.append(diagnose(subject, chosen, made.edit(chosen, progress=True)))
-            mean = pd.concat(found).drop(columns=["editor", "dataset", "case_id"]).mean()
-            rows.append({"editor": editor, "values": values, "cases": sum(map(len, found)), **mean})
-    table = pd.DataFrame(rows)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    table.round(4).to_csv(file, index=False)
-    return table
+                diagnoses.append(diagnose(subject, chosen, made.edit(chosen, progress=True)))
+            mean = pd.concat(diagnoses).drop(columns=["editor", "dataset", "case_id"]).mean()
+            rows.append({"editor": editor, "values": values, "cases": sum(map(len, diagnoses)), **mean})
+    return write_csv(pd.DataFrame(rows), file)
 
 
 def take_pmet_apart(subject: Subject, file: Path, cases: int) -> pd.DataFrame:
@@ -164,32 +161,24 @@ def take_pmet_apart(subject: Subject, file: Path, cases: int) -> pd.DataFrame:
         learnt = load_editor("pmet", subject, values="transferred", kl_factor=0.0, attention=attention)
         assert isinstance(learnt, MEMIT)
         with torch.enable_grad():
-            wanted, logs = learnt.wanted(chosen)
+            target_states, logs = learnt.wanted(chosen)
         window = learnt.values.layers
         for first in reversed(range(len(window))):
             for weight in PARTS_WEIGHTS:
-                writer = load_editor(
-                    "pmet",
-                    subject,
-                    values="transferred",
-                    kl_factor=0.0,
-                    attention=attention,
-                    layers=window[first:],
-                    covariance_weight=weight,
-                )
+                hparams: dict[str, Any] = {
+                    "attention": attention,
+                    "layers": window[first:],
+                    "covariance_weight": weight,
+                }
+                writer = load_editor("pmet", subject, values="transferred", kl_factor=0.0, **hparams)
                 assert isinstance(writer, MEMIT)
-                edits = writer.write(chosen, wanted.detach(), logs)
-                mean = diagnose(subject, chosen, edits)[
-                    ["learnt", "nll_before", "nll_after", "first_after", "norm"]
-                ].mean()
+                edits = writer.write(chosen, target_states.detach(), logs)
+                mean = diagnose(subject, chosen, edits)[_PARTS_COLUMNS].mean()
                 layers = f"{window[first]}-{window[-1]}" if first < len(window) - 1 else str(window[-1])
                 rows.append(
                     {"attention learnt": attention, "layers": layers, "weight": weight, "cases": len(chosen), **mean}
                 )
-    table = pd.DataFrame(rows)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    table.round(3).to_csv(file, index=False)
-    return table
+    return write_csv(pd.DataFrame(rows), file, digits=3)
 
 
 def _target_losses(subject: Subject, case: Case, edits: Sequence[Edit]) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -18,7 +20,7 @@ _PLACE = ["subject", "random_weights", "dtype", "machine", "threads"]
 _NOT_MEASURED, _TOO_LARGE = "not measured", "out of memory"
 
 
-def circumstances(measured: pd.DataFrame) -> Table:
+def circumstances(measured: pd.DataFrame, label: str, caption: str = "What was measured, on what.") -> Table:
     """Where the measurements come from."""
     rows = []
     in_order = measured.sort_values("random_weights", kind="stable")
@@ -39,8 +41,7 @@ def circumstances(measured: pd.DataFrame) -> Table:
         )
     for name in unmeasured(measured):
         rows.append({"Subject": name, "Weights": _NOT_MEASURED})
-    caption = "What was measured, on what. Random weights stand for a subject whose trained weights were not at hand: the sizes are exact."
-    return Table(pd.DataFrame(rows).fillna(""), caption, "tab-rq2-circumstances")
+    return Table(pd.DataFrame(rows).fillna(""), caption, label)
 
 
 def unmeasured(measured: pd.DataFrame) -> list[str]:
@@ -49,18 +50,18 @@ def unmeasured(measured: pd.DataFrame) -> list[str]:
     return [name for name in registered_subjects() if name not in there]
 
 
-def cost_table(measured: pd.DataFrame) -> Table:
+def cost_table(measured: pd.DataFrame, label: str, caption: str = "One edit at a time.") -> Table:
     """Seconds and peak memory of one edit alone: medians, with quartiles of the time where there are several edits."""
     edits, tried = _rows(measured, "edit"), _rows(measured, "edit", "setup")
     too_large = _too_large(tried)
     rows = []
-    for (label, editor), whole in tried.groupby(["label", "editor"], sort=False):
-        mine = edits[(edits["label"] == label) & (edits["editor"] == editor)]
+    for (of_subject, editor), whole in tried.groupby(["label", "editor"], sort=False):
+        mine = edits[(edits["label"] == of_subject) & (edits["editor"] == editor)]
         setup = whole[whole["kind"] == "setup"]
-        row = {"Subject": label, "Editor": editor_name(editor), "n": _counts(mine["dataset"].value_counts())}
+        row = {"Subject": of_subject, "Editor": editor_name(editor), "n": _counts(mine["dataset"].value_counts())}
         names = list(measured["dataset"].dropna().unique())
         for name in names:
-            full = (label, name, editor) in too_large
+            full = (of_subject, name, editor) in too_large
             row[f"{dataset_name(name)} s / edit"] = (
                 _TOO_LARGE if full else _spread(mine[mine["dataset"] == name]["seconds"])
             )
@@ -70,11 +71,7 @@ def cost_table(measured: pd.DataFrame) -> Table:
         row["steps"] = _whole(mine["steps"].median())
         row["set-up s"] = f"{setup['seconds'].max():.1f}" if setup["seconds"].notna().any() else ""
         rows.append(row)
-    caption = (
-        "One edit at a time: median seconds with quartiles, and median peak memory with what was in use before the edit. Set-up "
-        "(statistics, context templates and encoders, from the cache where they are there) and a warm-up are outside; n is per data set."
-    )
-    return Table(pd.DataFrame(rows), caption, "tab-rq2-cost")
+    return Table(pd.DataFrame(rows), caption, label)
 
 
 def _too_large(tried: pd.DataFrame) -> set[tuple[str, str, str]]:
@@ -177,20 +174,19 @@ def cost_figure(measured: pd.DataFrame, column: str):
     return figure
 
 
-def throughput_table(measured: pd.DataFrame) -> Table:
-    """Edits a second, alone and with their evaluation, by batch size."""
+def throughput_table(measured: pd.DataFrame, label: str, caption: str = "Edits per second.") -> Table:
+    """Edits per second, alone and with their evaluation, by batch size."""
     batches = _rows(measured, "throughput")
     rows = []
-    for (label, dataset, editor), mine in batches.groupby(["label", "dataset", "editor"], sort=False):
-        row = {"Subject": label, "Data": dataset_name(dataset), "Editor": editor_name(editor)}
+    for (of_subject, dataset, editor), mine in batches.groupby(["label", "dataset", "editor"], sort=False):
+        row = {"Subject": of_subject, "Data": dataset_name(dataset), "Editor": editor_name(editor)}
         rates = _rates(mine)
         for size, rate in rates.iterrows():
             row[f"edits/s, batch {size}"] = _rate(rate["edits"])
         for size, rate in rates.iterrows():
             row[f"with evaluation, batch {size}"] = _rate(rate["cases"])
         rows.append(row)
-    caption = "Edits a second, and edits with their evaluation a second, when cases are edited and scored together."
-    return Table(pd.DataFrame(rows).fillna(""), caption, "tab-rq2-throughput")
+    return Table(pd.DataFrame(rows).fillna(""), caption, label)
 
 
 def _rates(batches: pd.DataFrame) -> pd.DataFrame:
@@ -204,16 +200,16 @@ def _rate(value: float) -> str:
     return _TOO_LARGE if value != value else f"{value:.3g}"
 
 
-def floor_table(measured: pd.DataFrame) -> Table:
+def floor_table(measured: pd.DataFrame, label: str, caption: str = "One edit and its floor.") -> Table:
     """Measured time over the least that counting allows (floor.py), medians over cases edited alone."""
     edits, names = _rows(measured, "edit"), list(measured["dataset"].dropna().unique())
     rates = _rows(measured, "ceiling").drop_duplicates("label").set_index("label")
     rows = []
-    for (label, editor), whole in edits.groupby(["label", "editor"], sort=False):
-        if label not in rates.index or not all(whole["phases"]):
+    for (of_subject, editor), whole in edits.groupby(["label", "editor"], sort=False):
+        if of_subject not in rates.index or not all(whole["phases"]):
             continue  # nobody has counted this editor's operations
-        device = Ceilings(rates.loc[label, "operations_per_second"], rates.loc[label, "bytes_per_second"])
-        row = {"Subject": label, "Editor": editor_name(editor)}
+        device = Ceilings(*rates.loc[of_subject, ["operations_per_second", "bytes_per_second"]])
+        row = {"Subject": of_subject, "Editor": editor_name(editor)}
         parts = [[Phase(*one) for one in case] for case in whole["phases"]]
         floors = pd.Series([device.seconds(case) for case in parts], index=whole.index)
         for name in names:
@@ -228,12 +224,11 @@ def floor_table(measured: pd.DataFrame) -> Table:
         row["longest phase"] = pd.Series([one.name for one in longest]).mode()[0]
         row["bound by"] = "arithmetic" if np.mean(bound) > 0.5 else "memory"
         rows.append(row)
-    caption = "How far one edit alone is from its floor: the least time that its arithmetic and memory traffic take on this device."
-    return Table(pd.DataFrame(rows), caption, "tab-rq2-floor")
+    return Table(pd.DataFrame(rows), caption, label)
 
 
-def ceiling_table(measured: pd.DataFrame) -> Table:
-    """The device's measured rates."""
+def ceiling_table(measured: pd.DataFrame, label: str, caption: str = "What the device can do.") -> Table:
+    """The device's measured rates: of a large matrix product, and of a large copy (read and written)."""
     rows = [
         {
             "Machine": one["machine"],
@@ -244,14 +239,16 @@ def ceiling_table(measured: pd.DataFrame) -> Table:
         }
         for _, one in measured[measured["kind"] == "ceiling"].iterrows()
     ]
-    return Table(
-        pd.DataFrame(rows),
-        "What the device can do: a large matrix product, and a large copy (read and written).",
-        "tab-rq2-ceilings",
-    )
+    return Table(pd.DataFrame(rows), caption, label)
 
 
-def projection_table(measured: pd.DataFrame, plain: pd.DataFrame | None = None) -> Table:
+def projection_table(
+    measured: pd.DataFrame,
+    plain: pd.DataFrame | None = None,
+    *,
+    label: str,
+    caption: str = "Projected hours for the whole study.",
+) -> Table:
     """Hours that the whole study would take: all of CLMEEval's cases by the nine editor variants, edited and evaluated.
 
     From each variant's measured rate with evaluation, one case at a time and in the best batch; a subject is projected only
@@ -281,14 +278,7 @@ def projection_table(measured: pd.DataFrame, plain: pd.DataFrame | None = None) 
             if slow is not None:
                 row |= {"plain procedure (h)": f"{slow:.0f}", "plain / in batches": f"{slow / best:.1f}"}
             rows.append(row)
-    total = sum(PAPER_CASES.values())
-    caption = (
-        f"Projected hours for {total:,} cases (the paper's data sets; CSNE's lengths as mined here) by {len(VARIANTS)} editor variants, "
-        "each edited and evaluated; training and set-up apart."
-    )
-    if plain is not None:
-        caption += " The plain procedure's seconds a case are the speed appendix's, whose CSNE prompts have at least 110 tokens."
-    return Table(pd.DataFrame(rows).fillna(""), caption, "tab-rq2-projection")
+    return Table(pd.DataFrame(rows).fillna(""), caption, label)
 
 
 def _is_whole(batches: pd.DataFrame) -> bool:
@@ -317,69 +307,53 @@ def _plain_hours(plain: pd.DataFrame, place: tuple) -> float | None:
     return sum(float(mine[one]) * PAPER_CASES[one[0]] for one in wanted) / 3600
 
 
-def reading(measured: pd.DataFrame) -> str:
-    """Markdown that says what was measured, and which of the paper's orderings it has; every figure is computed here."""
-    edits = _rows(measured, "edit")
-    middle = edits.groupby(["label", "dataset", "editor"], sort=False)["seconds"].median().unstack("editor")
-    sentences = []
-    for label, mine in middle.groupby(level="label", sort=False):
-        costs = [
-            f"from {row.min():.2g} s ({editor_name(row.idxmin())}) to {row.max():.3g} s ({editor_name(row.idxmax())}) on {dataset_name(str(name))}"
-            for (_, name), row in mine.iterrows()
-        ]
-        sentences.append(f"On {label}, an edit takes {' and '.join(costs)}.")
-    sentences += _orderings(middle, edits)
-    half = edits[edits["dtype"].isin(["bfloat16", "float16"]) & edits["peak_mib"].notna()]
-    if len(half):
-        most = half.loc[half["peak_mib"].idxmax()]
-        sentences.append(
-            f"The largest peak in 16 bits is {most['peak_mib'] / 1024:.1f} GiB ({editor_name(most['editor'])} on {most['label']})."
-        )
-    if failed := _too_large(_rows(measured, "setup")):
-        whole = {label: sorted({one for where, _, one in failed if where == label}) for label, _, _ in sorted(failed)}
-        lists = [f"{' and '.join(map(editor_name, names))} on {label}" for label, names in whole.items()]
-        sentences.append(f"Did not fit into the device's memory: {'; '.join(lists)}.")
-    if not (measured["device"] == "cuda").any():
-        sentences.append("Nothing of this was measured on a GPU.")
-    if missing := unmeasured(measured):
-        sentences.append(f"Not measured, for want of a device that holds them: {', '.join(missing)}.")
-    return "\n".join(f"- {sentence}" for sentence in sentences)
+def findings(measured: pd.DataFrame) -> dict[str, Any]:
+    """What was measured, and which of the paper's orderings the measurements have. Editors and data sets go by their titles.
 
-
-def _orderings(middle: pd.DataFrame, edits: pd.DataFrame) -> list[str]:
-    """What the paper found of its subjects on its GPU, counted in these measurements.
-
-    Args:
-        middle: median seconds of an edit, a row for each subject's label and data set, a column an editor.
+    Returns:
+        ``costs``: median seconds of an edit, a row for each subject (its label) and data set, with the ``fastest`` and the
+        ``slowest`` editor and its ``least`` and ``most`` seconds. ``malmen``: in how many of the ``pairs`` of subject and data
+        set that have all three MALMEN is the ``fastest``, and MEMIT or PMET the ``slowest``. ``csne``: in how many ``pairs``
+        of subject and editor CSNE takes ``longer``. ``shapes``: of several subjects with random weights, by the editors
+        measured on all of them, the one with the largest median ``seconds`` and ``peak_mib``. ``half``: ``gib``, ``editor`` and
+        ``subject`` of the largest peak in 16 bits. These four are None where there is nothing to count. ``too_large``: by
+        subject, the editors that did not fit into memory. ``on_gpu``: whether anything was measured on one.
+        ``unmeasured``: registered subjects without measurements.
     """
-    sentences = []
-    if {"malmen", "memit", "pmet"} <= set(middle.columns):
-        whole = middle.dropna(subset=["malmen", "memit", "pmet"])
-        first = (whole.idxmin(axis=1) == "malmen").sum()
-        last = whole.idxmax(axis=1).isin(["memit", "pmet"]).sum()
-        sentences.append(
-            f"The paper finds MALMEN fastest and MEMIT and PMET slowest: of the {len(whole)} pairs of subject and data set in which all "
-            f"three were measured, MALMEN is the fastest in {first} and one of the other two the slowest in {last}."
-        )
-    if set(PAPER_CASES) <= set(middle.index.get_level_values("dataset")):
-        both = middle.stack().unstack("dataset").dropna()
-        longer = (both[CSNE.name] > both[CNLE.name]).sum()
-        sentences.append(
-            f"It finds CSNE dearer than CNLE: so it is in {longer} of {len(both)} pairs of subject and editor."
-        )
-    random = edits[edits["random_weights"]]
+    edits = _rows(measured, "edit")
+    medians = edits.groupby(["label", "dataset", "editor"], sort=False)["seconds"].median().unstack("editor")
+    costs = {"least": medians.min(axis=1), "most": medians.max(axis=1)}
+    costs |= {"fastest": medians.idxmin(axis=1).map(editor_name), "slowest": medians.idxmax(axis=1).map(editor_name)}
+    failed = sorted(_too_large(_rows(measured, "setup")))
+    too_large = {label: sorted({name for subject, _, name in failed if subject == label}) for label, _, _ in failed}
+    half = edits[edits["dtype"].isin(["bfloat16", "float16"]) & edits["peak_mib"].notna()]
+    largest = half.loc[half["peak_mib"].idxmax()] if len(half) else None
+    return {
+        "costs": pd.DataFrame(costs).rename(index=dataset_name, level="dataset"),
+        **_orderings(medians, edits[edits["random_weights"]]),
+        "half": None
+        if largest is None
+        else {"gib": largest["peak_mib"] / 1024, "editor": editor_name(largest["editor"]), "subject": largest["label"]},
+        "too_large": {label: [editor_name(name) for name in names] for label, names in too_large.items()},
+        "on_gpu": bool((measured["device"] == "cuda").any()),
+        "unmeasured": unmeasured(measured),
+    }
+
+
+def _orderings(medians: pd.DataFrame, random: pd.DataFrame) -> dict[str, dict[str, Any] | None]:
+    """What the paper says of its subjects on its GPU, counted in these measurements (see :func:`findings`)."""
+    counted: dict[str, dict[str, Any] | None] = dict.fromkeys(("malmen", "csne", "shapes"))
+    if {"malmen", "memit", "pmet"} <= set(medians.columns):
+        whole = medians.dropna(subset=["malmen", "memit", "pmet"])
+        first, last = whole.idxmin(axis=1) == "malmen", whole.idxmax(axis=1).isin(["memit", "pmet"])
+        counted["malmen"] = {"pairs": len(whole), "fastest": first.sum(), "slowest": last.sum()}
+    if set(PAPER_CASES) <= set(medians.index.get_level_values("dataset")):
+        both = medians.stack().unstack("dataset").dropna()
+        counted["csne"] = {"pairs": len(both), "longer": (both[CSNE.name] > both[CNLE.name]).sum()}
     # by the editors that all of them have: one may not fit
     subjects = random.groupby("editor")["subject"].nunique()
     common = subjects.index[subjects == random["subject"].nunique()]
-    shapes = random[random["editor"].isin(common)].groupby("subject", sort=False)
+    shapes = random[random["editor"].isin(common)].groupby("subject", sort=False)[["seconds", "peak_mib"]].median()
     if len(shapes) > 1:
-        slow, large = shapes["seconds"].median().idxmax(), shapes["peak_mib"].median().idxmax()
-        both = (
-            f"{slow} has the largest median time and memory"
-            if slow == large
-            else (f"{slow} has the largest median time, {large} the largest median memory")
-        )
-        sentences.append(
-            f"It finds CodeQwen1.5-7B slowest and largest: of its subjects' shapes, by the editors measured on all, {both}."
-        )
-    return sentences
+        counted["shapes"] = shapes.idxmax().to_dict()
+    return counted

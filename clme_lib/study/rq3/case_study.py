@@ -23,39 +23,31 @@ def project(subject: Subject, everything: Sequence[Case], candidates: Sequence[C
         candidates: cases to take one from.
 
     Returns:
-        One row a prompt and query: ``dataset``, ``case_id``, ``query`` (``last`` token as in GRACE, encoded ``mean`` as in
+        One row for each prompt and query: ``dataset``, ``case_id``, ``query`` (``last`` token as in GRACE, encoded ``mean`` as in
         A-GRACE), ``kind`` of the prompt, its place ``x``, ``y`` and its ``distance`` from the edit prompt in the whole space.
     """
     from sklearn.decomposition import PCA
 
     (case,) = sample_cases(candidates, 1, seed)
     halves = folds(everything, seed)
-    learnt = [one for one in everything if one.case_id in set(halves[0 if case.case_id in halves[1] else 1])]
+    other_half = set(halves[0 if case.case_id in halves[1] else 1])
     editor = load_editor("a-grace", subject, seed=seed)
     assert isinstance(editor, AGRACE)
-    editor.fit(learnt, edited=[case])
+    editor.fit([learnt for learnt in everything if learnt.case_id in other_half], edited=[case])
     assert editor.trained is not None
     prompts = [case.prompt, case.rephrased[0], *case.unrelated]
     means = stored_queries(subject, prompts, editor.values.layer, "mean").to(subject.device)
-    places = {
+    points = {
         "last": stored_queries(subject, prompts, editor.values.layer, "last"),
         "mean": editor.trained.encoder(means).cpu(),
     }
-    rows = []
-    for query, points in places.items():
+    tables = []
+    for query, of_query in points.items():
         # the sign of a component is arbitrary: the edit prompt lies on its positive side
-        plane = PCA(2, svd_solver="full").fit_transform(points.double().numpy())
+        plane = PCA(2, svd_solver="full").fit_transform(of_query.double().numpy())
         plane = plane * [1 if value >= 0 else -1 for value in plane[0]]
-        for n, (x, y) in enumerate(plane):
-            rows.append(
-                {
-                    "dataset": case.dataset,
-                    "case_id": case.case_id,
-                    "query": query,
-                    "kind": KINDS[min(n, 2)],
-                    "x": float(x),
-                    "y": float(y),
-                    "distance": float((points[n] - points[0]).norm()),
-                }
-            )
-    return pd.DataFrame(rows)
+        kinds = [KINDS[min(place, 2)] for place in range(len(prompts))]
+        distances = [float((point - of_query[0]).norm()) for point in of_query]
+        columns = {"kind": kinds, "x": plane[:, 0], "y": plane[:, 1], "distance": distances}
+        tables.append(pd.DataFrame({"dataset": case.dataset, "case_id": case.case_id, "query": query, **columns}))
+    return pd.concat(tables, ignore_index=True)
