@@ -1,1 +1,1 @@
-"""What every part stands on: errors, seeds, typed configuration, cached files, appended files, memory, batches."""
+"""What every part stands on: errors, typed configuration, seeds, registries, files, memory, batches."""
