@@ -51,7 +51,7 @@ class MinedFunction:
 
 def build() -> dict:
     """Mine, rename, and find neighbours; returns the set as plain data, ``{"targets": [...], "pool": [...]}``."""
-    functions = mine()
+    functions = mined_functions()
     trees = {f.origin: tree for f in functions if (tree := single_function(f.code))}
     substitutes = Substitutes(trees.values())
     targets: list[tuple[MinedFunction, str]] = []
@@ -84,7 +84,7 @@ def build() -> dict:
     }
 
 
-def mine() -> list[MinedFunction]:
+def mined_functions() -> list[MinedFunction]:
     """All accepted functions, package by package in name order, near-duplicates and repeated sentences removed."""
     functions: list[MinedFunction] = []
     for distribution, package in sorted(PACKAGES.items()):

@@ -117,8 +117,8 @@ def fine_tune(
 class MaskedNames:
     """New names from a masked language model's predictions in context (in the spirit of ALERT; the paper: CodeBERT).
 
-    All occurrences of a name are masked, one token each; tokens are ranked by their log-probability summed over the occurrences. Taken is the
-    first that is an identifier, is not used in the function and is not a keyword.
+    All occurrences of a name are masked, one token each; tokens are ranked by their log-probability summed over the occurrences. The new name is
+    the first that is an identifier, is not used in the function and is not a keyword.
     """
 
     def __init__(self, name: str, device: str = "cpu") -> None:

@@ -69,7 +69,7 @@ def build_cnle(
         answers: of the subject whose answers to the neighbours are written into the file.
 
     Raises:
-        StudyError: a source or endpoint fails, a stage there is of other settings, or nothing is left of the rows.
+        StudyError: a source or endpoint fails, a stage in the folder was made with other settings, or nothing is left of the rows.
     """
     work = _Construction(folder, "cnle", source, collect_pairs, embed)
     scores = work.stages.run("score", scorer.settings, work.collected, scorer.make)
@@ -78,8 +78,8 @@ def build_cnle(
         "select", {"level": LEVELS[-1]}, kept(scores), lambda rows: _very_relevant(rows, work.rows, levels)
     )
     # without a model only rows that have a second wording can be targeted
-    given = rephraser is GIVEN_INTENTS
-    targeted, pool = work.split(selected, {"targets": targets, "seed": seed, "second wording": given})
+    needs_wording = rephraser is GIVEN_INTENTS
+    targeted, pool = work.split(selected, {"targets": targets, "seed": seed, "second wording": needs_wording})
     near = work.neighbours(targeted, pool)
     rephrased = work.stages.run("rephrase", rephraser.settings, targeted, rephraser.make)
     return work.finish(near, rephrased, answers)
@@ -260,7 +260,7 @@ def stage_rows(folder: Path, name: str) -> list[StageRow]:
     """The rows of a stage that was built before.
 
     Raises:
-        StudyError: there are none.
+        StudyError: the folder has none.
     """
     files = sorted(folder.glob(f"[0-9][0-9]-{name}.jsonl"))
     rows = read_rows(files[0]) if files else []
@@ -275,7 +275,7 @@ def built_cases(folder: Path) -> list[Case]:
     """The cases of a data set that was built in ``folder``.
 
     Raises:
-        StudyError: there is none, or its file is damaged.
+        StudyError: the folder has none, or its file is damaged.
     """
     for dataset, name in published.FILES.items():
         if (file := folder / f"{name}.json").is_file():
