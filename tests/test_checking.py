@@ -7,8 +7,9 @@ import pytest
 
 from clme_lib import cli
 from clme_lib.datasets import published
-from clme_lib.datasets.construction.checking import check_cases, check_file, same_up_to_names
+from clme_lib.datasets.construction.checking import check_cases, check_file
 from clme_lib.datasets.registry import load_cases
+from clme_lib.datasets.renaming import same_up_to_names
 from clme_lib.support.errors import StudyError
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..subjects import embedded as embedded_subject
 from ..support.seeds import seed_of
 from .neighbours import nearest
-from .renaming import Substitutes, choose_names, eligible_names, rename, verified
+from .renaming import Substitutes, choose_names, rename, verified
 from .source_code import description, parsed, single_function, without_comments, without_docstring
 
 # distribution -> import package; all of them are installed with clme_lib itself
@@ -57,14 +57,9 @@ def build() -> dict:
     targets: list[tuple[MinedFunction, str]] = []
     pool: list[MinedFunction] = []
     for function in sorted(functions, key=lambda f: seed_of("csne", f.origin)):
-        variant = ""
-        tree = trees[function.origin]
-        if len(targets) < TARGETS and len(eligible_names(tree)) >= 2:
-            mapping = choose_names(tree, substitutes.substitute)
-            variant = rename(function.code, mapping)
-            if len(mapping) < 2 or not verified(function.code, variant, mapping):
-                variant = ""
-        if variant:
+        mapping = choose_names(trees[function.origin], substitutes.substitute) if len(targets) < TARGETS else {}
+        variant = rename(function.code, mapping)
+        if len(mapping) >= 2 and verified(function.code, variant, mapping):
             targets.append((function, variant))
         else:
             pool.append(function)
