@@ -264,6 +264,23 @@ def test_a_killed_construction_goes_on(conala, tmp_path):
         assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
+def test_a_subjects_answers_are_asked_once_and_written(conala, tmp_path):
+    asked = []
+
+    def answer(prompts):
+        asked.extend(prompts)
+        return [f"after {prompt}" for prompt in prompts]
+
+    for _ in range(2):
+        pipeline.build_cnle(
+            tmp_path, str(conala), relevance.OFFLINE_SCORER, rephrasing.GIVEN_INTENTS, targets=4, seed=1, answers=("tiny", answer)
+        )  # fmt: skip
+    cases = read(tmp_path / "EditConala.json", "cnle")
+    assert asked == [prompt for case in cases for prompt in case.unrelated]
+    for case, record in zip(cases, json.loads((tmp_path / "EditConala.json").read_text())):
+        assert record["neighborhoods"]["answers"] == {"tiny": [f"after {prompt}" for prompt in case.unrelated]}
+
+
 def test_changed_settings_and_inputs_are_refused(conala, tmp_path):
     def make(seed):
         return pipeline.build_cnle(

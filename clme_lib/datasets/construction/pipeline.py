@@ -103,10 +103,7 @@ def build_csne(
         rephraser: made from the pool's functions; gives each targeted function its ``rephrased`` code.
         targets: how many functions are targeted at most (None: all of the test part).
         tokenizer: counts the tokens (the paper: CodeBERT's); None: the embedded subject's.
-        answers: of the subject whose answers to the neighbours are written into the file.
-
-    Raises:
-        StudyError: as :func:`build_cnle`.
+        answers: as in :func:`build_cnle`, and so are the errors raised.
     """
     work = _Construction(folder, "csne", source, collect_functions, embed)
     settings = {"tokens": MAX_TOKENS, "tokenizer": tokenizer or "smollm2-135m"}
@@ -293,9 +290,6 @@ def level_counts(folder: Path) -> pd.DataFrame:
 
 def stage_counts(folder: Path) -> pd.DataFrame:
     """What each stage of a construction kept, and dropped for which reason."""
-    rows = []
-    for file in sorted(folder.glob("[0-9][0-9]-*.json")):
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        for what, count in manifest.get("counts", {}).items():
-            rows.append({"stage": manifest["stage"], "what": what, "count": count})
-    return pd.DataFrame(rows)
+    manifests = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("[0-9][0-9]-*.json"))]
+    counts = [(made["stage"], what, count) for made in manifests for what, count in made.get("counts", {}).items()]
+    return pd.DataFrame(counts, columns=["stage", "what", "count"])
