@@ -17,17 +17,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-PAPER = {
-    "neighbours, TF-IDF": 20_000 * 500_000,
-    "neighbours of functions, TF-IDF": 16_000 * 440_000,
-    "neighbours, 768 dimensions": 20_000 * 500_000,
-    "renaming": 16_000,
+# kind -> (comparisons or functions at the paper's size, targets and pool of each measurement)
+KINDS = {
+    "neighbours, TF-IDF": (20_000 * 500_000, [(1_000, 25_000), (2_000, 100_000), (2_000, 500_000)]),
+    "neighbours of functions, TF-IDF": (16_000 * 440_000, [(500, 25_000), (500, 100_000)]),
+    "neighbours, 768 dimensions": (20_000 * 500_000, [(1_000, 25_000), (2_000, 100_000)]),
+    "renaming": (16_000, [(500, 2_200), (2_000, 2_200), (2_000, 20_000)]),
 }
-WORDS = {"neighbours of functions, TF-IDF": 80}  # others: 10
-SIZES = [("neighbours, TF-IDF", (1_000, 25_000)), ("neighbours, TF-IDF", (2_000, 100_000)), ("neighbours, TF-IDF", (2_000, 500_000)),
-         ("neighbours of functions, TF-IDF", (500, 25_000)), ("neighbours of functions, TF-IDF", (500, 100_000)),
-         ("neighbours, 768 dimensions", (1_000, 25_000)), ("neighbours, 768 dimensions", (2_000, 100_000)),
-         ("renaming", (500, 2_200)), ("renaming", (2_000, 2_200)), ("renaming", (2_000, 20_000))]  # fmt: skip
 
 
 def texts_of(count, words, draw):
@@ -38,12 +34,13 @@ def texts_of(count, words, draw):
     return [" ".join(row) for row in vocabulary[words]]
 
 
-def neighbours(targets, pool, embed=None, words=10):
+def neighbours(kind, targets, pool):
     from clme_lib.datasets.neighbours import nearest, tfidf
 
+    words, embed = 80 if "functions" in kind else 10, dense if "dimensions" in kind else tfidf
     texts = texts_of(targets + pool, words, np.random.default_rng(0))
     started = time.perf_counter()
-    near = nearest(texts[:targets], texts[targets:], allowed=lambda target, entry: True, embed=embed or tfidf)
+    near = nearest(texts[:targets], texts[targets:], allowed=lambda target, entry: True, embed=embed)
     assert len(near) == targets
     return time.perf_counter() - started
 
@@ -69,10 +66,7 @@ def renaming(count, corpus):
 
 def measure(kind, sizes, threads, answer):
     torch.set_num_threads(threads)
-    if kind == "renaming":
-        seconds = renaming(*sizes)
-    else:
-        seconds = neighbours(*sizes, dense if "dimensions" in kind else None, WORDS.get(kind, 10))
+    seconds = renaming(*sizes) if kind == "renaming" else neighbours(kind, *sizes)
     answer.put((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 
 
@@ -82,24 +76,16 @@ def main():
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     rows = []
-    for kind, sizes in SIZES:
+    for kind, sizes in ((kind, sizes) for kind, (_, measured) in KINDS.items() for sizes in measured):
         context = multiprocessing.get_context("spawn")
         answer = context.Queue()
         process = context.Process(target=measure, args=(kind, sizes, options.threads, answer))
         process.start()
         seconds, peak = answer.get()
         process.join()
-        done = sizes[0] * sizes[1] if kind.startswith("neighbours") else sizes[0]
-        rows.append(
-            {
-                "what": kind,
-                "targets": sizes[0],
-                "pool": sizes[1],
-                "seconds": round(seconds, 1),
-                "peak MiB": round(peak),
-                "paper's size, hours": round(seconds * PAPER[kind] / done / 3600, 2),
-            }
-        )
+        done = sizes[0] if kind == "renaming" else sizes[0] * sizes[1]
+        rows.append({"what": kind, "targets": sizes[0], "pool": sizes[1], "seconds": round(seconds, 1), "peak MiB": round(peak),
+                     "paper's size, hours": round(seconds * KINDS[kind][0] / done / 3600, 2)})  # fmt: skip
         print(rows[-1], flush=True)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)

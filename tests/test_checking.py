@@ -7,8 +7,9 @@ import pytest
 
 from clme_lib import cli
 from clme_lib.datasets import published
-from clme_lib.datasets.construction.checking import check_cases, check_file, same_up_to_names
+from clme_lib.datasets.construction.checking import check_cases, check_file
 from clme_lib.datasets.registry import load_cases
+from clme_lib.datasets.renaming import same_up_to_names
 from clme_lib.support.errors import StudyError
 
 
@@ -37,7 +38,7 @@ def report_of(records, tmp_path, name="EditConala.json"):
 def test_sound_records_pass(records, tmp_path, capsys):
     report = report_of(records, tmp_path)
     assert report.passed and not report.findings and report.cases == 4
-    number = {one.text: (one.number, one.median) for one in report.lengths}
+    number = {row.text: (row.number, row.median) for row in report.lengths}
     assert number["edit inputs"] == (4, 7) and number["neighbours"][0] == 20 and number["targets"] == (4, 8)
     assert cli.main(["data", "check", str(tmp_path / "EditConala.json")]) == 0
     assert "4 readable cases of cnle" in capsys.readouterr().out
@@ -45,19 +46,19 @@ def test_sound_records_pass(records, tmp_path, capsys):
 
 def damage(name):
     def change(records):
-        one, other = records[1], records[2]
-        request, items = one["edit_request"], one["neighborhoods"]["items"]
+        record, next_record = records[1], records[2]
+        request, items = record["edit_request"], record["neighborhoods"]["items"]
         match name:
             case "twice":
-                one["case_id"] = other["case_id"]
+                record["case_id"] = next_record["case_id"]
             case "same input":
-                request["intent"] = other["edit_request"]["intent"]
+                request["intent"] = next_record["edit_request"]["intent"]
             case "not rephrased":
                 request["rewritten_intent"] = request["intent"]
             case "own neighbour":
                 items[3]["intent"] = request["rewritten_intent"]
             case "targeted neighbour":
-                items[3]["intent"] = other["edit_request"]["intent"]
+                items[3]["intent"] = next_record["edit_request"]["intent"]
             case "repeated neighbour":
                 items[3] = items[4]
             case "close neighbour":
@@ -75,7 +76,7 @@ def damage(name):
             case "four neighbours":
                 items.pop()
             case "some answers":
-                one["neighborhoods"]["answers"] = {"CodeLlama-7b-hf": ["a"] * 5}
+                record["neighborhoods"]["answers"] = {"CodeLlama-7b-hf": ["a"] * 5}
             case "null":
                 request["intent"] = None
             case "few neighbours":
@@ -115,11 +116,11 @@ def damage(name):
 def test_damage_is_found(records, tmp_path, capsys, kind, level, message):
     damage(kind)(records)
     report = report_of(records, tmp_path)
-    found = [finding for finding in report.findings if message in str(finding)]
-    assert [finding.level for finding in found] == [level]
+    findings = [finding for finding in report.findings if message in str(finding)]
+    assert [finding.level for finding in findings] == [level]
     assert report.passed == (level == "warning")
     if kind not in ("missing field", "four neighbours", "null", "some answers", "few neighbours"):
-        assert found[0].cases[0] in (1, 2)
+        assert findings[0].cases[0] in (1, 2)
     assert cli.main(["data", "check", str(tmp_path / "EditConala.json")]) == (level == "error")
     assert message in capsys.readouterr().out
 
@@ -127,8 +128,8 @@ def test_damage_is_found(records, tmp_path, capsys, kind, level, message):
 def test_the_embedded_sets_have_no_errors(monkeypatch):
     for dataset in ("cnle", "csne"):
         findings = check_cases(load_cases(dataset))
-        assert not [one for one in findings if one.level == "error"], findings
-        assert not [one for one in findings if "up to names" in one.problem]
+        assert not [finding for finding in findings if finding.level == "error"], findings
+        assert not [finding for finding in findings if "up to names" in finding.problem]
 
 
 def test_a_wrong_renaming_is_found(tmp_path):

@@ -121,7 +121,7 @@ def test_cnle_is_built_by_a_model(conala, tmp_path, server, capsys):
     assert {case.text for case in cases} == targeted
     for case in cases:
         assert case.rephrased[0] == f"Intent: Please {case.text}\nCode:"
-        assert not {one.removeprefix("Intent: ").removesuffix("\nCode:") for one in case.unrelated} & targeted
+        assert not {text.removeprefix("Intent: ").removesuffix("\nCode:") for text in case.unrelated} & targeted
         # the same name, the other way, is nearest unless it is targeted itself
         name = re.search("`(.*)`", case.text)[1]
         if sum(name in text for text in targeted) == 1 and name != "theta":
@@ -217,7 +217,7 @@ def test_levels_are_read_from_answers(answer, level):
 
 def test_the_offline_scorer_prefers_true_pairs():
     rows = [{"id": n, "intent": case.text, "snippet": case.target} for n, case in enumerate(load_cases("cnle")[:200])]
-    shuffled = [{**row, "snippet": other["snippet"]} for row, other in zip(rows, rows[1:] + rows[:1])]
+    shuffled = [{**row, "snippet": following["snippet"]} for row, following in zip(rows, rows[1:] + rows[:1])]
     true, false = (
         [relevance.LEVELS.index(row["level"]) for row in relevance.OFFLINE_SCORER.make(part)]
         for part in (rows, shuffled)
@@ -264,6 +264,23 @@ def test_a_killed_construction_goes_on(conala, tmp_path):
         assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
+def test_a_subjects_answers_are_asked_once_and_written(conala, tmp_path):
+    asked = []
+
+    def answer(prompts):
+        asked.extend(prompts)
+        return [f"after {prompt}" for prompt in prompts]
+
+    for _ in range(2):
+        pipeline.build_cnle(
+            tmp_path, str(conala), relevance.OFFLINE_SCORER, rephrasing.GIVEN_INTENTS, targets=4, seed=1, answers=("tiny", answer)
+        )  # fmt: skip
+    cases = read(tmp_path / "EditConala.json", "cnle")
+    assert asked == [prompt for case in cases for prompt in case.unrelated]
+    for case, record in zip(cases, json.loads((tmp_path / "EditConala.json").read_text())):
+        assert record["neighborhoods"]["answers"] == {"tiny": [f"after {prompt}" for prompt in case.unrelated]}
+
+
 def test_changed_settings_and_inputs_are_refused(conala, tmp_path):
     def make(seed):
         return pipeline.build_cnle(
@@ -297,13 +314,13 @@ FUNCTIONS = [
     More about it.
     """
     {made} = []  # collected
-    for {one} in {many}:
-        if {one}.{name} < {most}:
-            {made}.append({one}.{verb}())
+    for {single} in {many}:
+        if {single}.{name} < {most}:
+            {made}.append({single}.{verb}())
     return {made}'''
     for k, name in enumerate(NAMES)
     for n, verb in enumerate(("sum", "keep", "drop"))
-    for many, most, made, one in [VOCABULARIES[(k + n) % 2]]
+    for many, most, made, single in [VOCABULARIES[(k + n) % 2]]
 ]
 
 
@@ -311,9 +328,9 @@ FUNCTIONS = [
 def code_search_net(tmp_path):
     folder = tmp_path / "csn"
     folder.mkdir()
-    for part, mine in (("train", FUNCTIONS[:20]), ("valid", FUNCTIONS[20:28]), ("test", FUNCTIONS[28:])):
+    for part, functions in (("train", FUNCTIONS[:20]), ("valid", FUNCTIONS[20:28]), ("test", FUNCTIONS[28:])):
         with gzip.open(folder / f"python_{part}_0.jsonl.gz", "wt") as stream:
-            for code in mine:
+            for code in functions:
                 row = {
                     "code": code,
                     "docstring": ast.get_docstring(ast.parse(code).body[0]),
@@ -335,14 +352,14 @@ def test_csne_is_built_offline(code_search_net, tmp_path, capsys):
     assert {case.text for case in cases} == set(tested)
     for case in cases:
         assert '"""' not in case.text and "#" not in case.text and case.target == bare[case.text]
-        assert not {one.removeprefix("Code: ").removesuffix("\nDescription:") for one in case.unrelated} & set(tested)
+        assert not {text.removeprefix("Code: ").removesuffix("\nDescription:") for text in case.unrelated} & set(tested)
         variant = case.rephrased[0].removeprefix("Code: ").removesuffix("\nDescription:")
         assert variant != case.text
         results = []
         for code in (case.text, variant):  # both do the same
             space: dict = {}
             exec(code, space)
-            function = next(one for one in space.values() if isinstance(one, types.FunctionType))
+            function = next(value for value in space.values() if isinstance(value, types.FunctionType))
             things = [
                 types.SimpleNamespace(
                     **dict.fromkeys(NAMES, n), sum=lambda n=n: n, keep=lambda n=n: -n, drop=lambda n=n: n * n
@@ -545,11 +562,11 @@ def test_labels_are_drawn_and_compared(conala, tmp_path, capsys):
     assert len(table) == agreement.sample_size(24, 0.1) == 20 and "level" not in table.columns
     assert cli.main(arguments) == 1 and "line 2, labeller 1: '' is not a level" in capsys.readouterr().err
     levels = {row["id"]: row["level"] for row in read_rows(tmp_path / "out" / "02-score.jsonl")}
-    table["labeller 1"] = [levels[one] for one in table["id"]]
+    table["labeller 1"] = [levels[pair] for pair in table["id"]]
     table["labeller 2"] = [5 - n % 2 for n in range(20)]
     table.to_csv(tmp_path / "labels.csv", index=False)
     assert cli.main(arguments) == 0
-    kappas = agreement.agreement(tmp_path / "labels.csv", {str(one): level for one, level in levels.items()})
+    kappas = agreement.agreement(tmp_path / "labels.csv", {str(pair): level for pair, level in levels.items()})
     assert list(zip(kappas["first"], kappas["second"])) == [
         ("labeller 1", "labeller 2"),
         ("labeller 1", "scorer"),

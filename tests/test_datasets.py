@@ -294,9 +294,11 @@ def test_samples_are_nested_and_folds_disjoint():
     small, large = sample_cases(cases, 10, 1), sample_cases(cases, 30, 1)
     assert large[:10] == small
     assert {c.case_id for c in sample_cases(cases, 10, 2)} != {c.case_id for c in small}
-    one, other = folds(cases, 42)
-    assert not set(one) & set(other) and len(one) + len(other) == len(cases) and abs(len(one) - len(other)) <= 1
-    assert folds(cases[::-1], 42) == (one, other)
+    first, second = folds(cases, 42)
+    assert (
+        not set(first) & set(second) and len(first) + len(second) == len(cases) and abs(len(first) - len(second)) <= 1
+    )
+    assert folds(cases[::-1], 42) == (first, second)
 
 
 def test_selection_cases_exist():

@@ -33,8 +33,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         kind = "datasets" if "datasets" in path.split("/")[:2] else "models"
         path = path.removeprefix("api/").removeprefix(f"{kind}/")
         for verb in ("revision", "tree", "resolve"):
-            repository, found, rest = path.partition(f"/{verb}/")
-            if found:
+            repository, separator, rest = path.partition(f"/{verb}/")
+            if separator:
                 return self.answer(kind, repository, verb, rest)
         return self.missing("repository")
 
@@ -53,13 +53,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
         sha = next(commit for commit in map(commit_of, known) if known.get(commit) == place)
         files = {str(file.relative_to(place)): file for file in sorted(place.rglob("*")) if file.is_file()}
         if verb == "revision":
-            listed = {"id": repository, "sha": sha, "siblings": [{"rfilename": one} for one in files], "tags": []}
+            listed = {"id": repository, "sha": sha, "siblings": [{"rfilename": path} for path in files], "tags": []}
             return self.send(json.dumps(listed).encode(), "application/json")
         if verb == "tree":
-            inside = [one for one in files if one.startswith(name)]
+            inside = [path for path in files if path.startswith(name)]
             listed = [
-                {"type": "file", "path": one, "size": files[one].stat().st_size, "oid": commit_of(one)}
-                for one in inside
+                {"type": "file", "path": path, "size": files[path].stat().st_size, "oid": commit_of(path)}
+                for path in inside
             ]
             return self.send(json.dumps(listed).encode(), "application/json") if listed else self.missing("file")
         if name not in files:
@@ -186,4 +186,6 @@ tell(lambda: sources.hub_files(CNLE))
     assert intents == "['a b', 'c d']" and functions == "[('Give python back again.', 'test')]"
     assert files == "['train-00000-of-00001.parquet']" and (pooling, default) == ("cls", "mean")
     assert nothing.startswith("refused: owner/nothing could not be downloaded") and nothing.endswith("with --source")
-    assert not any(("ruby" in one and "resolve" in one) or "script.py" in one or "README" in one for one in hub.asked)
+    assert not any(
+        ("ruby" in path and "resolve" in path) or "script.py" in path or "README" in path for path in hub.asked
+    )

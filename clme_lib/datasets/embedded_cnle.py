@@ -21,22 +21,23 @@ from .base import DataSet
 from .cases import Case
 from .neighbours import NEIGHBOURS, nearest
 
-POOL_FIELDS = ("topic", "intent", "snippet")
-TARGET_FIELDS = ("case_id", "topic", "intent", "rewritten_intent", "snippet")
+FIELDS = {
+    "cnle-targets": ("case_id", "topic", "intent", "rewritten_intent", "snippet"),
+    "cnle-pool": ("topic", "intent", "snippet"),
+}
 
 
 def read_rows(name: str) -> list[dict]:
     """Rows of ``cnle-targets`` or ``cnle-pool``; StudyError names file, line and field of a malformed one."""
     file = resources.files("clme_lib") / "datasets" / "embedded" / f"{name}.jsonl"
-    fields = TARGET_FIELDS if name == "cnle-targets" else POOL_FIELDS
     rows = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
         except ValueError as error:
             raise StudyError(f"{file}, line {number}: not JSON: {error}") from error
-        if tuple(row) != fields:
-            raise StudyError(f"{file}, line {number}: fields {list(row)}, expected {list(fields)}")
+        if tuple(row) != FIELDS[name]:
+            raise StudyError(f"{file}, line {number}: fields {list(row)}, expected {list(FIELDS[name])}")
         rows.append(row)
     return rows
 
@@ -68,7 +69,7 @@ def load(dataset: DataSet) -> list[Case]:
 def cached() -> Path:
     """Where the neighbours of these rows, as this version of the library finds them, are kept (they may not be there yet)."""
     digest = hashlib.sha256(Path(neighbours.__file__).read_bytes())
-    for name in ("cnle-targets", "cnle-pool"):
+    for name in FIELDS:
         digest.update(json.dumps(read_rows(name)).encode())
     return cache_dir() / "datasets" / f"cnle-{digest.hexdigest()[:16]}.json"
 

@@ -16,7 +16,7 @@ from ..subjects import embedded as embedded_subject
 from ..support.seeds import seed_of
 from .neighbours import nearest
 from .paper import CSNE
-from .renaming import Substitutes, choose_names, eligible_names, rename, verified
+from .renaming import Substitutes, choose_names, rename, verified
 from .source_code import description, parsed, single_function, without_comments, without_docstring
 
 # distribution -> import package; all of them are installed with clme_lib itself
@@ -52,20 +52,15 @@ class MinedFunction:
 
 def build() -> dict:
     """Mine, rename, and find neighbours; returns the set as plain data, ``{"targets": [...], "pool": [...]}``."""
-    functions = mine()
+    functions = mined_functions()
     trees = {f.origin: tree for f in functions if (tree := single_function(f.code))}
     substitutes = Substitutes(trees.values())
     targets: list[tuple[MinedFunction, str]] = []
     pool: list[MinedFunction] = []
     for function in sorted(functions, key=lambda f: seed_of(CSNE.name, f.origin)):
-        variant = ""
-        tree = trees[function.origin]
-        if len(targets) < TARGETS and len(eligible_names(tree)) >= 2:
-            mapping = choose_names(tree, substitutes.substitute)
-            variant = rename(function.code, mapping)
-            if len(mapping) < 2 or not verified(function.code, variant, mapping):
-                variant = ""
-        if variant:
+        mapping = choose_names(trees[function.origin], substitutes.substitute) if len(targets) < TARGETS else {}
+        variant = rename(function.code, mapping)
+        if len(mapping) >= 2 and verified(function.code, variant, mapping):
             targets.append((function, variant))
         else:
             pool.append(function)
@@ -85,7 +80,7 @@ def build() -> dict:
     }
 
 
-def mine() -> list[MinedFunction]:
+def mined_functions() -> list[MinedFunction]:
     """All accepted functions, package by package in name order, near-duplicates and repeated sentences removed."""
     functions: list[MinedFunction] = []
     for distribution, package in sorted(PACKAGES.items()):

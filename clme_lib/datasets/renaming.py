@@ -16,7 +16,7 @@ import types
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 
-from .source_code import Function
+from .source_code import Function, parsed
 
 MIN_OCCURRENCES = 12
 _INTROSPECTION = {"locals", "eval", "exec", "vars", "globals", "dir"}
@@ -98,15 +98,28 @@ def rename(code: str, mapping: dict[str, str]) -> str:
 
 def verified(code: str, variant: str, mapping: dict[str, str]) -> bool:
     """Whether ``variant`` is ``code`` up to ``mapping``: trees equal in both directions, symbol tables isomorphic."""
-    if not mapping or len(set(mapping.values())) != len(mapping):
+    inverse = {new: old for old, new in mapping.items()}
+    if not mapping or len(inverse) != len(mapping):
         return False
     try:
-        forth = _mapped(ast.parse(code), mapping) == ast.dump(ast.parse(variant))
-        back = _mapped(ast.parse(variant), {new: old for old, new in mapping.items()}) == ast.dump(ast.parse(code))
+        forth = _mapped(ast.parse(code), lambda name: mapping.get(name, name)) == ast.dump(ast.parse(variant))
+        back = _mapped(ast.parse(variant), lambda name: inverse.get(name, name)) == ast.dump(ast.parse(code))
         tables = [symtable.symtable(text, "function", "exec") for text in (code, variant)]
     except (SyntaxError, ValueError):
         return False
     return forth and back and _isomorphic(tables[0], tables[1], mapping)
+
+
+def same_up_to_names(code: str, variant: str) -> bool:
+    """Whether two pieces of code differ in nothing but a one-to-one renaming of variables, parameters and functions."""
+
+    def numbered(text: str) -> str | None:
+        numbers: dict[str, str] = defaultdict(lambda: f"v{len(numbers)}")  # by a name's first appearance
+        tree = parsed(text)
+        return _mapped(tree, numbers.__getitem__, functions=True) if tree else None
+
+    before, after = numbered(code), numbered(variant)
+    return before is not None and before == after
 
 
 def same_bytecode(code: str, variant: str, mapping: dict[str, str]) -> bool:
@@ -265,12 +278,15 @@ def _called(call: ast.Call) -> str:
     return call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "?")
 
 
-def _mapped(tree: ast.AST, mapping: dict[str, str]) -> str:
+def _mapped(tree: ast.AST, new_name: Callable[[str], str], functions: bool = False) -> str:
+    """The tree with other names of its variables, and of its functions too if asked."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
-            node.id = mapping.get(node.id, node.id)
+            node.id = new_name(node.id)
         elif isinstance(node, ast.arg):
-            node.arg = mapping.get(node.arg, node.arg)
+            node.arg = new_name(node.arg)
+        elif functions and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            node.name = new_name(node.name)
     return ast.dump(tree)
 
 

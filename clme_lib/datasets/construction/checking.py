@@ -7,9 +7,8 @@ changed. Every finding names its cases and what to do.
 
 from __future__ import annotations
 
-import ast
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from ..base import DataSet, get_dataset, list_datasets
 from ..cases import Case
 from ..neighbours import TOO_CLOSE, tfidf
 from ..published import parse_record, read_records
+from ..renaming import same_up_to_names
 from ..source_code import parsed
 
 _TOKEN = re.compile(r"\w+|[^\w\s]")
@@ -214,22 +214,3 @@ def _closest(cases: Sequence[Case]) -> dict[int, float]:
         return float((vectors[[rows[prompt] for prompt in case.unrelated]] @ vectors[rows[case.prompt]].T).max())
 
     return {case.case_id: cosine(case) if case.unrelated else 0.0 for case in cases}
-
-
-def same_up_to_names(code: str, variant: str) -> bool:
-    """Whether two pieces of code differ in nothing but a one-to-one renaming of variables, parameters and functions."""
-    before, after = parsed(code), parsed(variant)
-    return before is not None and after is not None and _anonymous(before) == _anonymous(after)
-
-
-def _anonymous(tree: ast.Module) -> str:
-    """The tree with every variable as the number of its first appearance."""
-    numbers: dict[str, str] = defaultdict(lambda: f"v{len(numbers)}")
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name):
-            node.id = numbers[node.id]
-        elif isinstance(node, ast.arg):
-            node.arg = numbers[node.arg]
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            node.name = numbers[node.name]
-    return ast.dump(tree)

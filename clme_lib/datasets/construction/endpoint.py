@@ -30,7 +30,7 @@ class Endpoint:
         budget: most tokens, asked and answered, that the cache may come to hold (None: no limit).
         retries: how often the client tries again, waiting longer each time.
 
-    The key is taken from the environment variable ``OPENAI_API_KEY``; an endpoint of one's own may need none.
+    The key is taken from the environment variable ``OPENAI_API_KEY``; a local endpoint may need none.
     """
 
     def __init__(
@@ -70,21 +70,19 @@ class Endpoint:
             StudyError: the endpoint refuses or cannot be reached, or the budget is spent; what was answered is kept.
         """
         keys = [self._key(instruction, question) for question in questions]
-        waiting = deque(
-            (key, question) for key, question in dict(zip(keys, questions)).items() if key not in self._known
-        )
+        unknown = {key: question for key, question in zip(keys, questions) if key not in self._known}
+        waiting = deque(unknown.items())
         answered = 0
+        under_way: dict[Future, str] = {}
+        failure: StudyError | None = None
         with ThreadPoolExecutor(self.concurrency) as pool:
-            under_way: dict[Future, str] = {}
-            failure: StudyError | None = None
             while True:
-                while waiting and failure is None and len(under_way) < self.concurrency:
-                    if self.budget is not None and self.spent >= self.budget:
-                        failure = StudyError(
-                            f"the budget of {self.budget} tokens is spent ({self.spent}); {len(waiting)} questions are left: start again "
-                            "with a larger --budget, the answers are kept"
-                        )
-                        break
+                if failure is None and waiting and self.budget is not None and self.spent >= self.budget:
+                    failure = StudyError(
+                        f"the budget of {self.budget} tokens is spent ({self.spent}); {len(waiting)} questions are left: start again "
+                        "with a larger --budget, the answers are kept"
+                    )
+                while failure is None and waiting and len(under_way) < self.concurrency:
                     key, question = waiting.popleft()
                     under_way[pool.submit(self._answer, instruction, question)] = key
                 while answered < len(keys) and keys[answered] in self._known:
@@ -111,12 +109,12 @@ class Endpoint:
 
         messages: Any = [{"role": "system", "content": instruction}, {"role": "user", "content": question}]
         try:
-            given = self._client.chat.completions.create(
+            reply = self._client.chat.completions.create(
                 model=self.model, messages=messages, temperature=0, max_tokens=256
             )
-            if not given.choices:
+            if not reply.choices:
                 raise ValueError("the reply has no choices")
-            return given.choices[0].message.content or "", given.usage.total_tokens if given.usage else 0
+            return reply.choices[0].message.content or "", reply.usage.total_tokens if reply.usage else 0
         except (openai.OpenAIError, ValueError, AttributeError, TypeError) as error:
             raise StudyError(
                 f"{self._client.base_url}: {type(error).__name__}: {str(error)[:300]}; the answers so far are kept in {self.cache}, "

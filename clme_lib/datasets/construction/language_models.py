@@ -32,8 +32,7 @@ class TextEncoder:
 
     def __init__(self, name: str, device: str = "cpu", pooling: Pooling | None = None) -> None:
         self.name, self.device = name, torch.device(device)
-        self.tokenizer, self.model = _load(name, "AutoModel")
-        self.model.eval().to(self.device)
+        self.tokenizer, self.model = _load(name, "AutoModel", self.device)
         self.pooling: Pooling = pooling or card_pooling(name)
 
     def settings(self) -> dict:
@@ -117,14 +116,13 @@ def fine_tune(
 class MaskedNames:
     """New names from a masked language model's predictions in context (in the spirit of ALERT; the paper: CodeBERT).
 
-    All occurrences of a name are masked, one token each; tokens are ranked by their log-probability summed over the occurrences. Taken is the
-    first that is an identifier, is not used in the function and is not a keyword.
+    All occurrences of a name are masked, one token each; tokens are ranked by their log-probability summed over the occurrences. The new name is
+    the first that is an identifier, is not used in the function and is not a keyword.
     """
 
     def __init__(self, name: str, device: str = "cpu") -> None:
         self.name, self.device = name, torch.device(device)
-        self.tokenizer, self.model = _load(name, "AutoModelForMaskedLM")
-        self.model.eval().to(self.device)
+        self.tokenizer, self.model = _load(name, "AutoModelForMaskedLM", self.device)
 
     def step(self) -> Step:
         """Gives each function its ``rephrased`` code."""
@@ -149,14 +147,14 @@ class MaskedNames:
         return None
 
 
-def _load(name: str, kind: str) -> tuple[Any, Any]:
+def _load(name: str, kind: str, device: torch.device) -> tuple[Any, Any]:
     import transformers
 
     try:
-        options = {"trust_remote_code": False}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
-        return tokenizer, getattr(transformers, kind).from_pretrained(name, use_safetensors=True, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = getattr(transformers, kind).from_pretrained(name, use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise StudyError(
             f"{name!r} could not be loaded as an encoder: {first_line(error)}. Weights must be safetensors, from the Hub or a folder"
         ) from error
+    return tokenizer, model.eval().to(device)

@@ -71,7 +71,7 @@ def build_cnle(
         answers: of the subject whose answers to the neighbours are written into the file.
 
     Raises:
-        StudyError: a source or endpoint fails, a stage there is of other settings, or nothing is left of the rows.
+        StudyError: a source or endpoint fails, a stage in the folder was made with other settings, or nothing is left of the rows.
     """
     work = _Construction(folder, CNLE, source, collect_pairs, embed)
     scores = work.stages.run("score", scorer.settings, work.collected, scorer.make)
@@ -80,8 +80,8 @@ def build_cnle(
         "select", {"level": LEVELS[-1]}, kept(scores), lambda rows: _very_relevant(rows, work.rows, levels)
     )
     # without a model only rows that have a second wording can be targeted
-    given = rephraser is GIVEN_INTENTS
-    targeted, pool = work.split(selected, {"targets": targets, "seed": seed, "second wording": given})
+    needs_wording = rephraser is GIVEN_INTENTS
+    targeted, pool = work.split(selected, {"targets": targets, "seed": seed, "second wording": needs_wording})
     near = work.neighbours(targeted, pool)
     rephrased = work.stages.run("rephrase", rephraser.settings, targeted, rephraser.make)
     return work.finish(near, rephrased, answers)
@@ -105,10 +105,7 @@ def build_csne(
         rephraser: made from the pool's functions; gives each targeted function its ``rephrased`` code.
         targets: how many functions are targeted at most (None: all of the test part).
         tokenizer: counts the tokens (the paper: CodeBERT's); None: the embedded subject's.
-        answers: of the subject whose answers to the neighbours are written into the file.
-
-    Raises:
-        StudyError: as :func:`build_cnle`.
+        answers: as in :func:`build_cnle`, and so are the errors raised.
     """
     work = _Construction(folder, CSNE, source, collect_functions, embed)
     settings = {"tokens": MAX_TOKENS, "tokenizer": tokenizer or "smollm2-135m"}
@@ -260,7 +257,7 @@ def stage_rows(folder: Path, name: str) -> list[StageRow]:
     """The rows of a stage that was built before.
 
     Raises:
-        StudyError: there are none.
+        StudyError: the folder has none.
     """
     files = sorted(folder.glob(f"[0-9][0-9]-{name}.jsonl"))
     rows = read_rows(files[0]) if files else []
@@ -275,7 +272,7 @@ def built_cases(folder: Path) -> list[Case]:
     """The cases of a data set that was built in ``folder``.
 
     Raises:
-        StudyError: there is none, or its file is damaged.
+        StudyError: the folder has none, or its file is damaged.
     """
     for dataset in PAPER_DATASETS:
         if (file := folder / f"{published.layout_of(dataset).file}.json").is_file():
@@ -293,9 +290,6 @@ def level_counts(folder: Path) -> pd.DataFrame:
 
 def stage_counts(folder: Path) -> pd.DataFrame:
     """What each stage of a construction kept, and dropped for which reason."""
-    rows = []
-    for file in sorted(folder.glob("[0-9][0-9]-*.json")):
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        for what, count in manifest.get("counts", {}).items():
-            rows.append({"stage": manifest["stage"], "what": what, "count": count})
-    return pd.DataFrame(rows)
+    manifests = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("[0-9][0-9]-*.json"))]
+    counts = [(made["stage"], what, count) for made in manifests for what, count in made.get("counts", {}).items()]
+    return pd.DataFrame(counts, columns=["stage", "what", "count"])

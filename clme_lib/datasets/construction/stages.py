@@ -47,10 +47,6 @@ class Stages:
         """The rows of a stage that has been asked for."""
         return self.folder / f"{list(self._made).index(name) + 1:02d}-{name}.jsonl"
 
-    def manifest(self, name: str) -> dict[str, Any]:
-        """What a stage was made from, and its counts."""
-        return json.loads(self.file(name).with_suffix(".json").read_text(encoding="utf-8"))
-
     def run(
         self,
         name: str,
@@ -69,7 +65,7 @@ class Stages:
             batch: how many of ``todo`` are handed to ``make`` at once (None: all).
 
         Raises:
-            StudyError: the stage there was made with other settings or from other rows.
+            StudyError: the stage in the folder was made with other settings or from other rows.
         """
         earlier = dict(self._made)
         self._made[name] = ""
