@@ -17,6 +17,8 @@ RQ3 := a-grace,a-grace-wo-cl,a-grace-wo-mean
 # a changed library edits the cases anew: resuming would show what the old one did
 LIBRARY := $(shell find clme_lib -type f \( -name '*.py' -o -name '*.yaml' -o -name '*.json*' \) | LC_ALL=C sort | xargs cat | sha256sum | cut -c1-8)
 OWN := runs/book-$(LIBRARY)-$(SAMPLE)-$(CASES)
+# the benchmark chapter of a book that is built locally: with texts of CSNE, which are not ours to publish, and with BUILDS
+BENCHMARK := runs/benchmark-$(shell echo $(LIBRARY) $(abspath $(BUILDS)) | sha256sum | cut -c1-8).ipynb
 BIN := .venv/bin
 
 # on a machine without network: a folder made by `clme prepare --carry`, to which the wheels that the machine lacks are added
@@ -45,9 +47,9 @@ setup: .venv/.ready
 	$(BIN)/jupytext --quiet --sync notebooks/*.py
 	@touch $@
 
-book: $(OWN)/rq1_proficiency.ipynb
+book: $(OWN)/rq1_proficiency.ipynb $(BENCHMARK)
 	$(BIN)/clme check $(OWN) $(PUBLISHED)
-	@CLME_BUILDS="$(abspath $(BUILDS))" $(BIN)/python book/build.py $<
+	@$(BIN)/python book/build.py book/own_run=$< results/notebooks/benchmark=$(BENCHMARK)
 
 # one case of ROME and MEMIT, then the notebook, whose own cell runs or resumes the others'; it is executed again only when it, the library or the records change
 $(OWN)/rq1_proficiency.ipynb: .venv/.ready notebooks/rq1_proficiency.py $(shell find $(PUBLISHED) -type f)
@@ -55,8 +57,12 @@ $(OWN)/rq1_proficiency.ipynb: .venv/.ready notebooks/rq1_proficiency.py $(shell 
 	$(BIN)/clme run --editor rome,memit --cases 1 --sample $(SAMPLE) --within $(PUBLISHED) --name $(NAME) --out $(OWN)
 	$(BIN)/clme notebook notebooks/rq1_proficiency.py $@ -p cases $(CASES) -p sample $(SAMPLE) -p within $(PUBLISHED) -p name $(NAME) -p out $(OWN)
 
-site: .venv/.ready
-	@CLME_BUILDS="$(abspath $(BUILDS))" $(BIN)/python book/build.py $(wildcard $(OWN)/rq1_proficiency.ipynb)
+$(BENCHMARK): .venv/.ready notebooks/benchmark.py $(wildcard $(addsuffix /*,$(BUILDS)))
+	@$(BIN)/clme notebook notebooks/benchmark.py $@ -p samples_of cnle,csne -p builds "$(BUILDS)"
+
+site: .venv/.ready $(if $(BUILDS),$(BENCHMARK))
+	@$(BIN)/python book/build.py $(addprefix book/own_run=,$(wildcard $(OWN)/rq1_proficiency.ipynb)) \
+	  $(addprefix results/notebooks/benchmark=,$(or $(filter $(BENCHMARK),$^),$(wildcard $(BENCHMARK))))
 
 test: .venv/.ready
 	$(BIN)/python -m pytest
@@ -115,6 +121,9 @@ publish: .venv/.ready
 	$(BIN)/clme notebook notebooks/rq2_efficiency.py results/notebooks/rq2_efficiency.ipynb -p show results/efficiency \
 	  -p plain results/benchmarks/whole_case.csv
 	$(BIN)/clme notebook notebooks/rq3_a_grace.py results/notebooks/rq3_a_grace.ipynb -p cases 100 -p name $(NAME) -p out $(PUBLISHED)
+	for page in benchmark $(basename $(notdir $(wildcard notebooks/appendix_*.py))); do \
+	  $(BIN)/clme notebook notebooks/$$page.py results/notebooks/$$page.ipynb || exit 1; done
+	$(BIN)/python -m clme_lib.study.numbers
 
 clean:
 	rm -rf _build .venv

@@ -106,8 +106,8 @@ def _make_labels_unique(page: str, used: set[str]) -> set[str]:
     renamed = {label: f"{label}-{re.sub(r'[^a-z0-9]+', '-', page.lower())}" for label in own & used}
 
     def rename(found: re.Match[str]) -> str:
-        label = found[found.lastgroup]
-        return found[0].replace(label, renamed.get(label, label))
+        label, (start, end) = found[found.lastgroup], found.span(found.lastgroup)
+        return found.string[found.start() : start] + renamed.get(label, label) + found.string[end : found.end()]
 
     if renamed:
         _rewrite(file, lambda text: _REFERENCE.sub(rename, _DEFINITION.sub(rename, text)))

@@ -23,7 +23,7 @@
 
 # %% tags=["parameters", "hide-input"]
 builds: str = ""  # folders that `clme data build` made, separated by spaces: their tables and samples are shown as well
-csne_texts: bool = False  # show cases of CSNE, whose texts are not ours to publish
+samples_of: str = "cnle"  # comma-separated data sets of which cases are shown; the texts of CSNE are not ours to publish
 
 # %% tags=["hide-input"]
 from pathlib import Path
@@ -40,7 +40,10 @@ if embedded_csne.is_mined():
     shown["CSNE"] = load_cases("csne")
 built = {pipeline.built_cases(folder)[0].dataset: folder for folder in map(Path, builds.split())}
 shown |= {f"{name.upper()} (built)": pipeline.built_cases(folder) for name, folder in built.items()}
-samples = {name.split()[0]: benchmark.sample_cases(cases) for name, cases in shown.items()}  # the built set's come last
+
+# of a data set that was built as well, cases of the built one are shown
+samples = {name.split()[0]: benchmark.sample_cases(cases) for name, cases in shown.items()}
+samples = {name: tables for name, tables in samples.items() if name.lower() in samples_of.split(",")}
 
 # %% [markdown]
 # ## Three sources
@@ -89,16 +92,17 @@ benchmark.length_table(shown, label="tab-lengths", caption=caption)
 # CNLE:
 
 # %% tags=["hide-input"]
-Markdown(samples["CNLE"])
+Markdown(samples.get("CNLE", ""))
 
 # %% [markdown]
 # CSNE:
 
 # %% tags=["hide-input"]
 Markdown(
-    samples["CSNE"]
-    if csne_texts and "CSNE" in samples
-    else "_CSNE's texts are not ours to publish:_ `make book` _mines the set on the reader's machine and shows three of its cases here._"
+    samples.get(
+        "CSNE",
+        "_CSNE's texts are not ours to publish:_ `make book` _mines the set on the reader's machine and shows three of its cases here._",
+    )
 )
 
 # %% [markdown]

@@ -134,8 +134,9 @@ def test_every_editor_is_measured_and_the_command_resumes(small_paper_subject, t
         rq2.ceiling_table,
         rq2.projection_table,
     ):
-        assert len(table(measured).data) and "nan" not in table(measured).to_myst(), table
-    costs, floors = rq2.cost_table(measured).data, rq2.floor_table(measured).data
+        shown = table(measured, label="tab")
+        assert len(shown.data) and "nan" not in shown.to_myst() and shown.label == "tab", table
+    costs, floors = (table(measured, "tab").data for table in (rq2.cost_table, rq2.floor_table))
     assert (
         list(costs["Subject"].unique())
         == list(floors["Subject"].unique())
@@ -145,16 +146,14 @@ def test_every_editor_is_measured_and_the_command_resumes(small_paper_subject, t
     middle = edits.groupby(["editor", "dataset"])["seconds"].median()
     for name, shown in zip(PAPER_VARIANTS, costs["CSNE s / edit"]):
         assert float(shown.split("<br>")[0]) == pytest.approx(middle[name, "csne"], abs=0.006)
-    said = rq2.reading(measured)
+    counted = rq2.findings(measured)
     fastest = middle.unstack("dataset")["cnle"].idxmin()
-    assert (
-        f"On stablecode-3b (random weights, float32), an edit takes from {middle[fastest, 'cnle']:.2g} s ({editor_name(fastest)})"
-        in said
-    )
-    assert "Nothing of this was measured on a GPU." in said
+    cheapest = counted["costs"].loc["stablecode-3b (random weights, float32)", "CNLE"]
+    assert (cheapest["least"], cheapest["fastest"]) == (middle[fastest, "cnle"], editor_name(fastest))
     longer = (middle.unstack("dataset")["csne"] > middle.unstack("dataset")["cnle"]).sum()
-    assert f"so it is in {longer} of 9 pairs of subject and editor" in said
-    projection = rq2.projection_table(measured).data.set_index("Subject")
+    assert counted["csne"] == {"pairs": 9, "longer": longer} and counted["on_gpu"] is False
+    assert counted["half"] is None and counted["shapes"] is None and not counted["too_large"]
+    projection = rq2.projection_table(measured, label="tab").data.set_index("Subject")
     assert projection.loc["codellama-7b", "Machine"] == "not measured"
     rates = measured[(measured["kind"] == "throughput") & (measured["batch"] == 1)]
     alone = sum(
@@ -171,14 +170,11 @@ def test_every_editor_is_measured_and_the_command_resumes(small_paper_subject, t
         for values, seconds in (("transferred", 20.0), ("subject", 10.0))
     )
     embedded = measured.assign(subject="smollm2-135m", machine="any", threads=2)
-    beside = rq2.projection_table(embedded, plain).data.set_index("Subject").loc["smollm2-135m"]
+    beside = rq2.projection_table(embedded, plain, label="tab").data.set_index("Subject").loc["smollm2-135m"]
     assert float(beside["plain procedure (h)"]) == pytest.approx(10 * 9 * 37_055 / 3600, abs=0.5)
-    assert "plain procedure (h)" not in rq2.projection_table(embedded, plain.iloc[4:]).data
-    assert "plain procedure (h)" not in rq2.projection_table(embedded.assign(threads=3), plain).data
-    assert (
-        "Not measured, for want of a device that holds them: codellama-7b, codeqwen1.5-7b, smollm2-135m"
-        in rq2.reading(measured)
-    )
+    assert "plain procedure (h)" not in rq2.projection_table(embedded, plain.iloc[4:], label="tab").data
+    assert "plain procedure (h)" not in rq2.projection_table(embedded.assign(threads=3), plain, label="tab").data
+    assert counted["unmeasured"] == ["codellama-7b", "codeqwen1.5-7b", "smollm2-135m"]
     for column in ("seconds", "peak_mib"):
         assert len(rq2.cost_figure(measured, column).axes) == 2
 
@@ -197,7 +193,7 @@ def test_a_batch_that_does_not_fit_ends_the_growth(small_paper_subject, monkeypa
     measured = measure.bench(config)
     batches = measured[measured["kind"] == "throughput"].set_index("batch")["error"]
     assert list(batches.index) == [2, 4] and batches[4] == "out of memory"
-    assert "out of memory" in rq2.throughput_table(measured).to_myst()
+    assert "out of memory" in rq2.throughput_table(measured, "tab").to_myst()
 
 
 def test_an_editor_that_does_not_fit_is_said_so(small_paper_subject, monkeypatch, tmp_path):
@@ -208,11 +204,12 @@ def test_an_editor_that_does_not_fit_is_said_so(small_paper_subject, monkeypatch
     config = study_config.make_config(BenchConfig, subject="stablecode-3b", random_weights=True, editors="memit,grace", cases=1, batches="",
                                        out=tmp_path, device="cpu")  # fmt: skip
     measured = measure.bench(config)
-    costs = rq2.cost_table(measured).data.set_index("Editor")
+    shown = rq2.cost_table(measured, "tab")
+    costs = shown.data.set_index("Editor")
     assert costs.loc["MEMIT", "CNLE s / edit"] == costs.loc["MEMIT", "CSNE s / edit"] == "out of memory"
     assert costs.loc["MEMIT", "n"] == "0" and float(costs.loc["GRACE", "CNLE s / edit"]) > 0
-    assert "Did not fit into the device's memory: MEMIT on stablecode-3b" in rq2.reading(measured)
-    assert "nan" not in rq2.cost_table(measured).to_myst() and len(rq2.floor_table(measured).data) == 1
+    assert list(rq2.findings(measured)["too_large"].values()) == [["MEMIT"]]
+    assert "nan" not in shown.to_myst() and len(rq2.floor_table(measured, "tab").data) == 1
     assert len(rq2.cost_figure(measured, "peak_mib").axes) == 2
 
 
@@ -239,10 +236,9 @@ def test_the_papers_orderings_are_counted_where_all_of_them_were_measured():
         for name, mine in seconds.items()
         for editor, value in mine.items()
     )
-    said = rq2.reading(measured)
-    assert "of the 1 pairs of subject and data set in which all three were measured, MALMEN is the fastest in 1" in said
-    assert "the slowest in 1." in said
-    assert "by the editors measured on all, two has the largest median time and memory" in said
+    counted = rq2.findings(measured)
+    assert counted["malmen"] == {"pairs": 1, "fastest": 1, "slowest": 1} and counted["csne"] is None
+    assert counted["shapes"] == {"seconds": "two", "peak_mib": "two"}
 
 
 @pytest.mark.parametrize(

@@ -29,22 +29,25 @@ def test_tables_are_functions_of_records(both, tmp_path):
     assert clean["error"].isna().all() and compat["error"].isna().all()
     assert sorted(one.name for one in tmp_path.iterdir() if one.name.startswith("rq3")) == ["rq3", "rq3-compat"]
     assert set(compat["preset"]) == {"compat"} and set(compat["run"]) == {"rq3-compat"}
-    shown = rq3.ablation_table(clean).data
+    shown = rq3.ablation_table(clean, "tab").data
     assert list(shown["Editor"]) == ["GRACE", "A-GRACE", "A-GRACE w/o CL", "A-GRACE w/o Mean"]
     mean = 100 * clean[clean["editor"] == "a-grace"]["generalization_bleu"].mean()
     assert f"{mean:.2f}" in shown.set_index("Editor").loc["A-GRACE", "Gen. BLEU"]
-    presets = rq3.preset_table(clean, compat).data
+    presets = rq3.preset_table(clean, compat, "tab").data
     assert len(presets) == 1 + 2 * 4 and set(presets["Preset"]) == {"–", "clean", "compat"}
     released = presets[(presets["Editor"] == "A-GRACE") & (presets["Preset"] == "compat")].iloc[0]
     assert released["Spec. EM"] == "100.00"
-    assert rq3.preset_table(clean.assign(state=UNSCORED), compat.assign(state=UNSCORED)).data.empty
-    fewer = rq3.preset_table(clean, compat[compat["case_id"] != clean["case_id"].iloc[0]]).data
+    assert rq3.preset_table(clean.assign(state=UNSCORED), compat.assign(state=UNSCORED), "tab").data.empty
+    fewer = rq3.preset_table(clean, compat[compat["case_id"] != clean["case_id"].iloc[0]], "tab").data
     assert set(presets["n"]) == {"4"} and set(fewer["n"]) == {"3"}, "only cases that both presets have are compared"
-    text = rq3.reading(clean, compat)
-    assert "On the 4 CNLE cases that all variants edited" in text and "stay unchanged in 100.0 % of 4 cases" in text
+    (compared,) = rq3.findings(clean, compat)
+    assert (compared["data"], compared["cases"], compared["released"]) == ("CNLE", 4, (100.0, 4))
     kept = 100 * clean[clean["editor"] == "a-grace-wo-mean"]["specificity_rate"].mean()
-    assert f"keeps {kept:.1f} % of the neighbours" in text
-    assert "are needed for a comparison" in rq3.reading(clean[clean["editor"] == "grace"], compat)
+    assert compared["means"].loc["a-grace-wo-mean", "specificity_rate"] == pytest.approx(kept)
+    exact = 100 * clean[clean["editor"] == "a-grace"]["specificity_em"].mean()
+    assert compared["repaired"] == (pytest.approx(exact), 4)
+    assert next(rq3.findings(clean, compat.assign(state=UNSCORED)))["released"] is None
+    assert not list(rq3.findings(clean[clean["editor"] == "grace"], compat)), "nothing to compare"
 
 
 def test_paired_differences_by_hand():
@@ -57,7 +60,7 @@ def test_paired_differences_by_hand():
             row = dict.fromkeys(rq3.PAPER_SCORES, 1.0)
             row |= {"dataset": "cnle", "editor": editor, "case_id": case, "state": SCORED}
             rows.append(row | {"generalization_em": float(hit), "generalization_bleu": score})
-    found = rq3.paired_table(pd.DataFrame(rows)).data.iloc[0]
+    found = rq3.paired_table(pd.DataFrame(rows), "tab").data.iloc[0]
     assert found["n"] == "6" and found["Eff. EM"] == "0.00<br><small>the same</small>"
     assert found["Gen. EM"].startswith("+66.67") and "p = 0.125" in found["Gen. EM"]
     p = stats.wilcoxon(bleu[0] - bleu[1], zero_method="zsplit").pvalue
@@ -72,10 +75,11 @@ def test_distances_are_drawn_as_recorded(both):
         assert axis.lines[0].get_ydata().tolist() == recorded
         assert axis.lines[1].get_ydata()[0] == 1.0, "the radius"
     plt.close(figure)
-    text = rq3.distance_reading(clean)
-    found = np.array([one[1:] for one in clean[clean["editor"] == "grace"]["distances"]], dtype=float)
-    nearer = sum(one[0] < min(one[1:]) for one in found)
-    assert f"with GRACE's keys, the rephrased prompt is nearer than every neighbour in {nearer} of 4 cases" in text
+    counted, encoded = rq3.distance_findings(clean)
+    distances = np.array([recorded[1:] for recorded in clean[clean["editor"] == "grace"]["distances"]], dtype=float)
+    nearer = sum(of_case[0] < min(of_case[1:]) for of_case in distances)
+    assert (counted["editor"], counted["cases"], counted["nearer"]) == ("GRACE", 4, nearer)
+    assert encoded["editor"] == "A-GRACE" and counted["rephrased"] == (distances[:, 0] <= 1).sum()
 
 
 def test_presets_are_compared_by_the_notebook_itself(source, tmp_path):
@@ -88,13 +92,14 @@ def test_the_best_radius_by_hand():
     columns = ["radius", "generalization", "specificity_rate"]
     curve = pd.DataFrame(points, columns=columns).assign(dataset="cnle", cases=4)
     swept = pd.concat([curve.assign(editor="grace", margin=None), curve[:3].assign(editor="a-grace", margin=1.5)])
-    table = rq3.radius_table(swept.reset_index(drop=True)).data
+    table = rq3.radius_table(swept.reset_index(drop=True), "tab").data
     assert table["Margin"].tolist() == ["–", "1.5"]
     assert table["Gen. EM, radius 1"].tolist() == ["20.0", "20.0"], "the paper's radius"
     assert table["Best radius"].tolist() == ["2.00", "2.00"], "0.6 + 0.8, and the smaller radius of two as good"
     assert table["Spec. kept, best"].tolist() == ["80.0", "80.0"]
-    read = rq3.radius_reading(swept.reset_index(drop=True))
-    assert "(2.00) generalizes in 60.0 %" in read and "(margin 1.5, radius 2.00) 60.0 % and 80.0 %" in read
+    for best in rq3.radius_findings(swept.reset_index(drop=True))["CNLE"]:
+        assert best[columns].tolist() == [2.0, 0.6, 0.8]
+    assert best["margin"] == 1.5
 
 
 def test_small_files_are_made_once_and_published(both, monkeypatch, tmp_path):
@@ -131,12 +136,12 @@ def test_small_files_are_made_once_and_published(both, monkeypatch, tmp_path):
     figure = rq3.projection_figure(places)
     assert len(figure.axes) == 2
     plt.close("all")
-    shown_case = rq3.projection_table(places).data
+    shown_case = rq3.projection_table(places, "tab").data
     rephrased = places[(places["query"] == "last") & (places["kind"] == "rephrased")]["distance"].iloc[0]
     assert len(shown_case) == 2 and shown_case["Rephrased"].iloc[0] == f"{rephrased:.2f}"
     alone = measurements.overhead(chosen)
     assert len(alone) == 4 * 4 and (alone["seconds"] > 0).all()
-    table = rq3.overhead_table(alone).data.set_index("Editor")
+    table = rq3.overhead_table(alone, "tab").data.set_index("Editor")
     wide = alone.pivot(index="case_id", columns="editor", values="seconds")
     assert table.loc["GRACE", "time / GRACE"] == "1.00"
     assert table.loc["A-GRACE", "time / GRACE"] == f"{(wide['a-grace'] / wide['grace']).median():.2f}"

@@ -24,9 +24,9 @@ from clme_lib.study import config as study_config
 from clme_lib.study import provenance, runs
 from clme_lib.study.notebook import config_from_notebook
 from clme_lib.study.publish import publish
-from clme_lib.study.rq1 import examples, proficiency_figure, proficiency_table, reading, transfer_table
-from clme_lib.study.spot_check import compare, describe, to_markdown
-from clme_lib.study.tables import interval
+from clme_lib.study.rq1 import examples, findings, proficiency_figure, proficiency_table, transfer_table
+from clme_lib.study.spot_check import agreement_table, compare, describe
+from clme_lib.study.tables import inline_code, interval
 from clme_lib.study.tables import scored as scored_records
 from clme_lib.support.errors import StudyError
 from clme_lib.support.journal import append_rows, read_rows
@@ -364,7 +364,9 @@ def test_spot_check_counts_and_fails(tiny, source, tmp_path):
     comparison = compare(table, changed)
     assert comparison.agreement["grace"] == pytest.approx(30 / 35) and comparison.agreement["none"] == 1
     assert not comparison.passed and len(comparison.differences) == 5
-    assert "FAILED" in describe(comparison) and "case" in to_markdown(comparison)
+    assert "FAILED" in describe(comparison)
+    shown = agreement_table(comparison, "tab-here")
+    assert shown.label == "tab-here" and shown.data.iloc[:, 4].tolist() == ["35", "30"]
     moved = table.copy(deep=True)
     first = moved.index[moved["editor"] == "none"][0]
     moved.at[first, "effectiveness_bleu"] += 0.06  # 1.2 points over five cases
@@ -375,13 +377,13 @@ def test_spot_check_counts_and_fails(tiny, source, tmp_path):
 
 def test_report_is_computed_from_records(tiny, source, tmp_path):
     table = runs.run(config(source, tmp_path / "run", cases=5))
-    shown = proficiency_table(table)
+    shown = proficiency_table(table, "tab-scores")
     none = shown.data[shown.data["Editor"] == "unedited"].iloc[0]
     assert none["Spec. EM"].startswith("100.00") and none["n"] == "5"
     mean = 100 * table[table["editor"] == "grace"]["effectiveness_bleu"].mean()
     assert f"{mean:.2f}" in shown.data[shown.data["Editor"] == "GRACE"].iloc[0]["Eff. BLEU"]
     bundle = shown._repr_mimebundle_()
-    assert bundle["text/markdown"].startswith("```{table}") and "<table" in bundle["text/html"]
+    assert ":name: tab-scores" in bundle["text/markdown"] and "<table" in bundle["text/html"]
     assert none["Spec. kept"].startswith("100.00")
     kept = 100 * table[table["editor"] == "grace"]["specificity_rate"].mean()
     assert f"{kept:.2f}" in shown.data[shown.data["Editor"] == "GRACE"].iloc[0]["Spec. kept"]
@@ -392,18 +394,22 @@ def test_report_is_computed_from_records(tiny, source, tmp_path):
     plt.close(figure)
     with pytest.raises(StudyError, match="score the run with"):
         proficiency_figure(table.assign(state=UNSCORED))
-    text = reading(table)
-    assert text.startswith("**CNLE.** The most edits hold exactly with GRACE: ")
+    shares = findings(table)["CNLE"]
+    assert shares["best"]["effectiveness"][0] == ["GRACE"]
     twins = pd.concat([table, table[table["editor"] == "grace"].assign(editor="ft-l")])
-    assert reading(twins).startswith("**CNLE.** The most edits hold exactly with GRACE and FT-L: ")
-    assert reading(table[table["editor"] == "none"]).startswith("_Nothing to read yet")
+    assert findings(twins)["CNLE"]["best"]["effectiveness"][0] == ["GRACE", "FT-L"]
+    assert not findings(table[table["editor"] == "none"])
     own = table[table["editor"] == "grace"]
     both = own["effectiveness_em"].mean() >= 0.5 and own["specificity_em"].mean() >= 0.5
-    assert ("the most that any carries over is" if both else "No editor both makes half") in text
+    assert list(shares["careful"]) == (["GRACE"] if both else [])
     perfect = table.assign(effectiveness_em=1.0, specificity_em=1.0, generalization_em=0.25)
-    assert "(GRACE), the most that any carries over is 25.0 % (GRACE)." in reading(perfect)
-    assert transfer_table(table).data.empty, "one data set has nothing to compare"
-    assert "case 0" in examples(table, published.read(source, CNLE))
+    assert findings(perfect)["CNLE"]["careful"] == {"GRACE": 0.25}
+    assert transfer_table(table, "tab").data.empty, "one data set has nothing to compare"
+    case, written = next(examples(table, published.read(source, CNLE)))
+    assert case.case_id == min(table["case_id"]) and list(written["Editor"]) == ["unedited", "GRACE"]
+    (unedited,) = table[(table["case_id"] == case.case_id) & (table["editor"] == "none")]["generated_effectiveness"]
+    assert written["effectiveness"].iloc[0] == inline_code(unedited[0])
+    assert not list(examples(table, []))
 
 
 def test_intervals():

@@ -46,3 +46,8 @@ def test_equations_are_set(tmp_path):
 def test_the_run_of_this_machine_is_in_the_book(tmp_path):
     dom = rendered("book/own_run", tmp_path)
     assert "Texts generated again on this machine" in dom and "GRACE" in dom
+
+
+def test_cases_of_csne_are_in_a_book_that_is_built_here(tmp_path):
+    dom = rendered("results/notebooks/benchmark", tmp_path)
+    assert "not ours to publish:" not in dom and dom.count("nearest neighbour</td>") == 6

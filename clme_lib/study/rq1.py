@@ -103,10 +103,9 @@ def examples(records: pd.DataFrame, cases: Sequence[Case], count: int = 3) -> It
     Yields:
         The case, and a table with a row for each editor (``Editor``) and a column for the text of each measure.
     """
-    by_id = {case.case_id: case for case in cases if case.dataset == cases[0].dataset}
-    texts = scored(records)
-    texts = texts[texts["generated_effectiveness"].notna() & texts["case_id"].isin(by_id)]
-    texts = texts[texts["dataset"].isin([case.dataset for case in cases[:1]])]
+    by_id = {case.case_id: case for case in cases}
+    texts = scored(records)[lambda rows: rows["generated_effectiveness"].notna() & rows["case_id"].isin(by_id)]
+    texts = texts[texts["dataset"].isin({case.dataset for case in cases})]
     editors = texts["editor"].nunique()
     complete = [rows for _, rows in texts.groupby("case_id", sort=True) if len(rows) == editors]
     for rows in complete[:count]:

@@ -1,0 +1,233 @@
+"""The book's pages: their sentences follow the records, their numbers come from a file, and a copied notebook builds."""
+
+import ast
+import html
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jupytext
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+
+from clme_lib.datasets import embedded_csne, registry
+from clme_lib.datasets.construction import pipeline, relevance, rephrasing
+from clme_lib.study import numbers, run_folder, runs
+from clme_lib.study.rq2 import measure
+from clme_lib.study.tables import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN = ROOT / "results" / "runs" / "smollm2-135m"
+SOURCES = sorted((ROOT / "notebooks").glob("*.py"))
+
+
+@pytest.fixture
+def show(monkeypatch):
+    """Runs a notebook's cells here and returns what they show, as Markdown."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(plt, "show", plt.close)
+
+    def displayed(name: str, /, **parameters) -> str:
+        shown, namespace = [], {}
+        monkeypatch.setattr("IPython.display.display", shown.append)
+        for cell in jupytext.read(ROOT / "notebooks" / f"{name}.py").cells:
+            if cell.cell_type == "markdown":
+                continue
+            body = ast.parse(cell.source).body
+            last = body.pop() if isinstance(body[-1], ast.Expr) else None
+            exec(compile(ast.Module(body, []), name, "exec"), namespace)
+            if last:
+                shown.append(eval(compile(ast.Expression(last.value), name, "eval"), namespace))
+            if "parameters" in cell.metadata.get("tags", []):
+                assert set(parameters) <= set(namespace)
+                namespace.update(parameters)
+        return "\n\n".join(
+            each.to_myst() if isinstance(each, Table) else each.data for each in shown if hasattr(each, "data")
+        )
+
+    return displayed
+
+
+@pytest.fixture(scope="module")
+def published() -> pd.DataFrame:
+    """Ten cases per data set of the published run, unedited and by GRACE."""
+    records = runs.load_run(RUN, editors=["none", "grace"])
+    return records.groupby(["dataset", "editor"], sort=False).head(10).reset_index(drop=True)
+
+
+def test_rq1_says_what_the_records_show(show, monkeypatch, published):
+    def read(records: pd.DataFrame) -> str:
+        monkeypatch.setattr(runs, "run", lambda config: records)
+        return show("rq1_proficiency")
+
+    cnle = published[published["dataset"] == "cnle"]
+    assert "**CNLE.** The most edits hold exactly with GRACE: " in read(cnle)
+    grace = cnle["editor"] == "grace"
+    twins = pd.concat([cnle[grace], cnle[grace].assign(editor="ft-l")])
+    assert "**CNLE.** The most edits hold exactly with GRACE and FT-L: " in read(twins)
+    perfect = cnle[grace].assign(effectiveness_em=1.0, specificity_em=1.0, generalization_em=0.25)
+    text = read(perfect)
+    assert "(GRACE), the most that any carries over is 25.0 % (GRACE)." in text
+    assert (
+        "**Example 3**" in text and f"(case {perfect['case_id'].min()})" in text and ":name: tab-rq1-transfer" in text
+    )
+    assert "No editor both makes half of the edits hold" in read(cnle[grace].assign(specificity_em=0.0))
+    text = read(cnle[cnle["editor"] == "none"])
+    assert "_Nothing to read yet" in text and "**Example 1**" in text
+    assert "_These records keep no texts to show._" in read(published[published["dataset"] == "csne"])
+
+
+def test_the_spot_check_shows_every_difference(show, monkeypatch, published):
+    changed = published.copy(deep=True)
+    changed.at[0, "sha256_effectiveness"] = ["0"]
+    monkeypatch.setattr(runs, "run", lambda config: published)
+    for here, said in ((published, "Every text came out the same"), (changed, "\n────\n")):
+        by_folder = {Path("runs/rq1"): here, RUN: published}
+        monkeypatch.setattr(run_folder, "load_run", by_folder.__getitem__)
+        text = show("rq1_proficiency", within=str(RUN))
+        assert said in text and ":name: tab-spot-check" in text
+
+
+def test_rq2_says_only_what_was_measured(show, monkeypatch):
+    row = {"random_weights": True, "dtype": "bfloat16", "machine": "any", "device": "cpu", "threads": 2, "kind": "edit", "commit": "c",
+           "dataset": "cnle", "base_mib": 1.0, "steps": 3, "prompt_tokens": 9, "target_tokens": 4, "phases": [], "error": None}  # fmt: skip
+    seconds = {
+        "small": {"malmen": 1.0, "grace": 5.0, "memit": 90.0, "pmet": 100.0},
+        "large": {"malmen": 2.0, "grace": 6.0},
+    }
+    measured = pd.DataFrame(
+        {**row, "subject": subject, "editor": editor, "seconds": value, "peak_mib": 1024 * value}
+        for subject, by_editor in seconds.items()
+        for editor, value in by_editor.items()
+    )
+    monkeypatch.setattr(measure, "bench", lambda config: measured)
+    text = show("rq2_efficiency")
+    assert "an edit takes from 1 s (MALMEN) to 100 s (PMET) on CNLE" in text
+    assert "of the 1 pairs of subject and data set in which all three were measured, MALMEN is the fastest in 1" in text
+    assert "by the editors measured on all, large has the largest median time and memory." in text
+    assert "The largest peak in 16 bits is 100.0 GiB (PMET on small (random weights, bfloat16))." in text
+    assert "Nothing of this was measured on a GPU." in text and "dearer" not in text and "Did not fit" not in text
+    failed = {**row, "kind": "setup", "subject": "large", "editor": "rome", "error": "out of memory"}
+    measured = pd.concat([measured[measured["editor"] == "grace"].assign(device="cuda"), pd.DataFrame([failed])])
+    text = show("rq2_efficiency")
+    assert "- Did not fit into the device's memory: ROME on large (random weights, bfloat16)." in text
+    assert "MALMEN fastest" not in text and "Nothing of this" not in text
+
+
+def test_rq3_says_what_the_tables_show(show):
+    parameters = {"out": str(RUN), "name": RUN.name, "cases": 10, "dataset": "cnle"}
+    text = show("rq3_a_grace", **parameters)
+    assert "On the 10 CNLE cases that all variants edited" in text and "% of 10 of the same cases." in text
+    assert "On CNLE with GRACE's keys, the rephrased prompt is nearer than every neighbour in" in text
+    assert re.search(r"GRACE at its best radius \(\d+\.\d\d\) generalizes in", text)
+    assert "_GRACE and A-GRACE are needed" in show("rq3_a_grace", **parameters, editors="none,grace")
+
+
+def test_the_benchmark_chapter_shows_what_it_may_and_what_was_built(show, monkeypatch, tmp_path, cases):
+    built = tmp_path / "built"
+    pipeline.build_cnle(built, "embedded", relevance.OfflineScorer(), rephrasing.GivenIntents(), targets=4, seed=1)
+    load_cases = registry.load_cases
+    monkeypatch.setattr(embedded_csne, "is_mined", lambda: True)
+    monkeypatch.setattr(registry, "load_cases", lambda name: load_cases(name) if name == "cnle" else cases)
+    published = show("benchmark")
+    assert "not ours to publish" in published and "sort list" not in published and "| CSNE |" in published
+    assert "the embedded pairs by the offline scorer" in published and "683 and" not in published
+    local = show("benchmark", samples_of="cnle,csne", builds=str(built))
+    assert "not ours to publish" not in local and "sort list" in local
+    assert "those of built" in local and "| CNLE (built) |" in local
+    assert all(case.target in html.unescape(local) for case in pipeline.built_cases(built)[:3])
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_executed_notebooks_are_their_sources(source):
+    """Nothing but the parameters differs, and nothing failed; the benchmark chapter shows no text of CSNE."""
+    executed = json.loads((ROOT / "results" / "notebooks" / f"{source.stem}.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in executed["cells"] if "injected-parameters" not in cell["metadata"].get("tags", [])]
+    assert ["".join(cell["source"]) for cell in cells] == [cell.source for cell in jupytext.read(source).cells]
+    assert "exception" not in executed["metadata"]["papermill"]
+    if source.stem == "benchmark":
+        assert not executed["metadata"]["papermill"]["parameters"]
+        assert "texts are not ours to publish:_" in json.dumps([cell.get("outputs") for cell in cells])
+
+
+def test_numbers_of_the_prose_are_the_records(tmp_path):
+    (tmp_path / "runs").symlink_to(RUN.parent)
+    numbers.write_numbers(tmp_path)
+    for name in ("numbers.json", "hyperparameters.csv"):
+        assert (tmp_path / name).read_text() == (ROOT / "results" / name).read_text(), "run `make publish`"
+    known = json.loads((tmp_path / "numbers.json").read_text())
+    exact = runs.load_run(RUN)[lambda rows: (rows["dataset"] == "cnle") & (rows["editor"] == "grace")][
+        "effectiveness_em"
+    ]
+    assert known["cnle_grace_effectiveness"] == f"{100 * exact.mean():.1f} %"
+    used = {name for page in (ROOT / "book").glob("*.md") for name in re.findall(r"\{\{ (\w+) \}\}", page.read_text())}
+    assert used and used <= set(known)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A small book: RQ1, a copy of it as a page of one's own, and the sections that it refers to."""
+    (tmp_path / "results" / "notebooks").mkdir(parents=True)
+    for folder in ("_ext", "_static"):
+        shutil.copytree(ROOT / "book" / folder, tmp_path / "book" / folder)
+    for file in ("_config.yml", "book/build.py", "book/references.bib", "results/numbers.json"):
+        shutil.copy(ROOT / file, tmp_path / file)
+    for name in ("rq1_proficiency", "mine"):
+        shutil.copy(
+            ROOT / "results" / "notebooks" / "rq1_proficiency.ipynb",
+            tmp_path / "results" / "notebooks" / f"{name}.ipynb",
+        )
+    sections = [
+        "(own-run)=\n# Re-run\n\nSee {ref}`RQ1 <rq1>`.",
+        "(sec-method)=\n## Method",
+        "(weight-editors)=\n## Updates",
+    ]
+    (tmp_path / "book" / "own_run.md").write_text("\n\n".join(sections))
+    pages = ["results/notebooks/rq1_proficiency", "results/notebooks/mine"]
+    chapters = "\n".join(f"  - file: {page}" for page in pages)
+    (tmp_path / "_toc.yml").write_text(f"format: jb-book\nroot: book/own_run\nchapters:\n{chapters}\n")
+    return tmp_path
+
+
+def test_a_copied_notebook_builds(tree):
+    done = subprocess.run([sys.executable, str(tree / "book" / "build.py")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    html = tree / "_build" / "html" / "results" / "notebooks"
+    original, copy = ((html / f"{name}.html").read_text() for name in ("rq1_proficiency", "mine"))
+    assert 'id="tab-rq1-transfer"' in original and 'id="tab-rq1-transfer-results-notebooks-mine"' in copy
+    assert 'id="tab-rq1-transfer"' not in copy
+    assert "notebooks/rq1_proficiency.html#rq1" in (tree / "_build" / "html" / "book" / "own_run.html").read_text()
+
+
+def test_labels_follow_within_their_page(tree):
+    """References to a label that was renamed follow it; those to other pages and code that has the same word stay."""
+    spec = importlib.util.spec_from_file_location("build", tree / "book" / "build.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    own = tree / "own.ipynb"
+    shutil.copy(tree / "results" / "notebooks" / "mine.ipynb", own)
+    notebook = json.loads(own.read_text())
+    notebook["cells"][0]["source"] += (
+        "\n\nSee [](#rq1), {numref}`tab-rq1-transfer`, {ref}`its rq1 <rq1>`, `runs/rq1`, {ref}`sec-method`."
+    )
+    own.write_text(json.dumps(notebook))
+    build.stage({"results/notebooks/mine": own})
+    first = "".join(json.loads((build.STAGE / "results/notebooks/mine.ipynb").read_text())["cells"][0]["source"])
+    new = "results-notebooks-mine"
+    assert first.startswith(f"(rq1-{new})=\n# RQ1: Proficiency\n")
+    assert (
+        f"See [](#rq1-{new}), {{numref}}`tab-rq1-transfer-{new}`, {{ref}}`its rq1 <rq1-{new}>`, `runs/rq1`, {{ref}}`sec-method`."
+        in first
+    )
+    # in another page's place a notebook takes that page's label and title
+    build.stage({"book/own_run": own})
+    taken = build.STAGE / "book" / "own_run.ipynb"
+    assert "".join(json.loads(taken.read_text())["cells"][0]["source"]).startswith("(own-run)=\n# Re-run\n")
+    assert not taken.with_suffix(".md").exists() and (tree / "book" / "own_run.md").exists()
+    with pytest.raises(SystemExit, match="book/nowhere: no page of _toc.yml"):
+        build.stage({"book/nowhere": own})
