@@ -190,15 +190,16 @@ class Edit(ABC):
         """One edit that does what ``edits`` (at least one) do when they are applied one after the other.
 
         Neighbours that can be joined are: factors are concatenated, dense updates added, codebooks become one with all entries,
-        of which the nearest counts. What cannot be joined acts in order. ``case_id``, ``editor`` and ``log`` are the last edit's.
+        of which the nearest counts. What cannot be joined acts in order. ``case_id``, ``editor`` and ``log`` are those of the last
+        edit that changes anything.
         """
         parts: list[Edit] = []
-        for part in (part for edit in edits for part in edit.parts):
+        for part in (part for edit in edits for part in edit.parts if part.layers):
             joined = parts[-1].joined(part) if parts else None
             parts[-1:] = [*parts[-1:], part] if joined is None else [joined]
-        last = edits[-1]
-        if len(parts) == 1:
-            return parts[0]
+        if len(parts) < 2:
+            return parts[0] if parts else edits[-1]
+        last = parts[-1]
         return Composite(last.case_id, last.editor, parts=tuple(parts), log=last.log)
 
     def joined(self, later: Edit) -> Edit | None:
@@ -283,9 +284,6 @@ class Unedited(Edit):
     """The model as it is: the baseline row of every table."""
 
     kind: ClassVar[str] = "unedited"
-
-    def joined(self, later):
-        return later
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..edits.base import PassState, Edit
+from ..edits.base import Edit, PassState
 from ..forward.blockwise import passes
 from ..forward.tokens import encode
 from ..subjects.subject import Subject

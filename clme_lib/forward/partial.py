@@ -113,9 +113,7 @@ class PartialForward:
         self._rotary = subject.decoder.rotary_emb(self.outputs, position_ids=self._positions)
 
     @torch.no_grad()
-    def _prefill(
-        self, padded: Padded, attended: torch.Tensor, starts: Sequence[int], ends: Sequence[int]
-    ) -> None:
+    def _prefill(self, padded: Padded, attended: torch.Tensor, starts: Sequence[int], ends: Sequence[int]) -> None:
         """Ordinary forward passes; keep the constants of layer l and the K/V of the blocks above.
 
         Rows of like length go together: they are read through all blocks, so padding costs more here than in a step.
@@ -171,7 +169,17 @@ class PartialForward:
     def select(self, rows: torch.Tensor) -> PartialForward:
         """The same for some of the rows (indices in ascending order): those of cases that are still being optimised."""
         chosen = copy.copy(self)
-        for name in ("keys", "outputs", "residual", "attention", "touched", "label_counts", "_positions", "_mask", "_real"):
+        for name in (
+            "keys",
+            "outputs",
+            "residual",
+            "attention",
+            "touched",
+            "label_counts",
+            "_positions",
+            "_mask",
+            "_real",
+        ):
             if getattr(self, name) is not None:
                 setattr(chosen, name, getattr(self, name)[rows])
         chosen._rotary = tuple(part[rows] if len(part) > 1 else part for part in self._rotary)

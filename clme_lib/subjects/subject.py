@@ -33,6 +33,7 @@ def is_cached(model_id: str) -> bool:
     return isinstance(try_to_load_from_cache(model_id, "config.json"), str)
 
 
+_EDITED = "+edit-sha256:"  # between the fingerprint of a loaded model and that of what was made of it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -106,20 +107,21 @@ class Subject:
 
         Its model is a copy of the modules that shares all tensors and carries the edit's hooks for good. Whoever runs the copy or
         any module of it sees the edited model; hooks that are registered later, to apply further edits or to record,
-        come after the edit's. In 16-bit precision this keeps what merging into the weights would round away.
+        come after the edit's. In 16-bit precision this keeps what merging into the weights would round away. Editing twice is
+        editing once with the composed edit.
 
         Raises:
             StudyError: the edit does not fit the subject.
         """
+        whole = edit if self.edit is None else Edit.compose([self.edit, edit])
         shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
-        copied = replace(
-            self,
-            model=copy.deepcopy(self.model, shared),
-            fingerprint=f"{self.fingerprint}+edit-sha256:{edit.sha256}",
-            edit=edit if self.edit is None else Edit.compose([self.edit, edit]),
-        )
-        attach(copied.decoder, copied.down_proj, [edit])[0].lookups = collections.deque(maxlen=0)  # nobody reads them
-        return copied
+        model = copy.deepcopy(self.model, shared)
+        for module in model.modules():  # whatever runs on the original just now
+            module._forward_hooks.clear(), module._forward_pre_hooks.clear()
+        fingerprint = f"{self.fingerprint.partition(_EDITED)[0]}{_EDITED}{whole.sha256}"
+        edited = replace(self, model=model, fingerprint=fingerprint, edit=whole)
+        attach(edited.decoder, edited.down_proj, [whole])[0].lookups = collections.deque(maxlen=0)  # nobody reads them
+        return edited
 
     @property
     def codebooks(self) -> list[Codebook]:
