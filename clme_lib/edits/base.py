@@ -78,16 +78,6 @@ class PassState:
         if (layout := _LAYOUT.get()) is not None:
             self.phase, self.mask, self.prompt_end = "prefill", layout.real, layout.prompt_end
 
-    @contextlib.contextmanager
-    def narrowed_to(self, rows: torch.Tensor) -> Iterator[None]:
-        """Inside the block, masks and columns are those of some rows of the batch."""
-        whole = self.mask, self.prompt_end
-        self.mask, self.prompt_end = (part[rows] if part is not None else None for part in whole)
-        try:
-            yield
-        finally:
-            self.mask, self.prompt_end = whole
-
     def rows_of(self, batch: int) -> list[int]:
         """Which edit each of ``batch`` rows gets (-1: none)."""
         if self.rows is not None:
@@ -180,7 +170,7 @@ class Edit(ABC):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         known = cls.kinds.get(cls.kind, cls)
-        # running a notebook's cell again defines the same class anew
+        # Running a notebook's cell again defines the same class anew.
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise TypeError(f"{cls.__qualname__} needs a kind of its own: {cls.kind!r} is {known.__qualname__}")
         cls.kinds[cls.kind] = cls
@@ -305,7 +295,7 @@ class Unedited(Edit):
 class Composite(Edit):
     """Edits of several kinds or layers, applied in order: each acts on what the ones before it gave."""
 
-    parts: tuple[Edit, ...] = ()  # type: ignore[assignment]  # takes the place of a property
+    parts: tuple[Edit, ...] = ()  # takes the place of a property
     kind: ClassVar[str] = "composite"
 
     @property
@@ -331,7 +321,7 @@ class Composite(Edit):
         return summed
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {f"{n}:{name}": one for n, part in enumerate(self.parts) for name, one in part.tensors().items()}
+        return {f"{n}:{name}": tensor for n, part in enumerate(self.parts) for name, tensor in part.tensors().items()}
 
     def settings(self) -> dict:
         return {"parts": [part.describe() for part in self.parts]}

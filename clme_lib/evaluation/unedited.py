@@ -100,7 +100,7 @@ def _fire_later(
     return firing
 
 
-# read once in a process
+# A file is read once in a process, and again when another process has made it grow.
 _journal = cache(lambda file: Journal(file, lambda row: row["key"]))
 
 

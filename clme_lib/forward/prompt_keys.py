@@ -36,7 +36,7 @@ def prompt_queries(subject: Subject, prompts: Sequence[str], layer: int) -> dict
         walk = Blockwise(subject, [rows[n] for n in group])
         keys = walk.block(layer, walk.up_to(layer)).keys
         queries["mean"][group] = masked_mean(keys, walk.mask)
-        queries["last"][group] = keys[:, -1].float()  # rows are padded on the left
+        queries["last"][group] = keys[:, -1].float()
     return queries
 
 
@@ -50,7 +50,8 @@ def stored_queries(subject: Subject, prompts: Sequence[str], layer: int, query: 
     folder = cache_dir() / "queries" / name_for(f"{subject.name}-layer-{layer}", identity)
     hashes = [hashlib.sha256(prompt.encode()).hexdigest() for prompt in prompts]
     needed = dict(zip(hashes, prompts))
-    stored = {file: Artifact(file, identity).header()["prompts"] for file in sorted(folder.glob("*.safetensors"))}
+    files = sorted(folder.glob("*.safetensors"))
+    stored = {file: Artifact(file, identity).read(with_tensors=False)[0]["prompts"] for file in files}
     missing = sorted(needed.keys() - set().union(*stored.values()), key=lambda key: (len(needed[key]), key))
     with tqdm(total=len(missing), desc=f"queries of layer {layer}", unit="prompt", disable=not missing) as bar:
         for first in range(0, len(missing), _FILE_PROMPTS):

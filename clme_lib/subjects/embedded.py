@@ -60,7 +60,7 @@ def ensure() -> Path:
             _convert(gguf, converted)
             os.replace(converted, target)
         except OSError as error:
-            if not target.is_dir():  # another process may have finished first
+            if not target.is_dir():  # Another process may have finished first.
                 raise StudyError(f"converting {gguf.name} failed: {error}. Is the disk full?") from error
     return target
 
@@ -100,7 +100,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    if hasattr(model.config, "quantization_config"):  # a model read from GGUF refuses to be saved with it
+    if hasattr(model.config, "quantization_config"):  # A model read from GGUF refuses to be saved with it.
         del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False

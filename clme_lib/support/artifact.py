@@ -42,26 +42,19 @@ class Artifact:
         """Write it, with ``more`` in its header beside the identity."""
         write_tensors(self.file, tensors, {**self.identity, **more})
 
-    def header(self) -> dict[str, Any]:
-        """The header alone.
+    def read(self, with_tensors: bool = True) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Header and, unless only that is needed, tensors.
 
         Raises:
             StudyError: the file is not readable, or of something else; the message says what to do.
         """
-        return self._checked(_read(self.file, with_tensors=False)[0])
-
-    def read(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Header and tensors; raises like :meth:`header`."""
-        header, tensors = read_tensors(self.file)
-        return self._checked(header), tensors
-
-    def _checked(self, header: dict[str, Any]) -> dict[str, Any]:
+        header, tensors = read_tensors(self.file, with_tensors)
         for name, value in json.loads(json.dumps(self.identity)).items():
             if header.get(name) != value:
                 raise StudyError(
                     f"{self.file}: its {name} is {header.get(name)!r}, needed is {value!r}; remove the file to make it anew"
                 )
-        return header
+        return header, tensors
 
 
 def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], header: dict) -> None:
@@ -74,13 +67,15 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], header: dict)
         os.replace(unfinished, file)
 
 
-def read_tensors(file: Path | str) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Header ({} if the file has none of ours) and tensors.
+def read_tensors(file: Path | str, with_tensors: bool = True) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Header ({} if the file has none of ours) and, unless only that is needed, tensors.
 
     Raises:
         StudyError: not a readable safetensors file.
     """
-    return _read(file, with_tensors=True)
+    with _opened(file) as content:
+        header = json.loads((content.metadata() or {}).get("clme", "{}"))
+        return header, {name: content.get_tensor(name) for name in (content.keys() if with_tensors else ())}
 
 
 def read_rows(file: Path | str, name: str, rows: Sequence[int]) -> torch.Tensor:
@@ -92,12 +87,6 @@ def read_rows(file: Path | str, name: str, rows: Sequence[int]) -> torch.Tensor:
     with _opened(file) as content:
         whole = content.get_slice(name)
         return torch.cat([whole[row : row + 1] for row in rows])
-
-
-def _read(file: Path | str, with_tensors: bool) -> tuple[dict, dict[str, torch.Tensor]]:
-    with _opened(file) as content:
-        header = json.loads((content.metadata() or {}).get("clme", "{}"))
-        return header, {name: content.get_tensor(name) for name in (content.keys() if with_tensors else ())}
 
 
 @contextlib.contextmanager

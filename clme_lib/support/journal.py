@@ -64,7 +64,7 @@ def read_rows(path: Path) -> list[dict]:
         return []
     lines = path.read_bytes().split(b"\n")
     rows = []
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn or empty
+    for number, line in enumerate(lines[:-1], 1):  # What follows the last newline is torn or empty.
         try:
             rows.append(json.loads(line))
         except ValueError as error:

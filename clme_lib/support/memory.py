@@ -21,7 +21,7 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    with contextlib.suppress(OSError):  # not Linux, or not permitted: the mark then covers the whole process
+    with contextlib.suppress(OSError):  # Elsewhere the mark covers the whole process.
         Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -106,11 +106,11 @@ def _free_in_group() -> float:
 
 def _free_in(root: Path, path: str, limit: str, used: str) -> float:
     group = root / path.lstrip("/")
-    group = group if group.is_dir() else root  # inside a container the group itself is the root
+    group = group if group.is_dir() else root  # Inside a container the group itself is the root.
     try:
         bound, taken = float((group / limit).read_text()), float((group / used).read_text())
         cached = [line.split() for line in (group / "memory.stat").read_text().splitlines()]
-    except (OSError, ValueError):  # no such controller, or no limit ("max")
+    except (OSError, ValueError):  # There is no such controller, or no limit ("max").
         return float("inf")
-    # files that were read count as used, and are given up when memory is asked for
+    # Cached files count as used, but the system gives their memory up when it is needed.
     return bound - taken + sum(float(size) for name, size in cached if name == "inactive_file")

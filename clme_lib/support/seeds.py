@@ -21,4 +21,4 @@ def generator(*parts: object) -> torch.Generator:
 
 def seeded_order(ids, *parts: object) -> list:
     """``ids`` in the order of their own hashes: a shuffle in which adding an id moves no other two against each other."""
-    return sorted(ids, key=lambda one: (seed_of(*parts, one), one))
+    return sorted(ids, key=lambda id_: (seed_of(*parts, id_), id_))
