@@ -188,7 +188,8 @@ def _parser() -> argparse.ArgumentParser:
     publish.set_defaults(act=_publish)
 
     prepare = commands.add_parser(
-        "prepare", help="fetch the embedded model and mine embedded CSNE now rather than on first use"
+        "prepare",
+        help="fill the cache ($CLME_CACHE) with the embedded model and data sets now rather than on first use",
     )
     prepare.set_defaults(act=_prepare)
     return parser

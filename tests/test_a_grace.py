@@ -221,11 +221,11 @@ def test_a_codebook_is_asked_once_a_text(subject, cases, monkeypatch):
 
         class Watched:
             def __enter__(self):
-                self.applied = manager.__enter__()
-                return self.applied
+                self.state = manager.__enter__()
+                return self.state
 
             def __exit__(self, *error):
-                seen.extend(self.applied.lookups)
+                seen.extend(self.state.lookups)
                 return manager.__exit__(*error)
 
         return Watched()
@@ -246,11 +246,11 @@ def test_only_the_last_prompt_column_is_replaced(subject, cases, pads):
     row = torch.tensor([[0] * pads + ids], device=subject.device)
     mask = torch.tensor([[0] * pads + [1] * len(ids)], device=subject.device)
     seen = {}
-    with subject.applying([edit]) as applied:
+    with subject.applying([edit]) as state:
         handle = subject.down_proj(2).register_forward_hook(lambda _m, _a, out: seen.update(out=out))
         subject.model(input_ids=row, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
         handle.remove()
-    (lookup,) = applied.lookups
+    (lookup,) = state.lookups
     assert lookup.fired.tolist() == [True] and lookup.distances[0] < 1e-3 * edit.keys.norm()
     assert torch.equal(seen["out"][0, -1], edit.values[0])
     assert not torch.isclose(seen["out"][0, :-1], edit.values[0]).all(-1).any()
@@ -260,9 +260,9 @@ def test_a_batch_without_a_mask_has_no_padding(subject, cases):
     (edit,) = fitted("a-grace", subject, cases).edit(cases[:1])
     ids = subject.tokenizer(cases[0].prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(subject.device)
     other = ids.flip(1)
-    with subject.applying([edit]) as applied:
+    with subject.applying([edit]) as state:
         subject.model(input_ids=torch.cat([other, ids]))
-    (lookup,) = applied.lookups
+    (lookup,) = state.lookups
     assert lookup.rows == [0, 1] and lookup.distances[1] < 1e-3 * edit.keys.norm() < lookup.distances[0]
 
 

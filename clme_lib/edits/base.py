@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
@@ -157,7 +156,7 @@ class EditLog:
 
 
 @dataclass(frozen=True, eq=False)
-class Edit(ABC):
+class Edit:
     """What one editor made of one case. Subclasses hold the tensors and register themselves by their ``kind``, which names
     them in saved files."""
 
@@ -216,13 +215,13 @@ class Edit(ABC):
         return None
 
     @property
-    @abstractmethod
     def layers(self) -> tuple[int, ...]:
-        """Blocks whose ``down_proj`` output changes."""
+        """Blocks whose ``down_proj`` output changes, in ascending order."""
+        return tuple(sorted({int(name.split(".")[0]) for part in self.parts for name in part.tensors()}))
 
-    @abstractmethod
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The edit's tensors by name, as they are saved."""
+        """The edit's tensors by name, ``LAYER.NAME``, as they are saved."""
+        return {}
 
     def settings(self) -> dict:
         """What else a saved edit has to say, as JSON values."""
@@ -259,14 +258,17 @@ class Edit(ABC):
         return digest.hexdigest()
 
     @classmethod
-    @abstractmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor], **fields) -> Edit:
         """Rebuild the edit from what :meth:`tensors` and :meth:`settings` gave."""
+        return cls(**fields)
 
     @classmethod
-    @abstractmethod
     def stack(cls, edits: Sequence[Edit], layer: int, device: torch.device) -> Change:
-        """A function that applies ``edits[rows[b]]`` to row b at ``layer``: (inputs, outputs, rows, state) -> outputs."""
+        """A function that applies ``edits[rows[b]]`` to row b at ``layer``: (inputs, outputs, rows, state) -> outputs.
+
+        Edits that are composed of others have none: their parts do.
+        """
+        raise NotImplementedError(f"{cls.__qualname__} does not say how it changes a layer's output")
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,21 +277,6 @@ class Unedited(Edit):
 
     kind: ClassVar[str] = "unedited"
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return ()
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {}
-
-    @classmethod
-    def from_tensors(cls, tensors, **fields) -> Unedited:
-        return cls(**fields)
-
-    @classmethod
-    def stack(cls, edits, layer, device) -> Change:
-        return lambda inputs, outputs, rows, state: outputs
-
 
 @dataclass(frozen=True, eq=False)
 class Composite(Edit):
@@ -297,10 +284,6 @@ class Composite(Edit):
 
     parts: tuple[Edit, ...] = ()  # takes the place of a property
     kind: ClassVar[str] = "composite"
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return tuple(sorted({layer for part in self.parts for layer in part.layers}))
 
     @property
     def first_call_only(self) -> bool:
@@ -334,7 +317,3 @@ class Composite(Edit):
             of_part[int(n)][own_name] = tensor
         parts = tuple(Edit.restored(*described) for described in zip(fields.pop("parts"), of_part))
         return cls(**fields, parts=parts)
-
-    @classmethod
-    def stack(cls, edits, layer, device) -> Change:
-        raise NotImplementedError("applying stacks the parts of composed edits, not the edits themselves")

@@ -37,10 +37,6 @@ class Codebook(Edit):
     every_token: ClassVar[bool] = True
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        return (self.layer,)
-
-    @property
     def asked_with(self) -> Query:
         """Which query of a prompt is looked up."""
         return "last"
