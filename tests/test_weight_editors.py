@@ -301,7 +301,8 @@ def test_interrupted_statistics_go_on(llama, corpus, monkeypatch):
 
     values = load_editor("memit", llama, **{**SMALL["memit"], "corpus": corpus}).values
     whole = second_moments(llama, [0], values)[0].matrix
-    file = next(iter((statistics.cache_dir() / "statistics").rglob("layer-0.safetensors")))
+    folder = Path(corpus).parent / "cache" / "statistics"
+    (file,) = folder.glob("*-layer-0-*.safetensors")
     file.unlink()
     monkeypatch.setattr(statistics, "_CHUNK_DOCUMENTS", 2)
     add, calls = statistics._add, []
@@ -321,15 +322,22 @@ def test_interrupted_statistics_go_on(llama, corpus, monkeypatch):
     again = second_moments(llama, [0], values)[0].matrix
     assert torch.allclose(again, whole, atol=1e-5)
     monkeypatch.setattr(statistics, "_add", add)
-    total = len(list((statistics.cache_dir() / "statistics").rglob("unfinished*")))
-    assert total == 0 and calls, "finished, and from where it stopped"
+    assert list(folder.iterdir()) == [file] and calls, "finished, and from where it stopped"
 
 
-def test_stale_statistics_are_refused(llama, corpus):
+def test_statistics_of_something_else_are_never_used(llama, corpus):
+    """Those of a corpus that has changed are gathered anew; a file of others under their name is refused."""
     values = load_editor("memit", llama, **{**SMALL["memit"], "corpus": corpus}).values
-    second_moments(llama, [0], values)
-    Path(corpus, "0.txt").write_text("another text")
-    with pytest.raises(StudyError, match=r"layer-0.safetensors: its identity is .* remove the file"):
+    before = second_moments(llama, [0], values)[0]
+    folder = Path(corpus).parent / "cache" / "statistics"
+    (stale,) = folder.iterdir()
+    for file in Path(corpus).iterdir():
+        file.write_text(file.read_text()[::-1])
+    after = second_moments(llama, [0], values)[0]
+    assert before.header["identity"] != after.header["identity"] and not torch.equal(before.matrix, after.matrix)
+    (fresh,) = set(folder.iterdir()) - {stale}
+    fresh.write_bytes(stale.read_bytes())
+    with pytest.raises(StudyError, match=r"safetensors: its identity is .* remove the file"):
         second_moments(llama, [0], values)
 
 

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -26,8 +24,7 @@ from ..edits.codebooks import Query
 from ..edits.encoder import Architecture, Encoder
 from ..forward.prompt_keys import stored_queries
 from ..subjects.subject import Subject
-from ..support.artifact import read_tensors, write_tensors
-from ..support.cache import cache_dir
+from ..support.artifact import Artifact
 from ..support.errors import StudyError
 from ..support.seeds import generator, seeded_order
 from .grace import GRACEHyperparameters
@@ -138,7 +135,7 @@ def train(
 
 @dataclass(frozen=True)
 class TrainedEncoder:
-    """An encoder and what it is for: the header of its file, which it is refused by when anything in it differs."""
+    """An encoder, and the header of its file: what it was made for and how its training went."""
 
     encoder: Encoder
     header: dict
@@ -146,27 +143,6 @@ class TrainedEncoder:
     @property
     def dataset(self) -> str:
         return self.header["dataset"]
-
-    def save(self, file: Path) -> None:
-        """One safetensors file."""
-        write_tensors(file, self.encoder.state_dict(), self.header)
-
-    @classmethod
-    def load(cls, file: Path, expected: dict, device: torch.device) -> TrainedEncoder:
-        """Read it back.
-
-        Raises:
-            StudyError: it was made for something else; the message names what.
-        """
-        header, tensors = read_tensors(file)
-        for name, value in expected.items():
-            if header.get(name) != value:
-                raise StudyError(
-                    f"{file}: an encoder whose {name} is {header.get(name)!r}, needed is {value!r}; remove the file to "
-                    "train it anew"
-                )
-        encoder = Encoder.from_tensors(tensors, header["values"]["architecture"])
-        return cls(encoder.to(device), header)
 
 
 def trained_encoder(
@@ -201,16 +177,15 @@ def trained_encoder(
         "training": _digest(training),
         "held_out": _digest(held_out),
     }
-    name = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
-    safe = "".join(c if c.isalnum() or c in ".-_" else "-" for c in subject.name)
-    file = cache_dir() / "encoders" / f"{safe}-{dataset}-{query}-{name}.safetensors"
-    if not file.is_file():
+    file = Artifact.cached("encoders", f"{subject.name}-{dataset}-{query}", header)
+    if not file.exists():
         learnt, checked = (make_pairs(subject, part, values.layer, query) for part in (training, held_out))
         encoder, log = train(
             learnt, checked, values, values.margin[dataset], (seed, subject.name, dataset, "a-grace", query)
         )
-        TrainedEncoder(encoder, {**header, "log": log, "cases": len(training)}).save(file)
-    return TrainedEncoder.load(file, header, subject.device)
+        file.write(encoder.state_dict(), log=log, cases=len(training))
+    header, tensors = file.read()
+    return TrainedEncoder(Encoder.from_tensors(tensors, values.architecture).to(subject.device), header)
 
 
 def _split(cases: Sequence[Case], edited: Sequence[Case], selection: str, seed: int) -> tuple[list[Case], list[Case]]:

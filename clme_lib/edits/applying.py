@@ -15,8 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from ..support.errors import StudyError
 from .base import Change, Edit, PassState
 
-# gives W_l of a zero-based layer
-DownProj = Callable[[int], torch.nn.Linear]
+DownProj = Callable[[int], torch.nn.Linear]  # gives W_l of a zero-based layer
 
 
 @contextlib.contextmanager
@@ -63,7 +62,7 @@ def attach(
 
 def _layer_hook(state: PassState, layer: int, device: torch.device) -> Callable:
     changes = _changes(state.edits, layer, device)
-    # Which rows each change acts on is the same in all passes of a generation but the few that drop finished rows.
+    # The rows that a change acts on are the same in most passes of a generation, so their tensors are kept.
     placed: list[tuple[list[int], torch.Tensor, torch.Tensor]] = []
     placed_for: list[int] | None = None
 
@@ -79,7 +78,7 @@ def _layer_hook(state: PassState, layer: int, device: torch.device) -> Callable:
 
     def hook(module, args, output):
         inputs = args[0]
-        if inputs.dim() == 2:  # single columns, which an update of weights treats like any others
+        if inputs.dim() == 2:  # (B, d_f): an update of weights treats single columns like any others
             if any(part.lookups for edit in state.edits for part in edit.parts):
                 raise StudyError(f"layer {layer} has a codebook, which cannot be consulted for single columns")
             return hook(module, (inputs[:, None],), output[:, None])[:, 0]
@@ -92,8 +91,10 @@ def _layer_hook(state: PassState, layer: int, device: torch.device) -> Callable:
             if len(rows) == len(owners):
                 output = change(inputs, output, stacked, state)
             elif rows:
-                with state.narrowed_to(index):
-                    changed = change(inputs[index], output[index], stacked, state)
+                whole = state.mask, state.prompt_end
+                state.mask, state.prompt_end = (part if part is None else part[index] for part in whole)
+                changed = change(inputs[index], output[index], stacked, state)
+                state.mask, state.prompt_end = whole
                 output = output.index_copy(0, index, changed)
         return output
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
@@ -77,16 +76,6 @@ class PassState:
         """Note the layout that was announced, if there is one."""
         if (layout := _LAYOUT.get()) is not None:
             self.phase, self.mask, self.prompt_end = "prefill", layout.real, layout.prompt_end
-
-    @contextlib.contextmanager
-    def narrowed_to(self, rows: torch.Tensor) -> Iterator[None]:
-        """Inside the block, masks and columns are those of some rows of the batch."""
-        whole = self.mask, self.prompt_end
-        self.mask, self.prompt_end = (part[rows] if part is not None else None for part in whole)
-        try:
-            yield
-        finally:
-            self.mask, self.prompt_end = whole
 
     def rows_of(self, batch: int) -> list[int]:
         """Which edit each of ``batch`` rows gets (-1: none)."""
@@ -167,7 +156,7 @@ class EditLog:
 
 
 @dataclass(frozen=True, eq=False)
-class Edit(ABC):
+class Edit:
     """What one editor made of one case. Subclasses hold the tensors and register themselves by their ``kind``, which names
     them in saved files."""
 
@@ -180,7 +169,7 @@ class Edit(ABC):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         known = cls.kinds.get(cls.kind, cls)
-        # running a notebook's cell again defines the same class anew
+        # Running a notebook's cell again defines the same class anew.
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise TypeError(f"{cls.__qualname__} needs a kind of its own: {cls.kind!r} is {known.__qualname__}")
         cls.kinds[cls.kind] = cls
@@ -190,15 +179,16 @@ class Edit(ABC):
         """One edit that does what ``edits`` (at least one) do when they are applied one after the other.
 
         Neighbours that can be joined are: factors are concatenated, dense updates added, codebooks become one with all entries,
-        of which the nearest counts. What cannot be joined acts in order. ``case_id``, ``editor`` and ``log`` are the last edit's.
+        of which the nearest counts. What cannot be joined acts in order. ``case_id``, ``editor`` and ``log`` are those of the last
+        edit that changes anything.
         """
         parts: list[Edit] = []
-        for part in (part for edit in edits for part in edit.parts):
+        for part in (part for edit in edits for part in edit.parts if part.layers):
             joined = parts[-1].joined(part) if parts else None
             parts[-1:] = [*parts[-1:], part] if joined is None else [joined]
-        last = edits[-1]
-        if len(parts) == 1:
-            return parts[0]
+        if len(parts) < 2:
+            return parts[0] if parts else edits[-1]
+        last = parts[-1]
         return Composite(last.case_id, last.editor, parts=tuple(parts), log=last.log)
 
     def joined(self, later: Edit) -> Edit | None:
@@ -225,13 +215,13 @@ class Edit(ABC):
         return None
 
     @property
-    @abstractmethod
     def layers(self) -> tuple[int, ...]:
-        """Blocks whose ``down_proj`` output changes."""
+        """Blocks whose ``down_proj`` output changes, in ascending order."""
+        return tuple(sorted({int(name.split(".")[0]) for part in self.parts for name in part.tensors()}))
 
-    @abstractmethod
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The edit's tensors by name, as they are saved."""
+        """The edit's tensors by name, ``LAYER.NAME``, as they are saved."""
+        return {}
 
     def settings(self) -> dict:
         """What else a saved edit has to say, as JSON values."""
@@ -268,14 +258,17 @@ class Edit(ABC):
         return digest.hexdigest()
 
     @classmethod
-    @abstractmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor], **fields) -> Edit:
         """Rebuild the edit from what :meth:`tensors` and :meth:`settings` gave."""
+        return cls(**fields)
 
     @classmethod
-    @abstractmethod
     def stack(cls, edits: Sequence[Edit], layer: int, device: torch.device) -> Change:
-        """A function that applies ``edits[rows[b]]`` to row b at ``layer``: (inputs, outputs, rows, state) -> outputs."""
+        """A function that applies ``edits[rows[b]]`` to row b at ``layer``: (inputs, outputs, rows, state) -> outputs.
+
+        Edits that are composed of others have none: their parts do.
+        """
+        raise NotImplementedError(f"{cls.__qualname__} does not say how it changes a layer's output")
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,35 +277,13 @@ class Unedited(Edit):
 
     kind: ClassVar[str] = "unedited"
 
-    def joined(self, later):
-        return later
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return ()
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {}
-
-    @classmethod
-    def from_tensors(cls, tensors, **fields) -> Unedited:
-        return cls(**fields)
-
-    @classmethod
-    def stack(cls, edits, layer, device) -> Change:
-        return lambda inputs, outputs, rows, state: outputs
-
 
 @dataclass(frozen=True, eq=False)
 class Composite(Edit):
     """Edits of several kinds or layers, applied in order: each acts on what the ones before it gave."""
 
-    parts: tuple[Edit, ...] = ()  # type: ignore[assignment]  # takes the place of a property
+    parts: tuple[Edit, ...] = ()  # takes the place of a property
     kind: ClassVar[str] = "composite"
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return tuple(sorted({layer for part in self.parts for layer in part.layers}))
 
     @property
     def first_call_only(self) -> bool:
@@ -333,7 +304,7 @@ class Composite(Edit):
         return summed
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {f"{n}:{name}": one for n, part in enumerate(self.parts) for name, one in part.tensors().items()}
+        return {f"{n}:{name}": tensor for n, part in enumerate(self.parts) for name, tensor in part.tensors().items()}
 
     def settings(self) -> dict:
         return {"parts": [part.describe() for part in self.parts]}
@@ -346,7 +317,3 @@ class Composite(Edit):
             of_part[int(n)][own_name] = tensor
         parts = tuple(Edit.restored(*described) for described in zip(fields.pop("parts"), of_part))
         return cls(**fields, parts=parts)
-
-    @classmethod
-    def stack(cls, edits, layer, device) -> Change:
-        raise NotImplementedError("applying stacks the parts of composed edits, not the edits themselves")

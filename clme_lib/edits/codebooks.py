@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch.nn.functional import pad
@@ -37,10 +37,6 @@ class Codebook(Edit):
     every_token: ClassVar[bool] = True
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        return (self.layer,)
-
-    @property
     def asked_with(self) -> Query:
         """Which query of a prompt is looked up."""
         return "last"
@@ -52,7 +48,9 @@ class Codebook(Edit):
     def joined(self, later):
         if type(later) is not type(self) or later.layer != self.layer or not self._asked_like(later):
             return None
-        entries = {name: torch.cat([getattr(self, name), getattr(later, name)]) for name in ("keys", "values", "radii")}
+        entries: Any = {
+            name: torch.cat([getattr(self, name), getattr(later, name)]) for name in ("keys", "values", "radii")
+        }
         return replace(later, **entries)
 
     def _asked_like(self, later: Codebook) -> bool:
@@ -112,7 +110,7 @@ class _Books:
         distance = distances[torch.arange(len(queries), device=queries.device), nearest]
         fired = distance <= self.radii[books, nearest]
         batch_rows = state.batch_rows if batch_rows is None else batch_rows
-        if state.prompt_end is None:  # a text that is given is not looked up by the one who reads it
+        if state.prompt_end is None:  # lookups are of generated texts, not of passes over given ones
             state.lookups.append(Lookup(self.layer, state.phase, list(batch_rows), distance, fired))
         changed = outputs.clone()
         replaced = self.values[books, nearest].to(outputs.dtype)
@@ -180,10 +178,10 @@ class PromptCodebook(Codebook):
         groups: dict[tuple, list[int]] = {}
         for n, edit in enumerate(edits):
             groups.setdefault((edit.query, edit.encoder and edit.encoder.first.weight.data_ptr()), []).append(n)
-        group_of, place = torch.empty(2, len(edits), dtype=torch.long, device=device)
+        group_of, book_of = torch.empty(2, len(edits), dtype=torch.long, device=device)
         parts = []
         for g, members in enumerate(groups.values()):
-            group_of[members], place[members] = g, torch.arange(len(members), device=device)
+            group_of[members], book_of[members] = g, torch.arange(len(members), device=device)
             first, books = edits[members[0]], _Books([edits[n] for n in members], layer, device)
             parts.append((first.query, first.encoder.to(device) if first.encoder else None, books))
 
@@ -204,7 +202,7 @@ class PromptCodebook(Codebook):
                     )
                 batch_rows = [state.batch_rows[n] for n in own.tolist()]
                 where = torch.arange(len(own), device=device), column[own]
-                changed = books.look_up(asked, outputs[own], where, place[rows[own]], state, batch_rows)
+                changed = books.look_up(asked, outputs[own], where, book_of[rows[own]], state, batch_rows)
                 outputs = outputs.index_copy(0, own, changed)
             return outputs
 

@@ -11,7 +11,7 @@ import torch
 
 from ..support.artifact import read_tensors, write_tensors
 from ..support.errors import StudyError
-from . import codebooks, weights  # noqa: F401  # the kinds there register themselves
+from . import codebooks, weights  # noqa: F401  # registers their kinds
 from .applying import check_fits
 from .base import Edit
 

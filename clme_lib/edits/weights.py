@@ -22,10 +22,6 @@ class LowRankUpdate(Edit):
     factors: dict[int, tuple[torch.Tensor, torch.Tensor]]
     kind: ClassVar[str] = "low-rank"
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return tuple(sorted(self.factors))
-
     def delta(self, layer: int) -> torch.Tensor:
         """The update of ``W_layer`` written out, (d, d_f)."""
         left, right = self.factors[layer]
@@ -80,10 +76,6 @@ class DenseUpdate(Edit):
     layer: int
     delta: torch.Tensor
     kind: ClassVar[str] = "dense"
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return (self.layer,)
 
     def deltas(self):
         return {self.layer: self.delta}

@@ -141,7 +141,7 @@ def _decode(
     mask = torch.zeros(len(prompts), width + steps, dtype=torch.long, device=device)
     for row, prompt in enumerate(prompts):
         mask[row, width - len(prompt.ids) : width] = 1
-    mask[:, width:] = 1  # every pass sees no more of it than what is written
+    mask[:, width:] = 1  # A pass is given only the columns written so far.
     cache = _joined_cache(prompts, width, steps)
     positions = torch.tensor([len(prompt.ids) for prompt in prompts], device=device)
     budgets = torch.tensor([request.budget for request in requests], device=device)
@@ -150,7 +150,7 @@ def _decode(
     sampled = torch.tensor([request.noise is not None for request in requests], device=device)
     logits = torch.stack([prompt.logits for prompt in prompts])
     new = torch.full((len(prompts), steps), eos, dtype=torch.long, device=device)
-    rows = torch.arange(len(prompts), device=device)  # which request each row of the batch still works for
+    rows = torch.arange(len(prompts), device=device)  # the request of each row that is still in the batch
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     with subject.applying(edits, rows=[request.edit for request in requests]) as state:
         for step in range(steps):

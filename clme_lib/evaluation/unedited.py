@@ -12,106 +12,96 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
 import transformers
 
 from ..edits.base import Edit
-from ..edits.codebooks import Codebook, PromptCodebook
+from ..edits.codebooks import Codebook
 from ..forward.blockwise import Blockwise, passes
 from ..forward.prompt_keys import stored_queries
 from ..forward.tokens import encode
 from ..subjects.subject import Subject
-from ..support.cache import cache_dir
-from ..support.journal import append_rows, read_rows
+from ..support.cache import cache_dir, name_for
+from ..support.journal import Journal
 from .generation import SPECIFICITY_TOKENS, Generated, Request, generate
 
 
 def answers_for(subject: Subject, prompts: Sequence[str]) -> list[str]:
     """Greedy 16-token continuations of ``prompts`` by the unedited subject."""
-    return [one.text for one in unedited(subject, [Request(prompt, SPECIFICITY_TOKENS) for prompt in prompts])]
+    return [answer.text for answer in unedited(subject, [Request(prompt, SPECIFICITY_TOKENS) for prompt in prompts])]
 
 
 def unedited(subject: Subject, requests: Sequence[Request]) -> list[Generated]:
     """What the subject writes without any edit: from the cache, or generated now."""
-    file = _cache_file(subject)
-    known = _known(file)
+    known = _journal(_cache_file(subject))
+    known.refresh()
     keys = [_key(request) for request in requests]
-    missing = {key: replace(request, edit=-1) for key, request in zip(keys, requests) if key not in known}
+    missing = {key: replace(request, edit=-1) for key, request in zip(keys, requests) if key not in known.rows}
     if missing:
-        made = generate(subject, list(missing.values()))
-        rows = {key: {"key": key, "text": one.text, "ids": one.ids} for key, one in zip(missing, made)}
-        append_rows(file, rows.values())
-        known.update(rows)
-        # what another process appended meanwhile is missed, and at worst generated again
-        _read[file] = (file.stat().st_size, known)
-    return [Generated(known[key]["text"], known[key]["ids"]) for key in keys]
+        generated = generate(subject, list(missing.values()))
+        known.append(*({"key": key, "text": made.text, "ids": made.ids} for key, made in zip(missing, generated)))
+    return [Generated(known.rows[key]["text"], known.rows[key]["ids"]) for key in keys]
 
 
 def unchanged(subject: Subject, requests: Sequence[Request], edits: Sequence[Edit]) -> dict[int, Generated]:
     """The requests whose text is the unedited subject's, by their place in ``requests``: those without an edit, and those whose
-    codebook fires neither at the prompt nor, where it is asked there, at any token written."""
-    still = {n: Generated("") for n, request in enumerate(requests) if request.edit == -1}
-    asked = [n for n, request in enumerate(requests) if isinstance(edits[request.edit], Codebook) and n not in still]
-    for (layer, query), mine in _by_query(requests, edits, asked).items():
-        queries = stored_queries(subject, [requests[n].prompt for n in mine], layer, query).to(subject.device)
-        for n, one in zip(mine, queries):
-            distance, fired = edits[requests[n].edit].nearest(one[None])  # type: ignore[attr-defined]
-            if not fired.any():
-                still[n] = Generated("", distance=distance.item(), fired=False)
-    order = sorted(still)
-    texts = dict(zip(order, unedited(subject, [requests[n] for n in order])))
-    fires_later = _fires_later(subject, requests, edits, texts)
-    return {
-        n: replace(still[n], text=one.text, ids=one.ids)
-        for n, one in texts.items()
-        if n not in fires_later
-    }  # fmt: skip
-
-
-def _by_query(requests: Sequence[Request], edits: Sequence[Edit], asked: Sequence[int]) -> dict[tuple, list[int]]:
-    groups: dict[tuple, list[int]] = {}
-    for n in asked:
-        edit = edits[requests[n].edit]
-        assert isinstance(edit, Codebook)
-        groups.setdefault((edit.layer, edit.query if isinstance(edit, PromptCodebook) else "last"), []).append(n)
-    return groups
+    codebooks fire neither at the prompt nor, where they are asked there, at any token written."""
+    codebooks = {n: edits[request.edit].lookups if request.edit >= 0 else () for n, request in enumerate(requests)}
+    texts = {n: Generated("") for n, books in codebooks.items() if books is not None}
+    by_query: dict[tuple, list[tuple[int, Codebook]]] = {}
+    for n in texts:
+        for book in codebooks[n] or ():
+            by_query.setdefault((book.layer, book.asked_with), []).append((n, book))
+    for (layer, query), asked in by_query.items():
+        prompts = [requests[n].prompt for n, _ in asked]
+        for (n, book), row in zip(asked, stored_queries(subject, prompts, layer, query).to(subject.device)):
+            distance, fired = book.nearest(row[None])
+            if fired.any():
+                texts.pop(n, None)
+            elif n in texts:
+                texts[n] = replace(texts[n], distance=distance.item(), fired=False)
+    for n, plain in zip(texts, unedited(subject, [requests[n] for n in texts])):
+        texts[n] = replace(texts[n], text=plain.text, ids=plain.ids)
+    by_layer: dict[int, list[tuple[int, Codebook]]] = {}
+    for n, text in texts.items():
+        for book in codebooks[n] or ():
+            if book.every_token and len(text.ids) > 1:
+                by_layer.setdefault(book.layer, []).append((n, book))
+    for layer, asked in by_layer.items():
+        for n in _fire_later(subject, requests, texts, layer, asked):
+            texts.pop(n, None)
+    return texts
 
 
 @torch.no_grad()
-def _fires_later(
-    subject: Subject, requests: Sequence[Request], edits: Sequence[Edit], texts: dict[int, Generated]
-) -> set[int]:
-    """Which of ``texts`` a codebook that is asked at every token would have changed."""
-    by_layer: dict[int, list[int]] = {}
-    for n, one in texts.items():
-        edit = edits[requests[n].edit] if requests[n].edit >= 0 else None
-        if isinstance(edit, Codebook) and not isinstance(edit, PromptCodebook) and len(one.ids) > 1:
-            by_layer.setdefault(edit.layer, []).append(n)
-    found = set()
-    for layer, mine in by_layer.items():
-        # the last token written is never read
-        rows = [encode(subject.tokenizer, requests[n].prompt) + list(texts[n].ids[:-1]) for n in mine]
-        for part in passes(subject, rows):
-            walk = Blockwise(subject, [rows[k] for k in part])
-            keys = walk.block(layer, walk.up_to(layer)).keys
-            for k, own in zip(part, keys):
-                written = len(texts[mine[k]].ids) - 1
-                if edits[requests[mine[k]].edit].nearest(own[-written:].float())[1].any():  # type: ignore[attr-defined]
-                    found.add(mine[k])
-    return found
+def _fire_later(
+    subject: Subject,
+    requests: Sequence[Request],
+    texts: dict[int, Generated],
+    layer: int,
+    asked: Sequence[tuple[int, Codebook]],
+) -> list[int]:
+    """Which of the ``asked`` requests' codebooks fire at a token of their texts."""
+    # The last token written is never read.
+    written = [texts[n].ids[:-1] for n, _ in asked]
+    rows = [encode(subject.tokenizer, requests[n].prompt) + list(ids) for (n, _), ids in zip(asked, written)]
+    firing = []
+    for group in passes(subject, rows):
+        lengths = [len(written[k]) for k in group]
+        walk = Blockwise(subject, [rows[k] for k in group], lengths)
+        keys = walk.block(layer, walk.up_to(layer)).keys
+        for k, row, length in zip(group, keys, lengths):
+            n, book = asked[k]
+            if book.nearest(row[-length:].float())[1].any():
+                firing.append(n)
+    return firing
 
 
-_read: dict[Path, tuple[int, dict[str, dict]]] = {}
-
-
-def _known(file: Path) -> dict[str, dict]:
-    """The cache's rows by key; read again only when another process has made the file grow."""
-    size = file.stat().st_size if file.is_file() else 0
-    if _read.get(file, (None, {}))[0] != size:
-        _read[file] = (size, {row["key"]: row for row in read_rows(file)})
-    return _read[file][1]
+# A file is read once in a process, and again when another process has made it grow.
+_journal = cache(lambda file: Journal(file, lambda row: row["key"]))
 
 
 def _key(request: Request) -> str:
@@ -120,12 +110,11 @@ def _key(request: Request) -> str:
 
 
 def _cache_file(subject: Subject) -> Path:
-    settings = {
+    identity = {
         "fingerprint": subject.fingerprint,
         "dtype": subject.dtype_name,
         "device": subject.device.type,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_dir() / "unedited" / f"{subject.name.replace('/', '--')}-{key}.jsonl"
+    return cache_dir() / "unedited" / f"{name_for(subject.name, identity)}.jsonl"

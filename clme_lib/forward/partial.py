@@ -35,7 +35,7 @@ from .prefix_attention import Prefix, _attending_to
 from .recording import recorded
 from .tokens import TokenRow
 
-# largest ratio of the lengths of rows that are read together
+# Rows that are read together differ in length by this factor at most.
 _MAX_READ_RATIO = 1.2
 
 

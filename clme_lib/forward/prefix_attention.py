@@ -10,7 +10,7 @@ from contextvars import ContextVar
 import torch
 from transformers import AttentionInterface, PreTrainedConfig
 
-# keys and values of a block's prefix, (B, key heads, P, size) each
+# keys and values of each block's prefix, (B, key heads, P, size) both
 Prefix = dict[int, tuple[torch.Tensor, torch.Tensor]]
 # The prefix that blocks attend to. It is not handed to them: not all architectures pass a block's arguments on to their attention.
 _PREFIX: ContextVar[Prefix] = ContextVar("prefix")

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from ..edits.codebooks import Query, masked_mean
 from ..subjects.subject import Subject
-from ..support.artifact import read_header, read_rows, write_tensors
-from ..support.cache import cache_dir
+from ..support.artifact import Artifact, read_rows
+from ..support.cache import cache_dir, name_for
 from ..support.errors import StudyError
 from .blockwise import Blockwise, passes
 from .tokens import encode
@@ -28,17 +27,17 @@ _FILE_PROMPTS = 256
 
 @torch.no_grad()
 def prompt_queries(subject: Subject, prompts: Sequence[str], layer: int) -> dict[str, torch.Tensor]:
-    """Both queries of each prompt under the unedited subject: (P, d_f) float32 each, on the subject's device."""
+    """Both queries of each prompt: (P, d_f) float32 each, on the subject's device."""
     rows = [encode(subject.tokenizer, prompt) for prompt in prompts]
     if any(not row for row in rows):
         raise StudyError("an empty prompt has no query")
-    found = {name: torch.empty(len(rows), subject.inner_size, device=subject.device) for name in ("mean", "last")}
-    for mine in passes(subject, rows):
-        upward = Blockwise(subject, [rows[n] for n in mine])
-        keys = upward.block(layer, upward.up_to(layer)).keys
-        found["mean"][mine] = masked_mean(keys, upward.mask)
-        found["last"][mine] = keys[:, -1].float()  # rows are padded on the left
-    return found
+    queries = {name: torch.empty(len(rows), subject.inner_size, device=subject.device) for name in ("mean", "last")}
+    for group in passes(subject, rows):
+        walk = Blockwise(subject, [rows[n] for n in group])
+        keys = walk.block(layer, walk.up_to(layer)).keys
+        queries["mean"][group] = masked_mean(keys, walk.mask)
+        queries["last"][group] = keys[:, -1].float()
+    return queries
 
 
 def stored_queries(subject: Subject, prompts: Sequence[str], layer: int, query: Query) -> torch.Tensor:
@@ -47,41 +46,22 @@ def stored_queries(subject: Subject, prompts: Sequence[str], layer: int, query: 
     Raises:
         StudyError: a cached file is damaged or of another subject.
     """
-    folder = _folder(subject, layer)
+    identity = {"format": FORMAT, "version": 2, **subject.identity, "device": subject.device.type, "layer": layer}
+    folder = cache_dir() / "queries" / name_for(f"{subject.name}-layer-{layer}", identity)
     hashes = [hashlib.sha256(prompt.encode()).hexdigest() for prompt in prompts]
-    wanted = dict(zip(hashes, prompts))
-    there = {one for file in folder.glob("*.safetensors") for one in _prompts(file, subject, layer)}
-    missing = sorted((one for one in wanted if one not in there), key=lambda one: (len(wanted[one]), one))
+    needed = dict(zip(hashes, prompts))
+    files = sorted(folder.glob("*.safetensors"))
+    stored = {file: Artifact(file, identity).read(with_tensors=False)[0]["prompts"] for file in files}
+    missing = sorted(needed.keys() - set().union(*stored.values()), key=lambda key: (len(needed[key]), key))
     with tqdm(total=len(missing), desc=f"queries of layer {layer}", unit="prompt", disable=not missing) as bar:
         for first in range(0, len(missing), _FILE_PROMPTS):
             part = missing[first : first + _FILE_PROMPTS]
-            found = prompt_queries(subject, [wanted[one] for one in part], layer)
-            name = hashlib.sha256("".join(part).encode()).hexdigest()[:16]
-            header = {**_identity(subject, layer), "prompts": part}
-            write_tensors(folder / f"{name}.safetensors", found, header)
+            file = folder / f"{name_for('prompts', {'sha256': part})}.safetensors"
+            Artifact(file, identity).write(prompt_queries(subject, [needed[key] for key in part], layer), prompts=part)
+            stored[file] = part
             bar.update(len(part))
     rows: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        names = _prompts(file, subject, layer)
-        if wanted.keys().isdisjoint(names):
-            continue
-        places = [n for n, name in enumerate(names) if name in wanted]
-        rows.update(zip([names[n] for n in places], read_rows(file, query, places)))
-    return torch.stack([rows[one] for one in hashes])
-
-
-def _folder(subject: Subject, layer: int) -> Path:
-    identity = hashlib.sha256(f"{subject.fingerprint}|{subject.device.type}".encode()).hexdigest()[:12]
-    safe = "".join(c if c.isalnum() or c in ".-_" else "-" for c in subject.name)
-    return cache_dir() / "queries" / f"{safe}-{subject.dtype_name}-{identity}" / f"layer-{layer}"
-
-
-def _identity(subject: Subject, layer: int) -> dict:
-    return {"format": FORMAT, "version": 1, "fingerprint": subject.fingerprint, "layer": layer}
-
-
-def _prompts(file: Path, subject: Subject, layer: int) -> list[str]:
-    header = read_header(file)
-    if {name: header.get(name) for name in _identity(subject, layer)} != _identity(subject, layer):
-        raise StudyError(f"{file}: not queries of {subject.name} at layer {layer}; remove it")
-    return header["prompts"]
+    for file, keys in stored.items():
+        if indices := [n for n, key in enumerate(keys) if key in needed]:
+            rows.update(zip([keys[n] for n in indices], read_rows(file, query, indices)))
+    return torch.stack([rows[key] for key in hashes])

@@ -12,7 +12,7 @@ from ..subjects.subject import Subject
 
 Hook = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-# what can be recorded in a block: the module, and whether its input is meant or its output
+# The module of each point, and whether its input is recorded or its output.
 _POINTS = {
     "attention": ("self_attn.o_proj", False),
     "residual": ("post_attention_layernorm", True),

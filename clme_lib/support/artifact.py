@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,46 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from .cache import cache_dir, name_for
 from .errors import StudyError
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file of tensors that is refused when it is not of what it should be.
+
+    Attributes:
+        identity: all that decides the content, as JSON values; the file's header begins with it.
+    """
+
+    file: Path
+    identity: dict[str, Any]
+
+    @classmethod
+    def cached(cls, folder: str, prefix: str, identity: dict[str, Any]) -> Artifact:
+        """One in a folder of the user's cache, named by a readable prefix and the hash of its identity."""
+        return cls(cache_dir() / folder / f"{name_for(prefix, identity)}.safetensors", identity)
+
+    def exists(self) -> bool:
+        return self.file.is_file()
+
+    def write(self, tensors: Mapping[str, torch.Tensor], **more: Any) -> None:
+        """Write it, with ``more`` in its header beside the identity."""
+        write_tensors(self.file, tensors, {**self.identity, **more})
+
+    def read(self, with_tensors: bool = True) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Header and, unless only that is needed, tensors.
+
+        Raises:
+            StudyError: the file is not readable, or of something else; the message says what to do.
+        """
+        header, tensors = read_tensors(self.file, with_tensors)
+        for name, value in json.loads(json.dumps(self.identity)).items():
+            if header.get(name) != value:
+                raise StudyError(
+                    f"{self.file}: its {name} is {header.get(name)!r}, needed is {value!r}; remove the file to make it anew"
+                )
+        return header, tensors
 
 
 def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], header: dict) -> None:
@@ -22,27 +62,20 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], header: dict)
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".unfinished-") as scratch:
         unfinished = Path(scratch) / "part"
-        kept = {name: one.detach().contiguous().cpu() for name, one in tensors.items()}
-        save_file(kept, unfinished, metadata={"clme": json.dumps(header)})
+        on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+        save_file(on_cpu, unfinished, metadata={"clme": json.dumps(header)})
         os.replace(unfinished, file)
 
 
-def read_header(file: Path | str) -> dict:
-    """The header alone ({} if the file has none of ours).
+def read_tensors(file: Path | str, with_tensors: bool = True) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Header ({} if the file has none of ours) and, unless only that is needed, tensors.
 
     Raises:
         StudyError: not a readable safetensors file.
     """
-    return _read(file, with_tensors=False)[0]
-
-
-def read_tensors(file: Path | str, *names: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Header and tensors (all of them, or the named ones).
-
-    Raises:
-        StudyError: not a readable safetensors file, or it lacks a named tensor.
-    """
-    return _read(file, *names, with_tensors=True)
+    with _opened(file) as content:
+        header = json.loads((content.metadata() or {}).get("clme", "{}"))
+        return header, {name: content.get_tensor(name) for name in (content.keys() if with_tensors else ())}
 
 
 def read_rows(file: Path | str, name: str, rows: Sequence[int]) -> torch.Tensor:
@@ -54,13 +87,6 @@ def read_rows(file: Path | str, name: str, rows: Sequence[int]) -> torch.Tensor:
     with _opened(file) as content:
         whole = content.get_slice(name)
         return torch.cat([whole[row : row + 1] for row in rows])
-
-
-def _read(file: Path | str, *names: str, with_tensors: bool) -> tuple[dict, dict[str, torch.Tensor]]:
-    with _opened(file) as content:
-        header = json.loads((content.metadata() or {}).get("clme", "{}"))
-        wanted = (names or tuple(content.keys())) if with_tensors else ()
-        return header, {name: content.get_tensor(name) for name in wanted}
 
 
 @contextlib.contextmanager

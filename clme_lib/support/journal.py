@@ -9,10 +9,49 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
+from typing import Any
 
 from .errors import StudyError
+
+
+class Journal:
+    """The rows of a file by their keys, so that work goes on where it stopped.
+
+    Args:
+        key: gives a row's key; a later row takes the place of an earlier one with the same key.
+
+    Attributes:
+        rows: by key, in the order in which keys first appeared.
+    """
+
+    def __init__(self, path: Path, key: Callable[[dict], Hashable]) -> None:
+        self.path, self._key = path, key
+        self.rows: dict[Hashable, dict[str, Any]] = {}
+        self._read_size = -1
+        self.refresh()
+
+    def __contains__(self, row: dict) -> bool:
+        return self._key(row) in self.rows
+
+    def __getitem__(self, row: dict) -> dict[str, Any]:
+        return self.rows[self._key(row)]
+
+    def refresh(self) -> None:
+        """Read the file again if another process has made it grow."""
+        if (size := self._size()) != self._read_size:
+            self.rows = {self._key(row): row for row in read_rows(self.path)}
+            self._read_size = size
+
+    def append(self, *rows: dict) -> None:
+        """Keep rows, in the file too; see :func:`append_rows`. What another process appended meanwhile stays unread."""
+        append_rows(self.path, rows)
+        self.rows.update((self._key(row), row) for row in rows)
+        self._read_size = self._size()
+
+    def _size(self) -> int:
+        return self.path.stat().st_size if self.path.is_file() else 0
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -25,7 +64,7 @@ def read_rows(path: Path) -> list[dict]:
         return []
     lines = path.read_bytes().split(b"\n")
     rows = []
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn or empty
+    for number, line in enumerate(lines[:-1], 1):  # What follows the last newline is torn or empty.
         try:
             rows.append(json.loads(line))
         except ValueError as error:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import torch
 
-try:
-    import resource
-except ImportError:  # not a Unix
-    resource = None  # type: ignore[assignment]
-
-_STATUS = Path("/proc/self/status")
 _GROUPS = Path("/sys/fs/cgroup")
 _LEFT_TO_OTHERS = 0.05  # of the free memory
 _SYMPTOMS = ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "out of memory")
@@ -25,7 +21,7 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    with contextlib.suppress(OSError):  # not Linux, or not permitted: the mark then covers the whole process
+    with contextlib.suppress(OSError):  # Elsewhere the mark covers the whole process.
         Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -33,26 +29,31 @@ def peak_memory_mib(device: torch.device) -> float:
     """High-water mark since the last reset; NaN where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return _kib(_STATUS, "VmHWM:") / 1024
+    try:
+        return int(re.findall(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[0]) / 1024
+    except (OSError, IndexError):  # not Linux
+        return float("nan")
 
 
 def memory_in_use_mib(device: torch.device) -> float:
-    """What is allocated now: by tensors on CUDA, the resident set on CPU; NaN where the system does not tell."""
+    """What is allocated now: by tensors on CUDA, the resident set on CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 2**20
-    return _kib(_STATUS, "VmRSS:") / 1024
+    return psutil.Process().memory_info().rss / 2**20
 
 
 def free_memory_bytes(device: torch.device) -> float:
-    """What may still be allocated; infinity where the system does not tell."""
+    """What may still be allocated: by the device, on a CPU also by the limits of this process (``ulimit``) and its group."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    return min(
-        _or_infinity(1024 * _kib(Path("/proc/meminfo"), "MemAvailable:")),
-        _below_limit("RLIMIT_AS", "VmSize:"),
-        _below_limit("RLIMIT_DATA", "VmData:"),
-        _free_in_group(),
-    )
+    free = [psutil.virtual_memory().available, _free_in_group()]
+    if psutil.LINUX:
+        process = psutil.Process()
+        used = process.memory_info()
+        for resource, taken in ((psutil.RLIMIT_AS, used.vms), (psutil.RLIMIT_DATA, used.data)):
+            limit = process.rlimit(resource)[0]
+            free.append(float("inf") if limit == psutil.RLIM_INFINITY else limit - taken)
+    return float(min(free))
 
 
 @contextlib.contextmanager
@@ -61,17 +62,17 @@ def raising_when_full(device: torch.device) -> Iterator[None]:
 
     Without this the system grants the memory, and ends the process when it is used.
     """
-    free = free_memory_bytes(device)
-    if device.type == "cuda" or resource is None or free == float("inf"):
+    if device.type == "cuda" or not psutil.LINUX:
         yield
         return
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    bound = 1024 * _kib(_STATUS, "VmData:") + (1 - _LEFT_TO_OTHERS) * free
-    resource.setrlimit(resource.RLIMIT_DATA, (int(bound), before[1]))
+    process = psutil.Process()
+    soft, hard = process.rlimit(psutil.RLIMIT_DATA)
+    bound = process.memory_info().data + (1 - _LEFT_TO_OTHERS) * free_memory_bytes(device)
+    process.rlimit(psutil.RLIMIT_DATA, (int(bound), hard))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_DATA, before)
+        process.rlimit(psutil.RLIMIT_DATA, (soft, hard))
 
 
 def release_memory(device: torch.device) -> None:
@@ -86,25 +87,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(symptom in str(error) for symptom in _SYMPTOMS)
     )
-
-
-def _kib(file: Path, field: str) -> float:
-    try:
-        line = next(line for line in file.read_text().splitlines() if line.startswith(field))
-    except (OSError, StopIteration):
-        return float("nan")
-    return float(line.split()[1])
-
-
-def _or_infinity(value: float) -> float:
-    return float("inf") if value != value else value
-
-
-def _below_limit(name: str, used: str) -> float:
-    """What a limit of this process (``ulimit``) leaves."""
-    limit = resource.getrlimit(getattr(resource, name))[0] if resource else -1
-    unlimited = limit in (-1, getattr(resource, "RLIM_INFINITY", -1))
-    return float("inf") if unlimited else _or_infinity(limit - 1024 * _kib(_STATUS, used))
 
 
 def _free_in_group() -> float:
@@ -124,11 +106,11 @@ def _free_in_group() -> float:
 
 def _free_in(root: Path, path: str, limit: str, used: str) -> float:
     group = root / path.lstrip("/")
-    group = group if group.is_dir() else root  # inside a container the group itself is the root
+    group = group if group.is_dir() else root  # Inside a container the group itself is the root.
     try:
         bound, taken = float((group / limit).read_text()), float((group / used).read_text())
         cached = [line.split() for line in (group / "memory.stat").read_text().splitlines()]
-    except (OSError, ValueError):  # no such controller, or no limit ("max")
+    except (OSError, ValueError):  # There is no such controller, or no limit ("max").
         return float("inf")
-    # files that were read count as used, and are given up when memory is asked for
+    # Cached files count as used, but the system gives their memory up when it is needed.
     return bound - taken + sum(float(size) for name, size in cached if name == "inactive_file")

@@ -22,17 +22,17 @@ def _ascending(layers: tuple[int, ...]) -> tuple[int, ...]:
 
 
 Layers = Annotated[tuple[int, ...], Field(min_length=1), AfterValidator(_ascending)]
-Values = TypeVar("Values", bound=BaseModel)
+Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
-def parse(schema: type[Values], values: Any, where: str) -> Values:
-    """Validate ``values`` against ``schema``; on failure name the place, the field and the known fields."""
+def parse(schema: type[Parsed], content: Any, where: str) -> Parsed:
+    """Validate ``content`` against ``schema``; on failure name the place, the field and the known fields."""
     try:
-        return schema.model_validate(values)
+        return schema.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "(top level)"
         reason = first["msg"].replace("Extra inputs are not permitted", "unknown key")
-        # which fields there are helps with a misspelt one, not with a wrong value
+        # A list of the fields helps with a misspelt name, not with a wrong value.
         known = f"; known: {', '.join(schema.model_fields)}" if first["type"] == "extra_forbidden" else ""
         raise StudyError(f"{where}: {field}: {reason} (got {first.get('input')!r}){known}") from None

@@ -22,7 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ...support.errors import StudyError
-from ...support.journal import append_rows, read_rows, write_text
+from ...support.journal import Journal, read_rows, write_text
 
 StageRow = dict[str, Any]
 Make = Callable[[Sequence[StageRow]], Iterable[StageRow]]
@@ -90,13 +90,13 @@ class Stages:
         return rows
 
     def _complete(self, name: str, file: Path, todo: Sequence[StageRow], make: Make, batch: int | None) -> None:
-        append_rows(file, [])
-        done = {row["id"] for row in read_rows(file)}
-        left = [row for row in todo if row["id"] not in done]
+        journal = Journal(file, lambda row: row["id"])
+        journal.append()  # the file exists even if the stage has no rows
+        left = [row for row in todo if row not in journal]
         with tqdm(total=len(todo) or None, initial=len(todo) - len(left), desc=name, unit="row") as bar:
             for part in _parts(left, batch) if todo else [[]]:
-                for rows in _together(row for row in make(part) if row["id"] not in done):
-                    append_rows(file, rows)
+                for rows in _together(row for row in make(part) if row not in journal):
+                    journal.append(*rows)
                     bar.update(len(rows))
 
     @staticmethod

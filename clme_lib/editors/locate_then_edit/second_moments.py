@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -19,9 +19,8 @@ from tqdm import tqdm
 from ...forward.blockwise import Blockwise
 from ...forward.tokens import encode
 from ...subjects.subject import Subject
-from ...support.artifact import read_tensors, write_tensors
+from ...support.artifact import Artifact
 from ...support.batching import of_like_length
-from ...support.cache import cache_dir
 from ...support.errors import StudyError
 from ...support.schema import Schema
 from .corpora import SEED, Corpus, open_corpus
@@ -95,29 +94,27 @@ def second_moments(
         StudyError: the corpus is too small, or a cached file is of something else; the message says what to do.
     """
     corpus = open_corpus(wanted.corpus)
-    header = _header(subject, corpus, wanted)
-    folder = _folder(header)
-    least = header["wanted_tokens"] or subject.inner_size
+    identity = _identity(subject, corpus, wanted)
+    least = identity["wanted_tokens"] or subject.inner_size
     if not (wanted.corpus_tokens or wanted.corpus_documents):
         least = LEAST_PER_DIMENSION * subject.inner_size
-    files = {layer: folder / f"layer-{layer}.safetensors" for layer in layers}
-    if absent := sorted(layer for layer, file in files.items() if not file.is_file()):
-        _gather(subject, absent, corpus, folder, header, least)
-    moments = {layer: _read(file, {**header, "layer": layer}, subject) for layer, file in files.items()}
+    files = {layer: _artifact(identity, layer=layer) for layer in layers}
+    if absent := {layer: file for layer, file in sorted(files.items()) if not file.exists()}:
+        _gather(subject, absent, corpus, identity, least)
+    moments = {layer: _read(file, subject) for layer, file in files.items()}
     for moment in moments.values():
         _require(moment.header["tokens"], least, corpus, subject)
     return moments
 
 
-def _folder(header: dict) -> Path:
-    """Named by subject, corpus and amount, so that a person finds it."""
-    amounts = [f"{header[f'wanted_{what}']}-{what}" for what in ("documents", "tokens") if header[f"wanted_{what}"]]
-    names = (f"{header['subject']}-{header['dtype']}", "-".join([header["corpus"], *amounts]))
-    safe = ("".join(c if c.isalnum() or c in ".-_" else "-" for c in name) for name in names)
-    return cache_dir().joinpath("statistics", *safe)
+def _artifact(identity: dict, **what: Any) -> Artifact:
+    """A file named so that a person finds it: by subject, corpus and layer, or the layers of a gathering in progress."""
+    of = "-".join(f"{name}-{value}" for name, value in what.items())
+    prefix = f"{identity['subject']}-{identity['corpus'][-60:]}-{of}"  # a corpus may be a long path
+    return Artifact.cached("statistics", prefix, {**identity, **what})
 
 
-def _header(subject: Subject, corpus: Corpus, wanted: StatisticsHyperparameters) -> dict:
+def _identity(subject: Subject, corpus: Corpus, wanted: StatisticsHyperparameters) -> dict:
     return {
         "format": FORMAT,
         "version": 1,
@@ -137,54 +134,48 @@ def _token_limit(subject: Subject, wanted: StatisticsHyperparameters) -> int | N
     return TOKENS_PER_DIMENSION * subject.inner_size
 
 
-def _read(file: Path, expected: dict, subject: Subject) -> SecondMoment:
-    header, tensors = read_tensors(file)
-    for name, value in expected.items():
-        if header.get(name) != value:
-            raise StudyError(
-                f"{file}: its {name} is {header.get(name)!r}, needed is {value!r}; remove the file to gather it anew"
-            )
+def _read(file: Artifact, subject: Subject) -> SecondMoment:
+    header, tensors = file.read()
     matrix = tensors.get("matrix")
     if matrix is None or matrix.shape != (subject.inner_size,) * 2 or not matrix.isfinite().all():
         raise StudyError(
-            f"{file}: not a finite matrix of {subject.inner_size} squared; remove the file to gather it anew"
+            f"{file.file}: not a finite matrix of {subject.inner_size} squared; remove the file to gather it anew"
         )
     return SecondMoment(matrix, header, subject.device)
 
 
-def _gather(subject: Subject, layers: list[int], corpus: Corpus, folder: Path, header: dict, least: int) -> None:
+def _gather(subject: Subject, files: dict[int, Artifact], corpus: Corpus, identity: dict, least: int) -> None:
     """Sum ``k k^T`` over the corpus for several layers at once; write one file a layer at the end.
 
     Args:
+        files: by layer.
         least: tokens that the corpus must have.
     """
-    unfinished = folder / f"unfinished-{'-'.join(map(str, layers))}.safetensors"
-    sums = {layer: torch.zeros(subject.inner_size, subject.inner_size, device=subject.device) for layer in layers}
+    unfinished = _artifact(identity, unfinished="-".join(map(str, files)))
+    sums = {layer: torch.zeros(subject.inner_size, subject.inner_size, device=subject.device) for layer in files}
     documents = tokens = 0
-    if unfinished.is_file():
-        before, kept = read_tensors(unfinished)
-        if {name: before.get(name) for name in header} == header:
-            documents, tokens = before["documents"], before["tokens"]
-            sums = {layer: kept[str(layer)].to(subject.device) for layer in layers}
-    limit = header["wanted_tokens"]
+    if unfinished.exists():
+        before, kept = unfinished.read()
+        documents, tokens = before["documents"], before["tokens"]
+        sums = {layer: kept[str(layer)].to(subject.device) for layer in files}
+    limit = identity["wanted_tokens"]
     with tqdm(total=limit, initial=tokens, desc=f"statistics of {subject.name}", unit="token") as bar:
-        for count, batch in _chunks(subject, corpus, documents, header["wanted_documents"], limit, tokens):
+        for count, batch in _chunks(subject, corpus, documents, identity["wanted_documents"], limit, tokens):
             for group in of_like_length(list(map(len, batch)), tokens=_PASS_TOKENS, longest_first=True):
                 _add(subject, [batch[n] for n in group], sums)
             documents, read = documents + count, sum(map(len, batch))
             tokens += read
             bar.update(read)
-            progress = {**header, "documents": documents, "tokens": tokens}
-            write_tensors(unfinished, {str(layer): one for layer, one in sums.items()}, progress)
+            partial_sums = {str(layer): total for layer, total in sums.items()}
+            unfinished.write(partial_sums, documents=documents, tokens=tokens)
     _require(tokens, least, corpus, subject)
     if tokens < subject.inner_size:
         raise StudyError(
             f"corpus_tokens={limit} is less than the {subject.inner_size} dimensions of the key: the second moment would be singular"
         )
     for layer, total in sums.items():
-        finished = {**header, "layer": layer, "documents": documents, "tokens": tokens}
-        write_tensors(folder / f"layer-{layer}.safetensors", {"matrix": total / tokens}, finished)
-    unfinished.unlink(missing_ok=True)  # another process may have gathered the same
+        files[layer].write({"matrix": total / tokens}, documents=documents, tokens=tokens)
+    unfinished.file.unlink(missing_ok=True)  # another process may have gathered the same
 
 
 def _require(tokens: int, least: int, corpus: Corpus, subject: Subject) -> None:

@@ -15,8 +15,6 @@ epochs as far as memory allows. Training resumes at its last checkpoint; a finis
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -31,9 +29,8 @@ from ...forward.partial import PartialForward
 from ...forward.recording import Hook
 from ...forward.tokens import Tokenized, TokenRow, encode
 from ...subjects.subject import Subject
-from ...support.artifact import read_tensors, write_tensors
+from ...support.artifact import Artifact
 from ...support.batching import of_like_length
-from ...support.cache import cache_dir
 from ...support.errors import StudyError
 from ...support.schema import Layers, Schema
 from ...support.seeds import generator, seeded_order
@@ -103,7 +100,7 @@ class Training:
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=values.meta_lr)
         self.iteration = 0
         self.log: list[tuple[float, float]] = []
-        self.identity = {
+        identity = {
             "format": FORMAT,
             "version": 1,
             **subject.identity,
@@ -112,9 +109,7 @@ class Training:
             "values": values.model_dump(mode="json"),
             "records": [case.sha256 for case in self.records],
         }
-        name = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
-        safe = "".join(c if c.isalnum() or c in ".-_" else "-" for c in subject.name)
-        self.file = cache_dir() / "malmen" / f"{safe}-{dataset}-{name}.safetensors"
+        self.artifact = Artifact.cached("malmen", f"{subject.name}-{dataset}", identity)
         self.answers: dict[str, str] = {}
         self._kept: dict[TokenRow, torch.Tensor] = {}
         self._references: dict[TokenRow, torch.Tensor] = {}
@@ -246,32 +241,28 @@ class Training:
         return PartialForward(self.subject, rows, layer, from_lookup=False, residuals=residuals)
 
     def _save(self, finished: bool) -> None:
-        tensors = {f"network.{name}": one for name, one in self.network.state_dict().items()}
+        tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
         if not finished:
             for n, state in self.optimizer.state_dict()["state"].items():
-                tensors.update({f"optimizer.{n}.{name}": one for name, one in state.items()})
-        write_tensors(self.file, tensors, {**self.identity, "iteration": self.iteration, "log": self.log})
+                tensors.update({f"optimizer.{n}.{name}": tensor for name, tensor in state.items()})
+        self.artifact.write(tensors, iteration=self.iteration, log=self.log)
 
     def _load(self) -> None:
-        if not self.file.is_file():
+        if not self.artifact.exists():
             return
-        header, tensors = read_tensors(self.file)
-        try:
-            if {name: header.get(name) for name in self.identity} != self.identity:
-                raise ValueError("it is of another subject, data set, or other values")
-            network = {
-                name.removeprefix("network."): one for name, one in tensors.items() if name.startswith("network.")
-            }
-            self.network.load_state_dict(network)
-        except (ValueError, RuntimeError) as error:
-            raise StudyError(f"{self.file}: not a usable network: {error}; remove it to train anew") from error
-        self.iteration, self.log = header["iteration"], [tuple(one) for one in header["log"]]
+        header, tensors = self.artifact.read()
+        network: dict[str, torch.Tensor] = {}
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            if part == "network":
+                network[rest] = tensor
+            else:
+                n, what = rest.split(".")
+                state.setdefault(int(n), {})[what] = tensor
+        self.network.load_state_dict(network)
+        self.iteration, self.log = header["iteration"], [tuple(losses) for losses in header["log"]]
         if self.iteration < self.values.iterations:
-            state: dict[int, dict[str, torch.Tensor]] = {}
-            for name, one in tensors.items():
-                if name.startswith("optimizer."):
-                    _, n, what = name.split(".")
-                    state.setdefault(int(n), {})[what] = one
             self.optimizer.load_state_dict(
                 {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
             )

@@ -25,7 +25,7 @@ from ...evaluation.records import finite
 from ...subjects.settings import Preset, load_settings
 from ...subjects.subject import Subject
 from ...support.errors import StudyError
-from ...support.journal import append_rows, read_rows
+from ...support.journal import Journal
 from ...support.seeds import seed_of
 from ..tables import Table, dataset_name, editor_name, percent, write_csv
 
@@ -195,8 +195,7 @@ def measure(
         file: the table to be; what has been measured is kept beside it, so that an interrupted command goes on.
         cases: only the first so many of each data set's (None: all 30).
     """
-    kept = file.with_name(f"{file.name}.part")
-    done = {(row["identity"], row["dataset"]): row for row in read_rows(kept)}
+    done = Journal(file.with_name(f"{file.name}.part"), lambda row: (row["identity"], row["dataset"]))
     rows = []
     for setting in tqdm(settings, desc=f"measure {editor}", unit="setting"):
         for dataset in datasets:
@@ -204,7 +203,8 @@ def measure(
             made = load_editor(editor, subject, values=values, **setting)
             digest = "".join(case.sha256 for case in chosen)
             identity = seed_of(subject.fingerprint, subject.dtype_name, editor, made.values, budgets, digest)
-            if (identity, dataset) not in done:
+            row = {"identity": identity, "dataset": dataset}
+            if row not in done:
                 if made.needs_training:
                     made.fit(others, edited=chosen)
                 edits = made.edit(chosen)
@@ -212,13 +212,8 @@ def measure(
                 if "compat" in budgets:
                     released = evaluate(subject, chosen, edits, preset="compat")
                     mean["released_budget_em"] = released["effectiveness_em"].mean()
-                scores = {name: finite(score) for name, score in mean.items()}
-                done[identity, dataset] = {"identity": identity, "dataset": dataset, "scores": scores}
-                append_rows(kept, [done[identity, dataset]])
-            scores = {
-                name: float("nan") if score is None else score
-                for name, score in done[identity, dataset]["scores"].items()
-            }
+                done.append({**row, "scores": {name: finite(score) for name, score in mean.items()}})
+            scores = {name: float("nan") if score is None else score for name, score in done[row]["scores"].items()}
             shown = ", ".join(f"{name} {_shown(value)}" for name, value in setting.items())
             rows.append({"editor": editor, "setting": shown, "dataset": dataset, "cases": len(chosen), **scores})
     return pd.DataFrame(rows)

@@ -43,8 +43,9 @@ from ...evaluation.evaluate import Circumstances, score
 from ...evaluation.unedited import answers_for
 from ...forward.tokens import tokenize
 from ...subjects.subject import Subject, load_subject, torch_device
+from ...support.cache import file_name
 from ...support.errors import StudyError
-from ...support.journal import append_rows, read_rows
+from ...support.journal import Journal, read_rows
 from ...support.memory import is_out_of_memory, memory_in_use_mib, raising_when_full, release_memory
 from ...support.seeds import DEFAULT_SEED, generator
 from .. import provenance
@@ -100,9 +101,8 @@ class Bench:
             "machine": machine["name"],
             "threads": machine["threads"],
         }
-        safe = "".join(c if c.isalnum() or c in ".-_" else "-" for c in subject.name)
-        self.file = config.out / f"{safe}{'-random' if config.random_weights else ''}.jsonl"
-        self._there = {_key(row) for row in read_rows(self.file)}
+        name = file_name(f"{subject.name}{'-random' if config.random_weights else ''}")
+        self.measured = Journal(config.out / f"{name}.jsonl", _key)
 
     def complete(self) -> None:
         """Measure what the folder does not have yet."""
@@ -144,12 +144,11 @@ class Bench:
                 break
 
     def _is_missing(self, **row: Any) -> bool:
-        return _key({**self.circumstances, **row}) not in self._there
+        return {**self.circumstances, **row} not in self.measured
 
     def _add(self, **row: Any) -> None:
-        whole = {**self.circumstances, **row}
-        append_rows(self.file, [{**whole, "commit": provenance.commit(), "measured": provenance.now()}])
-        self._there.add(_key(whole))
+        made = {"commit": provenance.commit(), "measured": provenance.now()}
+        self.measured.append({**self.circumstances, **row, **made})
 
 
 def _key(row: dict) -> tuple:
