@@ -213,7 +213,7 @@ def _list(_options: argparse.Namespace) -> int:
     from .datasets.embedded_cnle import read_rows
     from .datasets.mining import TARGETS
     from .datasets.published import ZENODO_DOI
-    from .editors.registry import EDITORS
+    from .editors.registry import get_editor, list_editors
     from .subjects import embedded as embedded_subject
     from .subjects.settings import load_settings, registered_subjects
     from .subjects.subject import is_cached
@@ -237,8 +237,12 @@ def _list(_options: argparse.Namespace) -> int:
     )
     print(f"  published        the authors' files, from {ZENODO_DOI}")
     print("editors")
-    for name, editor in EDITORS.items():
-        print(f"  {name:16} {(editor.__doc__ or '').splitlines()[0]}")
+    for name in list_editors():
+        try:
+            said = (get_editor(name).__doc__ or "").partition("\n")[0]
+        except StudyError as error:
+            said = str(error)
+        print(f"  {name:16} {said}")
     return 0
 
 

@@ -1,42 +1,107 @@
-"""The editors by name. Registering a new one is one line in ``EDITORS``."""
+"""The editors by name: this package's, and those that other packages name in their entry points.
+
+A file in this folder that defines an editor is enough. Another package writes, for a class or the module that defines some::
+
+    [project.entry-points."clme_lib.editors"]
+    mine = "my_package.my_editor:Mine"
+
+Nothing is imported before an editor is first asked for.
+"""
 
 from __future__ import annotations
 
+import pkgutil
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
 from typing import Any, Literal
 
-from ..subjects.settings import PAPER_SUBJECT, Preset, load_settings, registered_subjects, transfer_layers
+from ..subjects.settings import Preset, load_settings, registered_subjects, transfer_layers
 from ..subjects.subject import Subject
 from ..support.errors import StudyError
-from ..support.schema import parse
+from ..support.schema import Schema, parse
 from ..support.seeds import DEFAULT_SEED
-from .a_grace import AGRACE, AGRACEWithoutCL, AGRACEWithoutMean
-from .base import Editor
-from .ft_l import FTL
-from .grace import GRACE
-from .malmen.editor import MALMEN
-from .memit import MEMIT
-from .none import NoEditor
-from .pmet import PMET
-from .rome import ROME
+from .base import REGISTERED, Editor
 
-# the order of every table: the unedited baseline first, then as in the paper
-EDITORS: dict[str, type[Editor]] = {
-    "none": NoEditor,
-    "ft-l": FTL,
-    "rome": ROME,
-    "memit": MEMIT,
-    "pmet": PMET,
-    "malmen": MALMEN,
-    "grace": GRACE,
-    "a-grace": AGRACE,
-    "a-grace-wo-cl": AGRACEWithoutCL,
-    "a-grace-wo-mean": AGRACEWithoutMean,
-}
+ENTRY_POINTS = "clme_lib.editors"
+
+
+@cache
+def _import_all() -> dict[str, str]:
+    """Import every module that defines editors; of the entry points that cannot be, says by name why."""
+    package = import_module(__package__)
+    for module in pkgutil.walk_packages(package.__path__, f"{__package__}."):
+        import_module(module.name)
+    broken = {}
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            entry.load()
+        except Exception as error:  # whatever a foreign module raises
+            package_name = entry.dist.name if entry.dist else entry.module
+            broken[entry.name] = (
+                f"editor {entry.name!r} of the package {package_name} cannot be loaded: {type(error).__name__}: {error}; "
+                "repair or uninstall that package"
+            )
+    return broken
+
+
+def registered_editors() -> dict[str, type[Editor]]:
+    """The editors that can be loaded, in the order of tables: the unedited baseline, the paper's, all others by name."""
+    _import_all()
+    return {
+        editor.name: editor for editor in sorted(REGISTERED.values(), key=lambda editor: (editor.order, editor.name))
+    }
 
 
 def list_editors() -> list[str]:
-    """Names of all editors, the unedited baseline first."""
-    return list(EDITORS)
+    """Names of all editors, the unedited baseline first; last come those of other packages that cannot be loaded."""
+    return list(dict.fromkeys([*registered_editors(), *_import_all()]))
+
+
+def get_editor(name: str) -> type[Editor]:
+    """An editor's class.
+
+    Raises:
+        StudyError: there is none of this name, or the package that has it cannot be loaded.
+    """
+    if name in (broken := _import_all()):
+        raise StudyError(broken[name])
+    editors = registered_editors()
+    if name not in editors:
+        raise StudyError(f"unknown editor {name!r}; known: {', '.join(list_editors())}")
+    return editors[name]
+
+
+def resolve_hparams(
+    name: str,
+    subject: str,
+    blocks: int | None = None,
+    *,
+    values: Literal["subject", "transferred"] = "subject",
+    preset: Preset = "clean",
+    **overrides: Any,
+) -> Schema:
+    """An editor's hyper-parameters for a subject: the paper's, which are the class's defaults; over them what the subject's YAML
+    has, what the preset changes, and ``overrides``.
+
+    Args:
+        name, values, preset, overrides: as in :func:`load_editor`.
+        blocks: how many the subject has: layers that the paper names and the subject lacks are moved (None: as they are).
+
+    Raises:
+        StudyError: unknown editor, unknown or ill-typed hyper-parameter; the message names the subject, editor and field.
+    """
+    editor = get_editor(name)
+    fields = editor.Hyperparameters.model_fields.items()
+    paper = {field: about.get_default(call_default_factory=True) for field, about in fields if not about.is_required()}
+    has_yaml = values == "subject" and subject in registered_subjects()
+    chosen = {
+        **(paper if blocks is None else transfer_layers(paper, blocks)),
+        **(load_settings(subject).editors.get(name, {}) if has_yaml else {}),
+        **(editor.compat if preset == "compat" else {}),
+        **overrides,
+    }
+    return parse(editor.Hyperparameters, chosen, f"{subject}{'.yaml' if has_yaml else ''}: editors.{name}")
 
 
 def load_editor(
@@ -60,19 +125,5 @@ def load_editor(
     Raises:
         StudyError: unknown editor, unknown or ill-typed hyper-parameter, or a layer the subject does not have.
     """
-    if name not in EDITORS:
-        raise StudyError(f"unknown editor {name!r}; known: {', '.join(EDITORS)}")
-    own = values == "subject" and subject.name in registered_subjects()
-    source = subject.name if own else PAPER_SUBJECT
-    chosen = load_settings(source).editors.get(name)
-    if chosen is None:
-        raise StudyError(f"{source}.yaml: editors: no values for {name!r}")
-    if not own:
-        chosen = transfer_layers(chosen, len(subject.blocks))
-    editor = EDITORS[name]
-    defects = editor.compat if preset == "compat" else {}
-    return editor(
-        subject,
-        parse(editor.Hyperparameters, {**chosen, **defects, **overrides}, f"{source}.yaml: editors.{name}"),
-        seed,
-    )
+    hparams = resolve_hparams(name, subject.name, len(subject.blocks), values=values, preset=preset, **overrides)
+    return get_editor(name)(subject, hparams, seed)

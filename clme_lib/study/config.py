@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from ..datasets.cases import DATASETS
-from ..editors.registry import EDITORS
+from ..editors.registry import list_editors
 from ..subjects.settings import Preset
 from ..support.schema import Schema, parse
 from ..support.seeds import DEFAULT_SEED
+from .paper import STUDY_EDITORS
 
-TIMED = tuple(name for name in EDITORS if name != "none")
+
+def _that_edit() -> list[str]:
+    return [name for name in list_editors() if name != "none"]
 
 
 class BenchConfig(Schema):
@@ -28,7 +31,7 @@ class BenchConfig(Schema):
     subject: str = "smollm2-135m"
     random_weights: bool = False
     dataset: named(DATASETS, "data set") = DATASETS  # type: ignore[valid-type]
-    editors: named(TIMED, "editor") = TIMED  # type: ignore[valid-type]
+    editors: named(_that_edit, "editor") = STUDY_EDITORS  # type: ignore[valid-type]
     cases: int = Field(default=10, ge=1)
     batches: tuple[int, ...] = (1, 8)
     device: str = "auto"
@@ -61,14 +64,15 @@ def _split(value: Any) -> Any:
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 
 
-def named(known: Sequence[str], what: str) -> Any:
-    """The type of a configuration's list of names: each among ``known``, kept once, and at least one."""
+def named(known: Sequence[str] | Callable[[], Sequence[str]], what: str) -> Any:
+    """The type of a configuration's list of names: each among ``known`` (asked for when checked), kept once, and at least one."""
 
     def check(names: tuple[str, ...]) -> tuple[str, ...]:
+        choices = known() if callable(known) else known
         if not names:
-            raise ValueError(f"no {what} given; known: {', '.join(known)}")
-        if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"unknown {what} {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
+            raise ValueError(f"no {what} given; known: {', '.join(choices)}")
+        if unknown := [name for name in names if name not in choices]:
+            raise ValueError(f"unknown {what} {', '.join(map(repr, unknown))}; known: {', '.join(choices)}")
         return tuple(dict.fromkeys(names))
 
     return Annotated[Names, AfterValidator(check)]
@@ -91,7 +95,7 @@ class RunConfig(Schema):
 
     subject: str = "smollm2-135m"
     dataset: named(DATASETS, "data set") = DATASETS  # type: ignore[valid-type]
-    editors: named(tuple(EDITORS), "editor") = ("none", "ft-l", "grace")  # type: ignore[valid-type]
+    editors: named(list_editors, "editor") = ("none", "ft-l", "grace")  # type: ignore[valid-type]
     cases: int | None = Field(default=8, ge=1)
     seed: int = DEFAULT_SEED
     source: str = "embedded"

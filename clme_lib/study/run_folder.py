@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..datasets.cases import Case
-from ..editors.registry import EDITORS
+from ..editors.registry import list_editors
 from ..evaluation.records import frame, read_records
 from ..support.errors import StudyError
 from ..support.journal import read_rows, write_text
@@ -34,7 +34,7 @@ def load_run(
         table = table[[key in wanted for key in keys]]
     if editors is not None:
         table = table[table["editor"].isin(editors)]
-    order = table["editor"].map({name: n for n, name in enumerate(EDITORS)})
+    order = table["editor"].map({name: n for n, name in enumerate(list_editors())})
     return (
         table.assign(_order=order)
         .sort_values(["dataset", "_order", "case_id"])

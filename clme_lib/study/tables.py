@@ -3,45 +3,22 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ..editors.registry import EDITORS
+from ..editors.registry import list_editors, registered_editors
 from ..evaluation.records import SCORES
 
 LEVEL = 0.95
 RESAMPLES = 2_000
 BINARY = ("effectiveness_em", "generalization_em", "specificity_em")
 _METRIC_NAMES = {"em": "EM", "bleu": "BLEU", "rouge_l": "R-L"}
-_EDITOR_NAMES = {
-    "none": "unedited",
-    "ft-l": "FT-L",
-    "rome": "ROME",
-    "memit": "MEMIT",
-    "pmet": "PMET",
-    "malmen": "MALMEN",
-    "grace": "GRACE",
-    "a-grace": "A-GRACE",
-    "a-grace-wo-cl": "A-GRACE w/o CL",
-    "a-grace-wo-mean": "A-GRACE w/o Mean",
-}
+_GREY = 7  # in seaborn's colourblind palette
 _DATASET_NAMES = {"cnle": "CNLE", "csne": "CSNE"}
-# places in seaborn's colourblind palette, the same in all figures
-_COLOURS = {
-    "ft-l": 0,
-    "rome": 1,
-    "memit": 8,
-    "pmet": 4,
-    "malmen": 9,
-    "grace": 2,
-    "a-grace": 3,
-    "a-grace-wo-cl": 5,
-    "a-grace-wo-mean": 6,
-}
 
 
 @dataclass(frozen=True)
@@ -137,17 +114,28 @@ def score_rows(records: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def in_order(editors: Iterable[str]) -> list[str]:
+    """Editors in the order of tables; those of which only records are here come last."""
+    order = list_editors()
+    return sorted(editors, key=lambda name: order.index(name) if name in order else len(order))
+
+
 def editor_name(name: str) -> str:
-    """An editor's name as the paper writes it."""
-    return _EDITOR_NAMES.get(name, name if name in EDITORS else name.upper())
+    """An editor's name as the paper writes it; records may be of an editor that is not installed here."""
+    editor = registered_editors().get(name)
+    return name.upper() if editor is None else editor.title
 
 
 def editor_colour(name: str) -> tuple[float, float, float]:
-    """An editor's colour in every figure."""
+    """An editor's colour in every figure: its own, a darker one of those that are spread over the editors without, or grey."""
     import seaborn as sns
 
-    # an editor that is not the paper's takes the palette's grey
-    return sns.color_palette("colorblind", 10)[_COLOURS.get(name, 7)]
+    editors = registered_editors()
+    without = [other for other, editor in editors.items() if editor.colour is None]
+    if name in without:
+        return sns.husl_palette(len(without), l=0.4)[without.index(name)]
+    place = editors[name].colour if name in editors else None
+    return sns.color_palette("colorblind", 10)[_GREY if place is None else place]
 
 
 def dataset_name(name: str) -> str:

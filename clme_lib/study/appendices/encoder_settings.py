@@ -17,7 +17,7 @@ from ...editors.contrastive_encoder import Pairs, balanced_accuracy, make_pairs
 from ...edits.encoder import Encoder
 from ...subjects.subject import Subject
 from ...support.seeds import DEFAULT_SEED
-from ..rq3.radius import MARGINS, Setting, _fitted
+from ..rq3.radius import MARGINS, fitted_editor
 from ..tables import Table, dataset_name, editor_name
 
 
@@ -76,7 +76,7 @@ def _encoder_scores(mine: pd.DataFrame) -> dict[str, str]:
 SIZES = (50, 100, 200)
 
 
-def encoder_settings(margin: float) -> Iterator[tuple[str, Setting, int | None]]:
+def encoder_settings(margin: float) -> Iterator[tuple[str, dict[str, Any], int | None]]:
     """(editor, hyper-parameters, training cases) of every encoder compared; the paper's own is the first.
 
     Args:
@@ -117,11 +117,11 @@ def compare_encoders(subject: Subject, file: Path, margin: float = 2.0) -> pd.Da
         row = {"dataset": dataset, "fold": fold, "editor": editor, **_shown(setting), "cases": len(learnt)}
         if _key(row) in known:
             continue
-        made = _fitted(subject, editor, dataset, setting, learnt, edited)
-        assert made.trained is not None
-        log = made.trained.header["log"]
-        pairs = make_pairs(subject, edited, made.values.layer, made.query)
-        rows.append({**row, **_found(pairs, made.trained.encoder, made.values.radius), "epochs": len(log),
+        options = {**setting, "margin": {dataset: setting["margin"]}}
+        fitted = fitted_editor(subject, editor, learnt, edited, **options)
+        log = fitted.trained.header["log"]
+        pairs = make_pairs(subject, edited, fitted.hparams.layer, fitted.query)
+        rows.append({**row, **_found(pairs, fitted.trained.encoder, fitted.hparams.radius), "epochs": len(log),
                      "chosen": 1 + int(np.argmax([epoch["accuracy"] for epoch in log])),
                      "held_out": max(epoch["accuracy"] for epoch in log)})  # fmt: skip
         known.add(_key(row))
@@ -130,7 +130,7 @@ def compare_encoders(subject: Subject, file: Path, margin: float = 2.0) -> pd.Da
     return pd.DataFrame(rows)
 
 
-def _shown(setting: Setting) -> dict[str, Any]:
+def _shown(setting: dict[str, Any]) -> dict[str, Any]:
     defaults = {"architecture": "released", "selection": "training", "patience": 5}
     return {"margin": setting["margin"], **{name: setting.get(name, one) for name, one in defaults.items()}}
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ...datasets.cases import DATASETS, Case
 from ...datasets.registry import selection_cases
-from ...editors.registry import EDITORS, load_editor
+from ...editors.registry import get_editor, load_editor, registered_editors, resolve_hparams
 from ...evaluation.evaluate import evaluate
 from ...evaluation.records import finite
 from ...subjects.settings import Preset, load_settings
@@ -27,7 +27,7 @@ from ...subjects.subject import Subject
 from ...support.errors import StudyError
 from ...support.journal import append_rows, read_rows
 from ...support.seeds import seed_of
-from ..tables import Table, dataset_name, editor_name
+from ..tables import Table, dataset_name, editor_name, in_order
 
 
 def selection_table(measured: pd.DataFrame) -> Table:
@@ -55,15 +55,16 @@ def values_table(paper: str = "codellama-7b", own: str = "smollm2-135m") -> Tabl
     """The hyper-parameters in which two registered subjects differ, a row each."""
     settings = {name: load_settings(name).editors for name in (paper, own)}
     rows = []
-    for editor in (name for name in EDITORS if name in settings[paper]):
-        theirs, ours = settings[paper][editor], settings[own][editor]
-        differing = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+    for editor in in_order({**settings[paper], **settings[own]}):
+        theirs, ours = (resolve_hparams(editor, subject).model_dump() for subject in (paper, own))
+        overridden = {**settings[paper].get(editor, {}), **settings[own].get(editor, {})}
+        differing = [name for name in overridden if theirs[name] != ours[name]]
         rows += [
             {
                 "Editor": editor_name(editor),
                 "Value": f"`{name}`",
-                f"{paper} (the paper's)": _value(theirs.get(name)),
-                own: _value(ours.get(name)),
+                f"{paper} (the paper's)": _value(theirs[name]),
+                own: _value(ours[name]),
             }
             for name in differing
         ]
@@ -90,7 +91,7 @@ def preset_table(measured: Mapping[str, pd.DataFrame]) -> Table:
         measured: by editor, what ``clme presets`` writes (:func:`clme_lib.study.appendices.selection.compare_presets`).
     """
     rows = []
-    for editor in (name for name in EDITORS if name in measured):
+    for editor in in_order(measured):
         for dataset, mine in measured[editor].groupby("dataset", sort=False):
             for _, one in mine.iterrows():
                 rows.append(
@@ -125,34 +126,6 @@ def _percent(share: float) -> str:
 
 GOOD_ENOUGH = 0.95
 LEAST_SPECIFICITY = 0.05
-# the paper's own setting, transferred, is the first; every entry is tried
-GRIDS: dict[str, list[dict[str, Any]]] = {
-    # the paper's ratio of learning rate to bound is kept: the search is over how wide the box is, and where
-    "ft-l": [
-        {"layer": layer, "bound": bound, "lr": 5 * bound}
-        for layer, bound in product((21, 14), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2))
-    ],
-    "rome": [{"kl_factor": kl, "layer": layer} for kl, layer in product((0.0625, 0.0), (5, 10))],
-    # the second weight writes the same share of a residual at this width as the first does at 11008
-    "memit": [
-        {"kl_factor": kl, "covariance_weight": weight} for kl, weight in product((0.0625, 0.0), (15_000.0, 2_093.0))
-    ],
-    # the last entries learn no vector for the attention, which is left out of the writing
-    "pmet": [
-        *({"kl_factor": kl, "covariance_weight": weight} for kl, weight in product((0.0625, 0.0), (15_000.0, 2_093.0))),
-        *({"kl_factor": kl, "covariance_weight": 2_093.0, "attention": False} for kl in (0.0625, 0.0)),
-    ],
-    # trained on few records, so that a laptop can; the first setting is the paper's but for that
-    "malmen": [
-        # (the step size moves with the same optimiser, so that its start is soon forgotten)
-        {"meta_lr": meta_lr, "iterations": 150, "records": 150}
-        for meta_lr in (1e-5, 3e-5)
-    ],
-    "grace": [
-        {"layer": layer, "steps": steps, "lr": lr}
-        for layer, steps, lr in product((27, 24, 20, 16), (30, 50), (1.0, 0.5))
-    ],
-}
 SCORES = ["effectiveness_em", "generalization_em", "specificity_rate", "loss"]
 
 
@@ -168,9 +141,11 @@ def select(
     Raises:
         StudyError: the editor has no grid.
     """
-    if editor not in GRIDS:
-        raise StudyError(f"no grid to select {editor!r} from; known: {', '.join(GRIDS)}")
-    measured = measure(subject, editor, GRIDS[editor], file, values="transferred", cases=cases, datasets=datasets)
+    grid = get_editor(editor).selection_grid
+    if not grid:
+        known = [name for name, known in registered_editors().items() if known.selection_grid]
+        raise StudyError(f"no grid to select {editor!r} from; known: {', '.join(known)}")
+    measured = measure(subject, editor, grid, file, values="transferred", cases=cases, datasets=datasets)
     settings = measured.groupby(["editor", "setting"], sort=False)
     table = settings["cases"].sum().to_frame().join(settings[SCORES].mean()).reset_index()
     reached = [criterion(*one) for one in zip(table["effectiveness_em"], table["specificity_rate"])]
@@ -190,13 +165,13 @@ def compare_presets(subject: Subject, editor: str, file: Path, cases: int | None
     Raises:
         StudyError: the editor has no defects to compare.
     """
-    defects = EDITORS[editor].compat if editor in EDITORS else {}
+    of, defects = get_editor(editor), get_editor(editor).compat
     if not defects:
-        known = [name for name, one in EDITORS.items() if one.compat]
+        known = [name for name, known in registered_editors().items() if known.compat]
         raise StudyError(f"{editor!r} has no presets to compare; known: {', '.join(known)}")
-    clean = {name: EDITORS[editor].Hyperparameters.model_fields[name].default for name in defects}
-    settings = [dict(zip(defects, one)) for one in product(*((clean[name], defects[name]) for name in defects))]
-    settings = [settings[0], settings[-1]] if EDITORS[editor].needs_training else settings
+    clean = {name: of.Hyperparameters.model_fields[name].default for name in defects}
+    settings = [dict(zip(defects, chosen)) for chosen in product(*((clean[name], defects[name]) for name in defects))]
+    settings = [settings[0], settings[-1]] if of.needs_training else settings
     table = measure(subject, editor, settings, file, values="subject", cases=cases, budgets=("clean", "compat"))
     _write(table, file)
     return table
@@ -227,7 +202,7 @@ def measure(
         for dataset in datasets:
             chosen, others = selection_cases(dataset, cases)
             made = load_editor(editor, subject, values=values, **setting)
-            identity = seed_of(subject.fingerprint, subject.dtype_name, editor, made.values, budgets, _digest(chosen))
+            identity = seed_of(subject.fingerprint, subject.dtype_name, editor, made.hparams, budgets, _digest(chosen))
             if (identity, dataset) not in done:
                 if made.needs_training:
                     made.fit(others, edited=chosen)

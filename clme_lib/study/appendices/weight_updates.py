@@ -7,18 +7,17 @@ prompt's own, specificity is lost whatever else is done.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 
 from ...datasets.cases import DATASETS, Case
 from ...datasets.registry import selection_cases
-from ...editors.grace import ValueEditor
-from ...editors.memit import MEMIT
-from ...editors.none import NoEditor
-from ...editors.registry import EDITORS, load_editor
+from ...editors.pmet import PMET
+from ...editors.registry import load_editor, registered_editors
 from ...edits.base import Edit
 from ...edits.weights import DenseUpdate, LowRankUpdate
 from ...forward.tokens import encode, tokenize
@@ -37,16 +36,16 @@ def diagnosis_table(measured: pd.DataFrame) -> Table:
     """
     rows = [
         {
-            "Editor": editor_name(one["editor"]),
-            "Values": _VALUES[one["values"]],
-            "n": str(one["cases"]),
-            "Learnt": f"{one['learnt']:.2f}",
-            "NLL": f"{one['nll_before']:.2f} → {one['nll_after']:.2f}",
-            "First": f"{one['first_before']:.2f} → {one['first_after']:.2f}",
-            "Norm": f"{one['norm']:.2f}",
-            "Reach": f"{100 * one['reach']:.0f} %",
+            "Editor": editor_name(row["editor"]),
+            "Values": _VALUES[row["values"]],
+            "n": str(row["cases"]),
+            "Learnt": f"{row['learnt']:.2f}",
+            "NLL": f"{row['nll_before']:.2f} → {row['nll_after']:.2f}",
+            "First": f"{row['first_before']:.2f} → {row['first_after']:.2f}",
+            "Norm": f"{row['norm']:.2f}",
+            "Reach": f"{100 * row['reach']:.0f} %",
         }
-        for _, one in measured.iterrows()
+        for _, row in measured.iterrows()
     ]
     return Table(pd.DataFrame(rows), "Updates on selection cases of smollm2-135m, means over cases.", "tab-diagnosis")
 
@@ -59,16 +58,16 @@ def pmet_table(measured: pd.DataFrame) -> Table:
     """
     rows = [
         {
-            "Attention's vector": "learnt beside" if one["attention learnt"] else "none",
-            "Written": f"block {one['layers']}" if one["layers"].isdigit() else f"blocks {one['layers']}",
-            "Weight": f"{one['weight']:g}",
-            "n": str(one["cases"]),
-            "Learnt": f"{one['learnt']:.2f}",
-            "NLL": f"{one['nll_before']:.2f} → {one['nll_after']:.2f}",
-            "First after": f"{one['first_after']:.2f}",
-            "Norm": f"{one['norm']:.2f}",
+            "Attention's vector": "learnt beside" if row["attention learnt"] else "none",
+            "Written": f"block {row['layers']}" if row["layers"].isdigit() else f"blocks {row['layers']}",
+            "Weight": f"{row['weight']:g}",
+            "n": str(row["cases"]),
+            "Learnt": f"{row['learnt']:.2f}",
+            "NLL": f"{row['nll_before']:.2f} → {row['nll_after']:.2f}",
+            "First after": f"{row['first_after']:.2f}",
+            "Norm": f"{row['norm']:.2f}",
         }
-        for _, one in measured.astype({"layers": str}).iterrows()
+        for _, row in measured.astype({"layers": str}).iterrows()
     ]
     caption = (
         "PMET's vectors learnt without the KL term, written at the last layers of its window; CNLE selection cases."
@@ -78,7 +77,6 @@ def pmet_table(measured: pd.DataFrame) -> Table:
 
 # the subject's own weight, which writes about 60 % of a residual, and one that writes nearly all of it
 PARTS_WEIGHTS = (2_093.0, 200.0)
-UPDATING = tuple(name for name, editor in EDITORS.items() if not issubclass(editor, NoEditor | ValueEditor))
 
 
 @torch.no_grad()
@@ -97,7 +95,7 @@ def diagnose(subject: Subject, cases: Sequence[Case], edits: Sequence[Edit]) -> 
     for case, edit in zip(cases, edits):
         if not isinstance(edit, LowRankUpdate | DenseUpdate):
             raise StudyError(f"{edit.editor} does not update weights: there is nothing to diagnose")
-        before, after = (_target_losses(subject, case, one) for one in ([], [edit]))
+        before, after = (_target_losses(subject, case, applied) for applied in ([], [edit]))
         deltas = _deltas(edit, subject)
         own, *others = (_moved(subject, prompt, deltas) for prompt in (case.prompt, *case.unrelated))
         rows.append(
@@ -110,8 +108,8 @@ def diagnose(subject: Subject, cases: Sequence[Case], edits: Sequence[Edit]) -> 
                 "nll_after": after.mean().item(),
                 "first_before": before[0].item(),
                 "first_after": after[0].item(),
-                "norm": sum(delta.norm() ** 2 for delta in deltas.values()).item() ** 0.5,
-                "reach": torch.stack([other / own for other in others]).mean().item(),
+                "norm": frobenius(deltas.values()),
+                "reach": torch.stack([moved / own for moved in others]).mean().item(),
             }
         )
     return pd.DataFrame(rows)
@@ -126,20 +124,21 @@ def diagnose_editors(subject: Subject, editors: Sequence[str], file: Path, cases
     Raises:
         StudyError: an unknown editor, or one that does not update weights.
     """
-    if unknown := [editor for editor in editors if editor not in UPDATING]:
-        raise StudyError(f"{', '.join(unknown)}: no editor that updates weights; known: {', '.join(UPDATING)}")
+    updating = [name for name, editor in registered_editors().items() if editor.updates_weights]
+    if unknown := [editor for editor in editors if editor not in updating]:
+        raise StudyError(f"{', '.join(unknown)}: no editor that updates weights; known: {', '.join(updating)}")
     rows = []
     for editor in editors:
         for values in ("transferred", "subject"):
             made = load_editor(editor, subject, values=values)
-            found = []
+            diagnosed = []
             for dataset in DATASETS:
                 chosen, others = selection_cases(dataset, cases)
                 if made.needs_training:
                     made.fit(others)
-                found.append(diagnose(subject, chosen, made.edit(chosen, progress=True)))
-            mean = pd.concat(found).drop(columns=["editor", "dataset", "case_id"]).mean()
-            rows.append({"editor": editor, "values": values, "cases": sum(map(len, found)), **mean})
+                diagnosed.append(diagnose(subject, chosen, made.edit(chosen, progress=True)))
+            mean = pd.concat(diagnosed).drop(columns=["editor", "dataset", "case_id"]).mean()
+            rows.append({"editor": editor, "values": values, "cases": sum(map(len, diagnosed)), **mean})
     table = pd.DataFrame(rows)
     file.parent.mkdir(parents=True, exist_ok=True)
     table.round(4).to_csv(file, index=False)
@@ -157,30 +156,24 @@ def take_pmet_apart(subject: Subject, file: Path, cases: int) -> pd.DataFrame:
         cases: of CNLE's selection cases, the first so many.
     """
     chosen, _ = selection_cases("cnle", cases)
+
+    def pmet(**changes: Any) -> PMET:
+        editor = load_editor("pmet", subject, values="transferred", kl_factor=0.0, **changes)
+        assert isinstance(editor, PMET)
+        return editor
+
+    columns = ["learnt", "nll_before", "nll_after", "first_after", "norm"]
     rows = []
     for attention in (True, False):
-        learnt = load_editor("pmet", subject, values="transferred", kl_factor=0.0, attention=attention)
-        assert isinstance(learnt, MEMIT)
+        learner = pmet(attention=attention)
         with torch.enable_grad():
-            wanted, logs = learnt.wanted(chosen)
-        window = learnt.values.layers
+            target_states, logs = learner.target_states(chosen)
+        window = learner.hparams.layers
         for first in reversed(range(len(window))):
+            layers = f"{window[first]}-{window[-1]}" if first < len(window) - 1 else str(window[-1])
             for weight in PARTS_WEIGHTS:
-                writer = load_editor(
-                    "pmet",
-                    subject,
-                    values="transferred",
-                    kl_factor=0.0,
-                    attention=attention,
-                    layers=window[first:],
-                    covariance_weight=weight,
-                )
-                assert isinstance(writer, MEMIT)
-                edits = writer.write(chosen, wanted.detach(), logs)
-                mean = diagnose(subject, chosen, edits)[
-                    ["learnt", "nll_before", "nll_after", "first_after", "norm"]
-                ].mean()
-                layers = f"{window[first]}-{window[-1]}" if first < len(window) - 1 else str(window[-1])
+                writer = pmet(attention=attention, layers=window[first:], covariance_weight=weight)
+                mean = diagnose(subject, chosen, writer.write(chosen, target_states.detach(), logs))[columns].mean()
                 rows.append(
                     {"attention learnt": attention, "layers": layers, "weight": weight, "cases": len(chosen), **mean}
                 )
@@ -188,6 +181,11 @@ def take_pmet_apart(subject: Subject, file: Path, cases: int) -> pd.DataFrame:
     file.parent.mkdir(parents=True, exist_ok=True)
     table.round(3).to_csv(file, index=False)
     return table
+
+
+def frobenius(matrices: Iterable[torch.Tensor]) -> float:
+    """Frobenius norm of matrices taken together. Summed in float64: a float32 sum over a 7B layer is off by more than a percent."""
+    return sum(torch.linalg.vector_norm(matrix, dtype=torch.float64).item() ** 2 for matrix in matrices) ** 0.5
 
 
 def _target_losses(subject: Subject, case: Case, edits: Sequence[Edit]) -> torch.Tensor:

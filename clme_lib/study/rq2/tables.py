@@ -5,14 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from ...editors.registry import EDITORS
+from ...editors.operations import Phase
+from ...editors.registry import list_editors
 from ...subjects.settings import load_settings, registered_subjects
-from ..tables import Table, dataset_name, editor_name
-from .floor import Ceilings, Phase
+from ..paper import STUDY_EDITORS
+from ..tables import Table, dataset_name, editor_name, in_order
+from .floor import Ceilings
 
 # CLMEEval's sizes (paper section III-C; of CSNE the paper says a little over 16,000)
 PAPER_CASES = {"cnle": 21_055, "csne": 16_000}
-VARIANTS = tuple(name for name in EDITORS if name != "none")
 _PLACE = ["subject", "random_weights", "dtype", "machine", "threads"]
 _NOT_MEASURED, _TOO_LARGE = "not measured", "out of memory"
 
@@ -21,19 +22,19 @@ def circumstances(measured: pd.DataFrame) -> Table:
     """Where the measurements come from."""
     rows = []
     in_order = measured.sort_values("random_weights", kind="stable")
-    for (subject, random_weights, dtype, machine, threads), mine in in_order.groupby(_PLACE, sort=False):
-        edits = mine[mine["kind"] == "edit"]
+    for (subject, random_weights, dtype, machine, threads), measured_there in in_order.groupby(_PLACE, sort=False):
+        edits = measured_there[measured_there["kind"] == "edit"]
         rows.append(
             {
                 "Subject": subject,
                 "Weights": "random" if random_weights else "its own",
                 "dtype": dtype,
-                "Machine": machine if mine["device"].iloc[0] == "cuda" else f"{machine}, {threads} threads",
+                "Machine": machine if measured_there["device"].iloc[0] == "cuda" else f"{machine}, {threads} threads",
                 "Median tokens (prompt + target)": "<br>".join(
-                    f"{dataset_name(name)}: {one['prompt_tokens'].median():.0f} + {one['target_tokens'].median():.0f}"
-                    for name, one in edits.groupby("dataset", sort=False)
+                    f"{dataset_name(name)}: {part['prompt_tokens'].median():.0f} + {part['target_tokens'].median():.0f}"
+                    for name, part in edits.groupby("dataset", sort=False)
                 ),
-                "Library": "<br>".join(f"<code>{one[:10]}</code>" for one in mine["commit"].unique()),
+                "Library": "<br>".join(f"<code>{commit[:10]}</code>" for commit in measured_there["commit"].unique()),
             }
         )
     for name in unmeasured(measured):
@@ -44,29 +45,28 @@ def circumstances(measured: pd.DataFrame) -> Table:
 
 def unmeasured(measured: pd.DataFrame) -> list[str]:
     """Registered subjects without any timed edit."""
-    there = set(measured[measured["kind"] == "edit"]["subject"])
-    return [name for name in registered_subjects() if name not in there]
+    timed = set(measured[measured["kind"] == "edit"]["subject"])
+    return [name for name in registered_subjects() if name not in timed]
 
 
 def cost_table(measured: pd.DataFrame) -> Table:
     """Seconds and peak memory of one edit alone: medians, with quartiles of the time where there are several edits."""
     edits, tried = _rows(measured, "edit"), _rows(measured, "edit", "setup")
     too_large = _too_large(tried)
-    rows = []
+    rows, names = [], list(measured["dataset"].dropna().unique())
     for (label, editor), whole in tried.groupby(["label", "editor"], sort=False):
-        mine = edits[(edits["label"] == label) & (edits["editor"] == editor)]
+        timed = edits[(edits["label"] == label) & (edits["editor"] == editor)]
         setup = whole[whole["kind"] == "setup"]
-        row = {"Subject": label, "Editor": editor_name(editor), "n": _counts(mine["dataset"].value_counts())}
-        names = list(measured["dataset"].dropna().unique())
+        row = {"Subject": label, "Editor": editor_name(editor), "n": _counts(timed["dataset"].value_counts())}
         for name in names:
-            full = (label, name, editor) in too_large
+            seconds = timed[timed["dataset"] == name]["seconds"]
             row[f"{dataset_name(name)} s / edit"] = (
-                _TOO_LARGE if full else _spread(mine[mine["dataset"] == name]["seconds"])
+                _TOO_LARGE if (label, name, editor) in too_large else _spread(seconds)
             )
         for name in names:
-            row[f"{dataset_name(name)} peak MiB"] = _whole(mine[mine["dataset"] == name]["peak_mib"].median())
-        row["before MiB"] = _whole(mine["base_mib"].median())
-        row["steps"] = _whole(mine["steps"].median())
+            row[f"{dataset_name(name)} peak MiB"] = _whole(timed[timed["dataset"] == name]["peak_mib"].median())
+        row["before MiB"] = _whole(timed["base_mib"].median())
+        row["steps"] = _whole(timed["steps"].median())
         row["set-up s"] = f"{setup['seconds'].max():.1f}" if setup["seconds"].notna().any() else ""
         rows.append(row)
     caption = (
@@ -83,7 +83,7 @@ def _too_large(tried: pd.DataFrame) -> set[tuple[str, str, str]]:
 
 
 def _counts(counts: pd.Series) -> str:
-    return " and ".join(str(one) for one in sorted(set(counts))) or "0"
+    return " and ".join(str(count) for count in sorted(set(counts))) or "0"
 
 
 def _spread(seconds: pd.Series) -> str:
@@ -122,9 +122,9 @@ def _rows(measured: pd.DataFrame, *kinds: str) -> pd.DataFrame:
     """Rows of some kinds with a column ``label``, those of random weights last; data sets and editors in the study's order."""
     labelled = measured.assign(label=_labels(measured))
     labels = list(labelled.sort_values("random_weights", kind="stable")["label"].unique())
-    ranks = {"label": labels, "dataset": list(PAPER_CASES), "editor": list(EDITORS)}
+    ranks = {"label": labels, "dataset": list(PAPER_CASES), "editor": list_editors()}
     return labelled[labelled["kind"].isin(kinds)].sort_values(
-        list(ranks), key=lambda one: one.map({name: n for n, name in enumerate(ranks[one.name])}), kind="stable"
+        list(ranks), key=lambda names: names.map({name: n for n, name in enumerate(ranks[names.name])}), kind="stable"
     )
 
 
@@ -139,33 +139,23 @@ def cost_figure(measured: pd.DataFrame, column: str):
     sns.set_theme(style="whitegrid", context="paper")
     edits = _rows(measured, "edit")
     datasets, subjects = list(edits["dataset"].unique()), list(edits["label"].unique())
-    editors = [name for name in EDITORS if name in set(edits["editor"])]
-    colours = dict(zip(subjects, sns.color_palette("colorblind", len(subjects))))
+    editors = in_order(edits["editor"].unique())
+    colours = sns.color_palette("colorblind", len(subjects))
+    width = 0.8 / len(subjects)
     figure, axes = plt.subplots(1, len(datasets), figsize=(4.6 * len(datasets), 3.2), sharey=True, squeeze=False)
     for axis, dataset in zip(axes[0], datasets):
-        for n, subject in enumerate(subjects):
-            mine = edits[(edits["dataset"] == dataset) & (edits["label"] == subject)].groupby("editor")
-            places = np.arange(len(editors)) + (n - (len(subjects) - 1) / 2) * 0.8 / len(subjects)
-            middle = mine[column].median().reindex(editors)
+        for n, (subject, colour) in enumerate(zip(subjects, colours)):
+            groups = edits[(edits["dataset"] == dataset) & (edits["label"] == subject)].groupby("editor")
+            places = np.arange(len(editors)) + (n - (len(subjects) - 1) / 2) * width
+            middle = groups[column].median().reindex(editors)
+            axis.bar(places, middle, width, color=colour, label=subject)
             if column == "seconds":
-                spread = [
-                    (middle - mine[column].quantile(0.25).reindex(editors)).to_numpy(),
-                    (mine[column].quantile(0.75).reindex(editors) - middle).to_numpy(),
-                ]
-                axis.bar(
-                    places,
-                    middle,
-                    0.8 / len(subjects),
-                    yerr=spread,
-                    color=colours[subject],
-                    label=subject,
-                    error_kw={"lw": 0.8},
-                )
+                low, high = (groups[column].quantile(share).reindex(editors) for share in (0.25, 0.75))
+                spread = [(middle - low).to_numpy(), (high - middle).to_numpy()]
+                axis.errorbar(places, middle, yerr=spread, fmt="none", ecolor="black", elinewidth=0.8)
             else:
-                axis.bar(places, middle, 0.8 / len(subjects), color=colours[subject], label=subject)
-                base = mine["base_mib"].median().reindex(editors)
-                axis.bar(places, base, 0.8 / len(subjects), color="white", alpha=0.6)
-        axis.set_xticks(range(len(editors)), [editor_name(one) for one in editors], rotation=40, ha="right")
+                axis.bar(places, groups["base_mib"].median().reindex(editors), width, color="white", alpha=0.6)
+        axis.set_xticks(range(len(editors)), map(editor_name, editors), rotation=40, ha="right")
         axis.set_title(dataset_name(dataset))
         axis.grid(axis="x", visible=False)
         if column == "seconds":
@@ -178,15 +168,14 @@ def cost_figure(measured: pd.DataFrame, column: str):
 
 def throughput_table(measured: pd.DataFrame) -> Table:
     """Edits a second, alone and with their evaluation, by batch size."""
-    batches = _rows(measured, "throughput")
+    heads = {"edits": "edits/s, batch", "cases": "with evaluation, batch"}
     rows = []
-    for (label, dataset, editor), mine in batches.groupby(["label", "dataset", "editor"], sort=False):
+    for (label, dataset, editor), batches in _rows(measured, "throughput").groupby(
+        ["label", "dataset", "editor"], sort=False
+    ):
         row = {"Subject": label, "Data": dataset_name(dataset), "Editor": editor_name(editor)}
-        rates = _rates(mine)
-        for size, rate in rates.iterrows():
-            row[f"edits/s, batch {size}"] = _rate(rate["edits"])
-        for size, rate in rates.iterrows():
-            row[f"with evaluation, batch {size}"] = _rate(rate["cases"])
+        for kind, rates in _rates(batches).items():
+            row |= {f"{heads[kind]} {size}": _rate(rate) for size, rate in rates.items()}
         rows.append(row)
     caption = "Edits a second, and edits with their evaluation a second, when cases are edited and scored together."
     return Table(pd.DataFrame(rows).fillna(""), caption, "tab-rq2-throughput")
@@ -194,9 +183,11 @@ def throughput_table(measured: pd.DataFrame) -> Table:
 
 def _rates(batches: pd.DataFrame) -> pd.DataFrame:
     """Of one editor and data set: edits and evaluated cases a second by batch size (NaN: it did not fit)."""
-    mine = batches.set_index(batches["batch"].astype(int)).sort_index()
-    whole = mine["edit_seconds"] + mine["evaluate_seconds"]
-    return pd.DataFrame({"edits": mine.index / mine["edit_seconds"], "cases": mine.index / whole}, index=mine.index)
+    by_size = batches.set_index(batches["batch"].astype(int)).sort_index()
+    whole = by_size["edit_seconds"] + by_size["evaluate_seconds"]
+    return pd.DataFrame(
+        {"edits": by_size.index / by_size["edit_seconds"], "cases": by_size.index / whole}, index=by_size.index
+    )
 
 
 def _rate(value: float) -> str:
@@ -208,23 +199,21 @@ def floor_table(measured: pd.DataFrame) -> Table:
     edits, names = _rows(measured, "edit"), list(measured["dataset"].dropna().unique())
     rates = _rows(measured, "ceiling").drop_duplicates("label").set_index("label")
     rows = []
-    for (label, editor), whole in edits.groupby(["label", "editor"], sort=False):
-        if label not in rates.index or not all(whole["phases"]):
+    for (label, editor), timed in edits.groupby(["label", "editor"], sort=False):
+        if label not in rates.index or not all(timed["phases"]):
             continue  # nobody has counted this editor's operations
         device = Ceilings(rates.loc[label, "operations_per_second"], rates.loc[label, "bytes_per_second"])
+        phases = [[Phase(*phase) for phase in case] for case in timed["phases"]]
+        floors = pd.Series([device.seconds(case) for case in phases], index=timed.index)
+        shown = {"floor s": (floors, ".3f"), "measured / floor": (timed["seconds"] / floors, ".1f")}
         row = {"Subject": label, "Editor": editor_name(editor)}
-        parts = [[Phase(*one) for one in case] for case in whole["phases"]]
-        floors = pd.Series([device.seconds(case) for case in parts], index=whole.index)
-        for name in names:
-            mine = whole["dataset"] == name
-            row[f"{dataset_name(name)} floor s"] = f"{floors[mine].median():.3f}" if mine.any() else ""
-        for name in names:
-            mine = whole["dataset"] == name
-            ratio = (whole["seconds"] / floors)[mine].median()
-            row[f"{dataset_name(name)} measured / floor"] = f"{ratio:.1f}" if mine.any() else ""
-        longest = [max(case, key=lambda one: device.seconds([one])) for case in parts]
-        bound = [one.operations / device.operations > one.traffic / device.traffic for one in longest]
-        row["longest phase"] = pd.Series([one.name for one in longest]).mode()[0]
+        for head, (values, digits) in shown.items():
+            for name in names:
+                middle = values[timed["dataset"] == name].median()
+                row[f"{dataset_name(name)} {head}"] = "" if np.isnan(middle) else format(middle, digits)
+        longest = [max(case, key=lambda phase: device.seconds([phase])) for case in phases]
+        bound = [phase.operations / device.operations > phase.traffic / device.traffic for phase in longest]
+        row["longest phase"] = pd.Series([phase.name for phase in longest]).mode()[0]
         row["bound by"] = "arithmetic" if np.mean(bound) > 0.5 else "memory"
         rows.append(row)
     caption = "How far one edit alone is from its floor: the least time that its arithmetic and memory traffic take on this device."
@@ -235,13 +224,13 @@ def ceiling_table(measured: pd.DataFrame) -> Table:
     """The device's measured rates."""
     rows = [
         {
-            "Machine": one["machine"],
-            "dtype": one["dtype"],
-            "threads": str(one["threads"]),
-            "products (10<sup>9</sup> operations/s)": f"{one['operations_per_second'] / 1e9:.0f}",
-            "copies (10<sup>9</sup> bytes/s)": f"{one['bytes_per_second'] / 1e9:.1f}",
+            "Machine": ceiling["machine"],
+            "dtype": ceiling["dtype"],
+            "threads": str(ceiling["threads"]),
+            "products (10<sup>9</sup> operations/s)": f"{ceiling['operations_per_second'] / 1e9:.0f}",
+            "copies (10<sup>9</sup> bytes/s)": f"{ceiling['bytes_per_second'] / 1e9:.1f}",
         }
-        for _, one in measured[measured["kind"] == "ceiling"].iterrows()
+        for _, ceiling in measured[measured["kind"] == "ceiling"].iterrows()
     ]
     return Table(
         pd.DataFrame(rows),
@@ -251,38 +240,35 @@ def ceiling_table(measured: pd.DataFrame) -> Table:
 
 
 def projection_table(measured: pd.DataFrame, plain: pd.DataFrame | None = None) -> Table:
-    """Hours that the whole study would take: all of CLMEEval's cases by the nine editor variants, edited and evaluated.
+    """Hours that the whole study would take: all of CLMEEval's cases by the study's editors, edited and evaluated.
 
-    From each variant's measured rate with evaluation, one case at a time and in the best batch; a subject is projected only
-    when all variants were measured on both data sets. ``plain`` is the table of ``benchmarks/whole_case.py``: what the fixed plain
+    From each editor's measured rate with evaluation, one case at a time and in the best batch; a subject is projected only
+    when all of them were measured on both data sets. ``plain`` is the table of ``benchmarks/whole_case.py``: what the fixed plain
     procedure needs for a case on the same machine, of the embedded subject. It is left out for a machine or subject that it lacks.
     """
     rows = []
-    batches = measured[measured["kind"] == "throughput"]
+    batches = measured[(measured["kind"] == "throughput") & measured["editor"].isin(STUDY_EDITORS)]
     for name in registered_subjects():
-        mine = batches[batches["subject"] == name]
-        places = [keys for keys, one in mine.groupby(_PLACE, sort=False) if _is_whole(one)]
-        if not places:
+        groups = batches[batches["subject"] == name].groupby(_PLACE, sort=False)
+        whole = [(place, part) for place, part in groups if _is_whole(part)]
+        if not whole:
             rows.append({"Subject": name, "Machine": _NOT_MEASURED})
-        for keys in places:
-            one = mine[(mine[_PLACE] == pd.Series(keys, index=_PLACE)).all(axis=1)]
-            alone, best = _hours(one)
+        for place, part in whole:
+            alone, best = _hours(part)
             row = {
                 "Subject": name,
-                "Machine": keys[3],
+                "Machine": place[3],
                 "one case at a time (h)": f"{alone:.0f}",
                 "in batches (h)": f"{best:.0f}",
+                "ratio": f"{alone / best:.1f}",
             }
-            row["ratio"] = f"{alone / best:.1f}"
-            slow = (
-                None if plain is None or load_settings(name).subject.source != "embedded" else _plain_hours(plain, keys)
-            )
-            if slow is not None:
-                row |= {"plain procedure (h)": f"{slow:.0f}", "plain / in batches": f"{slow / best:.1f}"}
+            if plain is not None and load_settings(name).subject.source == "embedded":
+                if (slow := _plain_hours(plain, place)) is not None:
+                    row |= {"plain procedure (h)": f"{slow:.0f}", "plain / in batches": f"{slow / best:.1f}"}
             rows.append(row)
     total = sum(PAPER_CASES.values())
     caption = (
-        f"Projected hours for {total:,} cases (the paper's data sets; CSNE's lengths as mined here) by {len(VARIANTS)} editor variants, "
+        f"Projected hours for {total:,} cases (the paper's data sets; CSNE's lengths as mined here) by {len(STUDY_EDITORS)} editor variants, "
         "each edited and evaluated; training and set-up apart."
     )
     if plain is not None:
@@ -292,28 +278,30 @@ def projection_table(measured: pd.DataFrame, plain: pd.DataFrame | None = None) 
 
 def _is_whole(batches: pd.DataFrame) -> bool:
     fits = batches[batches["edit_seconds"].notna()]
-    there = set(zip(fits["dataset"], fits["editor"], fits["batch"].astype(int)))
-    return all((dataset, editor, 1) in there for dataset in PAPER_CASES for editor in VARIANTS)
+    measured = set(zip(fits["dataset"], fits["editor"], fits["batch"].astype(int)))
+    return all((dataset, editor, 1) in measured for dataset in PAPER_CASES for editor in STUDY_EDITORS)
 
 
 def _hours(batches: pd.DataFrame) -> tuple[float, float]:
     alone = best = 0.0
-    for (dataset, _), mine in batches.groupby(["dataset", "editor"]):
-        rates = _rates(mine)["cases"].dropna()
+    for (dataset, _), measured in batches.groupby(["dataset", "editor"]):
+        rates = _rates(measured)["cases"].dropna()
         alone += PAPER_CASES[dataset] / rates[1] / 3600
         best += PAPER_CASES[dataset] / rates.max() / 3600
     return alone, best
 
 
 def _plain_hours(plain: pd.DataFrame, place: tuple) -> float | None:
-    mine = plain[(plain["device"] == place[3]) & (plain["threads"] == place[4])]
+    seconds = plain[(plain["device"] == place[3]) & (plain["threads"] == place[4])]
     # the subject's own values where they were measured: sorted, "subject" comes before "transferred"
-    mine = mine.sort_values("values").drop_duplicates(["editor", "data"]).set_index(["data", "editor"])["plain s/case"]
+    seconds = (
+        seconds.sort_values("values").drop_duplicates(["editor", "data"]).set_index(["data", "editor"])["plain s/case"]
+    )
     # an encoder adds nothing to speak of to GRACE's edit
-    wanted = [(name, "grace" if "grace" in editor else editor) for name in PAPER_CASES for editor in VARIANTS]
-    if not set(wanted) <= set(mine.index):
+    pairs = [(name, "grace" if "grace" in editor else editor) for name in PAPER_CASES for editor in STUDY_EDITORS]
+    if not set(pairs) <= set(seconds.index):
         return None
-    return sum(float(mine[one]) * PAPER_CASES[one[0]] for one in wanted) / 3600
+    return sum(float(seconds[pair]) * PAPER_CASES[pair[0]] for pair in pairs) / 3600
 
 
 def reading(measured: pd.DataFrame) -> str:

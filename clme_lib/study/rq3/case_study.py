@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import pandas as pd
 
 from ...datasets.cases import Case, folds, sample_cases
-from ...editors.a_grace import AGRACE
-from ...editors.registry import load_editor
 from ...forward.prompt_keys import stored_queries
 from ...subjects.subject import Subject
+from .radius import fitted_editor
 
 KINDS = ("edit", "rephrased", "neighbour")
 
@@ -30,15 +29,12 @@ def project(subject: Subject, everything: Sequence[Case], candidates: Sequence[C
 
     (case,) = sample_cases(candidates, 1, seed)
     halves = folds(everything, seed)
-    learnt = [one for one in everything if one.case_id in set(halves[0 if case.case_id in halves[1] else 1])]
-    editor = load_editor("a-grace", subject, seed=seed)
-    assert isinstance(editor, AGRACE)
-    editor.fit(learnt, edited=[case])
-    assert editor.trained is not None
+    half = set(halves[0 if case.case_id in halves[1] else 1])
+    editor = fitted_editor(subject, "a-grace", [c for c in everything if c.case_id in half], [case], seed=seed)
     prompts = [case.prompt, case.rephrased[0], *case.unrelated]
-    means = stored_queries(subject, prompts, editor.values.layer, "mean").to(subject.device)
+    means = stored_queries(subject, prompts, editor.hparams.layer, "mean").to(subject.device)
     places = {
-        "last": stored_queries(subject, prompts, editor.values.layer, "last"),
+        "last": stored_queries(subject, prompts, editor.hparams.layer, "last"),
         "mean": editor.trained.encoder(means).cpu(),
     }
     rows = []

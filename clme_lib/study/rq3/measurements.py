@@ -10,12 +10,13 @@ import pandas as pd
 from ...datasets.registry import load_cases
 from ...support.errors import StudyError
 from ..config import RunConfig
+from ..paper import A_GRACE_VARIANTS
 from ..plan import sampled
 from ..provenance import hardware
 from ..run_folder import is_published
 from ..runs import run
 
-VARIANTS = ("grace", "a-grace", "a-grace-wo-cl", "a-grace-wo-mean")
+VARIANTS = ("grace", *A_GRACE_VARIANTS)
 _TIMED = 5  # cases edited alone, per data set and variant
 
 
