@@ -22,20 +22,24 @@ from ..edits.codebooks import PromptCodebook, Query
 from ..edits.encoder import Encoder
 from ..forward.prompt_keys import prompt_queries
 from ..support.errors import StudyError
+from ..support.seeds import generator
 from .contrastive_encoder import EncoderHyperparameters, TrainedEncoder, trained_encoder
 from .grace import GRACEHyperparameters, ValueEditor
+from .operations import Phase
+
+LaterCalls = Literal["edited", "unedited"]
 
 
 class AGRACEWithoutCLHyperparameters(GRACEHyperparameters):
     """GRACE's, and what the second and later generations after an edit are made by."""
 
-    later_calls: Literal["edited", "unedited"] = "edited"
+    later_calls: LaterCalls = "edited"
 
 
 class AGRACEHyperparameters(EncoderHyperparameters):
     """The encoder's, and what the second and later generations after an edit are made by."""
 
-    later_calls: Literal["edited", "unedited"] = "edited"
+    later_calls: LaterCalls = "edited"
 
 
 class AGRACEWithoutMeanHyperparameters(EncoderHyperparameters):
@@ -44,11 +48,11 @@ class AGRACEWithoutMeanHyperparameters(EncoderHyperparameters):
     encoder_query: Query = "last"
 
 
-Values = TypeVar("Values", bound=GRACEHyperparameters)
-Encoded = TypeVar("Encoded", bound=EncoderHyperparameters)
+Hparams = TypeVar("Hparams", bound=GRACEHyperparameters)
+EncoderHparams = TypeVar("EncoderHparams", bound=EncoderHyperparameters)
 
 
-class PromptGRACE(ValueEditor[Values]):
+class PromptGRACE(ValueEditor[Hparams]):
     """GRACE with a codebook that is asked with the whole prompt."""
 
     query: ClassVar[Query] = "mean"
@@ -56,19 +60,19 @@ class PromptGRACE(ValueEditor[Values]):
     def _edit_batch(self, cases, tokenized):
         _, learnt, logs = self._learn(cases, tokenized)
         encoder = self._encoder(cases)
-        keys = prompt_queries(self.subject, [case.prompt for case in cases], self.values.layer)[self.query]
+        keys = prompt_queries(self.subject, [case.prompt for case in cases], self.hparams.layer)[self.query]
         keys = keys if encoder is None else encoder(keys)
         return [
             PromptCodebook(
                 case.case_id,
                 self.name,
-                layer=self.values.layer,
+                layer=self.hparams.layer,
                 keys=keys[n : n + 1].clone(),
                 values=learnt[n : n + 1].clone(),
                 radii=self._radii(),
                 query=self.query,
                 encoder=encoder,
-                first_call_only=self._first_call_only(),
+                first_call_only=getattr(self.hparams, "later_calls", "edited") == "unedited",
                 log=logs[n],
             )
             for n, case in enumerate(cases)
@@ -77,26 +81,31 @@ class PromptGRACE(ValueEditor[Values]):
     def _encoder(self, cases: Sequence[Case]) -> Encoder | None:
         return None
 
-    def _first_call_only(self) -> bool:
-        return False
-
 
 class AGRACEWithoutCL(PromptGRACE[AGRACEWithoutCLHyperparameters]):
     """A-GRACE without contrastive learning: the mean of the prompt's keys is the query."""
 
-    name = "a-grace-wo-cl"
+    name, title, order, colour = "a-grace-wo-cl", "A-GRACE w/o CL", 8, 5
     Hyperparameters = AGRACEWithoutCLHyperparameters
     compat: ClassVar = {"later_calls": "unedited"}
 
-    def _first_call_only(self):
-        return self.values.later_calls == "unedited"
 
-
-class EncodedGRACE(PromptGRACE[Encoded]):
-    """One whose queries go through an encoder."""
+class EncodedGRACE(PromptGRACE[EncoderHparams]):
+    """A-GRACE with an encoder, and what it shares with its ablation."""
 
     needs_training = True
-    trained: TrainedEncoder | None = None
+    _trained: TrainedEncoder | None = None
+
+    @property
+    def trained(self) -> TrainedEncoder:
+        """The encoder.
+
+        Raises:
+            StudyError: :meth:`fit` has not been called.
+        """
+        if self._trained is None:
+            raise StudyError(f"{self.name} has not been trained: call fit(cases) with cases that will not be edited")
+        return self._trained
 
     def fit(self, cases: Sequence[Case], edited: Sequence[Case] = ()) -> None:
         """Train the encoder on cases of one data set, or load it when it has been trained on them before.
@@ -104,14 +113,22 @@ class EncodedGRACE(PromptGRACE[Encoded]):
         Raises:
             StudyError: the cases are of several data sets, too few, or lack rephrased prompts.
         """
-        self.trained = trained_encoder(self.subject, self.values, self._encoder_query(), cases, edited, self.seed)
+        self._trained = trained_encoder(self.subject, self.hparams, self._encoder_query(), cases, edited, self.seed)
+
+    def stand_in(self, cases):
+        encoder = Encoder(self.subject.inner_size, self.hparams.architecture, generator(self.seed, "encoder"))
+        self._trained = TrainedEncoder(
+            encoder.to(self.subject.device).requires_grad_(False), {"dataset": cases[0].dataset}
+        )
+
+    def operations(self, prompt, target, steps):
+        weights = sum(p.numel() for p in self.trained.encoder.parameters())
+        return [*super().operations(prompt, target, steps), Phase("encoder", 2 * weights, 4 * weights)]
 
     def _encoder_query(self) -> Query:
         return self.query
 
     def _encoder(self, cases):
-        if self.trained is None:
-            raise StudyError(f"{self.name} has not been trained: call fit(cases) with cases that will not be edited")
         for case in cases:
             if case.dataset != self.trained.dataset:
                 raise StudyError(
@@ -124,21 +141,18 @@ class EncodedGRACE(PromptGRACE[Encoded]):
 class AGRACE(EncodedGRACE[AGRACEHyperparameters]):
     """GRACE whose query is an encoded mean over the prompt, so that other wordings find the edit."""
 
-    name = "a-grace"
+    name, title, order, colour = "a-grace", "A-GRACE", 7, 3
     Hyperparameters = AGRACEHyperparameters
     compat: ClassVar = {"later_calls": "unedited", "selection": "edited"}
-
-    def _first_call_only(self):
-        return self.values.later_calls == "unedited"
 
 
 class AGRACEWithoutMean(EncodedGRACE[AGRACEWithoutMeanHyperparameters]):
     """A-GRACE without the mean: the encoder is given the last token's key."""
 
-    name = "a-grace-wo-mean"
+    name, title, order, colour = "a-grace-wo-mean", "A-GRACE w/o Mean", 9, 6
     Hyperparameters = AGRACEWithoutMeanHyperparameters
     compat: ClassVar = {"selection": "edited"}
     query: ClassVar[Query] = "last"
 
     def _encoder_query(self) -> Query:
-        return self.values.encoder_query
+        return self.hparams.encoder_query

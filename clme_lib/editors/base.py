@@ -1,10 +1,12 @@
 """What an editor is: hyper-parameters, ``edit`` from cases to edits, and ``fit`` for those that learn.
 
-A new editor is one file with a subclass of :class:`Editor` and one line in ``EDITORS`` of ``clme_lib.editors.registry``.
+A new editor is one file: a subclass of :class:`Editor` with a ``name``, in this folder or in another package that names it
+in its entry points (group ``clme_lib.editors``). It registers itself; its attributes say all that the study asks of it.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -21,33 +23,67 @@ from ..subjects.subject import Subject
 from ..support.batching import of_like_length
 from ..support.errors import StudyError
 from ..support.memory import peak_memory_mib, reset_peak_memory
+from ..support.registry import Registry
 from ..support.schema import Schema
 from ..support.seeds import DEFAULT_SEED
+from .operations import Phase
 
-Values = TypeVar("Values", bound=Schema)
+Hparams = TypeVar("Hparams", bound=Schema)
+
+EDITORS: Registry[type[Editor]] = Registry("editor", "clme_lib.editors", "clme_lib.editors")
 
 
-class Editor(ABC, Generic[Values]):
+class Editor(ABC, Generic[Hparams]):
     """Turns cases into edits of one subject, without ever changing the subject.
 
     Args:
         subject: the model to edit.
-        values: hyper-parameters, an instance of the class's ``Hyperparameters``.
+        hparams: hyper-parameters, an instance of the class's ``Hyperparameters``.
         seed: the study's seed; each case draws from its own generator.
+
+    Attributes:
+        name: what commands and records call it; a subclass that has one is registered.
+        title, order, colour: its name and place in tables, and its place in seaborn's colourblind palette. An editor
+            that does not say has its name as the title, stands behind those that do, and gets a colour of its own.
+        Hyperparameters: their types, ranges and defaults, the paper's values; a subject's YAML overrides single ones.
+        needs_training: ``fit`` has to be called before ``edit``.
+        updates_weights: its edits change weights, which the diagnosis takes apart.
+        compat: the hyper-parameters that ``preset="compat"`` changes: the released program's defects that can change
+            conclusions.
+        without_early_stop: the hyper-parameters under which every case takes all steps, whatever its loss.
+        timed_untrained: the cost of an edit does not depend on what was learnt, so it is always measured with
+            :meth:`stand_in`.
+        selection_grid: the settings that are tried to select a subject's, the paper's first.
     """
 
     name: ClassVar[str]
-    Hyperparameters: ClassVar[type[Schema]]
+    title: ClassVar[str]
+    order: ClassVar[int]
+    colour: ClassVar[int | None]
+    Hyperparameters: ClassVar[type[Schema]] = Schema
     needs_training: ClassVar[bool] = False
+    updates_weights: ClassVar[bool] = True
     default_batch: ClassVar[int] = 8
-    # what preset="compat" changes: the released program's defects that can change conclusions
     compat: ClassVar[dict[str, Any]] = {}
+    without_early_stop: ClassVar[dict[str, Any]] = {}
+    timed_untrained: ClassVar[bool] = False
+    selection_grid: ClassVar[Sequence[dict[str, Any]]] = ()
 
-    def __init__(self, subject: Subject, values: Values, seed: int = DEFAULT_SEED) -> None:
+    def __init_subclass__(cls, **named: Any) -> None:
+        super().__init_subclass__(**named)
+        if "name" not in vars(cls):
+            return
+        # an editor that extends another is not that one in a table
+        for attribute, default in {"title": cls.name, "order": 100, "colour": None}.items():
+            if attribute not in vars(cls):
+                setattr(cls, attribute, default)
+        EDITORS.register(cls)
+
+    def __init__(self, subject: Subject, hparams: Hparams, seed: int = DEFAULT_SEED) -> None:
         self.subject = subject
-        self.values = values
+        self.hparams = hparams
         self.seed = seed
-        for layer in {getattr(values, "layer", 0), *getattr(values, "layers", ())}:
+        for layer in {getattr(hparams, "layer", 0), *getattr(hparams, "layers", ())}:
             subject.down_proj(layer)  # raises when the layer does not exist
 
     def fit(self, cases: Sequence[Case], edited: Sequence[Case] = ()) -> None:
@@ -62,6 +98,22 @@ class Editor(ABC, Generic[Values]):
         """Prepare what is shared by all cases, outside any case's clock, and describe it for the run's provenance."""
         return {}
 
+    def stand_in(self, cases: Sequence[Case]) -> None:
+        """Put something of the same size in the place of what is learnt or gathered, for measurements of time and memory.
+
+        Args:
+            cases: those that will be edited.
+        """
+
+    def operations(self, prompt: int, target: int, steps: int) -> list[Phase]:
+        """What one edit cannot do without, as counted in operations.py; empty where nobody has counted: there is no floor.
+
+        Args:
+            prompt, target: tokens of the case.
+            steps: how often its loss was evaluated.
+        """
+        return []
+
     def edit(self, cases: Sequence[Case], batch_size: int | None = None, progress: bool = False) -> list[Edit]:
         """One edit per case, in the cases' order.
 
@@ -73,13 +125,12 @@ class Editor(ABC, Generic[Values]):
         """
         self.setup()
         tokenized = [self._tokenize(case) for case in cases]
-        costs = [self._cost(one) for one in tokenized]
-        batches = of_like_length(costs, ratio=self._longest(), most=batch_size or self.default_batch)
+        costs = [self._cost(tokens) for tokens in tokenized]
+        batches = of_like_length(costs, ratio=self._max_cost_ratio(), most=batch_size or self.default_batch)
         edits: dict[int, Edit] = {}
         with tqdm(total=len(cases), desc=f"{self.name}: edit", unit="case", disable=not progress) as bar:
             for batch in batches:
-                done = self._timed([cases[n] for n in batch], [tokenized[n] for n in batch])
-                edits.update(zip(batch, done))
+                edits.update(zip(batch, self._timed([cases[n] for n in batch], [tokenized[n] for n in batch])))
                 bar.update(len(batch))
         return [edits[n] for n in range(len(cases))]
 
@@ -90,7 +141,7 @@ class Editor(ABC, Generic[Values]):
     def _cost(self, tokenized: Tokenized) -> int:
         return len(tokenized.inputs)
 
-    def _longest(self) -> float:
+    def _max_cost_ratio(self) -> float:
         """Of a batch's costs, the largest over the smallest: with every column padded, a third is computed for nothing."""
         return 1.5
 
@@ -114,7 +165,7 @@ class Editor(ABC, Generic[Values]):
         seconds = (time.perf_counter() - started) / len(cases)
         peak = peak_memory_mib(self.subject.device)
         for edit in edits:
-            if edit.log.losses and not all(map(_finite, edit.log.losses)):
+            if not all(map(math.isfinite, edit.log.losses)):
                 raise StudyError(
                     f"case {edit.case_id}: the loss of {self.name} is not finite; lower its learning rate or use float32"
                 )
@@ -128,7 +179,3 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device is idle, so that wall-clock seconds mean something."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _finite(value: float) -> bool:
-    return value - value == 0

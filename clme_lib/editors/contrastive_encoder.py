@@ -20,6 +20,7 @@ import torch
 from pydantic import BeforeValidator, Field
 
 from ..datasets.cases import Case
+from ..datasets.paper import PAPER_DATASET_NAMES
 from ..edits.codebooks import Query
 from ..edits.encoder import Architecture, Encoder
 from ..forward.prompt_keys import stored_queries
@@ -47,12 +48,12 @@ class EncoderHyperparameters(GRACEHyperparameters):
     """
 
     architecture: Architecture = "released"
-    margin: Margins
-    encoder_lr: float = Field(gt=0)
-    weight_decay: float = Field(ge=0)
-    encoder_batch: int = Field(gt=0)
-    epochs: int = Field(gt=0)
-    patience: int = Field(gt=0)
+    margin: Margins = dict.fromkeys(PAPER_DATASET_NAMES, 1.0)
+    encoder_lr: float = Field(default=1e-4, gt=0)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    encoder_batch: int = Field(default=64, gt=0)
+    epochs: int = Field(default=100, gt=0)
+    patience: int = Field(default=5, gt=0)
     selection: Literal["training", "edited"] = "training"
 
 
@@ -98,7 +99,7 @@ def make_pairs(subject: Subject, cases: Sequence[Case], layer: int, query: Query
 
 
 def train(
-    training: Pairs, held_out: Pairs, values: EncoderHyperparameters, margin: float, seeds: tuple
+    training: Pairs, held_out: Pairs, hparams: EncoderHyperparameters, margin: float, seeds: tuple
 ) -> tuple[Encoder, list[dict]]:
     """An encoder and, of every epoch, its mean loss and its balanced accuracy on the held-out pairs.
 
@@ -106,28 +107,28 @@ def train(
         seeds: what the initial weights, the order of the pairs and the dropout masks are drawn by.
     """
     device, width = training.queries.device, training.queries.shape[1]
-    encoder = Encoder(width, values.architecture, generator(*seeds, "weights")).to(device)
-    optimizer = torch.optim.Adam(encoder.parameters(), lr=values.encoder_lr, weight_decay=values.weight_decay)
+    encoder = Encoder(width, hparams.architecture, generator(*seeds, "weights")).to(device)
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=hparams.encoder_lr, weight_decay=hparams.weight_decay)
     draw = generator(*seeds, "training")
     best, kept, log = -1.0, copy.deepcopy(encoder.state_dict()), []
     since = 0
     with torch.enable_grad():
-        for _epoch in range(values.epochs):
+        for _epoch in range(hparams.epochs):
             order = torch.randperm(len(training.one), generator=draw).to(device)
             total = 0.0
-            for batch in order.split(values.encoder_batch):
+            for batch in order.split(hparams.encoder_batch):
                 one, other = (encoder(training.queries[side[batch]], draw) for side in (training.one, training.other))
                 loss = contrastive_loss(distances(one, other), training.positive[batch], margin)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
                 total += loss.item() * len(batch)
-            (accuracy,) = balanced_accuracy(held_out.distances(encoder), held_out.positive, values.radius)
+            (accuracy,) = balanced_accuracy(held_out.distances(encoder), held_out.positive, hparams.radius)
             log.append({"loss": total / len(order), "accuracy": accuracy})
             since += 1
             if accuracy > best:
                 best, kept, since = accuracy, copy.deepcopy(encoder.state_dict()), 0
-            if since == values.patience:
+            if since == hparams.patience:
                 break
     encoder.load_state_dict(kept)
     return encoder.requires_grad_(False), log
@@ -147,7 +148,7 @@ class TrainedEncoder:
 
 def trained_encoder(
     subject: Subject,
-    values: EncoderHyperparameters,
+    hparams: EncoderHyperparameters,
     query: Query,
     cases: Sequence[Case],
     edited: Sequence[Case],
@@ -161,31 +162,31 @@ def trained_encoder(
     if len({case.dataset for case in cases}) != 1:
         raise StudyError("an encoder learns from the cases of one data set at a time, at least one of them")
     dataset = cases[0].dataset
-    if dataset not in values.margin:
-        raise StudyError(f"margin: no value for {dataset!r}; given: {', '.join(values.margin) or 'none'}")
-    training, held_out = _split(cases, edited, values.selection, seed)
+    if dataset not in hparams.margin:
+        raise StudyError(f"margin: no value for {dataset!r}; given: {', '.join(hparams.margin) or 'none'}")
+    training, held_out = _split(cases, edited, hparams.selection, seed)
     header = {
         "format": FORMAT,
         "version": 1,
         **subject.identity,
         "dataset": dataset,
-        "layer": values.layer,
+        "layer": hparams.layer,
         "query": query,
-        "margin": values.margin[dataset],
+        "margin": hparams.margin[dataset],
         "seed": seed,
-        "values": values.model_dump(mode="json", exclude={"steps", "lr", "later_calls", "margin", "encoder_query"}),
+        "values": hparams.model_dump(mode="json", exclude={"steps", "lr", "later_calls", "margin", "encoder_query"}),
         "training": _digest(training),
         "held_out": _digest(held_out),
     }
     file = Artifact.cached("encoders", f"{subject.name}-{dataset}-{query}", header)
     if not file.exists():
-        learnt, checked = (make_pairs(subject, part, values.layer, query) for part in (training, held_out))
+        learnt, checked = (make_pairs(subject, part, hparams.layer, query) for part in (training, held_out))
         encoder, log = train(
-            learnt, checked, values, values.margin[dataset], (seed, subject.name, dataset, "a-grace", query)
+            learnt, checked, hparams, hparams.margin[dataset], (seed, subject.name, dataset, "a-grace", query)
         )
         file.write(encoder.state_dict(), log=log, cases=len(training))
     header, tensors = file.read()
-    return TrainedEncoder(Encoder.from_tensors(tensors, values.architecture).to(subject.device), header)
+    return TrainedEncoder(Encoder.from_tensors(tensors, hparams.architecture).to(subject.device), header)
 
 
 def _split(cases: Sequence[Case], edited: Sequence[Case], selection: str, seed: int) -> tuple[list[Case], list[Case]]:

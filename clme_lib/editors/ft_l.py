@@ -13,6 +13,9 @@ box. The variable is D itself: around weights of magnitude 6 the float32 grid is
 
 from __future__ import annotations
 
+from itertools import product
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 
@@ -21,43 +24,59 @@ from ..edits.weights import DenseUpdate
 from ..forward.partial import PartialForward
 from ..support.schema import Schema
 from .base import Editor
+from .operations import Phase, Sizes
 
 
 class FTLHyperparameters(Schema):
     """``bound`` is the largest change of a single weight; ``loss_floor`` is in nats per token."""
 
-    layer: int = Field(ge=0)
-    steps: int = Field(gt=0)
-    lr: float = Field(gt=0)
-    bound: float = Field(gt=0)
-    loss_floor: float = Field(ge=0)
+    layer: int = Field(default=21, ge=0)
+    steps: int = Field(default=25, gt=0)
+    lr: float = Field(default=5e-4, gt=0)
+    bound: float = Field(default=1e-4, gt=0)
+    loss_floor: float = Field(default=1e-2, ge=0)
 
 
 class FTL(Editor[FTLHyperparameters]):
     """Constrained fine-tuning of ``W_l``; one dense update a case."""
 
-    name = "ft-l"
+    name, title, order, colour = "ft-l", "FT-L", 1, 0
     Hyperparameters = FTLHyperparameters
+    without_early_stop: ClassVar = {"loss_floor": 0.0}
+    # the paper's ratio of learning rate to bound is kept: the search is over how wide the box is, and where
+    selection_grid: ClassVar = [
+        {"layer": layer, "bound": bound, "lr": 5 * bound}
+        for layer, bound in product((21, 14), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2))
+    ]
+
+    def operations(self, prompt, target, steps):
+        sizes, layer, columns = Sizes(self.subject), self.hparams.layer, prompt + target - 1
+        matrix = sizes.hidden * sizes.inner
+        operations, traffic = sizes.step(columns, columns / 2, sizes.blocks - 1 - layer, target)
+        operations += 4 * columns * matrix  # the product with the change, and its gradient
+        # the optimiser reads four matrices and writes three
+        in_steps = Phase("steps", steps * operations, steps * (traffic + 7 * 4 * matrix))
+        return [*sizes.read_once(prompt, target, layer), in_steps]
 
     def _edit_batch(self, cases, tokenized):
-        values = self.values
-        forward = PartialForward(self.subject, tokenized, values.layer, from_lookup=False)
-        weight = self.subject.down_proj(values.layer).weight
+        hparams = self.hparams
+        forward = PartialForward(self.subject, tokenized, hparams.layer, from_lookup=False)
+        weight = self.subject.down_proj(hparams.layer).weight
         # one parameter a case: a finished one gets no gradient, and Adam leaves a parameter without gradient alone
         deltas = [torch.zeros_like(weight, dtype=torch.float32, requires_grad=True) for _ in cases]
-        optimizer = torch.optim.Adam(deltas, lr=values.lr)
+        optimizer = torch.optim.Adam(deltas, lr=hparams.lr)
         losses: list[list[float]] = [[] for _ in cases]
         updates = [0] * len(cases)
         active = list(range(len(cases)))
         keys = forward.keys.float()
-        for _ in range(values.steps):
+        for _ in range(hparams.steps):
             changes = torch.stack([key @ delta.T for key, delta in zip(keys, deltas)])
             current = forward.losses(forward.outputs + changes.to(forward.outputs.dtype))
             # this look waits for the device; a step of a case that has stopped would cost seven passes over its matrix
             for n, loss in enumerate(current.tolist()):
                 if n in active:
                     losses[n].append(loss)
-            active = [n for n in active if not losses[n][-1] < values.loss_floor]
+            active = [n for n in active if not losses[n][-1] < hparams.loss_floor]
             if not active:
                 break
             optimizer.zero_grad(set_to_none=True)
@@ -67,15 +86,11 @@ class FTL(Editor[FTLHyperparameters]):
             optimizer.step()
             with torch.no_grad():
                 for n in active:
-                    deltas[n].clamp_(-values.bound, values.bound)
+                    deltas[n].clamp_(-hparams.bound, hparams.bound)
                     updates[n] += 1
         return [
             DenseUpdate(
-                case.case_id,
-                self.name,
-                layer=values.layer,
-                delta=delta.detach(),
-                log=EditLog(steps=count, losses=tuple(seen)),
+                case.case_id, self.name, layer=hparams.layer, delta=delta.detach(), log=EditLog(count, tuple(seen))
             )
             for case, delta, count, seen in zip(cases, deltas, updates, losses)
         ]

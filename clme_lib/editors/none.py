@@ -7,15 +7,11 @@ from ..support.schema import Schema
 from .base import Editor
 
 
-class NoneHyperparameters(Schema):
-    """Nothing to choose."""
-
-
-class NoEditor(Editor[NoneHyperparameters]):
+class NoEditor(Editor[Schema]):
     """Changes nothing."""
 
-    name = "none"
-    Hyperparameters = NoneHyperparameters
+    name, title, order, colour = "none", "unedited", 0, 7
+    updates_weights = False
 
     def _edit_batch(self, cases, tokenized):
         return [Unedited(case.case_id, self.name) for case in cases]

@@ -11,6 +11,7 @@ next evaluation, and the case stops if the weighted KL term is at most ``kl_stop
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -24,25 +25,32 @@ class PMETHyperparameters(MEMITHyperparameters):
     ``attention=False`` learns the MLP's vector alone, as the paper's text has it; the released program learns both.
     """
 
+    steps: int = Field(default=30, gt=0)
     attention: bool = True
-    agreement_factor: float = Field(gt=0)
-    kl_stop: float = Field(ge=0)
+    agreement_factor: float = Field(default=0.1, gt=0)
+    kl_stop: float = Field(default=1e-2, ge=0)
 
 
 class PMET(MEMIT):
     """MEMIT on MLP outputs, with square-root spreading."""
 
-    name = "pmet"
+    name, title, order, colour = "pmet", "PMET", 4, 4
     Hyperparameters = PMETHyperparameters
-    values: PMETHyperparameters
+    hparams: PMETHyperparameters
+    without_early_stop: ClassVar = {"loss_floor": 0.0, "kl_stop": 0.0}
+    # the last entries learn no vector for the attention, which is left out of the writing
+    selection_grid: ClassVar = [
+        *MEMIT.selection_grid,
+        *({"kl_factor": kl, "covariance_weight": 2_093.0, "attention": False} for kl in (0.0625, 0.0)),
+    ]
 
-    def wanted(self, cases):
-        rewriting = self._rewriting(cases, self.values.layers[-1])
+    def target_states(self, cases):
+        rewriting = self._rewriting(cases)
         attention = rewriting.forward.attention
         assert attention is not None  # it is only where the pass was given its residuals
         initial_attention = rewriting.first_rows(rewriting.at_lookup(attention))
         initial = rewriting.first_rows(rewriting.at_lookup(rewriting.forward.outputs))
-        if not self.values.attention:
+        if not self.hparams.attention:
             (delta,), logs = self._learn(cases, rewriting, [initial], self._place_on_outputs)
             return initial.float() + delta, logs
         (_, delta), logs = self._learn(cases, rewriting, [initial_attention, initial], self._place)
@@ -57,13 +65,13 @@ class PMET(MEMIT):
         return outputs + mlp + attention
 
     def _stops(self, total, agreed, kl, factor, cases):
-        low = total < self.values.loss_floor
-        factor[cases] = torch.where(agreed, self.values.agreement_factor, 1.0)
-        return low | (agreed & (kl <= self.values.kl_stop))
+        low = total < self.hparams.loss_floor
+        factor[cases] = torch.where(agreed, self.hparams.agreement_factor, 1.0)
+        return low | (agreed & (kl <= self.hparams.kl_stop))
 
     @staticmethod
     def _held(read):
         return read.outputs
 
-    def _share(self, left):
+    def _residual_divisor(self, left):
         return math.sqrt(left)

@@ -1,60 +1,68 @@
-"""The editors by name. Registering a new one is one line in ``EDITORS``."""
+"""The editors by name, and one of them with its hyper-parameters for a subject.
+
+A file in this folder that defines an editor is enough. Another package writes, for a class or the module that defines some::
+
+    [project.entry-points."clme_lib.editors"]
+    one-step = "my_package.one_step:OneStep"
+
+Nothing is imported before an editor is first asked for.
+"""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from ..subjects.settings import PAPER_SUBJECT, Preset, load_settings, registered_subjects, transfer_layers
+from ..subjects.settings import Preset, load_settings, registered_subjects, transfer_layers
 from ..subjects.subject import Subject
-from ..support.errors import StudyError
-from ..support.schema import parse
+from ..support.schema import Schema, parse
 from ..support.seeds import DEFAULT_SEED
-from .a_grace import AGRACE, AGRACEWithoutCL, AGRACEWithoutMean
-from .base import Editor
-from .ft_l import FTL
-from .grace import GRACE
-from .malmen.editor import MALMEN
-from .memit import MEMIT
-from .none import NoEditor
-from .pmet import PMET
-from .rome import ROME
-
-# the order of every table: the unedited baseline first, then as in the paper
-EDITORS: dict[str, type[Editor]] = {
-    "none": NoEditor,
-    "ft-l": FTL,
-    "rome": ROME,
-    "memit": MEMIT,
-    "pmet": PMET,
-    "malmen": MALMEN,
-    "grace": GRACE,
-    "a-grace": AGRACE,
-    "a-grace-wo-cl": AGRACEWithoutCL,
-    "a-grace-wo-mean": AGRACEWithoutMean,
-}
+from .base import EDITORS, Editor
 
 
 def list_editors() -> list[str]:
-    """Names of all editors, the unedited baseline first."""
-    return list(EDITORS)
+    """Names of all editors, the unedited baseline first, then the paper's, then all others."""
+    return EDITORS.names()
 
 
 def get_editor(name: str) -> type[Editor]:
-    """The class of an editor.
+    """An editor's class.
 
     Raises:
-        StudyError: there is none of this name; the message lists the known ones.
+        StudyError: there is none of this name, or the package that has it cannot be loaded.
     """
-    if name not in EDITORS:
-        raise StudyError(f"unknown editor {name!r}; known: {', '.join(EDITORS)}")
     return EDITORS[name]
 
 
-def check_overrides(name: str, overrides: dict[str, Any]) -> None:
-    """Raise StudyError unless these are hyper-parameters of an editor, of the right type and within their bounds."""
-    schema = get_editor(name).Hyperparameters
-    settings = load_settings(PAPER_SUBJECT).editors.get(name, {})
-    parse(schema, {**settings, **overrides}, f"set {name}")
+def resolve_hparams(
+    name: str,
+    subject: str,
+    blocks: int | None = None,
+    *,
+    values: Literal["subject", "transferred"] = "subject",
+    preset: Preset = "clean",
+    **overrides: Any,
+) -> Schema:
+    """An editor's hyper-parameters for a subject: the paper's, which are the class's defaults; over them what the subject's YAML
+    has, what the preset changes, and ``overrides``.
+
+    Args:
+        name, values, preset, overrides: as in :func:`load_editor`.
+        blocks: how many the subject has: layers that the paper names and the subject lacks are moved (None: as they are).
+
+    Raises:
+        StudyError: unknown editor, unknown or ill-typed hyper-parameter; the message names the subject, editor and field.
+    """
+    editor = get_editor(name)
+    fields = editor.Hyperparameters.model_fields.items()
+    paper = {field: about.get_default(call_default_factory=True) for field, about in fields if not about.is_required()}
+    has_yaml = values == "subject" and subject in registered_subjects()
+    chosen = {
+        **(paper if blocks is None else transfer_layers(paper, blocks)),
+        **(load_settings(subject).editors.get(name, {}) if has_yaml else {}),
+        **(editor.compat if preset == "compat" else {}),
+        **overrides,
+    }
+    return parse(editor.Hyperparameters, chosen, f"{subject}{'.yaml' if has_yaml else ''}: editors.{name}")
 
 
 def load_editor(
@@ -78,19 +86,5 @@ def load_editor(
     Raises:
         StudyError: unknown editor, unknown or ill-typed hyper-parameter, or a layer the subject does not have.
     """
-    if name not in EDITORS:
-        raise StudyError(f"unknown editor {name!r}; known: {', '.join(EDITORS)}")
-    own = values == "subject" and subject.name in registered_subjects()
-    source = subject.name if own else PAPER_SUBJECT
-    chosen = load_settings(source).editors.get(name)
-    if chosen is None:
-        raise StudyError(f"{source}.yaml: editors: no values for {name!r}")
-    if not own:
-        chosen = transfer_layers(chosen, len(subject.blocks))
-    editor = EDITORS[name]
-    defects = editor.compat if preset == "compat" else {}
-    return editor(
-        subject,
-        parse(editor.Hyperparameters, {**chosen, **defects, **overrides}, f"{source}.yaml: editors.{name}"),
-        seed,
-    )
+    hparams = resolve_hparams(name, subject.name, len(subject.blocks), values=values, preset=preset, **overrides)
+    return get_editor(name)(subject, hparams, seed)

@@ -13,6 +13,8 @@ so that the bare prompt's key ``k_0`` is mapped to ``v*`` exactly. The covarianc
 from __future__ import annotations
 
 from functools import cached_property
+from itertools import product
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -27,37 +29,38 @@ from .locate_then_edit.second_moments import SecondMoment, StatisticsHyperparame
 class ROMEHyperparameters(RewritingHyperparameters, StatisticsHyperparameters):
     """``covariance`` weighs the key by the inverse second moment of the layer's keys."""
 
-    layer: int = Field(ge=0)
+    layer: int = Field(default=5, ge=0)
     covariance: bool = False
 
 
 class ROME(RewritingEditor[ROMEHyperparameters]):
     """One key and one value written into ``W_l``."""
 
-    name = "rome"
+    name, title, order, colour = "rome", "ROME", 2, 1
     Hyperparameters = ROMEHyperparameters
+    selection_grid: ClassVar = [{"kl_factor": kl, "layer": layer} for kl, layer in product((0.0625, 0.0), (5, 10))]
 
     def setup(self):
         prepared = super().setup()
-        if self.values.covariance:
-            prepared["statistics"] = {self.values.layer: self.moment.describe()}
+        if self.hparams.covariance:
+            prepared["statistics"] = {self.hparams.layer: self.moment.describe()}
         return prepared
 
     @cached_property
     def moment(self) -> SecondMoment:
         """The second moment of the edited layer's keys (with ``covariance`` only)."""
-        return second_moments(self.subject, [self.values.layer], self.values)[self.values.layer]
+        return second_moments(self.subject, [self.hparams.layer], self.hparams)[self.hparams.layer]
 
     def _edit_batch(self, cases, tokenized):
-        layer = self.values.layer
-        rewriting = self._rewriting(cases, layer)
+        layer = self.hparams.layer
+        rewriting = self._rewriting(cases)
         outputs = rewriting.at_lookup(rewriting.forward.outputs)
         initial = rewriting.first_rows(outputs)
         (delta,), logs = self._learn(
             cases, rewriting, [initial], lambda part, deltas: part.at_lookup(part.forward.outputs) + deltas[0]
         )
         key = rewriting.context_rows(rewriting.at_lookup(rewriting.forward.keys)).float().mean(dim=1)
-        direction = self.moment.solve(key).float() if self.values.covariance else key
+        direction = self.moment.solve(key).float() if self.hparams.covariance else key
         direction = direction / direction.norm(dim=-1, keepdim=True)
         plain = Blockwise(self.subject, [encode(self.subject.tokenizer, case.prompt) for case in cases])
         read = plain.block(layer, plain.up_to(layer))

@@ -164,10 +164,10 @@ class RunConfig(Schema):
 
     @model_validator(mode="after")
     def _overrides_fit(self) -> RunConfig:
-        from ..editors.registry import check_overrides
+        from ..editors.registry import resolve_hparams
 
         for editor, overrides in self.set.items():
-            check_overrides(editor, overrides)
+            resolve_hparams(editor, self.subject, values=self.values, preset=self.preset, **overrides)  # type: ignore[arg-type]
         return self
 
 

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..editors.registry import EDITORS
 from ..metrics.base import MEASURES
 from ..support.journal import write_text
 from .appendices.selection import differing_values
 from .run_folder import load_manifest, load_run
-from .tables import editor_name, interval, percent, to_markdown
+from .tables import editor_name, in_order, interval, percent, to_markdown
 
 PUBLISHED = "smollm2-135m"
 
@@ -50,7 +49,7 @@ def provenance_table(starts: list[dict], counts: pd.Series) -> str:
     """
     rows = []
     by_editor = dict(iter(counts.groupby("editor")))
-    for editor in (name for name in EDITORS if name in by_editor):
+    for editor in in_order(by_editor):
         cases = by_editor[editor]
         # the first start that finished what is published (later ones had nothing to do), else the last that worked on it
         worked = [s for s in starts if editor in s["hyperparameters"] and max(s["cases"].values()) >= cases.max()]

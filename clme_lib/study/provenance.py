@@ -74,7 +74,7 @@ def library_sha256() -> str:
 
 def hyperparameters(editor: Editor) -> dict:
     """An editor's values and their hash."""
-    values = editor.values.model_dump()
+    values = editor.hparams.model_dump()
     return {
         "values": values,
         "sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest(),

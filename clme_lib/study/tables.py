@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,37 +13,15 @@ import pandas as pd
 from scipy import stats
 
 from ..datasets.base import dataset_title
-from ..editors.registry import EDITORS
+from ..editors.base import EDITORS
+from ..editors.registry import list_editors
 from ..evaluation.records import SCORED
 from ..metrics.base import get_metric
 from ..metrics.paper import PAPER_METRICS, PAPER_SCORES
 
 LEVEL = 0.95
 RESAMPLES = 2_000
-_EDITOR_NAMES = {
-    "none": "unedited",
-    "ft-l": "FT-L",
-    "rome": "ROME",
-    "memit": "MEMIT",
-    "pmet": "PMET",
-    "malmen": "MALMEN",
-    "grace": "GRACE",
-    "a-grace": "A-GRACE",
-    "a-grace-wo-cl": "A-GRACE w/o CL",
-    "a-grace-wo-mean": "A-GRACE w/o Mean",
-}
-# places in seaborn's colourblind palette, the same in all figures
-_COLOURS = {
-    "ft-l": 0,
-    "rome": 1,
-    "memit": 8,
-    "pmet": 4,
-    "malmen": 9,
-    "grace": 2,
-    "a-grace": 3,
-    "a-grace-wo-cl": 5,
-    "a-grace-wo-mean": 6,
-}
+_GREY = 7  # of the palette, for editors of which only records are known here
 
 
 @dataclass(frozen=True)
@@ -164,17 +142,26 @@ def score_rows(records: pd.DataFrame, metrics: Sequence[str] = PAPER_METRICS) ->
     return pd.DataFrame(rows)
 
 
+def in_order(editors: Iterable[str]) -> list[str]:
+    """Editors in the order of tables; those of which only records are known here come last."""
+    order = list_editors()
+    return sorted(editors, key=lambda name: order.index(name) if name in order else len(order))
+
+
 def editor_name(name: str) -> str:
-    """An editor's name as the paper writes it."""
-    return _EDITOR_NAMES.get(name, name if name in EDITORS else name.upper())
+    """An editor's name as the paper writes it; records may be of an editor that is not installed here."""
+    return EDITORS[name].title if name in EDITORS else name.upper()
 
 
 def editor_colour(name: str) -> tuple[float, float, float]:
-    """An editor's colour in every figure."""
+    """An editor's colour in every figure: its own, a darker one of those that are spread over the editors without, or grey."""
     import seaborn as sns
 
-    # an editor that is not the paper's takes the palette's grey
-    return sns.color_palette("colorblind", 10)[_COLOURS.get(name, 7)]
+    without = [other for other in EDITORS if EDITORS[other].colour is None]
+    if name in without:
+        return sns.husl_palette(len(without), l=0.4)[without.index(name)]
+    place = EDITORS[name].colour if name in EDITORS else None
+    return sns.color_palette("colorblind", 10)[_GREY if place is None else place]
 
 
 def dataset_name(name: str) -> str:

@@ -1,7 +1,7 @@
 """Hyper-parameters: one YAML per subject, read with a typed schema.
 
-A subject without a YAML of its own (any hub id or folder) gets the paper's values, which are those of
-``codellama-7b``; a layer that the smaller model does not have is moved to its last block (:func:`transfer_layers`).
+The paper's values are the defaults of the editors' classes; a YAML has what differs from them. A subject without a YAML (any
+hub id or folder) gets the paper's; a layer that the smaller model does not have moves to its last block (:func:`transfer_layers`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pydantic import Field
 from ..support.errors import StudyError
 from ..support.schema import Schema, parse
 
-PAPER_SUBJECT = "codellama-7b"
 _FOLDER = resources.files("clme_lib") / "editors" / "hyperparameters"
 
 
@@ -47,10 +46,11 @@ class SubjectSource(Schema):
 
 
 class SubjectSettings(Schema):
-    """The content of one subject's YAML: its source and each editor's values (checked when the editor is loaded)."""
+    """The content of one subject's YAML: its source, and by editor the hyper-parameters that are not the paper's (checked when
+    the editor is loaded)."""
 
     subject: SubjectSource
-    editors: dict[str, dict[str, Any]]
+    editors: dict[str, dict[str, Any]] = {}
 
 
 @cache
@@ -61,19 +61,19 @@ def registered_subjects() -> list[str]:
 
 @cache
 def load_settings(name: str) -> SubjectSettings:
-    """Settings of a registered subject, or the paper's for any other.
+    """Settings of a registered subject; any other is looked for on the hub and has the paper's hyper-parameters.
 
     Raises:
         StudyError: the YAML is malformed; the message names the file and the field.
     """
-    registered = name in registered_subjects()
-    file = _FOLDER / f"{name if registered else PAPER_SUBJECT}.yaml"
+    if name not in registered_subjects():
+        return SubjectSettings(subject=SubjectSource(source="hub", id=name))
+    file = _FOLDER / f"{name}.yaml"
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise StudyError(f"{file}: not valid YAML: {error}") from error
-    settings = parse(SubjectSettings, content, str(file))
-    return settings if registered else settings.model_copy(update={"subject": SubjectSource(source="hub", id=name)})
+    return parse(SubjectSettings, content, str(file))
 
 
 def transfer_layers(hparams: dict[str, Any], blocks: int) -> dict[str, Any]:

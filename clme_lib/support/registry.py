@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from pkgutil import iter_modules
+from pkgutil import walk_packages
 from typing import Generic, Protocol, TypeVar
 
 from .errors import StudyError, first_line
@@ -42,14 +42,17 @@ class Registry(Generic[T]):
         self._loading = self._loaded = False
 
     def register(self, entry: T) -> T:
-        """Add an entry. A name of the library's own stays what it is; any other is replaced, as when a notebook's cell is run again.
+        """Add an entry. It replaces an earlier one of its name and module, as when a notebook's cell is run again.
 
         Raises:
-            StudyError: the library has an entry of this name.
+            StudyError: the library itself, or another module, has an entry of this name.
         """
         name = entry.name  # type: ignore[attr-defined]
-        if name in self._own and self._entries[name] is not entry:
-            raise StudyError(f"{self.what} {name!r} is one of clme_lib's own: choose another name")
+        known = self._entries.get(name, entry)
+        if (name in self._own and known is not entry) or known.__module__ != entry.__module__:
+            raise StudyError(
+                f"two definitions of {self.what} {name!r}, in {known.__module__} and {entry.__module__}: rename one"
+            )
         self._entries[name] = entry
         return entry
 
@@ -83,8 +86,8 @@ class Registry(Generic[T]):
         self._loading = True
         try:
             package = import_module(self._package)
-            for module in iter_modules(getattr(package, "__path__", ())):
-                import_module(f"{self._package}.{module.name}")
+            for module in walk_packages(getattr(package, "__path__", ()), f"{self._package}."):
+                import_module(module.name)
             self._own = self._own or frozenset(self._entries)
             for point in entry_points(group=self.group):
                 self._add(point)

@@ -36,26 +36,27 @@ from ...subjects.subject import Subject
 from ...support.errors import StudyError
 from ...support.schema import Schema
 from ..base import Editor
-from .contexts import context_templates
+from ..operations import Phase, Sizes
+from .contexts import TOKENS, context_templates
 
-# steps between two looks at which cases have stopped: a look waits for the device, and a stopped case costs a step of its rows
-_LOOK_EVERY = {"cpu": 1, "cuda": 5}
+# Asking which cases have stopped waits for a GPU; not asking costs steps of the rows of those that have.
+CHECK_DONE_EVERY = {"cpu": 1, "cuda": 5}
 
 
 class RewritingHyperparameters(Schema):
     """``clamp`` bounds delta in units of its module's output norm; ``loss_floor`` is compared with the whole loss."""
 
-    steps: int = Field(gt=0)
-    lr: float = Field(gt=0)
-    kl_factor: float = Field(ge=0)
-    weight_decay: float = Field(ge=0)
-    clamp: float = Field(gt=0)
-    loss_floor: float = Field(ge=0)
+    steps: int = Field(default=25, gt=0)
+    lr: float = Field(default=0.5, gt=0)
+    kl_factor: float = Field(default=0.0625, ge=0)
+    weight_decay: float = Field(default=1e-3, ge=0)
+    clamp: float = Field(default=4.0, gt=0)
+    loss_floor: float = Field(default=5e-2, ge=0)
     padding: Literal["aligned", "released"] = "aligned"
     targets: Literal["in-context", "alone"] = "in-context"
 
 
-Values = TypeVar("Values", bound=RewritingHyperparameters)
+Hparams = TypeVar("Hparams", bound=RewritingHyperparameters)
 
 
 def rewriting_rows(subject: Subject, case: Case, contexts: Sequence[str], padding: str, targets: str) -> list[TokenRow]:
@@ -170,10 +171,11 @@ class Rewriting:
 Place = Callable[[Rewriting, list[torch.Tensor]], torch.Tensor]
 
 
-class RewritingEditor(Editor[Values]):
+class RewritingEditor(Editor[Hparams]):
     """Base of ROME, MEMIT and PMET."""
 
-    compat: ClassVar[dict[str, Any]] = {"padding": "released", "targets": "alone"}
+    compat: ClassVar = {"padding": "released", "targets": "alone"}
+    without_early_stop: ClassVar = {"loss_floor": 0.0}
     default_batch = 4
 
     @cached_property
@@ -187,14 +189,30 @@ class RewritingEditor(Editor[Values]):
     def _cost(self, tokenized):
         return len(tokenized.target_ids)
 
-    def _longest(self):
-        values: Any = self.values
-        return longest_above(self.subject, max(getattr(values, "layers", None) or [values.layer]))
+    @property
+    def learning_layer(self) -> int:
+        """The layer at whose module outputs delta is learnt: the last one written."""
+        hparams: Any = self.hparams
+        return max(getattr(hparams, "layers", None) or [hparams.layer])
 
-    def _rewriting(self, cases: Sequence[Case], layer: int) -> Rewriting:
-        values = self.values
-        rows = [rewriting_rows(self.subject, case, self.contexts, values.padding, values.targets) for case in cases]
-        return Rewriting.of(self.subject, rows, len(self.contexts), layer)
+    def mean_width(self, prompt: int) -> float:
+        """Tokens of a row's context and prompt, on average, when the prompt has ``prompt``."""
+        return prompt + TOKENS * (len(self.contexts) - 1) / len(self.contexts)
+
+    def operations(self, prompt, target, steps):
+        sizes, rows, width = Sizes(self.subject), len(self.contexts), self.mean_width(prompt)
+        above = sizes.blocks - 1 - self.learning_layer
+        operations, traffic = sizes.step(rows * target, 0, above, rows * target)
+        operations += 8 * sizes.hidden * above * rows * target * (width + target)  # attention within a row
+        return [sizes.read(width, sizes.blocks, rows), Phase("steps", steps * operations, steps * traffic)]
+
+    def _max_cost_ratio(self):
+        return longest_above(self.subject, self.learning_layer)
+
+    def _rewriting(self, cases: Sequence[Case]) -> Rewriting:
+        hparams = self.hparams
+        rows = [rewriting_rows(self.subject, case, self.contexts, hparams.padding, hparams.targets) for case in cases]
+        return Rewriting.of(self.subject, rows, len(self.contexts), self.learning_layer)
 
     def _learn(
         self, cases: Sequence[Case], rewriting: Rewriting, initial: Sequence[torch.Tensor], place: Place
@@ -207,67 +225,63 @@ class RewritingEditor(Editor[Values]):
         Raises:
             StudyError: a case's loss is not finite before the first update.
         """
-        values, count, device = self.values, len(cases), self.subject.device
+        hparams, count, device = self.hparams, len(cases), self.subject.device
         sizes = [start.float().norm(dim=-1) for start in initial]
         deltas = [torch.zeros_like(start, dtype=torch.float32, requires_grad=True) for start in initial]
-        before = [delta.detach().clone() for delta in deltas]
-        optimizer = torch.optim.Adam(deltas, lr=values.lr)
+        last_finite = [delta.detach().clone() for delta in deltas]
+        optimizer = torch.optim.Adam(deltas, lr=hparams.lr)
         factor = torch.ones(count, device=device)
-        going = torch.ones(count, dtype=torch.bool, device=device)
+        active = torch.ones(count, dtype=torch.bool, device=device)
         updates = torch.zeros(count, dtype=torch.long, device=device)
-        losses = torch.full((values.steps, count), math.nan, device=device)
+        losses = torch.full((hparams.steps, count), math.nan, device=device)
         reference = None
-        for iteration in range(values.steps):
-            mine = rewriting.cases
-            by_row = mine[rewriting.owner]
-            nll, agreed, moved, after_bare = rewriting.evaluate(
-                place(rewriting, [delta[by_row] for delta in deltas]), None if reference is None else reference[mine]
+        for iteration in range(hparams.steps):
+            remaining = rewriting.cases
+            by_row = remaining[rewriting.owner]
+            nll, agreed, divergence, after_bare = rewriting.evaluate(
+                place(rewriting, [delta[by_row] for delta in deltas]),
+                None if reference is None else reference[remaining],
             )
             if reference is None:
                 reference = after_bare
-            kl = values.kl_factor * moved
-            decay = sum(delta[mine].norm(dim=-1) / size[mine] ** 2 for delta, size in zip(deltas, sizes))
-            total = factor[mine] * nll + kl + values.weight_decay * decay
-            found = total.detach()
-            counts = going[mine] & found.isfinite()
-            losses[iteration, mine] = torch.where(counts, found, math.nan)
-            lost = torch.zeros_like(going).index_copy(0, mine, going[mine] & ~counts)
+            kl = hparams.kl_factor * divergence
+            decay = sum(delta[remaining].norm(dim=-1) / size[remaining] ** 2 for delta, size in zip(deltas, sizes))
+            loss = factor[remaining] * nll + kl + hparams.weight_decay * decay
+            total = loss.detach()
+            counts = active[remaining] & total.isfinite()
+            losses[iteration, remaining] = torch.where(counts, total, math.nan)
+            lost = torch.zeros_like(active).index_copy(0, remaining, active[remaining] & ~counts)
             with torch.no_grad():
-                for delta, old in zip(deltas, before):
-                    delta.copy_(torch.where(lost[:, None], old, delta))
+                for delta, kept in zip(deltas, last_finite):
+                    delta.copy_(torch.where(lost[:, None], kept, delta))
             updates -= lost.long()
-            going[mine] = counts & ~self._stops(found, agreed, kl.detach(), factor, mine)
-            looks = (iteration + 1) % _LOOK_EVERY[device.type] == 0
-            left = going[mine].nonzero()[:, 0] if looks else mine
-            if not len(left) or iteration == values.steps - 1:
+            active[remaining] = counts & ~self._stops(total, agreed, kl.detach(), factor, remaining)
+            check_done = (iteration + 1) % CHECK_DONE_EVERY[device.type] == 0
+            left = active[remaining].nonzero()[:, 0] if check_done else remaining
+            if not len(left) or iteration == hparams.steps - 1:
                 break
             optimizer.zero_grad(set_to_none=True)
-            torch.where(going[mine], total, 0.0).sum().backward()
-            before = [delta.detach().clone() for delta in deltas]
+            torch.where(active[remaining], loss, 0.0).sum().backward()
+            last_finite = [delta.detach().clone() for delta in deltas]
             optimizer.step()
             with torch.no_grad():
-                for delta, old, size in zip(deltas, before, sizes):
-                    norm, bound = delta.norm(dim=-1), values.clamp * size
+                for delta, kept, size in zip(deltas, last_finite, sizes):
+                    norm, bound = delta.norm(dim=-1), hparams.clamp * size
                     delta.mul_(torch.where(norm > bound, bound / norm, torch.ones_like(norm))[:, None])
-                    delta.copy_(torch.where(going[:, None], delta, old))
-            updates += going.long()
-            if len(left) <= 0.75 * len(mine):
+                    delta.copy_(torch.where(active[:, None], delta, kept))
+            updates += active.long()
+            if len(left) <= 0.75 * len(remaining):
                 rewriting = rewriting.select(left)
         logs = []
-        for case, made, row in zip(cases, updates.tolist(), losses.T.tolist()):
-            seen = tuple(loss for loss in row if loss == loss)
-            if not seen:
+        for case, steps, case_losses in zip(cases, updates.tolist(), losses.T.tolist()):
+            counted = tuple(loss for loss in case_losses if not math.isnan(loss))
+            if not counted:
                 raise StudyError(f"case {case.case_id}: the loss of {self.name} is not finite; use float32")
-            logs.append(EditLog(steps=made, losses=seen))
+            logs.append(EditLog(steps, counted))
         return [delta.detach() for delta in deltas], logs
 
     def _stops(
-        self,
-        total: torch.Tensor,
-        agreed: torch.Tensor,
-        kl: torch.Tensor,
-        factor: torch.Tensor,
-        cases: torch.Tensor,
+        self, total: torch.Tensor, agreed: torch.Tensor, kl: torch.Tensor, factor: torch.Tensor, cases: torch.Tensor
     ) -> torch.Tensor:
         """(B,) which of ``cases`` have learnt enough; may change their NLL ``factor`` (of all cases) for the next evaluation."""
-        return total < self.values.loss_floor
+        return total < self.hparams.loss_floor

@@ -23,6 +23,7 @@ from ...support.artifact import Artifact
 from ...support.batching import of_like_length
 from ...support.errors import StudyError
 from ...support.schema import Schema
+from ...support.seeds import generator
 from .corpora import SEED, Corpus, open_corpus
 
 FORMAT = "clme-second-moment"
@@ -83,6 +84,18 @@ class SecondMoment:
     def solve(self, keys: torch.Tensor) -> torch.Tensor:
         """``C^-1 k`` of each row of ``keys`` (B, d_f), in float64."""
         return torch.cholesky_solve(keys.double().T, self.factor).T
+
+
+def random_moments(subject: Subject, layers: Sequence[int], seed: int) -> dict[int, SecondMoment]:
+    """Stand-ins for measurements: a well-conditioned random positive-definite matrix, factorised for each layer."""
+    samples = torch.randn(subject.inner_size, 64, generator=generator(seed, "second moment")).to(subject.device)
+    matrix = torch.addmm(torch.eye(subject.inner_size, device=subject.device), samples, samples.T, alpha=1 / 64).cpu()
+    header = {"corpus": "random", "identity": f"seed {seed}", "documents": 0, "tokens": 0}
+    # Edits use the factors alone; each layer has a factor of its own, as it would have.
+    moments = {layer: SecondMoment(matrix, {**header, "layer": layer}, subject.device) for layer in layers}
+    for moment in moments.values():
+        _ = moment.factor
+    return moments
 
 
 def second_moments(

@@ -25,18 +25,23 @@ from ...edits.weights import LowRankUpdate
 from ...forward.partial import PartialForward
 from ...support.errors import StudyError
 from ..base import Editor
+from ..operations import Phase, Sizes
 from .gradients import Cached, edit_row
 from .hypernetwork import Hypernetwork, normal_equation
-from .training import MALMENHyperparameters, trained
+from .training import MALMENHyperparameters, Training, trained
 
 
 class MALMEN(Editor[MALMENHyperparameters]):
     """A learnt update of rank at most the target's tokens in each of several layers."""
 
-    name = "malmen"
+    name, title, order, colour = "malmen", "MALMEN", 5, 9
     Hyperparameters = MALMENHyperparameters
     needs_training = True
+    timed_untrained = True
     compat: ClassVar = {"cached": "released", "targets": "alone"}
+    # Trained on few records, so that a laptop can; the first setting is the paper's but for that. The step size moves
+    # with the same optimiser, so that its start is soon forgotten.
+    selection_grid: ClassVar = [{"meta_lr": meta_lr, "iterations": 150, "records": 150} for meta_lr in (1e-5, 3e-5)]
     network: Hypernetwork | None = None
 
     def fit(self, cases: Sequence[Case], edited: Sequence[Case] = ()) -> None:
@@ -45,26 +50,38 @@ class MALMEN(Editor[MALMENHyperparameters]):
         Raises:
             StudyError: the cases are of several data sets, or have no rephrased prompts.
         """
-        self.network = trained(self.subject, self.values, cases, self.seed)
+        self.network = trained(self.subject, self.hparams, cases, self.seed)
+
+    def stand_in(self, cases):
+        self.network = Training(self.subject, self.hparams, cases[:2], self.seed).network.requires_grad_(False)
+
+    def operations(self, prompt, target, steps):
+        sizes, layers, columns = Sizes(self.subject), self.hparams.layers, prompt + target - 1
+        edited_blocks = sizes.blocks - layers[0]
+        weights = sum(p.numel() for p in self.network.parameters() if p.dim() == 2) if self.network else 0
+        return [
+            sizes.read(columns, sizes.blocks - edited_blocks),
+            Phase("gradient", *sizes.step(columns, columns / 2, edited_blocks, target)),
+            Phase("network", 2 * target * len(layers) * weights, 4 * weights),
+        ]
 
     @torch.no_grad()
     def _edit_batch(self, cases, tokenized):
-        network = self.network
+        network, hparams = self.network, self.hparams
         if network is None:
             raise StudyError("malmen has not been trained: call fit(cases) with cases that will not be edited")
-        layers = self.values.layers
-        rows = [edit_row(self.subject, case.prompt, case.target, self.values.targets) for case in cases]
-        forward = PartialForward(self.subject, rows, layers[0], from_lookup=False)
-        cached = Cached(forward, layers, self.values.cached)
+        rows = [edit_row(self.subject, case.prompt, case.target, hparams.targets) for case in cases]
+        forward = PartialForward(self.subject, rows, hparams.layers[0], from_lookup=False)
+        cached = Cached(forward, hparams.layers, hparams.cached)
         factors: list[dict[int, tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in cases]
-        for n, layer in enumerate(layers):
-            wanted = network(cached.keys[layer], cached.gradients[layer], n)
+        for n, layer in enumerate(hparams.layers):
+            changes = network(cached.keys[layer], cached.gradients[layer], n)
             for case in range(len(cases)):
-                mine = cached.owner == case
-                keys = cached.keys[layer][mine]
-                coefficients = normal_equation(keys, wanted[mine], network.log_damping[n])
+                of_case = cached.owner == case
+                keys = cached.keys[layer][of_case]
+                coefficients = normal_equation(keys, changes[of_case], network.log_damping[n])
                 factors[case][layer] = (coefficients.T.contiguous(), keys)
         return [
-            LowRankUpdate(case.case_id, self.name, factors=mine, log=EditLog(steps=1, losses=(loss,)))
-            for case, mine, loss in zip(cases, factors, cached.losses.tolist())
+            LowRankUpdate(case.case_id, self.name, factors=of_case, log=EditLog(steps=1, losses=(loss,)))
+            for case, of_case, loss in zip(cases, factors, cached.losses.tolist())
         ]

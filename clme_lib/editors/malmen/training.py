@@ -44,15 +44,15 @@ class MALMENHyperparameters(Schema):
     ``records`` limits how many of the given cases are trained on (None: all).
     """
 
-    layers: Layers
-    step_size: float = Field(gt=0)
-    meta_lr: float = Field(gt=0)
-    rank: int = Field(gt=0)
-    blocks: int = Field(gt=0)
-    locality_factor: float = Field(ge=0)
-    clip: float = Field(gt=0)
-    batch: int = Field(gt=0)
-    iterations: int = Field(gt=0)
+    layers: Layers = (26, 27, 28, 29, 30, 31)
+    step_size: float = Field(default=1e-6, gt=0)
+    meta_lr: float = Field(default=1e-5, gt=0)
+    rank: int = Field(default=1920, gt=0)
+    blocks: int = Field(default=2, gt=0)
+    locality_factor: float = Field(default=1.0, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    batch: int = Field(default=4, gt=0)
+    iterations: int = Field(default=1000, gt=0)
     records: int | None = Field(default=None, gt=0)
     cached: Literal["target", "released"] = "target"
     targets: Literal["in-context", "alone"] = "in-context"
@@ -63,7 +63,7 @@ _KEPT_BYTES = 4e9  # of constants below the edited layers
 _CHECKPOINT_EVERY = 50
 
 
-def trained(subject: Subject, values: MALMENHyperparameters, cases: Sequence[Case], seed: int) -> Hypernetwork:
+def trained(subject: Subject, hparams: MALMENHyperparameters, cases: Sequence[Case], seed: int) -> Hypernetwork:
     """The hypernetwork trained on ``cases``: from the cache, or trained now, from its last checkpoint if it has one."""
     if not cases or len({case.dataset for case in cases}) != 1:
         raise StudyError("malmen learns from the cases of one data set at a time, at least one of them")
@@ -71,8 +71,8 @@ def trained(subject: Subject, values: MALMENHyperparameters, cases: Sequence[Cas
         raise StudyError(f"malmen learns from rephrased prompts, and case {bare[0].case_id} has none")
     by_id = {case.case_id: case for case in cases}
     dataset = cases[0].dataset
-    records = [by_id[n] for n in seeded_order(by_id, "malmen", seed, dataset)[: values.records]]
-    training = Training(subject, values, records, seed)
+    records = [by_id[n] for n in seeded_order(by_id, "malmen", seed, dataset)[: hparams.records]]
+    training = Training(subject, hparams, records, seed)
     return training.finish()
 
 
@@ -85,19 +85,19 @@ class Training:
         answers: the unedited subject's continuation of each neighbour's prompt.
     """
 
-    def __init__(self, subject: Subject, values: MALMENHyperparameters, records: Sequence[Case], seed: int) -> None:
-        self.subject, self.values, self.records, self.seed = subject, values, list(records), seed
-        self.layers = values.layers
+    def __init__(self, subject: Subject, hparams: MALMENHyperparameters, records: Sequence[Case], seed: int) -> None:
+        self.subject, self.hparams, self.records, self.seed = subject, hparams, list(records), seed
+        self.layers = hparams.layers
         dataset = records[0].dataset
         self.network = Hypernetwork(
             (subject.inner_size, subject.hidden_size),
             layers=len(self.layers),
-            rank=values.rank,
-            blocks=values.blocks,
-            step_size=values.step_size,
+            rank=hparams.rank,
+            blocks=hparams.blocks,
+            step_size=hparams.step_size,
             draw=generator(seed, subject.name, dataset, "malmen", "network"),
         ).to(subject.device)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=values.meta_lr)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=hparams.meta_lr)
         self.iteration = 0
         self.log: list[tuple[float, float]] = []
         identity = {
@@ -106,7 +106,7 @@ class Training:
             **subject.identity,
             "dataset": dataset,
             "seed": seed,
-            "values": values.model_dump(mode="json"),
+            "values": hparams.model_dump(mode="json"),
             "records": [case.sha256 for case in self.records],
         }
         self.artifact = Artifact.cached("malmen", f"{subject.name}-{dataset}", identity)
@@ -118,7 +118,7 @@ class Training:
     def finish(self) -> Hypernetwork:
         """Load what there is, do the missing iterations, keep the result."""
         self._load()
-        last = self.values.iterations
+        last = self.hparams.iterations
         if self.iteration < last:
             prompts = [prompt for case in self.records for prompt in case.unrelated]
             self.answers = dict(zip(prompts, answers_for(self.subject, prompts)))
@@ -135,19 +135,19 @@ class Training:
 
     def _batches(self) -> Iterator[list[Case]]:
         """Records in a new seeded order every epoch, from the present iteration to the last; an epoch's rest is dropped."""
-        size = min(self.values.batch, len(self.records))
+        size = min(self.hparams.batch, len(self.records))
         by_id = {case.case_id: case for case in self.records}
         each = len(self.records) // size
-        while self.iteration < self.values.iterations:
+        while self.iteration < self.hparams.iterations:
             epoch, within = divmod(self.iteration, each)
             order = seeded_order(by_id, "malmen", self.seed, "epoch", epoch)
             yield [by_id[n] for n in order[within * size : (within + 1) * size]]
 
     def step(self, batch: Sequence[Case]) -> tuple[float, float]:
         """One iteration; returns the two losses before its update."""
-        values, network = self.values, self.network
-        rows = [edit_row(self.subject, case.prompt, case.target, values.targets) for case in batch]
-        cached = Cached(self._forward(rows), self.layers, values.cached)
+        hparams, network = self.hparams, self.network
+        rows = [edit_row(self.subject, case.prompt, case.target, hparams.targets) for case in batch]
+        cached = Cached(self._forward(rows), self.layers, hparams.cached)
         for layer in self.layers:
             network.observe(cached.keys[layer], cached.gradients[layer])
 
@@ -166,13 +166,13 @@ class Training:
             return lambda given, output: output + ((given.float() @ cached.keys[layer].T) @ leaf).to(output.dtype)
 
         shifts = {layer: shift(layer, leaf) for layer, leaf in zip(self.layers, leaves)}
-        rephrased = [edit_row(self.subject, case.rephrased[0], case.target, values.targets) for case in batch]
+        rephrased = [edit_row(self.subject, case.rephrased[0], case.target, hparams.targets) for case in batch]
         unrelated = [self._answered(prompt) for case in batch for prompt in case.unrelated]
         generalization = self._losses(rephrased, shifts, reference=False)
-        locality = self._losses(unrelated, shifts, reference=True, factor=values.locality_factor)
+        locality = self._losses(unrelated, shifts, reference=True, factor=hparams.locality_factor)
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(coefficients, [leaf.grad for leaf in leaves])
-        torch.nn.utils.clip_grad_norm_(network.parameters(), values.clip)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), hparams.clip)
         self.optimizer.step()
         self.iteration += 1
         self.log.append((generalization, locality))
@@ -262,7 +262,7 @@ class Training:
                 state.setdefault(int(n), {})[what] = tensor
         self.network.load_state_dict(network)
         self.iteration, self.log = header["iteration"], [tuple(losses) for losses in header["log"]]
-        if self.iteration < self.values.iterations:
+        if self.iteration < self.hparams.iterations:
             self.optimizer.load_state_dict(
                 {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
             )

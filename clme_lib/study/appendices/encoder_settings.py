@@ -18,7 +18,7 @@ from ...editors.contrastive_encoder import Pairs, balanced_accuracy, make_pairs
 from ...edits.encoder import Encoder
 from ...subjects.subject import Subject
 from ...support.seeds import DEFAULT_SEED
-from ..rq3.radius import MARGINS, Setting, _fitted
+from ..rq3.radius import MARGINS, fitted_editor
 from ..tables import Table, dataset_name, editor_name, write_csv
 
 SIZES = (50, 100, 200)
@@ -83,7 +83,7 @@ def _score_cells(halves: pd.DataFrame) -> dict[str, str]:
     }
 
 
-def encoder_settings(margin: float) -> Iterator[tuple[str, Setting, int | None]]:
+def encoder_settings(margin: float) -> Iterator[tuple[str, dict[str, Any], int | None]]:
     """(editor, hyper-parameters, training cases) of every encoder compared; the paper's own is the first.
 
     Args:
@@ -124,12 +124,13 @@ def compare_encoders(subject: Subject, file: Path, margin: float = 2.0) -> pd.Da
         row = {"dataset": dataset, "fold": fold, "editor": editor, **_shown(setting), "cases": len(learnt)}
         if _key(row) in known:
             continue
-        made = _fitted(subject, editor, dataset, setting, learnt, edited)
+        options = {**setting, "margin": {dataset: setting["margin"]}}
+        made = fitted_editor(subject, editor, learnt, edited, **options)
         assert made.trained is not None
         log = made.trained.header["log"]
-        pairs = make_pairs(subject, edited, made.values.layer, made.query)
+        pairs = make_pairs(subject, edited, made.hparams.layer, made.query)
         held_out = [epoch["accuracy"] for epoch in log]
-        row |= _scores(pairs, made.trained.encoder, made.values.radius)
+        row |= _scores(pairs, made.trained.encoder, made.hparams.radius)
         row |= {"epochs": len(log), "chosen": 1 + int(np.argmax(held_out)), "held_out": max(held_out)}
         rows.append(row)
         known.add(_key(row))
@@ -137,7 +138,7 @@ def compare_encoders(subject: Subject, file: Path, margin: float = 2.0) -> pd.Da
     return pd.DataFrame(rows)
 
 
-def _shown(setting: Setting) -> dict[str, Any]:
+def _shown(setting: dict[str, Any]) -> dict[str, Any]:
     defaults = {"architecture": "released", "selection": "training", "patience": 5}
     return {"margin": setting["margin"], **{name: setting.get(name, default) for name, default in defaults.items()}}
 

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from ...datasets.paper import PAPER_DATASET_NAMES
 from ...datasets.registry import selection_cases
-from ...editors.registry import EDITORS, load_editor
+from ...editors.base import EDITORS
+from ...editors.registry import get_editor, load_editor, resolve_hparams
 from ...evaluation.evaluate import evaluate
 from ...evaluation.records import finite
 from ...subjects.settings import Preset, load_settings
@@ -27,7 +28,7 @@ from ...subjects.subject import Subject
 from ...support.errors import StudyError
 from ...support.journal import Journal
 from ...support.seeds import seed_of
-from ..tables import Table, dataset_name, editor_name, percent, write_csv
+from ..tables import Table, dataset_name, editor_name, in_order, percent, write_csv
 
 
 def selection_table(measured: pd.DataFrame, label: str, caption: str = "") -> Table:
@@ -44,19 +45,15 @@ def selection_table(measured: pd.DataFrame, label: str, caption: str = "") -> Ta
 
 def differing_values(paper: str = "codellama-7b", own: str = "smollm2-135m") -> pd.DataFrame:
     """The hyper-parameters in which two registered subjects differ, a row each."""
-    papers, owns = (load_settings(name).editors for name in (paper, own))
-    rows = [
-        {
-            "Editor": editor_name(editor),
-            "Value": f"`{name}`",
-            f"{paper} (the paper's)": _value(papers[editor].get(name)),
-            own: _value(owns[editor].get(name)),
-        }
-        for editor in EDITORS
-        if editor in papers
-        for name in {**papers[editor], **owns[editor]}
-        if papers[editor].get(name) != owns[editor].get(name)
-    ]
+    settings = {name: load_settings(name).editors for name in (paper, own)}
+    rows = []
+    for editor in in_order({**settings[paper], **settings[own]}):
+        hparams = {name: resolve_hparams(editor, name).model_dump() for name in (paper, own)}
+        for name in {**settings[paper].get(editor, {}), **settings[own].get(editor, {})}:
+            papers, owns = hparams[paper][name], hparams[own][name]
+            if papers != owns:
+                values = {f"{paper} (the paper's)": _value(papers), own: _value(owns)}
+                rows.append({"Editor": editor_name(editor), "Value": f"`{name}`", **values})
     return pd.DataFrame(rows)
 
 
@@ -79,7 +76,7 @@ def preset_table(
         measured: by editor, what ``clme presets`` writes (:func:`compare_presets`).
     """
     parts = []
-    for editor in (name for name in EDITORS if name in measured):
+    for editor in in_order(measured):
         for dataset, rows in measured[editor].groupby("dataset", sort=False):
             cells = _score_cells(rows).assign(**{"Eff., released budget": rows["released_budget_em"].map(percent)})
             cells.insert(0, "Editor", editor_name(editor))
@@ -103,34 +100,6 @@ def _score_cells(measured: pd.DataFrame) -> pd.DataFrame:
 
 GOOD_ENOUGH = 0.95
 LEAST_SPECIFICITY = 0.05
-# the paper's own setting, transferred, is the first; every entry is tried
-GRIDS: dict[str, list[dict[str, Any]]] = {
-    # the paper's ratio of learning rate to bound is kept: the search is over how wide the box is, and where
-    "ft-l": [
-        {"layer": layer, "bound": bound, "lr": 5 * bound}
-        for layer, bound in product((21, 14), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2))
-    ],
-    "rome": [{"kl_factor": kl, "layer": layer} for kl, layer in product((0.0625, 0.0), (5, 10))],
-    # the second weight writes the same share of a residual at this width as the first does at 11008
-    "memit": [
-        {"kl_factor": kl, "covariance_weight": weight} for kl, weight in product((0.0625, 0.0), (15_000.0, 2_093.0))
-    ],
-    # the last entries learn no vector for the attention, which is left out of the writing
-    "pmet": [
-        *({"kl_factor": kl, "covariance_weight": weight} for kl, weight in product((0.0625, 0.0), (15_000.0, 2_093.0))),
-        *({"kl_factor": kl, "covariance_weight": 2_093.0, "attention": False} for kl in (0.0625, 0.0)),
-    ],
-    # trained on few records, so that a laptop can; the first setting is the paper's but for that
-    "malmen": [
-        # (the step size moves with the same optimiser, so that its start is soon forgotten)
-        {"meta_lr": meta_lr, "iterations": 150, "records": 150}
-        for meta_lr in (1e-5, 3e-5)
-    ],
-    "grace": [
-        {"layer": layer, "steps": steps, "lr": lr}
-        for layer, steps, lr in product((27, 24, 20, 16), (30, 50), (1.0, 0.5))
-    ],
-}
 SCORES = ["effectiveness_em", "generalization_em", "specificity_rate", "loss"]
 
 
@@ -146,9 +115,11 @@ def select(
     Raises:
         StudyError: the editor has no grid.
     """
-    if editor not in GRIDS:
-        raise StudyError(f"no grid to select {editor!r} from; known: {', '.join(GRIDS)}")
-    measured = measure(subject, editor, GRIDS[editor], file, values="transferred", cases=cases, datasets=datasets)
+    grid = get_editor(editor).selection_grid
+    if not grid:
+        known = [name for name in EDITORS if EDITORS[name].selection_grid]
+        raise StudyError(f"no grid to select {editor!r} from; known: {', '.join(known)}")
+    measured = measure(subject, editor, grid, file, values="transferred", cases=cases, datasets=datasets)
     settings = measured.groupby(["editor", "setting"], sort=False)
     table = settings["cases"].sum().to_frame().join(settings[SCORES].mean()).reset_index()
     reached = [criterion(*scores) for scores in zip(table["effectiveness_em"], table["specificity_rate"])]
@@ -166,13 +137,14 @@ def compare_presets(subject: Subject, editor: str, file: Path, cases: int | None
     Raises:
         StudyError: the editor has no defects to compare.
     """
-    defects = EDITORS[editor].compat if editor in EDITORS else {}
+    described = get_editor(editor)
+    defects = described.compat
     if not defects:
-        known = [name for name, described in EDITORS.items() if described.compat]
+        known = [name for name in EDITORS if EDITORS[name].compat]
         raise StudyError(f"{editor!r} has no presets to compare; known: {', '.join(known)}")
-    clean = {name: EDITORS[editor].Hyperparameters.model_fields[name].default for name in defects}
+    clean = {name: described.Hyperparameters.model_fields[name].default for name in defects}
     settings = [dict(zip(defects, chosen)) for chosen in product(*((clean[name], defects[name]) for name in defects))]
-    settings = [settings[0], settings[-1]] if EDITORS[editor].needs_training else settings
+    settings = [settings[0], settings[-1]] if described.needs_training else settings
     table = measure(subject, editor, settings, file, values="subject", cases=cases, budgets=("clean", "compat"))
     return _finish(table, file)
 
@@ -202,7 +174,7 @@ def measure(
             chosen, others = selection_cases(dataset, cases)
             made = load_editor(editor, subject, values=values, **setting)
             digest = "".join(case.sha256 for case in chosen)
-            identity = seed_of(subject.fingerprint, subject.dtype_name, editor, made.values, budgets, digest)
+            identity = seed_of(subject.fingerprint, subject.dtype_name, editor, made.hparams, budgets, digest)
             row = {"identity": identity, "dataset": dataset}
             if row not in done:
                 if made.needs_training:

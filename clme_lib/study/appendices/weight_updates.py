@@ -8,7 +8,7 @@ prompt's own, specificity is lost whatever else is done.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,9 @@ import torch
 from ...datasets.cases import Case
 from ...datasets.paper import CNLE, PAPER_DATASET_NAMES
 from ...datasets.registry import selection_cases
-from ...editors.grace import ValueEditor
-from ...editors.memit import MEMIT
-from ...editors.none import NoEditor
-from ...editors.registry import EDITORS, load_editor
+from ...editors.base import EDITORS
+from ...editors.pmet import PMET
+from ...editors.registry import load_editor
 from ...edits.base import Edit
 from ...forward.recording import recorded
 from ...forward.tokens import encode, tokenize
@@ -80,7 +79,6 @@ def _change(measured: pd.DataFrame, loss: str) -> pd.Series:
 # the subject's own weight, which writes about 60 % of a residual, and one that writes nearly all of it
 PARTS_WEIGHTS = (2_093.0, 200.0)
 _PARTS_COLUMNS = ["learnt", "nll_before", "nll_after", "first_after", "norm"]
-UPDATING = tuple(name for name, editor in EDITORS.items() if not issubclass(editor, NoEditor | ValueEditor))
 
 
 @torch.no_grad()
@@ -112,7 +110,7 @@ def diagnose(subject: Subject, cases: Sequence[Case], edits: Sequence[Edit]) -> 
                 "nll_after": after.mean().item(),
                 "first_before": before[0].item(),
                 "first_after": after[0].item(),
-                "norm": sum(delta.norm() ** 2 for delta in deltas.values()).item() ** 0.5,
+                "norm": frobenius(deltas.values()),
                 "reach": torch.stack([neighbour / own for neighbour in neighbours]).mean().item(),
             }
         )
@@ -128,8 +126,9 @@ def diagnose_editors(subject: Subject, editors: Sequence[str], file: Path, cases
     Raises:
         StudyError: an unknown editor, or one that does not update weights.
     """
-    if unknown := [editor for editor in editors if editor not in UPDATING]:
-        raise StudyError(f"{', '.join(unknown)}: no editor that updates weights; known: {', '.join(UPDATING)}")
+    updating = [name for name in EDITORS if EDITORS[name].updates_weights]
+    if unknown := [editor for editor in editors if editor not in updating]:
+        raise StudyError(f"{', '.join(unknown)}: no editor that updates weights; known: {', '.join(updating)}")
     rows = []
     for editor in editors:
         for values in ("transferred", "subject"):
@@ -156,29 +155,32 @@ def take_pmet_apart(subject: Subject, file: Path, cases: int) -> pd.DataFrame:
         cases: of CNLE's selection cases, the first so many.
     """
     chosen, _ = selection_cases(CNLE.name, cases)
+
+    def pmet(**changes: Any) -> PMET:
+        editor = load_editor("pmet", subject, values="transferred", kl_factor=0.0, **changes)
+        assert isinstance(editor, PMET)
+        return editor
+
     rows = []
     for attention in (True, False):
-        learnt = load_editor("pmet", subject, values="transferred", kl_factor=0.0, attention=attention)
-        assert isinstance(learnt, MEMIT)
+        learner = pmet(attention=attention)
         with torch.enable_grad():
-            target_states, logs = learnt.wanted(chosen)
-        window = learnt.values.layers
+            target_states, logs = learner.target_states(chosen)
+        window = learner.hparams.layers
         for first in reversed(range(len(window))):
+            layers = f"{window[first]}-{window[-1]}" if first < len(window) - 1 else str(window[-1])
             for weight in PARTS_WEIGHTS:
-                hparams: dict[str, Any] = {
-                    "attention": attention,
-                    "layers": window[first:],
-                    "covariance_weight": weight,
-                }
-                writer = load_editor("pmet", subject, values="transferred", kl_factor=0.0, **hparams)
-                assert isinstance(writer, MEMIT)
+                writer = pmet(attention=attention, layers=window[first:], covariance_weight=weight)
                 edits = writer.write(chosen, target_states.detach(), logs)
                 mean = diagnose(subject, chosen, edits)[_PARTS_COLUMNS].mean()
-                layers = f"{window[first]}-{window[-1]}" if first < len(window) - 1 else str(window[-1])
-                rows.append(
-                    {"attention learnt": attention, "layers": layers, "weight": weight, "cases": len(chosen), **mean}
-                )
+                written = {"attention learnt": attention, "layers": layers, "weight": weight, "cases": len(chosen)}
+                rows.append({**written, **mean})
     return write_csv(pd.DataFrame(rows), file, digits=3)
+
+
+def frobenius(matrices: Iterable[torch.Tensor]) -> float:
+    """Frobenius norm of matrices taken together. Summed in float64: a float32 sum over a 7B layer is off by more than a percent."""
+    return sum(torch.linalg.vector_norm(matrix, dtype=torch.float64).item() ** 2 for matrix in matrices) ** 0.5
 
 
 def _target_losses(subject: Subject, case: Case, edits: Sequence[Edit]) -> torch.Tensor:

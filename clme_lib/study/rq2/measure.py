@@ -12,8 +12,8 @@ The paper times one edit at a time (section III-E); so do the ``edit`` rows. Row
 measurement that is there is not repeated. A batch that does not fit is recorded as such and ends the growth.
 
 With random weights nothing stops early, because no target is ever learnt: every case takes its editor's full number of steps.
-Second moments are replaced by random positive-definite matrices, MALMEN's network and A-GRACE's encoder are untrained.
-MALMEN's network is untrained for real subjects too: its arithmetic does not depend on what it has learnt.
+What an editor learns or gathers is replaced by its stand-in: random positive-definite matrices for second moments, an untrained
+encoder for A-GRACE's. MALMEN's network is untrained for real subjects too: its arithmetic does not depend on what it has learnt.
 """
 
 from __future__ import annotations
@@ -29,16 +29,9 @@ from tqdm import tqdm
 
 from ...datasets.cases import Case, folds, sample_cases
 from ...datasets.registry import load_cases
-from ...editors.a_grace import EncodedGRACE
 from ...editors.base import Editor, synchronize
-from ...editors.contrastive_encoder import TrainedEncoder
-from ...editors.locate_then_edit.second_moments import SecondMoment
-from ...editors.malmen.editor import MALMEN
-from ...editors.malmen.training import Training
-from ...editors.memit import MEMIT
-from ...editors.registry import EDITORS, load_editor
+from ...editors.registry import get_editor, load_editor
 from ...edits.base import Edit
-from ...edits.encoder import Encoder
 from ...evaluation.evaluate import Circumstances, score
 from ...evaluation.unedited import answers_for
 from ...forward.tokens import tokenize
@@ -47,14 +40,11 @@ from ...support.cache import file_name
 from ...support.errors import StudyError
 from ...support.journal import Journal, read_rows
 from ...support.memory import is_out_of_memory, memory_in_use_mib, raising_when_full, release_memory
-from ...support.seeds import DEFAULT_SEED, generator
+from ...support.seeds import DEFAULT_SEED
 from .. import provenance
 from ..config import BenchConfig
-from .floor import measure_ceilings, phases
+from .floor import measure_ceilings
 from .random_weights import random_subject
-
-# without trained weights nothing may stop a loop before its last step
-_NO_EARLY_STOP = {"loss_floor": 0.0, "kl_stop": 0.0}
 
 
 def load_measurements(folder: Path | str) -> pd.DataFrame:
@@ -107,8 +97,8 @@ class Bench:
     def complete(self) -> None:
         """Measure what the folder does not have yet."""
         if self._is_missing(kind="ceiling"):
-            found = measure_ceilings(self.subject)
-            self._add(kind="ceiling", operations_per_second=found.operations, bytes_per_second=found.traffic)
+            device = measure_ceilings(self.subject)
+            self._add(kind="ceiling", operations_per_second=device.operations, bytes_per_second=device.traffic)
         for dataset in self.config.dataset:
             cases = sample_cases(load_cases(dataset), None, self.config.seed)
             for name in self.config.editors:
@@ -152,64 +142,33 @@ class Bench:
 
 
 def _key(row: dict) -> tuple:
-    names = (
-        "kind",
-        "subject",
-        "random_weights",
-        "dtype",
-        "machine",
-        "threads",
-        "dataset",
-        "editor",
-        "case_id",
-        "batch",
-    )
-    return tuple(row.get(name) for name in names)
+    names = "kind subject random_weights dtype machine threads dataset editor case_id batch"
+    return tuple(row.get(name) for name in names.split())
 
 
 def ready(subject: Subject, name: str, cases: Sequence[Case], random_weights: bool, seed: int = DEFAULT_SEED) -> Editor:
-    """An editor whose set-up is done; with random weights, or for MALMEN, with stand-ins for what is learnt or gathered."""
-    fields = EDITORS[name].Hyperparameters.model_fields
-    overrides: dict[str, Any] = {
-        field: value for field, value in _NO_EARLY_STOP.items() if random_weights and field in fields
-    }
+    """An editor whose set-up is done; with random weights with stand-ins for what is learnt or gathered, and no early stop."""
+    overrides = get_editor(name).without_early_stop if random_weights else {}
     editor = load_editor(name, subject, seed=seed, **overrides)
-    if isinstance(editor, MALMEN):
-        editor.network = Training(subject, editor.values, list(cases[:2]), seed).network.requires_grad_(False)
-    elif isinstance(editor, EncodedGRACE) and random_weights:
-        encoder = Encoder(subject.inner_size, editor.values.architecture, generator(seed, "encoder"))
-        editor.trained = TrainedEncoder(encoder.to(subject.device).requires_grad_(False), {"dataset": cases[0].dataset})
-    elif isinstance(editor, EncodedGRACE):
+    if random_weights or editor.timed_untrained:
+        editor.stand_in(cases)
+    elif editor.needs_training:
         halves = folds(list(cases), seed)
         learnt, edited = ([case for case in cases if case.case_id in set(half)] for half in halves)
         editor.fit(learnt, edited=edited)
-    if isinstance(editor, MEMIT) and random_weights:
-        editor.moments = _random_moments(subject, editor.values.layers, seed)
     editor.setup()
     return editor
 
 
 def _warm_up(editor: Editor, case: Case) -> None:
     """What the first edit pays for once: allocations, kernels. Two of an editor's steps reach all of its code."""
-    whole = editor.values
-    if "steps" in type(whole).model_fields:
-        editor.values = whole.model_copy(update={"steps": 2})
+    hparams = editor.hparams
+    if "steps" in type(hparams).model_fields:
+        editor.hparams = hparams.model_copy(update={"steps": 2})
     try:
         editor.edit([case], batch_size=1)
     finally:
-        editor.values = whole
-
-
-def _random_moments(subject: Subject, layers: Sequence[int], seed: int) -> dict[int, SecondMoment]:
-    """A well-conditioned random positive-definite matrix of a second moment's shape, factorised for each layer."""
-    samples = torch.randn(subject.inner_size, 64, generator=generator(seed, "second moment")).to(subject.device)
-    matrix = torch.addmm(torch.eye(subject.inner_size, device=subject.device), samples, samples.T, alpha=1 / 64).cpu()
-    names = {"corpus": "random", "identity": f"seed {seed}", "documents": 0, "tokens": 0}
-    # edits use the factors alone, of which each layer has its own as it would have
-    moments = {layer: SecondMoment(matrix, {**names, "layer": layer}, subject.device) for layer in layers}
-    for moment in moments.values():
-        _ = moment.factor
-    return moments
+        editor.hparams = hparams
 
 
 def time_edit(editor: Editor, case: Case) -> dict[str, Any]:
@@ -222,19 +181,17 @@ def time_edit(editor: Editor, case: Case) -> dict[str, Any]:
     synchronize(device)
     seconds = time.perf_counter() - started
     tokens = tokenize(editor.subject.tokenizer, case.prompt, case.target)
+    sizes = len(tokens.prompt_ids), len(tokens.target_ids)
     steps = len(edit.log.losses)
     return {
         "case_id": case.case_id,
-        "prompt_tokens": len(tokens.prompt_ids),
-        "target_tokens": len(tokens.target_ids),
+        "prompt_tokens": sizes[0],
+        "target_tokens": sizes[1],
         "seconds": seconds,
         "steps": steps,
         "peak_mib": edit.log.peak_memory_mib,
         "base_mib": base,
-        "phases": [
-            [one.name, one.operations, one.traffic]
-            for one in phases(editor, len(tokens.prompt_ids), len(tokens.target_ids), steps)
-        ],
+        "phases": [[phase.name, phase.operations, phase.traffic] for phase in editor.operations(*sizes, steps)],
     }
 
 

@@ -8,14 +8,15 @@ import numpy as np
 import pandas as pd
 
 from ...datasets.paper import CNLE, CSNE, PAPER_DATASETS
-from ...editors.registry import EDITORS
+from ...editors.operations import Phase
+from ...editors.registry import list_editors
 from ...subjects.settings import load_settings, registered_subjects
-from ..tables import Table, dataset_name, editor_name
-from .floor import Ceilings, Phase
+from ..paper import PAPER_VARIANTS
+from ..tables import Table, dataset_name, editor_name, in_order
+from .floor import Ceilings
 
 # CLMEEval's sizes (paper section III-C; of CSNE the paper says a little over 16,000)
 PAPER_CASES = {dataset.name: dataset.paper_cases or 0 for dataset in PAPER_DATASETS}
-VARIANTS = tuple(name for name in EDITORS if name != "none")
 _PLACE = ["subject", "random_weights", "dtype", "machine", "threads"]
 _NOT_MEASURED, _TOO_LARGE = "not measured", "out of memory"
 
@@ -23,20 +24,20 @@ _NOT_MEASURED, _TOO_LARGE = "not measured", "out of memory"
 def circumstances(measured: pd.DataFrame, label: str, caption: str = "What was measured, on what.") -> Table:
     """Where the measurements come from."""
     rows = []
-    in_order = measured.sort_values("random_weights", kind="stable")
-    for (subject, random_weights, dtype, machine, threads), mine in in_order.groupby(_PLACE, sort=False):
-        edits = mine[mine["kind"] == "edit"]
+    by_weights = measured.sort_values("random_weights", kind="stable")
+    for (subject, random_weights, dtype, machine, threads), measured_there in by_weights.groupby(_PLACE, sort=False):
+        edits = measured_there[measured_there["kind"] == "edit"]
         rows.append(
             {
                 "Subject": subject,
                 "Weights": "random" if random_weights else "its own",
                 "dtype": dtype,
-                "Machine": machine if mine["device"].iloc[0] == "cuda" else f"{machine}, {threads} threads",
+                "Machine": machine if measured_there["device"].iloc[0] == "cuda" else f"{machine}, {threads} threads",
                 "Median tokens (prompt + target)": "<br>".join(
-                    f"{dataset_name(name)}: {one['prompt_tokens'].median():.0f} + {one['target_tokens'].median():.0f}"
-                    for name, one in edits.groupby("dataset", sort=False)
+                    f"{dataset_name(name)}: {part['prompt_tokens'].median():.0f} + {part['target_tokens'].median():.0f}"
+                    for name, part in edits.groupby("dataset", sort=False)
                 ),
-                "Library": "<br>".join(f"<code>{one[:10]}</code>" for one in mine["commit"].unique()),
+                "Library": "<br>".join(f"<code>{commit[:10]}</code>" for commit in measured_there["commit"].unique()),
             }
         )
     for name in unmeasured(measured):
@@ -46,8 +47,8 @@ def circumstances(measured: pd.DataFrame, label: str, caption: str = "What was m
 
 def unmeasured(measured: pd.DataFrame) -> list[str]:
     """Registered subjects without any timed edit."""
-    there = set(measured[measured["kind"] == "edit"]["subject"])
-    return [name for name in registered_subjects() if name not in there]
+    timed = set(measured[measured["kind"] == "edit"]["subject"])
+    return [name for name in registered_subjects() if name not in timed]
 
 
 def cost_table(measured: pd.DataFrame, label: str, caption: str = "One edit at a time.") -> Table:
@@ -56,19 +57,18 @@ def cost_table(measured: pd.DataFrame, label: str, caption: str = "One edit at a
     too_large = _too_large(tried)
     rows = []
     for (of_subject, editor), whole in tried.groupby(["label", "editor"], sort=False):
-        mine = edits[(edits["label"] == of_subject) & (edits["editor"] == editor)]
+        timed = edits[(edits["label"] == of_subject) & (edits["editor"] == editor)]
         setup = whole[whole["kind"] == "setup"]
-        row = {"Subject": of_subject, "Editor": editor_name(editor), "n": _counts(mine["dataset"].value_counts())}
+        row = {"Subject": of_subject, "Editor": editor_name(editor), "n": _counts(timed["dataset"].value_counts())}
         names = list(measured["dataset"].dropna().unique())
         for name in names:
+            seconds = _spread(timed[timed["dataset"] == name]["seconds"])
             full = (of_subject, name, editor) in too_large
-            row[f"{dataset_name(name)} s / edit"] = (
-                _TOO_LARGE if full else _spread(mine[mine["dataset"] == name]["seconds"])
-            )
+            row[f"{dataset_name(name)} s / edit"] = _TOO_LARGE if full else seconds
         for name in names:
-            row[f"{dataset_name(name)} peak MiB"] = _whole(mine[mine["dataset"] == name]["peak_mib"].median())
-        row["before MiB"] = _whole(mine["base_mib"].median())
-        row["steps"] = _whole(mine["steps"].median())
+            row[f"{dataset_name(name)} peak MiB"] = _whole(timed[timed["dataset"] == name]["peak_mib"].median())
+        row["before MiB"] = _whole(timed["base_mib"].median())
+        row["steps"] = _whole(timed["steps"].median())
         row["set-up s"] = f"{setup['seconds'].max():.1f}" if setup["seconds"].notna().any() else ""
         rows.append(row)
     return Table(pd.DataFrame(rows), caption, label)
@@ -81,7 +81,7 @@ def _too_large(tried: pd.DataFrame) -> set[tuple[str, str, str]]:
 
 
 def _counts(counts: pd.Series) -> str:
-    return " and ".join(str(one) for one in sorted(set(counts))) or "0"
+    return " and ".join(str(count) for count in sorted(set(counts))) or "0"
 
 
 def _spread(seconds: pd.Series) -> str:
@@ -120,9 +120,9 @@ def _rows(measured: pd.DataFrame, *kinds: str) -> pd.DataFrame:
     """Rows of some kinds with a column ``label``, those of random weights last; data sets and editors in the study's order."""
     labelled = measured.assign(label=_labels(measured))
     labels = list(labelled.sort_values("random_weights", kind="stable")["label"].unique())
-    ranks = {"label": labels, "dataset": list(PAPER_CASES), "editor": list(EDITORS)}
+    ranks = {"label": labels, "dataset": list(PAPER_CASES), "editor": list_editors()}
     return labelled[labelled["kind"].isin(kinds)].sort_values(
-        list(ranks), key=lambda one: one.map({name: n for n, name in enumerate(ranks[one.name])}), kind="stable"
+        list(ranks), key=lambda names: names.map({name: n for n, name in enumerate(ranks[names.name])}), kind="stable"
     )
 
 
@@ -137,33 +137,23 @@ def cost_figure(measured: pd.DataFrame, column: str):
     sns.set_theme(style="whitegrid", context="paper")
     edits = _rows(measured, "edit")
     datasets, subjects = list(edits["dataset"].unique()), list(edits["label"].unique())
-    editors = [name for name in EDITORS if name in set(edits["editor"])]
-    colours = dict(zip(subjects, sns.color_palette("colorblind", len(subjects))))
+    editors = in_order(edits["editor"].unique())
+    colours = sns.color_palette("colorblind", len(subjects))
+    width = 0.8 / len(subjects)
     figure, axes = plt.subplots(1, len(datasets), figsize=(4.6 * len(datasets), 3.2), sharey=True, squeeze=False)
     for axis, dataset in zip(axes[0], datasets):
-        for n, subject in enumerate(subjects):
-            mine = edits[(edits["dataset"] == dataset) & (edits["label"] == subject)].groupby("editor")
-            places = np.arange(len(editors)) + (n - (len(subjects) - 1) / 2) * 0.8 / len(subjects)
-            middle = mine[column].median().reindex(editors)
+        for n, (subject, colour) in enumerate(zip(subjects, colours)):
+            groups = edits[(edits["dataset"] == dataset) & (edits["label"] == subject)].groupby("editor")
+            places = np.arange(len(editors)) + (n - (len(subjects) - 1) / 2) * width
+            middle = groups[column].median().reindex(editors)
+            axis.bar(places, middle, width, color=colour, label=subject)
             if column == "seconds":
-                spread = [
-                    (middle - mine[column].quantile(0.25).reindex(editors)).to_numpy(),
-                    (mine[column].quantile(0.75).reindex(editors) - middle).to_numpy(),
-                ]
-                axis.bar(
-                    places,
-                    middle,
-                    0.8 / len(subjects),
-                    yerr=spread,
-                    color=colours[subject],
-                    label=subject,
-                    error_kw={"lw": 0.8},
-                )
+                low, high = (groups[column].quantile(share).reindex(editors) for share in (0.25, 0.75))
+                spread = [(middle - low).to_numpy(), (high - middle).to_numpy()]
+                axis.errorbar(places, middle, yerr=spread, fmt="none", ecolor="black", elinewidth=0.8)
             else:
-                axis.bar(places, middle, 0.8 / len(subjects), color=colours[subject], label=subject)
-                base = mine["base_mib"].median().reindex(editors)
-                axis.bar(places, base, 0.8 / len(subjects), color="white", alpha=0.6)
-        axis.set_xticks(range(len(editors)), [editor_name(one) for one in editors], rotation=40, ha="right")
+                axis.bar(places, groups["base_mib"].median().reindex(editors), width, color="white", alpha=0.6)
+        axis.set_xticks(range(len(editors)), map(editor_name, editors), rotation=40, ha="right")
         axis.set_title(dataset_name(dataset))
         axis.grid(axis="x", visible=False)
         if column == "seconds":
@@ -191,9 +181,11 @@ def throughput_table(measured: pd.DataFrame, label: str, caption: str = "Edits p
 
 def _rates(batches: pd.DataFrame) -> pd.DataFrame:
     """Of one editor and data set: edits and evaluated cases a second by batch size (NaN: it did not fit)."""
-    mine = batches.set_index(batches["batch"].astype(int)).sort_index()
-    whole = mine["edit_seconds"] + mine["evaluate_seconds"]
-    return pd.DataFrame({"edits": mine.index / mine["edit_seconds"], "cases": mine.index / whole}, index=mine.index)
+    by_size = batches.set_index(batches["batch"].astype(int)).sort_index()
+    whole = by_size["edit_seconds"] + by_size["evaluate_seconds"]
+    return pd.DataFrame(
+        {"edits": by_size.index / by_size["edit_seconds"], "cases": by_size.index / whole}, index=by_size.index
+    )
 
 
 def _rate(value: float) -> str:
@@ -231,13 +223,13 @@ def ceiling_table(measured: pd.DataFrame, label: str, caption: str = "What the d
     """The device's measured rates: of a large matrix product, and of a large copy (read and written)."""
     rows = [
         {
-            "Machine": one["machine"],
-            "dtype": one["dtype"],
-            "threads": str(one["threads"]),
-            "products (10<sup>9</sup> operations/s)": f"{one['operations_per_second'] / 1e9:.0f}",
-            "copies (10<sup>9</sup> bytes/s)": f"{one['bytes_per_second'] / 1e9:.1f}",
+            "Machine": ceiling["machine"],
+            "dtype": ceiling["dtype"],
+            "threads": str(ceiling["threads"]),
+            "products (10<sup>9</sup> operations/s)": f"{ceiling['operations_per_second'] / 1e9:.0f}",
+            "copies (10<sup>9</sup> bytes/s)": f"{ceiling['bytes_per_second'] / 1e9:.1f}",
         }
-        for _, one in measured[measured["kind"] == "ceiling"].iterrows()
+        for _, ceiling in measured[measured["kind"] == "ceiling"].iterrows()
     ]
     return Table(pd.DataFrame(rows), caption, label)
 
@@ -251,31 +243,28 @@ def projection_table(
 ) -> Table:
     """Hours that the whole study would take: all of CLMEEval's cases by the nine editor variants, edited and evaluated.
 
-    From each variant's measured rate with evaluation, one case at a time and in the best batch; a subject is projected only
-    when all variants were measured on both data sets. ``plain`` is the table of ``benchmarks/whole_case.py``: what the fixed plain
+    From each editor's measured rate with evaluation, one case at a time and in the best batch; a subject is projected only
+    when all of them were measured on both data sets. ``plain`` is the table of ``benchmarks/whole_case.py``: what the fixed plain
     procedure needs for a case on the same machine, of the embedded subject. It is left out for a machine or subject that it lacks.
     """
     rows = []
-    batches = measured[measured["kind"] == "throughput"]
+    batches = measured[(measured["kind"] == "throughput") & measured["editor"].isin(PAPER_VARIANTS)]
     for name in registered_subjects():
-        mine = batches[batches["subject"] == name]
-        places = [keys for keys, one in mine.groupby(_PLACE, sort=False) if _is_whole(one)]
-        if not places:
+        groups = batches[batches["subject"] == name].groupby(_PLACE, sort=False)
+        whole = [(place, part) for place, part in groups if _is_whole(part)]
+        if not whole:
             rows.append({"Subject": name, "Machine": _NOT_MEASURED})
-        for keys in places:
-            one = mine[(mine[_PLACE] == pd.Series(keys, index=_PLACE)).all(axis=1)]
-            alone, best = _hours(one)
+        for place, part in whole:
+            alone, best = _hours(part)
             row = {
                 "Subject": name,
-                "Machine": keys[3],
+                "Machine": place[3],
                 "one case at a time (h)": f"{alone:.0f}",
                 "in batches (h)": f"{best:.0f}",
+                "ratio": f"{alone / best:.1f}",
             }
-            row["ratio"] = f"{alone / best:.1f}"
-            slow = (
-                None if plain is None or load_settings(name).subject.source != "embedded" else _plain_hours(plain, keys)
-            )
-            if slow is not None:
+            embedded = load_settings(name).subject.source == "embedded"
+            if plain is not None and embedded and (slow := _plain_hours(plain, place)) is not None:
                 row |= {"plain procedure (h)": f"{slow:.0f}", "plain / in batches": f"{slow / best:.1f}"}
             rows.append(row)
     return Table(pd.DataFrame(rows).fillna(""), caption, label)
@@ -283,28 +272,30 @@ def projection_table(
 
 def _is_whole(batches: pd.DataFrame) -> bool:
     fits = batches[batches["edit_seconds"].notna()]
-    there = set(zip(fits["dataset"], fits["editor"], fits["batch"].astype(int)))
-    return all((dataset, editor, 1) in there for dataset in PAPER_CASES for editor in VARIANTS)
+    measured = set(zip(fits["dataset"], fits["editor"], fits["batch"].astype(int)))
+    return all((dataset, editor, 1) in measured for dataset in PAPER_CASES for editor in PAPER_VARIANTS)
 
 
 def _hours(batches: pd.DataFrame) -> tuple[float, float]:
     alone = best = 0.0
-    for (dataset, _), mine in batches.groupby(["dataset", "editor"]):
-        rates = _rates(mine)["cases"].dropna()
+    for (dataset, _), measured in batches.groupby(["dataset", "editor"]):
+        rates = _rates(measured)["cases"].dropna()
         alone += PAPER_CASES[dataset] / rates[1] / 3600
         best += PAPER_CASES[dataset] / rates.max() / 3600
     return alone, best
 
 
 def _plain_hours(plain: pd.DataFrame, place: tuple) -> float | None:
-    mine = plain[(plain["device"] == place[3]) & (plain["threads"] == place[4])]
+    seconds = plain[(plain["device"] == place[3]) & (plain["threads"] == place[4])]
     # the subject's own values where they were measured: sorted, "subject" comes before "transferred"
-    mine = mine.sort_values("values").drop_duplicates(["editor", "data"]).set_index(["data", "editor"])["plain s/case"]
+    seconds = (
+        seconds.sort_values("values").drop_duplicates(["editor", "data"]).set_index(["data", "editor"])["plain s/case"]
+    )
     # an encoder adds nothing to speak of to GRACE's edit
-    wanted = [(name, "grace" if "grace" in editor else editor) for name in PAPER_CASES for editor in VARIANTS]
-    if not set(wanted) <= set(mine.index):
+    pairs = [(name, "grace" if "grace" in editor else editor) for name in PAPER_CASES for editor in PAPER_VARIANTS]
+    if not set(pairs) <= set(seconds.index):
         return None
-    return sum(float(mine[one]) * PAPER_CASES[one[0]] for one in wanted) / 3600
+    return sum(float(seconds[pair]) * PAPER_CASES[pair[0]] for pair in pairs) / 3600
 
 
 def findings(measured: pd.DataFrame) -> dict[str, Any]:

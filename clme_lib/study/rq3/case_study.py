@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import pandas as pd
 
 from ...datasets.cases import Case, folds, sample_cases
-from ...editors.a_grace import AGRACE
-from ...editors.registry import load_editor
 from ...forward.prompt_keys import stored_queries
 from ...subjects.subject import Subject
+from ..paper import A_GRACE
+from .radius import fitted_editor
 
 KINDS = ("edit", "rephrased", "neighbour")
 
@@ -31,14 +31,13 @@ def project(subject: Subject, everything: Sequence[Case], candidates: Sequence[C
     (case,) = sample_cases(candidates, 1, seed)
     halves = folds(everything, seed)
     other_half = set(halves[0 if case.case_id in halves[1] else 1])
-    editor = load_editor("a-grace", subject, seed=seed)
-    assert isinstance(editor, AGRACE)
-    editor.fit([learnt for learnt in everything if learnt.case_id in other_half], edited=[case])
+    learnt = [learnt for learnt in everything if learnt.case_id in other_half]
+    editor = fitted_editor(subject, A_GRACE, learnt, [case], seed=seed)
     assert editor.trained is not None
     prompts = [case.prompt, case.rephrased[0], *case.unrelated]
-    means = stored_queries(subject, prompts, editor.values.layer, "mean").to(subject.device)
+    means = stored_queries(subject, prompts, editor.hparams.layer, "mean").to(subject.device)
     points = {
-        "last": stored_queries(subject, prompts, editor.values.layer, "last"),
+        "last": stored_queries(subject, prompts, editor.hparams.layer, "last"),
         "mean": editor.trained.encoder(means).cpu(),
     }
     tables = []

@@ -10,11 +10,11 @@ import pandas as pd
 from ...datasets.registry import load_cases
 from ...support.errors import StudyError
 from ..config import RunConfig
+from ..paper import A_GRACE_VARIANTS
 from ..provenance import hardware
 from ..run_folder import is_published, run_name
 from ..runs import run, sampled
 
-VARIANTS = ("grace", "a-grace", "a-grace-wo-cl", "a-grace-wo-mean")
 _TIMED = 5  # cases edited alone, per data set and variant
 
 
@@ -28,7 +28,7 @@ def compat_run(config: RunConfig) -> pd.DataFrame:
         raise StudyError("preset: RQ3 compares both presets by itself; leave it at 'clean'")
     folder = config.out.with_name(f"{config.out.name}-compat")
     # nothing was wrong with leaving a model unedited
-    editors = tuple(name for name in config.editors if name in VARIANTS)
+    editors = tuple(name for name in config.editors if name in A_GRACE_VARIANTS)
     changed = {"preset": "compat", "out": folder, "name": f"{run_name(config)}-compat", "editors": editors}
     return run(config.model_copy(update=changed))
 
@@ -69,7 +69,8 @@ def overhead(config: RunConfig) -> pd.DataFrame:
         for name in config.dataset:
             cases = sampled(config, name)
             editors = {
-                one: ready(subject, one, load_cases(name, config.source), False, config.seed) for one in VARIANTS
+                one: ready(subject, one, load_cases(name, config.source), False, config.seed)
+                for one in A_GRACE_VARIANTS
             }
             for editor in editors.values():
                 editor.edit(cases[-1:], batch_size=1)  # the first pays for what a process does once

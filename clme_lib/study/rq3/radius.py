@@ -32,8 +32,6 @@ MARGINS = (1.0, 1.5, 2.0, 3.0, 4.0)
 RADII = 61  # how many the sweep takes, from nothing to the largest distance
 _EVERYTHING = 1e9
 
-Setting = dict[str, Any]
-
 
 def sweep_radius(subject: Subject, file: Path, cases: int, margins: Sequence[float] = MARGINS) -> pd.DataFrame:
     """Exact match of all measures as a function of the radius, on the selection cases; written as CSV.
@@ -63,10 +61,9 @@ def sweep_radius(subject: Subject, file: Path, cases: int, margins: Sequence[flo
         ]
         for name in ("a-grace", "a-grace-wo-mean"):
             for margin in margins:
-                made = _fitted(subject, name, dataset, {"margin": margin}, others, chosen)
-                assert made.trained is not None
-                pairs = make_pairs(subject, chosen, made.values.layer, made.query)
-                asked.append((name, margin, pairs, made.trained.encoder))
+                fitted = fitted_editor(subject, name, others, chosen, margin={dataset: margin})
+                pairs = make_pairs(subject, chosen, fitted.hparams.layer, fitted.query)
+                asked.append((name, margin, pairs, fitted.trained.encoder))
         for name, its_margin, pairs, encoder in asked:
             distance = _by_case(pairs.distances(encoder), chosen)
             top = max(float(one.max()) for one in distance)
@@ -97,13 +94,14 @@ def sweep_radius(subject: Subject, file: Path, cases: int, margins: Sequence[flo
     return table
 
 
-def _fitted(
-    subject: Subject, editor: str, dataset: str, setting: Setting, learnt: Sequence[Case], edited: Sequence[Case]
+def fitted_editor(
+    subject: Subject, name: str, learnt: Sequence[Case], edited: Sequence[Case], **options: Any
 ) -> EncodedGRACE:
-    made = load_editor(editor, subject, **{**setting, "margin": {dataset: setting["margin"]}})
-    assert isinstance(made, EncodedGRACE)
-    made.fit(learnt, edited=edited)
-    return made
+    """A-GRACE or its ablation with an encoder, trained on ``learnt``; ``options`` are those of ``load_editor``."""
+    editor = load_editor(name, subject, **options)
+    assert isinstance(editor, EncodedGRACE)
+    editor.fit(learnt, edited=edited)
+    return editor
 
 
 def _by_case(distance: torch.Tensor, cases: Sequence[Case]) -> list[np.ndarray]:

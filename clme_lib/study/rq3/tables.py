@@ -15,6 +15,7 @@ from scipy import stats
 
 from ...metrics.base import get_metric
 from ...metrics.paper import PAPER_SCORES
+from ..paper import A_GRACE_VARIANTS
 from ..tables import (
     RESAMPLES,
     Table,
@@ -26,7 +27,6 @@ from ..tables import (
     score_rows,
     scored,
 )
-from .measurements import VARIANTS
 
 # places in seaborn's colourblind palette of the edit prompt (OI), the rephrased prompt (GRI) and the neighbours (SRI)
 _KIND_COLOURS = {"edit": 7, "rephrased": 0, "neighbour": 1}
@@ -42,7 +42,7 @@ _PRESET_SCORES = (
 
 def ablation_table(records: pd.DataFrame, label: str, caption: str = "A-GRACE without its parts (Table VI).") -> Table:
     """The paper's Table VI: the ten scores of GRACE, A-GRACE and its two ablations."""
-    return Table(score_rows(records[records["editor"].isin(VARIANTS)]), caption, label)
+    return Table(score_rows(records[records["editor"].isin(A_GRACE_VARIANTS)]), caption, label)
 
 
 def paired_table(
@@ -103,7 +103,7 @@ def preset_table(
             if editor != "none"
         ]
         shared = set.intersection(*edited) if edited else set()
-        for editor in ("none", *VARIANTS):
+        for editor in ("none", *A_GRACE_VARIANTS):
             for preset, records in of_preset.items():
                 compared = records[(records["editor"] == editor) & records["case_id"].isin(shared)]
                 if compared.empty:
@@ -135,7 +135,7 @@ def overhead_table(alone: pd.DataFrame, label: str, caption: str = "Time and mem
                 "peak memory (MiB)": f"{peaks[editor]:.0f}",
                 "memory / GRACE": f"{peaks[editor] / peaks['grace']:.2f}",
             }
-            for editor in VARIANTS
+            for editor in A_GRACE_VARIANTS
             if editor in seconds
         ]
     return Table(pd.DataFrame(rows), caption, label)
@@ -308,7 +308,7 @@ def findings(records: pd.DataFrame, compat: pd.DataFrame) -> Iterator[dict[str, 
         cases); and ``repaired``, the same of the same cases without the defects.
     """
     for dataset, of_dataset in scored(records).groupby("dataset", sort=False):
-        variants = of_dataset[of_dataset["editor"].isin(VARIANTS)]
+        variants = of_dataset[of_dataset["editor"].isin(A_GRACE_VARIANTS)]
         if not {"grace", "a-grace"} <= set(variants["editor"]):
             continue
         shared = set.intersection(*(set(of_editor["case_id"]) for _, of_editor in variants.groupby("editor")))

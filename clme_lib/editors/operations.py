@@ -1,0 +1,68 @@
+"""The arithmetic and the memory traffic that an editor's algorithm cannot do without: what RQ2's floor is made of.
+
+For one case alone, with P prompt and T target tokens, b weights in a block, n blocks above the edited layer, a head
+of h weights, w of the edited matrix, and S steps. In multiply-adds, each of which is two operations::
+
+    every editor     the prompt and target up to the edited layer: (P + T) b a block
+                     the prompt above it: P b a block
+    GRACE, A-GRACE   2 S (T n b + T h): touched columns, forward and backward
+    ROME family      the same for each of its 6 rows
+    MEMIT, PMET      and 6 P b for each written layer, P b for each block
+                     from there to the last written one, d_f^2 for each solve
+    FT-L             2 S ((P + T) (w + n b) + T h): every column passes W
+    MALMEN           (P + T) b for each block down to the lowest edited one and
+                     2 T h; its network, for T rows a layer
+
+Attention's products add ``2 d`` multiply-adds for every pair of columns it compares. Memory traffic: every weight that
+takes part in a pass is read once in it, forward and backward; FT-L's optimiser reads four matrices of the size of W and
+writes three, each step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..subjects.subject import Subject
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of an edit whose passes follow each other: ``operations`` (floating point) and ``traffic`` (bytes)."""
+
+    name: str
+    operations: float
+    traffic: float
+
+
+class Sizes:
+    """The sizes of a subject that operations are counted from.
+
+    Attributes:
+        block, blocks: weights of a block's matrices, and how many blocks there are.
+        head: weights of the output head.
+        hidden, inner: d and d_f, the sides of an edited matrix.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        self.block, self.blocks = (
+            sum(p.numel() for p in subject.blocks[0].parameters() if p.dim() == 2),
+            len(subject.blocks),
+        )
+        self.head = subject.model.lm_head.weight.numel()
+        self.hidden, self.inner = subject.hidden_size, subject.inner_size
+        self._bytes = subject.dtype.itemsize
+
+    def read(self, columns: float, blocks: float, rows: int = 1) -> Phase:
+        """A forward pass of ``rows`` rows of ``columns`` columns through ``blocks`` blocks, from their first column on."""
+        pairs = rows * columns**2 / 2
+        operations = 2 * blocks * (rows * columns * self.block + 2 * self.hidden * pairs)
+        return Phase("read", operations, blocks * self.block * self._bytes)
+
+    def read_once(self, prompt: int, target: int, layer: int) -> list[Phase]:
+        """What optimising at ``layer`` reads once: the whole row up to it, the prompt above it."""
+        return [self.read(prompt + target - 1, layer + 1), self.read(prompt, self.blocks - 1 - layer)]
+
+    def step(self, columns: float, seen: float, blocks: int, labels: float) -> tuple[float, float]:
+        """(operations, bytes) of one forward and backward pass of ``columns`` columns that attend to ``seen`` ones."""
+        forward = blocks * (columns * self.block + 2 * self.hidden * columns * seen) + labels * self.head
+        return 4 * forward, 2 * (blocks * self.block + self.head) * self._bytes
