@@ -19,7 +19,7 @@ ROUNDS = 15
 def measure(editor, cases, tokenized):
     """Milliseconds of one block both ways."""
     subject = editor.subject
-    layer = max(getattr(editor.values, "layers", None) or [editor.values.layer])
+    layer = max(getattr(editor.hparams, "layers", None) or [editor.hparams.layer])
     if editor.name in ("rome", "memit", "pmet"):
         forward = editor._rewriting(cases, layer).forward
     else:

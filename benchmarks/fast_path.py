@@ -88,7 +88,7 @@ def plain_ft_l(subject, tokens, values):
 
 def plain_rewriting(subject, case, editor):
     """ROME, MEMIT or PMET as the formulas say: padded rows, all blocks and logits each step, dense solves, real writes."""
-    values, model = editor.values, subject.model
+    values, model = editor.hparams, subject.model
     rows = [tokenize(subject.tokenizer, context + case.prompt, case.target) for context in editor.contexts]
     width = max(len(row.inputs) for row in rows)
     device = subject.device
@@ -145,7 +145,7 @@ def plain_rewriting(subject, case, editor):
 
 @torch.no_grad()
 def plain_spread(subject, ids, colons, wanted, measured, editor):
-    layers, values = sorted(editor.values.layers), editor.values
+    layers, values = sorted(editor.hparams.layers), editor.hparams
     kept = {}
 
     def keep(_module, args, output):
@@ -172,7 +172,7 @@ def plain_malmen(subject, tokens, editor):
     """MALMEN's edit: all blocks, all logits, gradients through autograd, and a dense solve in each layer."""
     ids = torch.tensor([tokens.prompt_ids + tokens.target_ids], device=subject.device)
     span = slice(tokens.lookup, tokens.lookup + len(tokens.target_ids))
-    layers, keys, outputs = sorted(editor.values.layers), {}, {}
+    layers, keys, outputs = sorted(editor.hparams.layers), {}, {}
 
     def keep(layer, _module, args, output):
         keys[layer] = args[0].detach()
@@ -284,7 +284,7 @@ def prepare(subject, name, chosen, dataset, count):
     editor = load_editor(name, subject, values=chosen)
     editor.setup()
     if name == "malmen":  # an untrained network takes as long as a trained one
-        editor.network = Training(subject, editor.values, cases, 0).network
+        editor.network = Training(subject, editor.hparams, cases, 0).network
     editor.edit(cases[:1])  # warm-up: first calls allocate
     return editor, cases, tokenized
 
@@ -293,9 +293,9 @@ def plain_edits(editor, cases, tokenized):
     """Every case by the plain procedure."""
     for case, tokens in zip(cases, tokenized):
         if editor.name == "grace":
-            plain_grace(editor.subject, tokens, editor.values)
+            plain_grace(editor.subject, tokens, editor.hparams)
         elif editor.name == "ft-l":
-            plain_ft_l(editor.subject, tokens, editor.values)
+            plain_ft_l(editor.subject, tokens, editor.hparams)
         elif editor.name == "malmen":
             plain_malmen(editor.subject, tokens, editor)
         else:
@@ -308,7 +308,7 @@ def measure(editor, cases, tokenized):
     slow = seconds(subject, lambda: plain_edits(editor, cases, tokenized)) / len(cases)
     fast = seconds(subject, lambda: editor.edit(cases)) / len(cases)
     known = editor.name != "malmen"
-    limit = ceiling(subject, tokenized, editor.values, editor.name == "ft-l") if known else None
+    limit = ceiling(subject, tokenized, editor.hparams, editor.name == "ft-l") if known else None
     return {
         "plain s/case": round(slow, 2),
         "ours s/case": round(fast, 2),

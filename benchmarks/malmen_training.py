@@ -22,7 +22,7 @@ from clme_lib.study import provenance
 
 
 def measure(subject, dataset, records):
-    values = clme.load_editor("malmen", subject).values
+    values = clme.load_editor("malmen", subject).hparams
     cases = clme.sample_cases(clme.load_cases(dataset), records, seed=0)
     training = Training(subject, values, cases, seed=0)
     prompts = [prompt for case in cases for prompt in case.unrelated]

@@ -321,7 +321,7 @@ def test_compat_leaves_later_generations_unedited(llama, cases):
     unedited = evaluate(llama, cases, load_editor("none", llama).edit(cases))
     assert (compat["fluency"] == unedited["fluency"]).all() and not (clean["fluency"] == unedited["fluency"]).all()
     a_grace = load_editor("a-grace", llama, preset="compat", **SMALL, **TRAINING)
-    assert a_grace.values.later_calls == "unedited" and a_grace.values.selection == "edited"
+    assert a_grace.hparams.later_calls == "unedited" and a_grace.hparams.selection == "edited"
     with pytest.raises(StudyError, match="pass them, fit"):
         a_grace.fit(cases)
     wo_mean = load_editor("a-grace-wo-mean", llama, preset="compat", **SMALL, **TRAINING)

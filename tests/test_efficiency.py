@@ -11,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from clme_lib import cli
-from clme_lib.editors.registry import EDITORS, load_editor
+from clme_lib.editors.base import EDITORS
+from clme_lib.editors.operations import Phase
+from clme_lib.editors.registry import load_editor
 from clme_lib.forward.tokens import tokenize
 from clme_lib.study import config as study_config
 from clme_lib.study import runs
@@ -20,7 +22,7 @@ from clme_lib.study.paper import PAPER_VARIANTS
 from clme_lib.study.rq2 import measure
 from clme_lib.study.rq2 import random_weights as shapes
 from clme_lib.study.rq2 import tables as rq2
-from clme_lib.study.rq2.floor import Ceilings, Phase, phases
+from clme_lib.study.rq2.floor import Ceilings
 from clme_lib.study.tables import editor_name
 from clme_lib.subjects.settings import Shape, SubjectSettings, load_settings, registered_subjects
 from clme_lib.support import memory
@@ -292,7 +294,7 @@ def test_floors_count_what_is_computed(subject, cases, name, monkeypatch):
     tokens = tokenize(subject.tokenizer, cases[0].prompt, cases[0].target)
     with Products() as counted:
         (edit,) = editor.edit(cases[:1])
-    found = phases(editor, len(tokens.prompt_ids), len(tokens.target_ids), len(edit.log.losses))
+    found = editor.operations(len(tokens.prompt_ids), len(tokens.target_ids), len(edit.log.losses))
     ratio = counted.operations / sum(one.operations for one in found)
     assert 0.9 < ratio < 2, ratio
 

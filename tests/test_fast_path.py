@@ -81,7 +81,7 @@ def test_padding_is_free_where_only_the_head_is_above(subject):
 def test_grace_equals_the_plain_loop(subject, cases):
     editor = load_editor("grace", subject, layer=1, steps=12)
     for case, edit in zip(cases, editor.edit(cases)):
-        key, value, losses = plain.grace(subject, case, editor.values)
+        key, value, losses = plain.grace(subject, case, editor.hparams)
         assert torch.allclose(torch.tensor(edit.log.losses), torch.tensor(losses), rtol=1e-4)
         assert close(edit.keys[0], key)
         assert close(edit.values[0], value)
@@ -91,7 +91,7 @@ def test_grace_equals_the_plain_loop(subject, cases):
 def test_ft_l_equals_the_plain_loop(subject, cases):
     editor = load_editor("ft-l", subject, layer=2, steps=4, lr=2e-3, bound=1e-3)
     for case, edit in zip(cases, editor.edit(cases)):
-        delta, losses, _ = plain.ft_l(subject, case, editor.values)
+        delta, losses, _ = plain.ft_l(subject, case, editor.hparams)
         assert torch.allclose(torch.tensor(edit.log.losses), torch.tensor(losses), rtol=1e-4)
         same = torch.isclose(edit.delta, delta, rtol=1e-3, atol=1e-6).float().mean()
         assert same >= 0.999
@@ -102,7 +102,7 @@ def test_ft_l_first_gradient(subject, cases):
     """One step from zero is lr * sign(gradient) up to Adam's epsilon: signs must be the plain gradient's."""
     editor = load_editor("ft-l", subject, layer=2, steps=1, lr=1e-4, bound=1e-3)
     for case, edit in zip(cases, editor.edit(cases)):
-        _, _, gradient = plain.ft_l(subject, case, editor.values)
+        _, _, gradient = plain.ft_l(subject, case, editor.hparams)
         expected = -1e-4 * gradient / (gradient.abs() + 1e-8)
         assert torch.isclose(edit.delta, expected, rtol=1e-2, atol=2e-6).float().mean() >= 0.999
 
@@ -149,11 +149,11 @@ def test_real_subject_equals_the_plain_loop(smollm2):
     cases = load_cases("cnle")[:3]
     editor = load_editor("grace", smollm2, steps=4)
     for case, edit in zip(cases, editor.edit(cases)):
-        key, value, losses = plain.grace(smollm2, case, editor.values)
+        key, value, losses = plain.grace(smollm2, case, editor.hparams)
         assert torch.allclose(torch.tensor(edit.log.losses), torch.tensor(losses), rtol=1e-4)
         assert close(edit.keys[0], key) and close(edit.values[0], value)
     editor = load_editor("ft-l", smollm2, steps=2, values="transferred")
     for case, edit in zip(cases, editor.edit(cases)):
-        delta, losses, _ = plain.ft_l(smollm2, case, editor.values)
+        delta, losses, _ = plain.ft_l(smollm2, case, editor.hparams)
         assert torch.allclose(torch.tensor(edit.log.losses), torch.tensor(losses), rtol=1e-4)
         assert torch.isclose(edit.delta, delta, rtol=1e-3, atol=1e-7).float().mean() >= 0.999

@@ -61,5 +61,5 @@ def test_the_fast_path_is_the_plain_loop_on_the_real_subject(smollm2):
         for case in sample_cases(load_cases(dataset), 2, seed=0):
             editor = load_editor("grace", smollm2, steps=8)
             (edit,) = editor.edit([case])
-            _, _, losses = plain.grace(smollm2, case, editor.values)
+            _, _, losses = plain.grace(smollm2, case, editor.hparams)
             assert edit.log.losses == pytest.approx(losses, rel=2e-3)

@@ -136,9 +136,9 @@ def test_edit_is_the_dense_formula(subject, cases):
 
 def test_training_gradient_is_that_of_the_written_update(llama, cases):
     """One step's gradient, through hooks and the normal equation, against autograd through really changed weights."""
-    training = Training(llama, load_editor("malmen", llama, **SMALL).values, cases[:2], 42)
+    training = Training(llama, load_editor("malmen", llama, **SMALL).hparams, cases[:2], 42)
     training.answers = {prompt: " x" for case in cases for prompt in case.unrelated}
-    training.values = training.values.model_copy(update={"clip": 1e9})
+    training.hparams = training.hparams.model_copy(update={"clip": 1e9})
     draw = torch.Generator().manual_seed(5)
     with torch.no_grad():  # away from the identity, where some gradients vanish
         for parameter in training.network.outward:
@@ -186,7 +186,7 @@ def test_training_gradient_is_that_of_the_written_update(llama, cases):
 
 def test_training_lowers_its_loss_and_is_cached(llama, cases, monkeypatch):
     editor = trained(llama, cases, iterations=60, batch=2)
-    training = Training(llama, editor.values, sorted(cases, key=lambda case: case.case_id), 42)
+    training = Training(llama, editor.hparams, sorted(cases, key=lambda case: case.case_id), 42)
     files = list(training.artifact.file.parent.glob("*.safetensors"))
     assert len(files) == 1
     import json
@@ -256,7 +256,7 @@ def test_misuse_is_explained(llama, cases):
     with pytest.raises(StudyError, match="case 0 has none"):
         editor.fit([replace(cases[0], rephrased=())])
     editor.fit(cases)
-    (file,) = Training(llama, editor.values, cases, 42).artifact.file.parent.iterdir()
+    (file,) = Training(llama, editor.hparams, cases, 42).artifact.file.parent.iterdir()
     file.write_bytes(b"not safetensors")
     with pytest.raises(StudyError, match="cannot be read as a safetensors file.*remove it to make it anew"):
         load_editor("malmen", llama, **SMALL).fit(cases)

@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 
 from clme_lib.datasets import registry as datasets
-from clme_lib.editors.registry import EDITORS, load_editor
+from clme_lib.editors.base import EDITORS
+from clme_lib.editors.registry import load_editor, resolve_hparams
 from clme_lib.study.appendices import selection
-from clme_lib.subjects.settings import load_settings, transfer_layers
 from clme_lib.support.errors import StudyError
 
 
@@ -33,8 +33,10 @@ def test_the_first_good_enough_is_chosen_else_the_best():
 
 def test_grids_start_at_the_papers_values():
     reduced = {"iterations", "records"}  # MALMEN's training is shorter in every setting
-    for editor, grid in selection.GRIDS.items():
-        paper = transfer_layers(load_settings("codellama-7b").editors[editor], 30)
+    grids = {editor: EDITORS[editor].selection_grid for editor in EDITORS if EDITORS[editor].selection_grid}
+    assert set(grids) == {"ft-l", "rome", "memit", "pmet", "malmen", "grace"}
+    for editor, grid in grids.items():
+        paper = resolve_hparams(editor, "codellama-7b", 30, values="transferred").model_dump()
         assert {name: paper[name] for name in grid[0] if name not in reduced} == {
             name: value for name, value in grid[0].items() if name not in reduced
         }
@@ -52,13 +54,14 @@ def test_published_selections_are_the_subjects_values():
         editor = file.name.split(".")[1]
         table = pd.read_csv(file)
         (chosen,) = table.index[table["chosen"]]
-        assert len(table) == len(selection.GRIDS[editor])
-        own = load_settings("smollm2-135m").editors[editor]
-        assert {name: own[name] for name in selection.GRIDS[editor][chosen]} == selection.GRIDS[editor][chosen]
+        grid = EDITORS[editor].selection_grid
+        assert len(table) == len(grid)
+        own = resolve_hparams(editor, "smollm2-135m").model_dump()
+        assert {name: own[name] for name in grid[chosen]} == grid[chosen]
 
 
 def test_select_measures_every_setting(llama, small_sets, monkeypatch, tmp_path):
-    monkeypatch.setitem(selection.GRIDS, "grace", [{"layer": 1, "steps": 2}, {"layer": 2, "steps": 40}])
+    monkeypatch.setattr(EDITORS["grace"], "selection_grid", [{"layer": 1, "steps": 2}, {"layer": 2, "steps": 40}])
     table = selection.select(llama, "grace", tmp_path / "table.csv")
     assert list(table["cases"]) == [4, 4] and table["chosen"].sum() == 1
     assert table["loss"][1] < table["loss"][0]
@@ -90,7 +93,7 @@ def test_presets_are_every_combination_of_defects(llama, small_sets, monkeypatch
 
 
 def test_an_interrupted_measurement_goes_on(llama, small_sets, monkeypatch, tmp_path):
-    monkeypatch.setitem(selection.GRIDS, "grace", [{"layer": 1, "steps": 2}, {"layer": 2, "steps": 3}])
+    monkeypatch.setattr(EDITORS["grace"], "selection_grid", [{"layer": 1, "steps": 2}, {"layer": 2, "steps": 3}])
     evaluated, evaluate = [], selection.evaluate
 
     def counting(subject, cases, edits, **options):

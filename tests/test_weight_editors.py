@@ -54,7 +54,7 @@ def close(one, other, tolerance=2e-3):
 def test_rome_equals_the_plain_loop(subject, cases):
     editor = load_editor("rome", subject, **SMALL["rome"])
     for case, edit in zip(cases, editor.edit(cases)):
-        update, losses = plain.rome(subject, case, editor.contexts, editor.values)
+        update, losses = plain.rome(subject, case, editor.contexts, editor.hparams)
         assert edit.log.losses == pytest.approx(losses, rel=1e-3)
         assert edit.log.steps == 5 and len(losses) == 6
         assert close(edit.delta(1), update)
@@ -63,9 +63,9 @@ def test_rome_equals_the_plain_loop(subject, cases):
 @pytest.mark.parametrize(("name", "changes"), [("memit", {}), ("pmet", {}), ("pmet", {"attention": False})])
 def test_spread_editors_equal_the_plain_loop(subject, cases, corpus, name, changes):
     editor = editor_of(name, subject, corpus, **changes)
-    moments = {layer: one.matrix for layer, one in second_moments(subject, [0, 1, 2], editor.values).items()}
+    moments = {layer: one.matrix for layer, one in second_moments(subject, [0, 1, 2], editor.hparams).items()}
     for case, edit in zip(cases[:3], editor.edit(cases[:3])):
-        updates, losses = plain.spread(subject, case, editor.contexts, editor.values, moments, name == "pmet")
+        updates, losses = plain.spread(subject, case, editor.contexts, editor.hparams, moments, name == "pmet")
         assert edit.log.losses == pytest.approx(losses, rel=1e-3)
         for layer, update in updates.items():
             assert close(edit.delta(layer), update)
@@ -79,7 +79,7 @@ def test_pmet_changes_its_factor_and_stops_when_targets_win(llama, cases, corpus
     for kl_stop in (0.01, 0.0):
         editor = editor_of("pmet", llama, corpus, **changes, kl_stop=kl_stop)
         for case, edit in zip(easy, editor.edit(easy)):
-            _, _, losses = plain.learn(llama, case, editor.contexts, editor.values, modules, pmet=True)
+            _, _, losses = plain.learn(llama, case, editor.contexts, editor.hparams, modules, pmet=True)
             assert edit.log.losses == pytest.approx(losses, rel=2e-3)
             ratios = [after / before for before, after in pairwise(losses)]
             if kl_stop:
@@ -116,7 +116,7 @@ def test_rome_maps_the_bare_key_to_the_value(subject, cases):
     editor = load_editor("rome", subject, **SMALL["rome"])
     module = subject.down_proj(1)
     for case, edit in zip(cases, editor.edit(cases)):
-        (delta,), (start,), _ = plain.learn(subject, case, editor.contexts, editor.values, [module])
+        (delta,), (start,), _ = plain.learn(subject, case, editor.contexts, editor.hparams, [module])
         ids, column, _ = plain.rows_of(subject, case, [""])[0]
         key, _ = plain.read_at(subject, module, ids[:, : column + 1], column)
         assert close((module.weight + edit.delta(1)) @ key, start + delta, 1e-3)
@@ -155,7 +155,7 @@ def test_the_host_may_look_seldom(llama, corpus, many_cases, monkeypatch, name):
     editor = editor_of(name, llama, corpus, steps=12, loss_floor=5.62)
     often = editor.edit(many_cases[:6])
     assert len({edit.log.steps for edit in often}) > 1, "the test needs cases that stop at different times"
-    monkeypatch.setitem(rewriting._LOOK_EVERY, "cpu", 5)
+    monkeypatch.setitem(rewriting.CHECK_DONE_EVERY, "cpu", 5)
     for one, other in zip(often, editor.edit(many_cases[:6])):
         assert one.log.steps == other.log.steps and one.log.losses == pytest.approx(other.log.losses, rel=1e-4)
         for layer in one.layers:
@@ -182,7 +182,7 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("name", [*SMALL, "grace"])
 def test_steps_do_not_wait_for_the_device(llama, cases, corpus, monkeypatch, name):
     """Twice the steps, and no more waiting."""
-    monkeypatch.setitem(rewriting._LOOK_EVERY, "cpu", 100)
+    monkeypatch.setitem(rewriting.CHECK_DONE_EVERY, "cpu", 100)
     counts = []
     for steps in (8, 16):
         editor = (
@@ -256,7 +256,7 @@ def test_released_padding_reads_too_far_left(llama, cases):
 def test_compat_differs_and_runs(subject, cases, corpus, name):
     clean = editor_of(name, subject, corpus)
     compat = load_editor(name, subject, preset="compat", **{**SMALL[name], "corpus": corpus})
-    assert compat.values.padding == "released" and compat.values.targets == "alone"
+    assert compat.hparams.padding == "released" and compat.hparams.targets == "alone"
     for one, other in zip(clean.edit(cases), compat.edit(cases)):
         assert all(torch.isfinite(other.delta(layer)).all() for layer in other.layers)
         assert not close(one.delta(one.layers[0]), other.delta(one.layers[0]), 0.05)
@@ -275,7 +275,7 @@ def test_sherman_morrison_is_the_dense_solve():
 
 
 def test_statistics_are_the_second_moment_of_every_token(llama, corpus, tmp_path):
-    values = load_editor("memit", llama, **{**SMALL["memit"], "corpus": corpus}).values
+    values = load_editor("memit", llama, **{**SMALL["memit"], "corpus": corpus}).hparams
     moment = second_moments(llama, [1], values)[1]
     assert moment.header["tokens"] == 1920, "forty tokens per dimension of the key"
     from clme_lib.editors.locate_then_edit.corpora import open_corpus
@@ -299,7 +299,7 @@ def test_statistics_are_the_second_moment_of_every_token(llama, corpus, tmp_path
 def test_interrupted_statistics_go_on(llama, corpus, monkeypatch):
     from clme_lib.editors.locate_then_edit import second_moments as statistics
 
-    values = load_editor("memit", llama, **{**SMALL["memit"], "corpus": corpus}).values
+    values = load_editor("memit", llama, **{**SMALL["memit"], "corpus": corpus}).hparams
     whole = second_moments(llama, [0], values)[0].matrix
     folder = Path(corpus).parent / "cache" / "statistics"
     (file,) = folder.glob("*-layer-0-*.safetensors")
@@ -327,7 +327,7 @@ def test_interrupted_statistics_go_on(llama, corpus, monkeypatch):
 
 def test_statistics_of_something_else_are_never_used(llama, corpus):
     """Those of a corpus that has changed are gathered anew; a file of others under their name is refused."""
-    values = load_editor("memit", llama, **{**SMALL["memit"], "corpus": corpus}).values
+    values = load_editor("memit", llama, **{**SMALL["memit"], "corpus": corpus}).hparams
     before = second_moments(llama, [0], values)[0]
     folder = Path(corpus).parent / "cache" / "statistics"
     (stale,) = folder.iterdir()
