@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..datasets.cases import Case
 from ..edits.base import Edit
-from ..forward.tokens import Tokenized, tokenize
+from ..forward.tokens import TokenRow, tokenize
 from ..subjects.subject import Subject
 from ..support.batching import of_like_length
 from ..support.errors import StudyError
@@ -138,7 +138,7 @@ class Editor(ABC, Generic[Hparams]):
         """Columns that every optimisation step touches; cases of equal cost make batches without padding."""
         return self._cost(self._tokenize(case))
 
-    def _cost(self, tokenized: Tokenized) -> int:
+    def _cost(self, tokenized: TokenRow) -> int:
         return len(tokenized.inputs)
 
     def _max_cost_ratio(self) -> float:
@@ -146,16 +146,16 @@ class Editor(ABC, Generic[Hparams]):
         return 1.5
 
     @abstractmethod
-    def _edit_batch(self, cases: Sequence[Case], tokenized: Sequence[Tokenized]) -> list[Edit]:
+    def _edit_batch(self, cases: Sequence[Case], tokenized: Sequence[TokenRow]) -> list[Edit]:
         """Edit a batch of cases; gradients are enabled."""
 
-    def _tokenize(self, case: Case) -> Tokenized:
+    def _tokenize(self, case: Case) -> TokenRow:
         try:
             return tokenize(self.subject.tokenizer, case.prompt, case.target)
         except StudyError as error:
             raise StudyError(f"case {case.case_id} of {case.dataset}: {error}") from error
 
-    def _timed(self, cases: Sequence[Case], tokenized: Sequence[Tokenized]) -> list[Edit]:
+    def _timed(self, cases: Sequence[Case], tokenized: Sequence[TokenRow]) -> list[Edit]:
         reset_peak_memory(self.subject.device)
         synchronize(self.subject.device)
         started = time.perf_counter()

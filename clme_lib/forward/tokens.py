@@ -8,8 +8,9 @@ and, because the next token is the target's first, the first column that predict
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from ..subjects.settings import Preset
 from ..support.errors import StudyError
@@ -18,57 +19,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class TokenRow(Protocol):
-    """What a forward pass over one row has to know (columns count from the row's first token, padding included)."""
-
-    @property
-    def inputs(self) -> tuple[int, ...]:
-        """Token ids to read."""
-
-    @property
-    def pads(self) -> int:
-        """How many of the first ``inputs`` are padding."""
-
-    @property
-    def lookup(self) -> int:
-        """The first column an edit touches."""
-
-    @property
-    def first_label(self) -> int:
-        """The column that predicts the first label."""
-
-    @property
-    def target_ids(self) -> tuple[int, ...]:
-        """The labels, predicted by the columns from ``first_label`` on."""
-
-
 @dataclass(frozen=True)
-class Tokenized:
-    """One prompt and target as token ids, the target *as tokenised in context*."""
+class TokenRow:
+    """What a forward pass over one row has to know; columns count from the row's first token, padding included.
 
-    prompt_ids: tuple[int, ...]
-    target_ids: tuple[int, ...]
-    pads = 0
-
-    @property
-    def lookup(self) -> int:
-        """Column of the lookup token (the prompt's final colon)."""
-        return len(self.prompt_ids) - 1
-
-    @property
-    def first_label(self) -> int:
-        """The lookup token predicts the target's first token."""
-        return self.lookup
-
-    @property
-    def inputs(self) -> tuple[int, ...]:
-        """What the model reads to predict every label: prompt and target without its last token."""
-        return self.prompt_ids + self.target_ids[:-1]
-
-
-@dataclass(frozen=True)
-class PlacedRow:
-    """A row whose columns are given, not derived from its text; see :class:`TokenRow`."""
+    Attributes:
+        inputs: token ids to read.
+        pads: how many of the first ``inputs`` are padding.
+        lookup: the first column an edit touches (the lookup token's).
+        first_label: the column that predicts the first label.
+        target_ids: the labels, predicted by the columns from ``first_label`` on.
+    """
 
     inputs: tuple[int, ...]
     pads: int
@@ -76,13 +37,24 @@ class PlacedRow:
     first_label: int
     target_ids: tuple[int, ...]
 
+    @classmethod
+    def of(cls, prompt_ids: Sequence[int], target_ids: Sequence[int]) -> TokenRow:
+        """A prompt and its target, without the last token, which predicts nothing. The lookup token predicts the target's first."""
+        lookup = len(prompt_ids) - 1
+        return cls((*prompt_ids, *target_ids[:-1]), 0, lookup, lookup, tuple(target_ids))
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """The tokens up to the lookup token."""
+        return self.inputs[: self.lookup + 1]
+
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids without special tokens (the study never adds BOS or EOS)."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> Tokenized:
+def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> TokenRow:
     """Tokenise ``prompt + " " + target`` once and slice it at the prompt's own length.
 
     Raises:
@@ -100,7 +72,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> To
         )
     if not str(tokenizer.decode(prompt_ids[-1:])).endswith(":"):
         raise StudyError(f"the last token of the prompt {prompt[-60:]!r} does not decode to a colon")
-    return Tokenized(tuple(prompt_ids), tuple(joined[len(prompt_ids) :]))
+    return TokenRow.of(prompt_ids, joined[len(prompt_ids) :])
 
 
 def token_budget(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, preset: Preset) -> int:

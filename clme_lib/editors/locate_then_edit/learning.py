@@ -31,7 +31,7 @@ from ...datasets.cases import Case
 from ...edits.base import EditLog
 from ...forward.label_losses import LabelIndices
 from ...forward.partial import PartialForward, longest_above
-from ...forward.tokens import PlacedRow, TokenRow, encode, tokenize
+from ...forward.tokens import TokenRow, encode, tokenize
 from ...subjects.subject import Subject
 from ...support.errors import StudyError
 from ...support.schema import Schema
@@ -72,19 +72,19 @@ def rewriting_rows(subject: Subject, case: Case, contexts: Sequence[str], paddin
     for context in contexts:
         tokens = tokenize(tokenizer, context + case.prompt, case.target)
         if targets == "in-context":
-            rows.append(PlacedRow(tokens.inputs, 0, tokens.lookup, tokens.lookup, tokens.target_ids))
+            rows.append(tokens)
             continue
         alone = encode(tokenizer, case.target)
         written = str(tokenizer.decode(alone[:-1], clean_up_tokenization_spaces=False))
         inputs = tuple(encode(tokenizer, context + case.prompt + " " + written))
-        rows.append(PlacedRow(inputs, 0, tokens.lookup, len(inputs) - len(alone), tuple(alone)))
+        rows.append(TokenRow(inputs, 0, tokens.lookup, len(inputs) - len(alone), tuple(alone)))
     bare = tuple(encode(tokenizer, case.prompt))
     # its label is never scored: only the distribution there is read
-    rows.append(PlacedRow(bare, 0, len(bare) - 1, len(bare) - 1, bare[-1:]))
+    rows.append(TokenRow(bare, 0, len(bare) - 1, len(bare) - 1, bare[-1:]))
     return list(rows) if padding == "aligned" else misplaced(rows, subject.tokenizer.pad_token_id)
 
 
-def misplaced(rows: Sequence[PlacedRow], pad: int) -> list[TokenRow]:
+def misplaced(rows: Sequence[TokenRow], pad: int) -> list[TokenRow]:
     """Rows as the released program reads them: too far left by the padding that the longest row costs each."""
     longest = max(len(row.inputs) for row in rows)
     moved: list[TokenRow] = []
@@ -93,7 +93,7 @@ def misplaced(rows: Sequence[PlacedRow], pad: int) -> list[TokenRow]:
         first = min(row.lookup, row.first_label) - shift
         pads = max(0, -first)  # a column may even fall on the padding itself
         inputs = (pad,) * pads + row.inputs
-        moved.append(PlacedRow(inputs, pads, row.lookup - shift + pads, row.first_label - shift + pads, row.target_ids))
+        moved.append(TokenRow(inputs, pads, row.lookup - shift + pads, row.first_label - shift + pads, row.target_ids))
     return moved
 
 

@@ -8,7 +8,7 @@ import torch
 
 from ...forward.partial import PartialForward
 from ...forward.recording import Hook, hooked
-from ...forward.tokens import PlacedRow, TokenRow, encode, tokenize
+from ...forward.tokens import TokenRow, encode, tokenize
 from ...subjects.subject import Subject
 
 
@@ -25,7 +25,7 @@ def edit_row(subject: Subject, prompt: str, target: str, targets: str) -> TokenR
         return tokens
     joined = encode(subject.tokenizer, prompt + " " + target)
     alone = tuple(encode(subject.tokenizer, target))
-    return PlacedRow(tuple(joined[:-1]), 0, tokens.lookup, max(0, len(joined) - 1 - len(alone)), alone)
+    return TokenRow(tuple(joined[:-1]), 0, tokens.lookup, max(0, len(joined) - 1 - len(alone)), alone)
 
 
 class Cached:

@@ -27,7 +27,7 @@ from ...evaluation.unedited import answers_for
 from ...forward.label_losses import divergences
 from ...forward.partial import PartialForward
 from ...forward.recording import Hook
-from ...forward.tokens import Tokenized, TokenRow, encode
+from ...forward.tokens import TokenRow, encode
 from ...subjects.subject import Subject
 from ...support.artifact import Artifact
 from ...support.batching import of_like_length
@@ -217,13 +217,13 @@ class Training:
             self._kept_bytes += sum(one.numel() * one.element_size() for one in states)
         return torch.cat([self._references[row] for row in rows])
 
-    def _answered(self, prompt: str) -> Tokenized:
+    def _answered(self, prompt: str) -> TokenRow:
         """A neighbour's prompt with the subject's own continuation as its target."""
         before = encode(self.subject.tokenizer, prompt)
         joined = encode(self.subject.tokenizer, prompt + self.answers[prompt])
         # an answer that merges with the prompt's last token, or is empty, still leaves the last column to compare
         first = min(len(before), len(joined) - 1)
-        return Tokenized(tuple(joined[:first]), tuple(joined[first:]))
+        return TokenRow.of(joined[:first], joined[first:])
 
     @torch.no_grad()
     def _forward(self, rows: Sequence[TokenRow]) -> PartialForward:
