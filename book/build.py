@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import layers
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +47,7 @@ def stage(replacements: dict[str, Path]) -> None:
         shutil.copytree(ROOT / name, STAGE / name, ignore=_LOCAL_STATE)
     for page, notebook in replacements.items():
         _replace(page, notebook)
+    (STAGE / "book" / "_static" / "layers.svg").write_text(layers.draw(ROOT / "clme_lib"), encoding="utf-8")
     used: set[str] = set()
     for page in pages():
         used |= _make_labels_unique(page, used)

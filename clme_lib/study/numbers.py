@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..evaluation.records import UNKNOWN
 from ..metrics.base import MEASURES
 from ..support.journal import write_text
 from .appendices.selection import differing_values
 from .run_folder import load_manifest, load_run
-from .tables import editor_name, in_order, interval, percent, to_markdown
+from .tables import dataset_name, editor_name, in_order, interval, percent, to_markdown
 
 PUBLISHED = "smollm2-135m"
 
@@ -31,7 +32,7 @@ def prose_numbers(results: Path) -> dict[str, str]:
     numbers = {
         "run_cases": " to ".join(map(str, dict.fromkeys((counts.min(), counts.max())))),
         "run_folder": f"`results/runs/{folder.name}`",
-        "run_table": provenance_table(load_manifest(folder)["starts"], counts),
+        "run_table": provenance_table(load_manifest(folder)["starts"], records),
     }
     for (dataset, editor), rows in records.groupby(["dataset", "editor"]):
         for measure in MEASURES:
@@ -40,34 +41,44 @@ def prose_numbers(results: Path) -> dict[str, str]:
     return numbers
 
 
-def provenance_table(starts: list[dict], counts: pd.Series) -> str:
-    """A Markdown table: on what, with what and from which commit each editor's records were made.
+def provenance_table(starts: list[dict], records: pd.DataFrame) -> str:
+    """A Markdown table of a run's starts: when, on what and by which program each worked, and how many of the records it made.
 
     Args:
-        starts: of the run, as its ``run.json`` lists them.
-        counts: records by data set and editor.
+        starts: as the run's ``run.json`` lists them.
+        records: of the run; of those whose maker cannot be proved the last rows say so, by editor.
     """
     rows = []
-    by_editor = dict(iter(counts.groupby("editor")))
-    for editor in in_order(by_editor):
-        cases = by_editor[editor]
-        # the first start that finished what is published (later ones had nothing to do), else the last that worked on it
-        worked = [s for s in starts if editor in s["hyperparameters"] and max(s["cases"].values()) >= cases.max()]
-        start = ([s for s in worked if "finished" in s] or worked[-1:])[0]
+    for start in sorted(starts, key=lambda start: start["started"]):
         hardware, versions = start["hardware"], start["versions"]
         threads = "" if hardware["device"] == "cuda" else f", {hardware['threads']} thread(s)"
-        known = start["commit"] != "unknown"
+        program = (
+            f"commit `{start['commit'][:10]}`" if start["commit"] != UNKNOWN else f"library `{start['library'][:10]}`"
+        )
         rows.append(
             {
-                "Editor": editor_name(editor),
-                "Cases": " + ".join(map(str, cases)),
+                "Start": start["started"][:16].replace("T", " "),
+                "Editors": ", ".join(map(editor_name, in_order(start["hyperparameters"]))),
+                "Records": _counted(records[records["start"] == start["id"]]),
                 "Hardware": hardware["name"] + threads,
-                "PyTorch": versions["torch"],
-                "Transformers": versions["transformers"],
-                "Program": f"commit `{start['commit'][:10]}`" if known else f"library `{start['library'][:10]}`",
+                "PyTorch, Transformers": f"{versions['torch']}, {versions['transformers']}",
+                "Program": program,
             }
         )
-    return to_markdown(pd.DataFrame(rows))
+    unknown = records[records["start"] == UNKNOWN]
+    for editor in in_order(unknown["editor"].unique()):
+        of_editor = unknown[unknown["editor"] == editor]
+        commits = set(of_editor["commit"])
+        program = f"commit `{commits.pop()[:10]}`" if len(commits) == 1 and UNKNOWN not in commits else UNKNOWN
+        rows.append(
+            {"Start": UNKNOWN, "Editors": editor_name(editor), "Records": _counted(of_editor), "Program": program}
+        )
+    return to_markdown(pd.DataFrame(rows).fillna(""))
+
+
+def _counted(records: pd.DataFrame) -> str:
+    counts = records.groupby("dataset", sort=False).size()
+    return ", ".join(f"{count} {dataset_name(str(dataset))}" for dataset, count in counts.items()) or "none"
 
 
 if __name__ == "__main__":
