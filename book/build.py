@@ -23,7 +23,9 @@ _LOCAL_STATE = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "*.pa
 # a page's label and title, which stand at its top
 _TITLE = re.compile(r"\A(?:\(.+\)=\n)?# .+$", re.M)
 # where a page defines a label: before a heading, in a directive, after an equation
-_DEFINITION = re.compile(r"^\((?P<target>[^\s()]+)\)=$|^:(?:name|label):[ ]+(?P<option>\S+)$|^\$\$ \((?P<equation>\S+)\)$", re.M)
+_DEFINITION = re.compile(
+    r"^\((?P<target>[^\s()]+)\)=$|^:(?:name|label):[ ]+(?P<option>\S+)$|^\$\$ \((?P<equation>\S+)\)$", re.M
+)
 # where it refers to one: {role}`label`, {role}`text <label>`, [text](#label)
 _REFERENCE = re.compile(r"\{\w+\}`(?:[^`<]*<)?(?P<role>[^`<>]+)>?`|\]\(#(?P<link>[^\s()]+)\)")
 
