@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import pandas as pd
 
 from ...datasets.registry import load_cases
+from ...subjects.subject import Subject
 from ...support.errors import StudyError
 from ..config import RunConfig
 from ..paper import A_GRACE_VARIANTS
 from ..provenance import hardware
 from ..run_folder import is_published, run_name
 from ..runs import run, sampled
+from ..tables import write_csv
 
 _TIMED = 5  # cases edited alone, per data set and variant
 
@@ -37,21 +39,20 @@ def sweep(config: RunConfig) -> pd.DataFrame:
     """The sweep of the radius that belongs to a run (radius.py), made when its folder does not have it."""
     from .radius import sweep_radius
 
-    return _kept(config, "radius.csv", lambda subject, file: sweep_radius(subject, file, min(config.cases or 30, 30)))
+    def make(subject: Subject, file: Path) -> None:
+        sweep_radius(subject, file, min(config.cases or 30, 30))
+
+    return _kept(config, "radius.csv", make)
 
 
 def projection(config: RunConfig) -> pd.DataFrame:
     """The places of one case of each data set (case_study.py), made when the run's folder does not have them."""
     from .case_study import project
 
-    def make(subject, file) -> pd.DataFrame:
-        parts = [
-            project(subject, load_cases(name, config.source), sampled(config, name), config.seed)
-            for name in config.dataset
-        ]
-        table = pd.concat(parts, ignore_index=True).round(5)
-        table.to_csv(file, index=False)
-        return table
+    def make(subject: Subject, file: Path) -> None:
+        sets = [(load_cases(name, config.source), sampled(config, name)) for name in config.dataset]
+        places = [project(subject, everything, candidates, config.seed) for everything, candidates in sets]
+        write_csv(pd.concat(places), file, digits=5)
 
     return _kept(config, "case_study.csv", make)
 
@@ -63,29 +64,26 @@ def overhead(config: RunConfig) -> pd.DataFrame:
     """
     from ..rq2.measure import ready, time_edit
 
-    def make(subject, file) -> None:
+    def make(subject: Subject, file: Path) -> None:
         machine = hardware(subject)
+        place = {"machine": machine["name"], "threads": machine["threads"]}
         rows = []
-        for name in config.dataset:
-            cases = sampled(config, name)
-            editors = {
-                one: ready(subject, one, load_cases(name, config.source), False, config.seed)
-                for one in A_GRACE_VARIANTS
-            }
+        for dataset in config.dataset:
+            cases, everything = sampled(config, dataset), load_cases(dataset, config.source)
+            editors = {name: ready(subject, name, everything, False, config.seed) for name in A_GRACE_VARIANTS}
             for editor in editors.values():
                 editor.edit(cases[-1:], batch_size=1)  # the first pays for what a process does once
             for case in cases[:_TIMED]:
-                for one, editor in editors.items():
+                for name, editor in editors.items():
                     measured = time_edit(editor, case)
                     kept = {column: measured[column] for column in ("case_id", "seconds", "peak_mib")}
-                    place = {"machine": machine["name"], "threads": machine["threads"]}
-                    rows.append({"dataset": name, "editor": one, **kept, **place})
-        pd.DataFrame(rows).round(4).to_csv(file, index=False)
+                    rows.append({"dataset": dataset, "editor": name, **kept, **place})
+        write_csv(pd.DataFrame(rows), file)
 
     return _kept(config, "overhead.csv", make)
 
 
-def _kept(config: RunConfig, name: str, make: Callable[..., Any]) -> pd.DataFrame:
+def _kept(config: RunConfig, name: str, make: Callable[[Subject, Path], None]) -> pd.DataFrame:
     from ...subjects.subject import load_subject
 
     file = config.out / name

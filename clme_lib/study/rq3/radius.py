@@ -8,6 +8,7 @@ few edits with an infinite radius, and the distances under each encoder, give ev
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ...edits.encoder import Encoder
 from ...evaluation.evaluate import evaluate
 from ...evaluation.unedited import answers_for
 from ...subjects.subject import Subject
+from ..tables import write_csv
 
 MARGINS = (1.0, 1.5, 2.0, 3.0, 4.0)
 
@@ -50,10 +52,8 @@ def sweep_radius(subject: Subject, file: Path, cases: int, margins: Sequence[flo
         if_fired = evaluate(subject, chosen, everything)
         otherwise = evaluate(subject, chosen, load_editor("none", subject).edit(chosen))
         answers = [answers_for(subject, case.unrelated) for case in chosen]
-        same = [
-            np.array([one == other for one, other in zip(written, answer)])
-            for written, answer in zip(if_fired["generated_specificity"], answers)
-        ]
+        same = [np.array(list(map(eq, *texts))) for texts in zip(if_fired["generated_specificity"], answers)]
+        general = if_fired["generalization_em"].to_numpy(), otherwise["generalization_em"].to_numpy()
         layer = everything[0].layers[0]
         asked: list[tuple[str, float | None, Pairs, Encoder | None]] = [
             ("grace", None, make_pairs(subject, chosen, layer, "last"), None),
@@ -65,16 +65,12 @@ def sweep_radius(subject: Subject, file: Path, cases: int, margins: Sequence[flo
                 pairs = make_pairs(subject, chosen, fitted.hparams.layer, fitted.query)
                 asked.append((name, margin, pairs, fitted.trained.encoder))
         for name, its_margin, pairs, encoder in asked:
-            distance = _by_case(pairs.distances(encoder), chosen)
-            top = max(float(one.max()) for one in distance)
+            distances = _by_case(pairs.distances(encoder), chosen)
+            top = max(float(of_case.max()) for of_case in distances)
             # the paper's radius is always among them
             for radius in sorted({1.0, *np.linspace(0, top, RADII).tolist()}):
-                fired = [one <= radius for one in distance]
-                general = [
-                    yes if hit[0] else no
-                    for hit, yes, no in zip(fired, if_fired["generalization_em"], otherwise["generalization_em"])
-                ]
-                kept = [~hit[1:] | unchanged for hit, unchanged in zip(fired, same)]
+                fired = [of_case <= radius for of_case in distances]
+                kept = [~hits[1:] | unchanged for hits, unchanged in zip(fired, same)]
                 rows.append(
                     {
                         "dataset": dataset,
@@ -83,15 +79,12 @@ def sweep_radius(subject: Subject, file: Path, cases: int, margins: Sequence[flo
                         "radius": radius,
                         "cases": len(chosen),
                         "effectiveness": if_fired["effectiveness_em"].mean(),
-                        "generalization": float(np.mean(general)),
-                        "specificity": float(np.mean([one.all() for one in kept])),
-                        "specificity_rate": float(np.mean([one.mean() for one in kept])),
+                        "generalization": float(np.where([hits[0] for hits in fired], *general).mean()),
+                        "specificity": float(np.mean([neighbours.all() for neighbours in kept])),
+                        "specificity_rate": float(np.mean([neighbours.mean() for neighbours in kept])),
                     }
                 )
-    table = pd.DataFrame(rows)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    table.round(4).to_csv(file, index=False)
-    return table
+    return write_csv(pd.DataFrame(rows), file)
 
 
 def fitted_editor(
@@ -106,4 +99,4 @@ def fitted_editor(
 
 def _by_case(distance: torch.Tensor, cases: Sequence[Case]) -> list[np.ndarray]:
     """Distances case by case: the rephrased prompt's, then the neighbours'."""
-    return [one.cpu().numpy() for one in distance.split([1 + len(case.unrelated) for case in cases])]
+    return [of_case.cpu().numpy() for of_case in distance.split([1 + len(case.unrelated) for case in cases])]

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ...metrics.base import get_metric
+from ...metrics.base import MEASURES, get_metric
 from ...metrics.paper import PAPER_SCORES
 from ..paper import A_GRACE_VARIANTS
 from ..tables import (
@@ -30,14 +30,9 @@ from ..tables import (
 
 # places in seaborn's colourblind palette of the edit prompt (OI), the rephrased prompt (GRI) and the neighbours (SRI)
 _KIND_COLOURS = {"edit": 7, "rephrased": 0, "neighbour": 1}
-_PRESET_SCORES = (
-    "effectiveness_em",
-    "generalization_em",
-    "specificity_em",
-    "specificity_rate",
-    "specificity_bleu",
-    "fluency",
-)
+_EXACT = [f"{measure}_em" for measure in MEASURES]
+_PRESET_SCORES = [*_EXACT, "specificity_rate", "specificity_bleu", "fluency"]
+_RADIUS = 1.0  # the paper's
 
 
 def ablation_table(records: pd.DataFrame, label: str, caption: str = "A-GRACE without its parts (Table VI).") -> Table:
@@ -45,14 +40,8 @@ def ablation_table(records: pd.DataFrame, label: str, caption: str = "A-GRACE wi
     return Table(score_rows(records[records["editor"].isin(A_GRACE_VARIANTS)]), caption, label)
 
 
-def paired_table(
-    records: pd.DataFrame,
-    label: str,
-    caption: str = "Differences on the same cases, in points.",
-    editor: str = "a-grace",
-    baseline: str = "grace",
-) -> Table:
-    """What one editor has over another on the same cases.
+def paired_table(records: pd.DataFrame, label: str, caption: str = "A-GRACE minus GRACE, in points.") -> Table:
+    """What A-GRACE has over GRACE on the same cases.
 
     Differences of means in points with a 95 % bootstrap interval over cases; p by McNemar's exact test for
     exact match, by Wilcoxon's signed-rank test for everything else; not corrected for the number of tests.
@@ -60,14 +49,14 @@ def paired_table(
     rows = []
     for dataset, of_dataset in scored(records).groupby("dataset", sort=False):
         wide = of_dataset.pivot(index="case_id", columns="editor", values=list(PAPER_SCORES))
-        if (PAPER_SCORES[0], editor) not in wide or (PAPER_SCORES[0], baseline) not in wide:
+        if not {"a-grace", "grace"} <= set(of_dataset["editor"]):
             continue
         row = {"Data": dataset_name(str(dataset))}
         for score in PAPER_SCORES:
-            pairs = wide[score][[editor, baseline]].dropna().astype(float)
+            pairs = wide[score][["a-grace", "grace"]].dropna().astype(float)
             row["n"] = str(len(pairs))
             row[column_name(score)] = _difference(
-                (pairs[editor] - pairs[baseline]).to_numpy(), get_metric(score).binary
+                (pairs["a-grace"] - pairs["grace"]).to_numpy(), get_metric(score).binary
             )
         rows.append(row)
     return Table(pd.DataFrame(rows), caption, label)
@@ -147,17 +136,17 @@ def _distances(records: pd.DataFrame) -> np.ndarray:
     return np.array(recorded, dtype=float)
 
 
-def distance_figure(records: pd.DataFrame, radius: float = 1.0, editors: tuple[str, ...] = ("grace", "a-grace")):
-    """How far the rephrased prompt (GRI) and the neighbours (SRI) are from the edit prompt (OI), for each kind of key.
+def distance_figure(records: pd.DataFrame):
+    """How far the rephrased prompt (GRI) and the neighbours (SRI) are from the edit prompt (OI), by GRACE's and A-GRACE's keys.
 
     A panel for each data set and editor; cases in the order of their OI-GRI distance; the band goes from a case's nearest
     to its farthest neighbour. A matplotlib figure.
     """
     datasets = list(records["dataset"].unique())
-    figure, axes, palette = _panels(len(editors), len(datasets), height=2.6)
+    figure, axes, palette = _panels(2, len(datasets), height=2.6)
     near, far = (palette[_KIND_COLOURS[kind]] for kind in ("rephrased", "neighbour"))
     recorded = scored(records)
-    for row, editor in zip(axes, editors):
+    for row, editor in zip(axes, ("grace", "a-grace")):
         for axis, dataset in zip(row, datasets):
             distances = _distances(recorded[(recorded["editor"] == editor) & (recorded["dataset"] == dataset)])
             if not len(distances):
@@ -166,7 +155,7 @@ def distance_figure(records: pd.DataFrame, radius: float = 1.0, editors: tuple[s
             order, band = np.arange(len(distances)), (distances[:, 1:].min(1), distances[:, 1:].max(1))
             axis.fill_between(order, *band, color=far, alpha=0.35, lw=0, label="OI–SRI, nearest to farthest")
             axis.plot(order, distances[:, 0], color=near, label="OI–GRI")
-            axis.axhline(radius, color="0.2", ls="--", lw=0.8, label="radius")
+            axis.axhline(_RADIUS, color="0.2", ls="--", lw=0.8, label="radius")
             axis.set_title(f"{dataset_name(dataset)}, {editor_name(editor)}'s keys")
             axis.set_ylim(bottom=0)
             axis.set_xlabel("cases")
@@ -174,7 +163,7 @@ def distance_figure(records: pd.DataFrame, radius: float = 1.0, editors: tuple[s
     return _with_legend(figure, axes, top=1.05, columns=3)
 
 
-def distance_findings(records: pd.DataFrame, radius: float = 1.0) -> Iterator[dict[str, Any]]:
+def distance_findings(records: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """For each data set and for GRACE's and A-GRACE's keys: in how many of ``cases`` the rephrased prompt is ``nearer`` than
     every neighbour, the ``rephrased`` prompt is within the radius, and a ``neighbour`` is."""
     for dataset, of_dataset in scored(records).groupby("dataset", sort=False):
@@ -184,8 +173,8 @@ def distance_findings(records: pd.DataFrame, radius: float = 1.0) -> Iterator[di
                 rephrased, nearest = distances[:, 0], distances[:, 1:].min(1)
                 counts = {
                     "nearer": rephrased < nearest,
-                    "rephrased": rephrased <= radius,
-                    "neighbour": nearest <= radius,
+                    "rephrased": rephrased <= _RADIUS,
+                    "neighbour": nearest <= _RADIUS,
                 }
                 names = {"data": dataset_name(str(dataset)), "editor": editor_name(editor), "cases": len(distances)}
                 yield names | {name: int(holds.sum()) for name, holds in counts.items()}
@@ -211,18 +200,16 @@ def projection_figure(places: pd.DataFrame):
     return _with_legend(figure, axes, top=1.04, columns=3)
 
 
-def projection_table(
-    places: pd.DataFrame, label: str, caption: str = "Distances from the edit prompt.", radius: float = 1.0
-) -> Table:
+def projection_table(places: pd.DataFrame, label: str, caption: str = "Distances from the edit prompt.") -> Table:
     """How far the prompts of the pictured case are from its edit prompt, in the whole space of each kind of key."""
     keys = {"last": "last token (GRACE)", "mean": "encoded mean (A-GRACE)"}
     rows = []
     for (dataset, query), prompts in places.groupby(["dataset", "query"], sort=False):
         rephrased = prompts[prompts["kind"] == "rephrased"]["distance"].iloc[0]
         neighbours = sorted(prompts[prompts["kind"] == "neighbour"]["distance"])
-        inside = sum(distance <= radius for distance in neighbours)
+        inside = sum(distance <= _RADIUS for distance in neighbours)
         within = (
-            f"{'' if rephrased <= radius else 'not '}the rephrased prompt, {inside} of {len(neighbours)} neighbours"
+            f"{'' if rephrased <= _RADIUS else 'not '}the rephrased prompt, {inside} of {len(neighbours)} neighbours"
         )
         rows.append(
             {
@@ -230,7 +217,7 @@ def projection_table(
                 "Key": keys[str(query)],
                 "Rephrased": f"{rephrased:.2f}",
                 "Neighbours": ", ".join(f"{distance:.2f}" for distance in neighbours),
-                f"Within {radius:g}": within,
+                f"Within {_RADIUS:g}": within,
             }
         )
     return Table(pd.DataFrame(rows), caption, label)
