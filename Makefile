@@ -101,15 +101,15 @@ gpu-run: $(GPU_READY)
 # the only target that writes results/: all steps resume, and published records are never overwritten
 publish: .venv/.ready
 	for editor in ft-l rome memit pmet grace; do test -f results/selection/smollm2-135m.$$editor.csv || \
-	  $(BIN)/clme select --editor $$editor --out results/selection/smollm2-135m.$$editor.csv || exit 1; done
+	  $(BIN)/clme measure selection --editor $$editor --out results/selection/smollm2-135m.$$editor.csv || exit 1; done
 	test -f results/selection/smollm2-135m.malmen.csv || \
-	  $(BIN)/clme select --editor malmen --dataset cnle --cases 10 --out results/selection/smollm2-135m.malmen.csv
+	  $(BIN)/clme measure selection --editor malmen --dataset cnle --cases 10 --out results/selection/smollm2-135m.malmen.csv
 	for editor in rome memit pmet malmen; do test -f results/presets/smollm2-135m.$$editor.csv || \
-	  $(BIN)/clme presets --editor $$editor --cases 20 --out results/presets/smollm2-135m.$$editor.csv || exit 1; done
-	test -f results/diagnosis/smollm2-135m.csv || $(BIN)/clme diagnose --out results/diagnosis/smollm2-135m.csv
-	test -f results/diagnosis/smollm2-135m.pmet.csv || $(BIN)/clme pmet-parts --out results/diagnosis/smollm2-135m.pmet.csv
-	$(BIN)/clme encoders --out results/encoders/smollm2-135m.csv
-	test -f results/statistics/smollm2-135m.csv || $(BIN)/clme statistics --out results/statistics/smollm2-135m.csv
+	  $(BIN)/clme measure presets --editor $$editor --cases 20 --out results/presets/smollm2-135m.$$editor.csv || exit 1; done
+	test -f results/diagnosis/smollm2-135m.csv || $(BIN)/clme measure weight-updates --out results/diagnosis/smollm2-135m.csv
+	test -f results/diagnosis/smollm2-135m.pmet.csv || $(BIN)/clme measure pmet-parts --out results/diagnosis/smollm2-135m.pmet.csv
+	$(BIN)/clme measure encoders --out results/encoders/smollm2-135m.csv
+	test -f results/statistics/smollm2-135m.csv || $(BIN)/clme measure statistics --out results/statistics/smollm2-135m.csv
 	test -d $(PUBLISHED) || { $(BIN)/clme run --editor $(ALL),$(RQ3) --cases 100 --out runs/publish/$(NAME) && \
 	  $(BIN)/clme notebook notebooks/rq3_a_grace.py runs/publish/rq3.ipynb -p cases 100 -p name $(NAME) -p out runs/publish/$(NAME) && \
 	  $(BIN)/clme publish runs/publish/$(NAME)-compat $(PUBLISHED)-compat && $(BIN)/clme publish runs/publish/$(NAME) $(PUBLISHED); }

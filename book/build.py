@@ -41,7 +41,7 @@ def stage(replacements: dict[str, Path]) -> None:
     """Copy what the book consists of, with executed notebooks in place of some pages."""
     shutil.rmtree(STAGE, ignore_errors=True)
     STAGE.mkdir(parents=True)
-    for name in ("_config.yml", "_toc.yml"):
+    for name in ("_config.yml", "_toc.yml", "CONTRIBUTING.md"):
         shutil.copy(ROOT / name, STAGE)
     for name in ("book", "results"):
         shutil.copytree(ROOT / name, STAGE / name, ignore=_LOCAL_STATE)

@@ -53,4 +53,4 @@ selection.preset_table(measured, label="tab-presets", caption=caption)
 #
 # Specificity does not tell the settings apart, but for MALMEN on CNLE: these editors leave hardly any neighbour unchanged here, with the defects or without.
 # {ref}`weight-editors` shows why. MALMEN with its defects leaves a fifth of CNLE's neighbours unchanged, by an edit that does nothing it should. All
-# of this is one model of 135M parameters; `clme presets --subject NAME --editor rome --out table.csv` measures another. A-GRACE's presets are compared in {ref}`rq3`.
+# of this is one model of 135M parameters; `clme measure presets --subject NAME --editor rome --out table.csv` measures another. A-GRACE's presets are compared in {ref}`rq3`.

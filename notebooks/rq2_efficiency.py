@@ -38,6 +38,7 @@ plain: str = ""  # table of benchmarks/whole_case.py, for what a plain procedure
 # %% tags=["hide-input"]
 import clme_lib as clme
 from clme_lib.study.config import BenchConfig
+from clme_lib.study.paper import PAPER_VARIANTS
 from clme_lib.study.rq2.measure import bench
 
 config = clme.config_from_notebook(globals(), BenchConfig)
@@ -92,7 +93,7 @@ if counts := shown["malmen"]:
         f"The paper finds MALMEN fastest and MEMIT and PMET slowest: of the {counts['pairs']} pairs of subject and data set in which all "
         f"three were measured, MALMEN is the fastest in {counts['fastest']} and one of the other two the slowest in {counts['slowest']}."
     )
-if counts := shown["csne"]:
+if counts := shown["dearer"]:
     sentences.append(
         f"It finds CSNE dearer than CNLE: so it is in {counts['longer']} of {counts['pairs']} pairs of subject and editor."
     )
@@ -170,7 +171,7 @@ rq2.floor_table(measured, label="tab-rq2-floor", caption=caption)
 # %% tags=["hide-input"]
 caption = (
     f"Projected hours for {sum(rq2.PAPER_CASES.values()):,} cases (the paper's data sets; CSNE's lengths as mined here) by "
-    f"{len(rq2.VARIANTS)} editor variants, each edited and evaluated; training and set-up apart."
+    f"{len(PAPER_VARIANTS)} editor variants, each edited and evaluated; training and set-up apart."
 )
 plain_seconds = None
 if config.plain:

@@ -334,7 +334,6 @@ def test_compat_leaves_later_generations_unedited(llama, cases):
     [
         (2.0, "margin: .*one margin per data set is needed, such as"),
         ({"cnle": -1.0}, r"margin.cnle: Input should be greater than 0 \(got -1.0\)"),
-        ({"conala": 1.0}, "margin.conala.*'cnle' or 'csne'"),
     ],
 )
 def test_margins_are_checked(llama, margin, message):

@@ -130,7 +130,7 @@ def test_rq3_says_what_the_tables_show(show):
 
 def test_the_benchmark_chapter_shows_what_it_may_and_what_was_built(show, monkeypatch, tmp_path, cases):
     built = tmp_path / "built"
-    pipeline.build_cnle(built, "embedded", relevance.OfflineScorer(), rephrasing.GivenIntents(), targets=4, seed=1)
+    pipeline.build_cnle(built, "embedded", relevance.OFFLINE_SCORER, rephrasing.GIVEN_INTENTS, targets=4, seed=1)
     load_cases = registry.load_cases
     monkeypatch.setattr(embedded_csne, "is_mined", lambda: True)
     monkeypatch.setattr(registry, "load_cases", lambda name: load_cases(name) if name == "cnle" else cases)
@@ -175,8 +175,16 @@ def tree(tmp_path):
     (tmp_path / "results" / "notebooks").mkdir(parents=True)
     for folder in ("_ext", "_static"):
         shutil.copytree(ROOT / "book" / folder, tmp_path / "book" / folder)
-    for file in ("_config.yml", "book/build.py", "book/references.bib", "results/numbers.json"):
+    for file in (
+        "_config.yml",
+        "CONTRIBUTING.md",
+        "book/build.py",
+        "book/layers.py",
+        "book/references.bib",
+        "results/numbers.json",
+    ):
         shutil.copy(ROOT / file, tmp_path / file)
+    shutil.copytree(ROOT / "clme_lib", tmp_path / "clme_lib", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("rq1_proficiency", "mine"):
         shutil.copy(
             ROOT / "results" / "notebooks" / "rq1_proficiency.ipynb",
@@ -204,8 +212,9 @@ def test_a_copied_notebook_builds(tree):
     assert "notebooks/rq1_proficiency.html#rq1" in (tree / "_build" / "html" / "book" / "own_run.html").read_text()
 
 
-def test_labels_follow_within_their_page(tree):
+def test_labels_follow_within_their_page(tree, monkeypatch):
     """References to a label that was renamed follow it; those to other pages and code that has the same word stay."""
+    monkeypatch.syspath_prepend(tree / "book")
     spec = importlib.util.spec_from_file_location("build", tree / "book" / "build.py")
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)

@@ -27,6 +27,7 @@ from clme_lib.datasets.construction import (
 )
 from clme_lib.datasets.construction.stages import Stages, Step, kept
 from clme_lib.datasets.neighbours import nearest, tfidf
+from clme_lib.datasets.paper import CNLE, CSNE
 from clme_lib.datasets.published import read
 from clme_lib.datasets.registry import load_cases
 from clme_lib.datasets.renaming import rename, same_bytecode
@@ -113,7 +114,7 @@ def test_cnle_is_built_by_a_model(conala, tmp_path, server, capsys):
     shown = capsys.readouterr().out
     levels = pipeline.level_counts(tmp_path / "out").set_index("level")["pairs"].to_dict()
     assert levels["very relevant"] == 22 and levels["partly relevant"] == 2 and "very relevant" in shown
-    cases = read(tmp_path / "out" / "EditConala.json", "cnle")
+    cases = read(tmp_path / "out" / "EditConala.json", CNLE)
     assert len(cases) == 8 and len(server.asked) == 24 + 8
     split = kept(read_rows(tmp_path / "out" / "04-split.jsonl"))
     by_id = {row["id"]: row for row in read_rows(tmp_path / "out" / "01-collect.jsonl")}
@@ -275,7 +276,7 @@ def test_a_subjects_answers_are_asked_once_and_written(conala, tmp_path):
         pipeline.build_cnle(
             tmp_path, str(conala), relevance.OFFLINE_SCORER, rephrasing.GIVEN_INTENTS, targets=4, seed=1, answers=("tiny", answer)
         )  # fmt: skip
-    cases = read(tmp_path / "EditConala.json", "cnle")
+    cases = read(tmp_path / "EditConala.json", CNLE)
     assert asked == [prompt for case in cases for prompt in case.unrelated]
     for case, record in zip(cases, json.loads((tmp_path / "EditConala.json").read_text())):
         assert record["neighborhoods"]["answers"] == {"tiny": [f"after {prompt}" for prompt in case.unrelated]}
@@ -344,7 +345,7 @@ def code_search_net(tmp_path):
 def test_csne_is_built_offline(code_search_net, tmp_path, capsys):
     assert cli.main(["data", "build", "csne", "--source", str(code_search_net), "--out", str(tmp_path / "out")]) == 0
     assert "EditCodeSearchNet.json: 8 records" in capsys.readouterr().out
-    cases = read(tmp_path / "out" / "EditCodeSearchNet.json", "csne")
+    cases = read(tmp_path / "out" / "EditCodeSearchNet.json", CSNE)
     bare = {
         sources.bare_function(code): ast.get_docstring(ast.parse(code).body[0]).split("\n")[0] for code in FUNCTIONS
     }

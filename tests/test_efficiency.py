@@ -57,7 +57,7 @@ def small_paper_subject(monkeypatch, five_neighbours):
         architecture="stablelm", hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=400, max_position_embeddings=512, partial_rotary_factor=0.25,
     )  # fmt: skip
-    editors = {name: {**values, **SMALL.get(name, {})} for name, values in settings.editors.items()}
+    editors = {name: {**settings.editors.get(name, {}), **small} for name, small in SMALL.items()}
     small = SubjectSettings(subject=settings.subject.model_copy(update={"shape": shape}), editors=editors)
     monkeypatch.setattr(shapes, "load_settings", lambda name: small if name == "stablecode-3b" else load_settings(name))
     monkeypatch.setattr("clme_lib.editors.registry.load_settings", lambda name: small)
@@ -240,16 +240,16 @@ def test_the_papers_orderings_are_counted_where_all_of_them_were_measured():
         for editor, value in mine.items()
     )
     counted = rq2.findings(measured)
-    assert counted["malmen"] == {"pairs": 1, "fastest": 1, "slowest": 1} and counted["csne"] is None
+    assert counted["malmen"] == {"pairs": 1, "fastest": 1, "slowest": 1} and counted["dearer"] is None
     assert counted["shapes"] == {"seconds": "two", "peak_mib": "two"}
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"editors": "none"}, "editors: .*unknown editor 'none'; known: ft-l, rome"),
+        ({"editors": "none"}, "editors: .*nothing to time of 'none'"),
         ({"batches": "0,2"}, "batches: .*a batch has at least one case"),
-        ({"dataset": "conala"}, "dataset: .*unknown data set 'conala'"),
+        ({"dataset": "conala"}, "unknown data set 'conala'; known: cnle, csne"),
         ({"casess": 3}, "casess: unknown key .*known: subject, random_weights"),
     ],
 )

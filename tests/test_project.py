@@ -11,11 +11,9 @@ from pathlib import Path
 import jupytext
 import papermill
 import pytest
-import torch
 import yaml
 
 from clme_lib.cli import main
-from clme_lib.study.appendices.weight_updates import diagnose
 from clme_lib.study.config import BenchConfig, RunConfig
 from clme_lib.study.notebook import execute
 from clme_lib.support.errors import StudyError
@@ -77,9 +75,9 @@ def test_notebooks_are_well_formed(path):
 
 
 def test_runner_refuses_unknown_parameters(tmp_path):
-    with pytest.raises(StudyError, match="unknown parameter 'editor'; known: .*editors"):
+    with pytest.raises(StudyError, match=r"unknown parameter 'editor' \(did you mean 'editors'\?\); known: .*editors"):
         execute(RQ1, tmp_path / "out.ipynb", {"editor": "grace"})
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "out.ipynb").exists()
 
 
 def test_a_failing_cell_leaves_no_finished_notebook(tmp_path):
@@ -127,18 +125,37 @@ def test_command_line(capsys):
     assert all(name in shown for name in ("smollm2-135m", "codellama-7b", "cnle", "csne", "grace", "ft-l"))
     assert main(["run", "--subject", "nonsense", "--out", "unused", "--cases", "1", "--dataset", "cnle"]) == 1
     assert "unknown subject 'nonsense'" in capsys.readouterr().err
-    assert main(["run", "--out", "unused", "--editor", "gracy"]) == 1
+    assert main(["run", "--out", "unused", "--editor", "gracy"]) == 2
     assert "unknown editor 'gracy'" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         main(["run", "--help"])
     assert stop.value.code == 0
 
 
-@pytest.mark.parametrize("command", ["select --editor rome", "presets --editor rome", "diagnose", "statistics", "run"])
+@pytest.mark.parametrize("command", ["measure selection --editor rome", "measure weight-updates", "bench", "run"])
 def test_measuring_commands_want_cases(command, capsys, tmp_path):
-    with pytest.raises(SystemExit) as stopped:
-        main([*command.split(), "--cases", "0", "--out", str(tmp_path / "table.csv")])
-    assert stopped.value.code == 2 and "'0' is not a whole number of at least 1" in capsys.readouterr().err
+    assert main([*command.split(), "--cases", "0", "--out", str(tmp_path / "table.csv")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"clme: clme {command.split()[0]}: cases: ") and "greater than or equal to 1" in said
+
+
+def test_a_measurement_says_which_options_it_takes(capsys, tmp_path):
+    for command, message in (
+        ("measure nothing", "unknown measurement 'nothing'; known: selection, presets, weight-updates"),
+        ("measure selection", "measure selection: --editor is needed"),
+        ("measure presets --editor rome,memit", "measure presets: --editor is not taken, or only one"),
+        ("measure radius --dataset cnle", "measure radius: --dataset is not taken"),
+    ):
+        assert main([*command.split(), "--out", str(tmp_path / "table.csv")]) == 1
+        assert message in capsys.readouterr().err
+    assert main(["measure", "list"]) == 0 and "encoders" in capsys.readouterr().out
+    assert main(["measure", "radius"]) == 1 and "measure radius: --out is needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("old", ["select", "presets", "diagnose", "pmet-parts", "radius", "encoders", "statistics"])
+def test_a_command_that_was_renamed_says_so(old, capsys):
+    assert main([old, "--out", "table.csv"]) == 2
+    assert re.search(rf"`clme {old}` is called `clme measure [a-z-]+` now", capsys.readouterr().err)
 
 
 def test_importing_is_light():
@@ -151,18 +168,3 @@ def test_no_unsafe_loading():
     for path in (ROOT / "clme_lib").rglob("*.py"):
         text = path.read_text()
         assert not re.search(r"torch\.load\(|pickle\.load|trust_remote_code\W+True", text), path
-
-
-def test_the_editor_in_the_book_edits(subject, cases):
-    """The example of "Add an editor", word for word: its step down the gradient lowers the loss."""
-    text = (ROOT / "book" / "new_experiments.md").read_text(encoding="utf-8")
-    code = text.split("## Add an editor")[1].split("```python\n")[1].split("```")[0]
-    names = {"__name__": "clme_lib.editors.mine", "__package__": "clme_lib.editors"}
-    exec(compile(code, "mine.py", "exec"), names)
-    editor = names["Mine"](subject, names["MineHyperparameters"](layer=1, lr=0.01))
-    edits = editor.edit(cases)
-    found = diagnose(subject, cases, edits)
-    assert (found["nll_after"] < found["nll_before"]).all()
-    assert found["learnt"].tolist() == pytest.approx(found["nll_before"].tolist(), rel=1e-4)
-    (alone,) = editor.edit(cases[:1])
-    torch.testing.assert_close(alone.delta(1), edits[0].delta(1), rtol=1e-3, atol=1e-6)

@@ -1,8 +1,10 @@
 """Loading subjects and hyper-parameters: what works, and what every mistake is told."""
 
 import hashlib
+import json
 import subprocess
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,18 +151,28 @@ def test_every_yaml_fits_its_editors():
 
 def test_paper_values():
     for name in ("codellama-7b", "codeqwen1.5-7b", "stablecode-3b"):
-        editors = load_settings(name).editors
-        assert editors["ft-l"] == {"layer": 21, "steps": 25, "lr": 5e-4, "bound": 1e-4, "loss_floor": 1e-2}
-        assert editors["grace"] == {"layer": 27, "steps": 30, "lr": 1.0, "radius": 1.0}
+        hparams = {editor: resolve_hparams(editor, name).model_dump(mode="json") for editor in list_editors()}
+        assert hparams["ft-l"] == {"layer": 21, "steps": 25, "lr": 5e-4, "bound": 1e-4, "loss_floor": 1e-2}
+        assert hparams["grace"] == {"layer": 27, "steps": 30, "lr": 1.0, "radius": 1.0}
         shared = {"lr": 0.5, "kl_factor": 0.0625, "weight_decay": 1e-3, "clamp": 4.0, "loss_floor": 0.05}
         spread = {"layers": [4, 5, 6, 7, 8], "covariance_weight": 15_000.0}
-        assert editors["rome"] == {**shared, "layer": 5, "steps": 25, "covariance": False}
-        assert editors["memit"] == {**shared, **spread, "steps": 25}
-        assert editors["pmet"] == {**shared, **spread, "steps": 30, "agreement_factor": 0.1, "kl_stop": 0.01}
-        assert editors["malmen"] == {
-            "layers": [26, 27, 28, 29, 30, 31], "step_size": 1e-6, "meta_lr": 1e-5, "rank": 1920, "blocks": 2,
-            "locality_factor": 1.0, "clip": 1.0, "batch": 4, "iterations": 1000,
-        }  # fmt: skip
+        for editor, values in {
+            "rome": {**shared, "layer": 5, "steps": 25, "covariance": False},
+            "memit": {**shared, **spread, "steps": 25},
+            "pmet": {**shared, **spread, "steps": 30, "agreement_factor": 0.1, "kl_stop": 0.01},
+            "malmen": {"layers": [26, 27, 28, 29, 30, 31], "step_size": 1e-6, "meta_lr": 1e-5, "rank": 1920, "blocks": 2,
+                       "locality_factor": 1.0, "clip": 1.0, "batch": 4, "iterations": 1000, "records": None},
+        }.items():  # fmt: skip
+            assert {key: hparams[editor][key] for key in values} == values
+
+
+def test_the_values_of_every_subject_are_what_they_were():
+    """Resolved from the classes' defaults and the YAMLs, as they were when each YAML had all of them."""
+    snapshot = json.loads((Path(__file__).parent / "data" / "hyperparameters.json").read_text())
+    assert set(snapshot) == set(registered_subjects())
+    for subject, editors in snapshot.items():
+        for editor, values in editors.items():
+            assert resolve_hparams(editor, subject).model_dump(mode="json") == values, (subject, editor)
 
 
 def test_layers_transfer():

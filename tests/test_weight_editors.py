@@ -389,7 +389,7 @@ def test_only_updates_of_weights_are_diagnosed(llama, tmp_path):
     with pytest.raises(
         StudyError, match="gracy, grace: no editor that updates weights; known: ft-l, rome, memit, pmet, malmen"
     ):
-        diagnosis.diagnose_editors(llama, ["rome", "gracy", "grace"], tmp_path / "table.csv", cases=1)
+        diagnosis.diagnose_editors(llama, tmp_path / "table.csv", ["rome", "gracy", "grace"], cases=1)
     assert not (tmp_path / "table.csv").exists()
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from ..subjects.settings import Preset, load_settings, registered_subjects, transfer_layers
+from ..subjects.settings import Preset, load_settings, transfer_layers
 from ..subjects.subject import Subject
 from ..support.schema import Schema, parse
 from ..support.seeds import DEFAULT_SEED
@@ -55,14 +55,14 @@ def resolve_hparams(
     editor = get_editor(name)
     fields = editor.Hyperparameters.model_fields.items()
     paper = {field: about.get_default(call_default_factory=True) for field, about in fields if not about.is_required()}
-    has_yaml = values == "subject" and subject in registered_subjects()
+    settings = load_settings(subject).editors if values == "subject" else {}
     chosen = {
         **(paper if blocks is None else transfer_layers(paper, blocks)),
-        **(load_settings(subject).editors.get(name, {}) if has_yaml else {}),
+        **settings.get(name, {}),
         **(editor.compat if preset == "compat" else {}),
         **overrides,
     }
-    return parse(editor.Hyperparameters, chosen, f"{subject}{'.yaml' if has_yaml else ''}: editors.{name}")
+    return parse(editor.Hyperparameters, chosen, f"{subject}: editors.{name}")
 
 
 def load_editor(

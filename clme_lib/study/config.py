@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from ..datasets.paper import PAPER_DATASET_NAMES
 from ..metrics.paper import PAPER_METRICS
@@ -191,6 +191,13 @@ class BenchConfig(Schema):
     out: Path = Field(Path("runs/bench"), description="folder of measurements; the same command resumes them")
     show: Path | None = Field(None, description="folder of finished measurements to show instead")
     plain: Path | None = Field(None, description="table of benchmarks/whole_case.py, for what a plain procedure needs")
+
+    @field_validator("editors")
+    @classmethod
+    def _edit(cls, editors: tuple[str, ...]) -> tuple[str, ...]:
+        if UNEDITED in editors:
+            raise ValueError(f"there is nothing to time of {UNEDITED!r}")
+        return editors
 
 
 class MeasureConfig(Schema):

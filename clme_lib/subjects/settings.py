@@ -61,18 +61,18 @@ def registered_subjects() -> list[str]:
 
 @cache
 def load_settings(name: str) -> SubjectSettings:
-    """Settings of a registered subject; any other is looked for on the hub and has the paper's hyper-parameters.
+    """Settings of a registered subject, or of a YAML given by its path; any other subject has the paper's hyper-parameters.
 
     Raises:
-        StudyError: the YAML is malformed; the message names the file and the field.
+        StudyError: the YAML cannot be read or is malformed; the message names the file and the field.
     """
-    if name not in registered_subjects():
+    if not name.endswith(".yaml") and name not in registered_subjects():
         return SubjectSettings(subject=SubjectSource(source="hub", id=name))
-    file = _FOLDER / f"{name}.yaml"
+    file = Path(name) if name.endswith(".yaml") else _FOLDER / f"{name}.yaml"
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise StudyError(f"{file}: not valid YAML: {error}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise StudyError(f"{file}: cannot be read as YAML: {error}") from error
     return parse(SubjectSettings, content, str(file))
 
 

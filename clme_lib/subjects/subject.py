@@ -143,7 +143,8 @@ def load_subject(name: str, device: str = "auto", dtype: str = "auto") -> Subjec
 
     Args:
         name: ``smollm2-135m`` (embedded, no account needed), ``codellama-7b``, ``codeqwen1.5-7b``,
-            ``stablecode-3b``, any hub id such as ``owner/model``, or a folder with safetensors weights.
+            ``stablecode-3b``, any hub id such as ``owner/model``, a folder with safetensors weights, or a YAML that names one of
+            these as its ``id`` and has hyper-parameters for it.
         device: ``auto`` (CUDA when there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto`` (float32 on every device), ``float32``, ``bfloat16`` or ``float16``.
 
@@ -159,7 +160,7 @@ def load_subject(name: str, device: str = "auto", dtype: str = "auto") -> Subjec
         location: str = str(embedded_subject.ensure())
     elif Path(name).is_dir():
         location = name
-    elif name in registered_subjects() or ("/" in name and not name.startswith((".", "/"))):
+    elif name in registered_subjects() or name.endswith(".yaml") or ("/" in name and not name.startswith((".", "/"))):
         location = settings.subject.id or name
     else:
         raise StudyError(

@@ -29,7 +29,7 @@ def setting_table(measured: pd.DataFrame, label: str, caption: str = "Encoders b
     """Encoders by setting, trained on all of the other half; means over both halves.
 
     Args:
-        measured: what ``clme encoders`` writes (:func:`compare_encoders`).
+        measured: what ``clme measure encoders`` writes (:func:`compare_encoders`).
     """
     whole = measured[_on_whole_half(measured)].groupby(_SETTINGS, sort=False)
     return Table(

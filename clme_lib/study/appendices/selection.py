@@ -35,7 +35,7 @@ def selection_table(measured: pd.DataFrame, label: str, caption: str = "") -> Ta
     """An editor's grid in its order, the chosen setting in bold.
 
     Args:
-        measured: what ``clme select`` writes (:func:`select`).
+        measured: what ``clme measure selection`` writes (:func:`select`).
     """
     (editor,) = measured["editor"].unique()
     cells = _score_cells(measured).assign(Criterion=measured["criterion"].map(percent))
@@ -73,7 +73,7 @@ def preset_table(
     """What the released program's defects do, alone and together; each data set's first row has none of them.
 
     Args:
-        measured: by editor, what ``clme presets`` writes (:func:`compare_presets`).
+        measured: by editor, what ``clme measure presets`` writes (:func:`compare_presets`).
     """
     parts = []
     for editor in in_order(measured):

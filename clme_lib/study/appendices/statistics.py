@@ -22,7 +22,7 @@ def statistics_table(measured: pd.DataFrame, label: str, caption: str = "Writes 
     """MEMIT's writes under more and more statistics.
 
     Args:
-        measured: what ``clme statistics`` writes (:func:`compare_statistics`).
+        measured: what ``clme measure statistics`` writes (:func:`compare_statistics`).
     """
     cells = {
         "Tokens": measured["tokens"].map("{:,}".format),
@@ -37,7 +37,7 @@ def statistics_table(measured: pd.DataFrame, label: str, caption: str = "Writes 
 
 
 @torch.no_grad()
-def compare_statistics(subject: Subject, file: Path, cases: int) -> pd.DataFrame:
+def compare_statistics(subject: Subject, file: Path, cases: int = 30) -> pd.DataFrame:
     """What MEMIT would write with so many tokens' statistics, and with four times as many; written as CSV.
 
     For each layer one row with ten tokens per dimension of the key, and one with forty (the default). Columns: ``tokens``; ``cosine``

@@ -35,7 +35,7 @@ def diagnosis_table(measured: pd.DataFrame, label: str, caption: str = "Updates,
     """Losses, size and reach of updates.
 
     Args:
-        measured: what ``clme diagnose`` writes (:func:`diagnose_editors`).
+        measured: what ``clme measure weight-updates`` writes (:func:`diagnose_editors`).
     """
     cells = {
         "Editor": measured["editor"].map(editor_name),
@@ -52,7 +52,7 @@ def pmet_table(measured: pd.DataFrame, label: str, caption: str = "PMET's steps 
     """PMET's steps taken apart.
 
     Args:
-        measured: what ``clme pmet-parts`` writes (:func:`take_pmet_apart`).
+        measured: what ``clme measure pmet-parts`` writes (:func:`take_pmet_apart`).
     """
     layers = measured["layers"].astype(str)
     cells = {
@@ -78,6 +78,7 @@ def _change(measured: pd.DataFrame, loss: str) -> pd.Series:
 
 # the subject's own weight, which writes about 60 % of a residual, and one that writes nearly all of it
 PARTS_WEIGHTS = (2_093.0, 200.0)
+DIAGNOSED = ("ft-l", "rome", "memit", "pmet")
 _PARTS_COLUMNS = ["learnt", "nll_before", "nll_after", "first_after", "norm"]
 
 
@@ -117,7 +118,7 @@ def diagnose(subject: Subject, cases: Sequence[Case], edits: Sequence[Edit]) -> 
     return pd.DataFrame(rows)
 
 
-def diagnose_editors(subject: Subject, editors: Sequence[str], file: Path, cases: int) -> pd.DataFrame:
+def diagnose_editors(subject: Subject, file: Path, editors: Sequence[str] = DIAGNOSED, cases: int = 6) -> pd.DataFrame:
     """Mean diagnosis of each editor with the paper's values and with the subject's own, written as CSV.
 
     Args:
@@ -144,7 +145,7 @@ def diagnose_editors(subject: Subject, editors: Sequence[str], file: Path, cases
     return write_csv(pd.DataFrame(rows), file)
 
 
-def take_pmet_apart(subject: Subject, file: Path, cases: int) -> pd.DataFrame:
+def take_pmet_apart(subject: Subject, file: Path, cases: int = 6) -> pd.DataFrame:
     """What PMET's two steps after learning cost: leaving the attention's vector out, and spreading the MLP's over layers.
 
     The vectors are learnt once without the KL term, with the attention's and without, and written at the last layer

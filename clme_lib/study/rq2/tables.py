@@ -304,7 +304,7 @@ def findings(measured: pd.DataFrame) -> dict[str, Any]:
     Returns:
         ``costs``: median seconds of an edit, a row for each subject (its label) and data set, with the ``fastest`` and the
         ``slowest`` editor and its ``least`` and ``most`` seconds. ``malmen``: in how many of the ``pairs`` of subject and data
-        set that have all three MALMEN is the ``fastest``, and MEMIT or PMET the ``slowest``. ``csne``: in how many ``pairs``
+        set that have all three MALMEN is the ``fastest``, and MEMIT or PMET the ``slowest``. ``dearer``: in how many ``pairs``
         of subject and editor CSNE takes ``longer``. ``shapes``: of several subjects with random weights, by the editors
         measured on all of them, the one with the largest median ``seconds`` and ``peak_mib``. ``half``: ``gib``, ``editor`` and
         ``subject`` of the largest peak in 16 bits. These four are None where there is nothing to count. ``too_large``: by
@@ -333,14 +333,14 @@ def findings(measured: pd.DataFrame) -> dict[str, Any]:
 
 def _orderings(medians: pd.DataFrame, random: pd.DataFrame) -> dict[str, dict[str, Any] | None]:
     """What the paper says of its subjects on its GPU, counted in these measurements (see :func:`findings`)."""
-    counted: dict[str, dict[str, Any] | None] = dict.fromkeys(("malmen", "csne", "shapes"))
+    counted: dict[str, dict[str, Any] | None] = dict.fromkeys(("malmen", "dearer", "shapes"))
     if {"malmen", "memit", "pmet"} <= set(medians.columns):
         whole = medians.dropna(subset=["malmen", "memit", "pmet"])
         first, last = whole.idxmin(axis=1) == "malmen", whole.idxmax(axis=1).isin(["memit", "pmet"])
         counted["malmen"] = {"pairs": len(whole), "fastest": first.sum(), "slowest": last.sum()}
     if set(PAPER_CASES) <= set(medians.index.get_level_values("dataset")):
         both = medians.stack().unstack("dataset").dropna()
-        counted["csne"] = {"pairs": len(both), "longer": (both[CSNE.name] > both[CNLE.name]).sum()}
+        counted["dearer"] = {"pairs": len(both), "longer": (both[CSNE.name] > both[CNLE.name]).sum()}
     # by the editors that all of them have: one may not fit
     subjects = random.groupby("editor")["subject"].nunique()
     common = subjects.index[subjects == random["subject"].nunique()]

@@ -35,7 +35,7 @@ RADII = 61  # how many the sweep takes, from nothing to the largest distance
 _EVERYTHING = 1e9
 
 
-def sweep_radius(subject: Subject, file: Path, cases: int, margins: Sequence[float] = MARGINS) -> pd.DataFrame:
+def sweep_radius(subject: Subject, file: Path, cases: int = 30, margins: Sequence[float] = MARGINS) -> pd.DataFrame:
     """Exact match of all measures as a function of the radius, on the selection cases; written as CSV.
 
     One row for each data set, editor, margin and radius: ``effectiveness``, ``generalization``, ``specificity`` (all five

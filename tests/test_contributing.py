@@ -1,0 +1,109 @@
+"""The examples of CONTRIBUTING, as the package of somebody else: found by entry points, run by the command line."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import make_subject
+
+from clme_lib.study.run_folder import load_run
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """A folder with the installed package, a tiny model, the subject's YAML and the data set's JSON."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    package = folder / "site" / "clme_examples"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    for name, code in zip(("one_step", "first_word", "units", "pairs"), blocks("python"), strict=True):
+        (package / f"{name}.py").write_text(code)
+    info = folder / "site" / "clme_examples-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: clme-examples\nVersion: 1.0\n")
+    groups = tomllib.loads(blocks("toml")[0])["project"]["entry-points"]
+    groups["clme_lib.editors"]["broken"] = "clme_examples.nothing:Nothing"
+    lines = [
+        f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in named.items())
+        for group, named in groups.items()
+    ]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    llama = make_subject("llama")
+    llama.model.save_pretrained(folder / "model")
+    llama.tokenizer.save_pretrained(folder / "model")
+    (folder / "my-model.yaml").write_text(blocks("yaml")[0].replace("owner/model", str(folder / "model")))
+    (folder / "seasons.json").write_text(blocks("json")[0])
+    return folder
+
+
+def clme(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    own = {**os.environ, "PYTHONPATH": f"{folder / 'site'}{os.pathsep}{ROOT}", "CLME_CACHE": str(folder / "cache")}
+    return subprocess.run(
+        [sys.executable, "-m", "clme_lib.cli", *arguments], cwd=folder, env=own, capture_output=True, text=True
+    )
+
+
+def test_what_others_add_is_listed_and_a_broken_package_spoils_nothing_else(elsewhere):
+    listed = clme(elsewhere, "list")
+    assert listed.returncode == 0 and not listed.stderr
+    for name in ("one-step", "effectiveness_first_word", "units", "pairs", "grace", "fluency", "cnle", "single"):
+        assert re.search(rf"^  {name} ", listed.stdout, re.M), name
+    refused = clme(elsewhere, "run", "--editor", "broken", "--out", "run")
+    assert (
+        refused.returncode == 2
+        and "package 'clme-examples' does not load (clme_examples.nothing:Nothing)" in refused.stderr
+    )
+
+
+def test_all_five_run_together(elsewhere):
+    """The added editor and GRACE, two edits in one model, on the added data set, with the added metric, by the YAML's values."""
+    options = ["--subject", "my-model.yaml", "--dataset", "units", "--editor", "none,one-step,grace", "--protocol", "pairs",
+               "--metrics", "effectiveness_em,effectiveness_first_word", "--set", "grace.steps=3", "--device", "cpu"]  # fmt: skip
+    done = clme(elsewhere, "run", *options, "--cases", "all", "--out", "run")
+    assert done.returncode == 0, done.stderr
+    records = load_run(elsewhere / "run")
+    assert (
+        set(records["state"]) == {"scored"}
+        and set(records["protocol"]) == {"pairs"}
+        and set(records["dataset"]) == {"units"}
+    )
+    for _, of_editor in records.groupby("editor"):
+        assert of_editor["position"].value_counts().to_dict() == {1: 2, 2: 4}
+    assert records["effectiveness_first_word"].isin([0.0, 1.0]).all()
+    assert set(records[records["editor"] == "grace"]["steps"]) == {3} and set(
+        records[records["editor"] == "one-step"]["steps"]
+    ) == {1}
+    start = json.loads((elsewhere / "run" / "run.json").read_text())["starts"][0]
+    hparams = {name: made["values"] for name, made in start["hyperparameters"].items()}
+    assert hparams["one-step"] == {"layer": 1, "lr": 0.1} and hparams["grace"]["layer"] == 2
+    assert set(records["start"]) == {start["id"]} and set(records["library"]) == {start["library"]}
+    again = clme(elsewhere, "run", *options, "--cases", "all", "--out", "run")
+    assert again.returncode == 0 and load_run(elsewhere / "run").equals(records)
+    other = clme(elsewhere, "run", *options[:-4], "--set", "grace.steps=4", "--cases", "all", "--out", "run")
+    assert (
+        other.returncode == 1
+        and "holds a run with set grace={'steps': 3}, asked for is set grace={'steps': 4}" in other.stderr
+    )
+
+
+def test_a_data_set_needs_no_code(elsewhere):
+    options = ["--subject", "my-model.yaml", "--editor", "none,grace", "--device", "cpu", "--out", "seasons"]
+    done = clme(elsewhere, "run", "--dataset", "seasons.json", *options)
+    assert done.returncode == 0, done.stderr
+    records = load_run(elsewhere / "seasons")
+    assert len(records) == 4 and set(records["dataset"]) == {"seasons"} and set(records["source"]) == {"seasons.json"}
+    done = clme(elsewhere, "score", "seasons", "scored", "--metrics", "effectiveness_first_word")
+    assert done.returncode == 0, done.stderr
+    scored = load_run(elsewhere / "scored")
+    assert scored["effectiveness_first_word"].notna().all() and (scored["fluency"] == records["fluency"]).all()
