@@ -95,7 +95,7 @@ def _list(_config: Any) -> int:
     print("  any JSON file that describes a data set")
     print("editors")
     for name in list_editors():
-        print(f"  {name:22} {(get_editor(name).__doc__ or '').splitlines()[0]}")
+        print(f"  {name:22} {(get_editor(name).__doc__ or get_editor(name).title).splitlines()[0]}")
     print("metrics")
     for name in list_metrics():
         print(f"  {name:22} {get_metric(name).title}")

@@ -16,6 +16,51 @@ from clme_lib.study.run_folder import load_run
 ROOT = Path(__file__).resolve().parent.parent
 
 
+# a second editor, whose operations are counted
+COUNTED = """
+from clme_lib.editors.operations import Phase
+from clme_examples.one_step import OneStep
+
+
+class Counted(OneStep):
+    name = "counted"
+
+    def operations(self, prompt, target, steps):
+        return [Phase("step", 1e9, 1e6)]
+"""
+# what the tables and figures make of two editors more than the paper has
+TABLES = """
+import sys
+from clme_lib.study import rq1
+from clme_lib.study.config import BenchConfig
+from clme_lib.study.rq2 import measure, tables
+from clme_lib.study.run_folder import load_run
+from clme_lib.study.tables import editor_colour
+
+records = load_run("grid")
+shown = rq1.proficiency_table(records, label="tab").data
+assert list(shown["Editor"]) == ["unedited", "GRACE", "counted", "One step"], list(shown["Editor"])
+figure = rq1.proficiency_figure(records)
+assert [text.get_text() for text in figure.legends[0].get_texts()] == ["GRACE", "counted", "One step"]
+grey = editor_colour("nobody knows it")
+assert len({editor_colour(name) for name in ("grace", "counted", "one-step")} | {grey}) == 4
+measured = measure.load_measurements("bench")
+costs = tables.cost_table(measured, label="tab").data
+assert set(costs["Editor"]) == {"GRACE", "counted", "One step"}
+floors = tables.floor_table(measured, label="tab").data
+assert set(floors["Editor"]) == {"GRACE", "counted"}, "nobody has counted the other's operations"
+# what was measured of the paper's variants is projected, whatever else is there
+rows = []
+for dataset in ("cnle", "csne"):
+    for editor in (*tables.PAPER_VARIANTS, "counted", "one-step"):
+        rows.append({**measured[measured["kind"] == "throughput"].iloc[0].to_dict(), "dataset": dataset, "editor": editor,
+                     "subject": "smollm2-135m", "batch": 1, "edit_seconds": 1.0, "evaluate_seconds": 1.0})
+import pandas as pd
+projected = tables.projection_table(pd.DataFrame(rows), label="tab").data.set_index("Subject")
+assert float(projected.loc["smollm2-135m", "one case at a time (h)"]) == round(9 * 2 * (21_055 + 16_000) / 3600)
+"""
+
+
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
 
@@ -29,10 +74,12 @@ def elsewhere(tmp_path_factory):
     (package / "__init__.py").write_text("")
     for name, code in zip(("one_step", "first_word", "units", "pairs"), blocks("python"), strict=True):
         (package / f"{name}.py").write_text(code)
+    (package / "counted.py").write_text(COUNTED)
     info = folder / "site" / "clme_examples-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: clme-examples\nVersion: 1.0\n")
     groups = tomllib.loads(blocks("toml")[0])["project"]["entry-points"]
+    groups["clme_lib.editors"]["counted"] = "clme_examples.counted:Counted"
     groups["clme_lib.editors"]["broken"] = "clme_examples.nothing:Nothing"
     lines = [
         f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in named.items())
@@ -107,3 +154,27 @@ def test_a_data_set_needs_no_code(elsewhere):
     assert done.returncode == 0, done.stderr
     scored = load_run(elsewhere / "scored")
     assert scored["effectiveness_first_word"].notna().all() and (scored["fluency"] == records["fluency"]).all()
+
+
+def test_two_more_editors_blank_no_table(elsewhere):
+    """The grid, RQ1's table and figure, RQ2's measurements, projection and floor."""
+    options = ["--subject", "my-model.yaml", "--dataset", "units", "--device", "cpu"]
+    done = clme(elsewhere, "run", *options, "--editor", "none,grace,one-step,counted", "--cases", "2", "--out", "grid")
+    assert done.returncode == 0, done.stderr
+    done = clme(
+        elsewhere,
+        "bench",
+        *options,
+        "--editor",
+        "grace,one-step,counted",
+        "--cases",
+        "1",
+        "--batches",
+        "1",
+        "--out",
+        "bench",
+    )
+    assert done.returncode == 0, done.stderr
+    own = {**os.environ, "PYTHONPATH": f"{elsewhere / 'site'}{os.pathsep}{ROOT}", "MPLBACKEND": "agg"}
+    done = subprocess.run([sys.executable, "-c", TABLES], cwd=elsewhere, env=own, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

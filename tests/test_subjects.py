@@ -216,7 +216,7 @@ def test_a_malformed_yaml_names_the_file(tmp_path, monkeypatch):
         with pytest.raises(StudyError, match=r"mine\.yaml: subject\.source"):
             load_settings("mine")
         (tmp_path / "mine.yaml").write_text("a: [")
-        with pytest.raises(StudyError, match=r"mine\.yaml: not valid YAML"):
+        with pytest.raises(StudyError, match=r"mine\.yaml: cannot be read as YAML"):
             load_settings("mine")
     finally:
         hyperparameters.registered_subjects.cache_clear()

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Entries by name, ordered by their ``order``; those without one follow as they were registered.
+    """Entries by name, ordered by their ``order`` and then by name; those without an order come last.
 
     The library's own modules register what they define when they are imported, which happens when the registry is first asked; so
     does what other packages name under the entry-point group, whose values are entries or modules that register some.
@@ -59,7 +59,7 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """All names, in order."""
         self._load()
-        return sorted(self._entries, key=lambda name: getattr(self._entries[name], "order", _LAST))
+        return sorted(self._entries, key=lambda name: (getattr(self._entries[name], "order", _LAST), name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
