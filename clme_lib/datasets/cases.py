@@ -54,7 +54,7 @@ def sample_cases(cases: Sequence[Case], count: int | None, seed: int) -> list[Ca
     if not cases:
         return []
     order = seeded_order(by_id, "sample", seed, cases[0].dataset)
-    return [by_id[one] for one in order[:count]]
+    return [by_id[case_id] for case_id in order[:count]]
 
 
 def folds(cases: Sequence[Case], seed: int) -> tuple[list[int], list[int]]:

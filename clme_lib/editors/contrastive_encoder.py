@@ -66,15 +66,15 @@ class Pairs:
     """Pairs of queries: ``queries`` (P, d_f), and of each pair both indices (N,) and whether it is a positive one (N,)."""
 
     queries: torch.Tensor
-    one: torch.Tensor
-    other: torch.Tensor
+    first: torch.Tensor
+    second: torch.Tensor
     positive: torch.Tensor
 
     @torch.no_grad()
     def distances(self, encoder: Encoder | None) -> torch.Tensor:
         """The distance of every pair (N,), encoded, or as the queries are."""
         encoded = self.queries if encoder is None else encoder(self.queries)
-        return distances(encoded[self.one], encoded[self.other])
+        return distances(encoded[self.first], encoded[self.second])
 
 
 def make_pairs(subject: Subject, cases: Sequence[Case], layer: int, query: Query) -> Pairs:
@@ -93,9 +93,9 @@ def make_pairs(subject: Subject, cases: Sequence[Case], layer: int, query: Query
         others = [(case.rephrased[0], True), *((prompt, False) for prompt in case.unrelated)]
         own = prompts.setdefault(case.prompt, len(prompts))
         rows += [(own, prompts.setdefault(prompt, len(prompts)), positive) for prompt, positive in others]
-    one, other, positive = (torch.tensor(part, device=subject.device) for part in zip(*rows))
+    first, second, positive = (torch.tensor(part, device=subject.device) for part in zip(*rows))
     queries = stored_queries(subject, list(prompts), layer, query).to(subject.device)
-    return Pairs(queries, one, other, positive)
+    return Pairs(queries, first, second, positive)
 
 
 def train(
@@ -114,11 +114,13 @@ def train(
     since = 0
     with torch.enable_grad():
         for _epoch in range(hparams.epochs):
-            order = torch.randperm(len(training.one), generator=draw).to(device)
+            order = torch.randperm(len(training.first), generator=draw).to(device)
             total = 0.0
             for batch in order.split(hparams.encoder_batch):
-                one, other = (encoder(training.queries[side[batch]], draw) for side in (training.one, training.other))
-                loss = contrastive_loss(distances(one, other), training.positive[batch], margin)
+                first, second = (
+                    encoder(training.queries[side[batch]], draw) for side in (training.first, training.second)
+                )
+                loss = contrastive_loss(distances(first, second), training.positive[batch], margin)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -211,9 +213,9 @@ def _digest(cases: Sequence[Case]) -> str:
 _EPS = 1e-6  # PyTorch's pairwise distance adds it to the difference
 
 
-def distances(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def distances(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """``||a - b + 1e-6||`` along the last axis."""
-    return (one - other + _EPS).norm(dim=-1)
+    return (first - second + _EPS).norm(dim=-1)
 
 
 def contrastive_loss(distance: torch.Tensor, positive: torch.Tensor, margin: float) -> torch.Tensor:
@@ -232,8 +234,8 @@ def balanced_accuracy(distance: torch.Tensor, positive: torch.Tensor, radius: fl
     """
     if not positive.any() or positive.all():
         raise StudyError("balanced accuracy needs both positive and negative pairs")
-    found = []
-    for one in [radius] if isinstance(radius, int | float) else radius:
-        inside = distance <= one
-        found.append(0.5 * (inside[positive].double().mean() + (~inside[~positive]).double().mean()).item())
-    return found
+    accuracies = []
+    for bound in [radius] if isinstance(radius, int | float) else radius:
+        inside = distance <= bound
+        accuracies.append(0.5 * (inside[positive].double().mean() + (~inside[~positive]).double().mean()).item())
+    return accuracies

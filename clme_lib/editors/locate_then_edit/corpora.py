@@ -55,7 +55,7 @@ def _embedded() -> Corpus:
     from ...datasets.embedded_csne import load_content
 
     functions = load_content()["pool"]
-    texts = [f"{one['doc']}\n{one['code']}" for one in functions]
+    texts = [f"{function['doc']}\n{function['code']}" for function in functions]
     identity = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     order = seeded_order(range(len(texts)), "corpus", SEED)
     return Corpus("embedded", identity, lambda: (texts[n] for n in order))
@@ -94,8 +94,8 @@ def _hub(name: str, place: str) -> Corpus:
     try:
         info = HfApi().dataset_info(repo_id)
         shards = sorted(
-            one.rfilename for one in info.siblings or []
-            if one.rfilename.endswith(".parquet") and one.rfilename.startswith(folder)
+            file.rfilename for file in info.siblings or []
+            if file.rfilename.endswith(".parquet") and file.rfilename.startswith(folder)
         )  # fmt: skip
     except Exception as error:  # the client raises its own and its transport's errors
         raise StudyError(

@@ -117,7 +117,7 @@ class Rewriting:
     @classmethod
     def of(cls, subject: Subject, rows: Sequence[Sequence[TokenRow]], contexts: int, layer: int) -> Rewriting:
         """From each case's :func:`rewriting_rows`."""
-        flat = [row for mine in rows for row in mine]
+        flat = [row for of_case in rows for row in of_case]
         each, device = len(rows[0]), subject.device
         place = torch.arange(len(flat), device=device)
         forward = PartialForward(subject, flat, layer, from_lookup=True)

@@ -99,17 +99,17 @@ def random_moments(subject: Subject, layers: Sequence[int], seed: int) -> dict[i
 
 
 def second_moments(
-    subject: Subject, layers: Sequence[int], wanted: StatisticsHyperparameters
+    subject: Subject, layers: Sequence[int], hparams: StatisticsHyperparameters
 ) -> dict[int, SecondMoment]:
     """Second moments of the given layers: from the cache, or gathered now.
 
     Raises:
         StudyError: the corpus is too small, or a cached file is of something else; the message says what to do.
     """
-    corpus = open_corpus(wanted.corpus)
-    identity = _identity(subject, corpus, wanted)
+    corpus = open_corpus(hparams.corpus)
+    identity = _identity(subject, corpus, hparams)
     least = identity["wanted_tokens"] or subject.inner_size
-    if not (wanted.corpus_tokens or wanted.corpus_documents):
+    if not (hparams.corpus_tokens or hparams.corpus_documents):
         least = LEAST_PER_DIMENSION * subject.inner_size
     files = {layer: _artifact(identity, layer=layer) for layer in layers}
     if absent := {layer: file for layer, file in sorted(files.items()) if not file.exists()}:
@@ -127,7 +127,7 @@ def _artifact(identity: dict, **what: Any) -> Artifact:
     return Artifact.cached("statistics", prefix, {**identity, **what})
 
 
-def _identity(subject: Subject, corpus: Corpus, wanted: StatisticsHyperparameters) -> dict:
+def _identity(subject: Subject, corpus: Corpus, hparams: StatisticsHyperparameters) -> dict:
     return {
         "format": FORMAT,
         "version": 1,
@@ -135,15 +135,15 @@ def _identity(subject: Subject, corpus: Corpus, wanted: StatisticsHyperparameter
         "corpus": corpus.name,
         "identity": corpus.identity,
         "sample_seed": SEED,
-        "wanted_documents": wanted.corpus_documents,
-        "wanted_tokens": _token_limit(subject, wanted),
+        "wanted_documents": hparams.corpus_documents,
+        "wanted_tokens": _token_limit(subject, hparams),
         "document_tokens": DOCUMENT_TOKENS,
     }
 
 
-def _token_limit(subject: Subject, wanted: StatisticsHyperparameters) -> int | None:
-    if wanted.corpus_tokens or wanted.corpus_documents:
-        return wanted.corpus_tokens
+def _token_limit(subject: Subject, hparams: StatisticsHyperparameters) -> int | None:
+    if hparams.corpus_tokens or hparams.corpus_documents:
+        return hparams.corpus_tokens
     return TOKENS_PER_DIMENSION * subject.inner_size
 
 

@@ -160,7 +160,7 @@ class Training:
                 )
                 for n, layer in enumerate(self.layers)
             ]
-        leaves = [one.detach().requires_grad_(True) for one in coefficients]
+        leaves = [tensor.detach().requires_grad_(True) for tensor in coefficients]
 
         def shift(layer: int, leaf: torch.Tensor) -> Hook:
             return lambda given, output: output + ((given.float() @ cached.keys[layer].T) @ leaf).to(output.dtype)
@@ -214,7 +214,7 @@ class Training:
             if self._kept_bytes >= _KEPT_BYTES:
                 return torch.cat(states)
             self._references.update(zip(rows, states))
-            self._kept_bytes += sum(one.numel() * one.element_size() for one in states)
+            self._kept_bytes += sum(tensor.numel() * tensor.element_size() for tensor in states)
         return torch.cat([self._references[row] for row in rows])
 
     def _answered(self, prompt: str) -> TokenRow:
@@ -237,7 +237,7 @@ class Training:
         residuals = [self._kept[row] if row in self._kept else fresh[row] for row in rows]
         if self._kept_bytes < _KEPT_BYTES:
             self._kept.update(fresh)
-            self._kept_bytes += sum(one.numel() * one.element_size() for one in fresh.values())
+            self._kept_bytes += sum(tensor.numel() * tensor.element_size() for tensor in fresh.values())
         return PartialForward(self.subject, rows, layer, from_lookup=False, residuals=residuals)
 
     def _save(self, finished: bool) -> None:

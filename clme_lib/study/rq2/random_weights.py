@@ -38,7 +38,7 @@ def random_subject(name: str, device: str = "auto", dtype: str = "auto", seed: i
     settings = load_settings(name)
     shape = settings.subject.shape
     if name not in registered_subjects() or shape is None:
-        shaped = [one for one in registered_subjects() if load_settings(one).subject.shape]
+        shaped = [registered for registered in registered_subjects() if load_settings(registered).subject.shape]
         raise StudyError(f"{name!r} has no shape to fill with random weights; known: {', '.join(shaped)}")
     place = torch_device(device)
     kind = "float32" if dtype == "auto" else dtype

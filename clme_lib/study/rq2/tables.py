@@ -168,9 +168,9 @@ def throughput_table(measured: pd.DataFrame, label: str, caption: str = "Edits p
     """Edits per second, alone and with their evaluation, by batch size."""
     batches = _rows(measured, "throughput")
     rows = []
-    for (of_subject, dataset, editor), mine in batches.groupby(["label", "dataset", "editor"], sort=False):
+    for (of_subject, dataset, editor), of_editor in batches.groupby(["label", "dataset", "editor"], sort=False):
         row = {"Subject": of_subject, "Data": dataset_name(dataset), "Editor": editor_name(editor)}
-        rates = _rates(mine)
+        rates = _rates(of_editor)
         for size, rate in rates.iterrows():
             row[f"edits/s, batch {size}"] = _rate(rate["edits"])
         for size, rate in rates.iterrows():
@@ -202,18 +202,18 @@ def floor_table(measured: pd.DataFrame, label: str, caption: str = "One edit and
             continue  # nobody has counted this editor's operations
         device = Ceilings(*rates.loc[of_subject, ["operations_per_second", "bytes_per_second"]])
         row = {"Subject": of_subject, "Editor": editor_name(editor)}
-        parts = [[Phase(*one) for one in case] for case in whole["phases"]]
+        parts = [[Phase(*phase) for phase in case] for case in whole["phases"]]
         floors = pd.Series([device.seconds(case) for case in parts], index=whole.index)
         for name in names:
-            mine = whole["dataset"] == name
-            row[f"{dataset_name(name)} floor s"] = f"{floors[mine].median():.3f}" if mine.any() else ""
+            of_dataset = whole["dataset"] == name
+            row[f"{dataset_name(name)} floor s"] = f"{floors[of_dataset].median():.3f}" if of_dataset.any() else ""
         for name in names:
-            mine = whole["dataset"] == name
-            ratio = (whole["seconds"] / floors)[mine].median()
-            row[f"{dataset_name(name)} measured / floor"] = f"{ratio:.1f}" if mine.any() else ""
-        longest = [max(case, key=lambda one: device.seconds([one])) for case in parts]
-        bound = [one.operations / device.operations > one.traffic / device.traffic for one in longest]
-        row["longest phase"] = pd.Series([one.name for one in longest]).mode()[0]
+            of_dataset = whole["dataset"] == name
+            ratio = (whole["seconds"] / floors)[of_dataset].median()
+            row[f"{dataset_name(name)} measured / floor"] = f"{ratio:.1f}" if of_dataset.any() else ""
+        longest = [max(case, key=lambda phase: device.seconds([phase])) for case in parts]
+        bound = [phase.operations / device.operations > phase.traffic / device.traffic for phase in longest]
+        row["longest phase"] = pd.Series([phase.name for phase in longest]).mode()[0]
         row["bound by"] = "arithmetic" if np.mean(bound) > 0.5 else "memory"
         rows.append(row)
     return Table(pd.DataFrame(rows), caption, label)
