@@ -28,12 +28,9 @@ editors: str = "ft-l,rome,memit,pmet,malmen,grace,a-grace,a-grace-wo-cl,a-grace-
 cases: int = 10  # edited alone, per data set and editor
 batches: str = "1,8"  # comma-separated sizes whose throughput is measured
 threads: int = 0  # CPU threads (0: as PyTorch chooses)
-seed: int = 42  # of every random draw
+out: str = "runs/bench"  # folder of measurements; running again resumes it
 device: str = "auto"  # auto, cpu, cuda
 dtype: str = "auto"  # auto (float32), float32, bfloat16, float16
-out: str = "runs/bench"  # folder of measurements; running again resumes it
-show: str = ""  # folder of finished measurements to show instead of measuring
-plain: str = ""  # table of benchmarks/whole_case.py, for what a plain procedure would need
 
 # %% tags=["hide-input"]
 import clme_lib as clme
@@ -41,6 +38,7 @@ from clme_lib.study.config import BenchConfig
 from clme_lib.study.paper import PAPER_VARIANTS
 from clme_lib.study.rq2.measure import bench
 
+# any other field of the configuration can be passed by its name as well: `clme bench --help` lists them
 config = clme.config_from_notebook(globals(), BenchConfig)
 
 # %% tags=["hide-input"]

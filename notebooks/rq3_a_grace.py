@@ -30,21 +30,14 @@ dataset: str = "cnle,csne"  # comma-separated
 editors: str = "none,grace,a-grace,a-grace-wo-cl,a-grace-wo-mean"  # comma-separated; `clme list` shows all
 cases: int = 8  # per data set
 sample: int = 0  # which random sample of cases
-within: str = ""  # folder of an earlier run: draw the cases from it and compare with it
-source: str = "embedded"  # embedded, published, or a JSON file in the published layout
-preset: str = "clean"  # clean or compat
-values: str = "subject"  # hyper-parameters: subject, or transferred (the paper's)
-seed: int = 42  # of every random draw
+out: str = "runs/rq3"  # the run's folder; running again resumes it
 device: str = "auto"  # auto, cpu, cuda
 dtype: str = "auto"  # auto (float32), float32, bfloat16, float16
-batch_size: str = "8"  # cases edited and scored together, or auto: what memory allows
-scored: bool = True  # False: keep the texts, score them later with `clme score`
-name: str = "rq3"  # the run's name in its records
-out: str = "runs/rq3"  # the run's folder; running again resumes it
 
 # %% tags=["hide-input"]
 import clme_lib as clme
 
+# any other field of the configuration can be passed by its name as well: `clme run --help` lists them
 config = clme.config_from_notebook(globals())
 
 # %% tags=["hide-input"]

@@ -44,8 +44,9 @@ def show(monkeypatch):
             if last:
                 shown.append(eval(compile(ast.Expression(last.value), name, "eval"), namespace))
             if "parameters" in cell.metadata.get("tags", []):
-                assert set(parameters) <= set(namespace)
-                namespace.update(parameters)
+                # as papermill passes them, whether the cell lists them or not
+                injected = "# Parameters\n" + "".join(f"{key} = {value!r}\n" for key, value in parameters.items())
+                namespace.update(parameters, In=[cell.source, injected])
         return "\n\n".join(
             each.to_myst() if isinstance(each, Table) else each.data for each in shown if hasattr(each, "data")
         )

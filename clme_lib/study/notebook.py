@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import logging
 import os
 import sys
 import tempfile
@@ -80,6 +81,8 @@ def execute(source: Path, target: Path, parameters: Mapping[str, Any]) -> None:
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
+    # it warns of parameters that a notebook's cell does not list; the notebook itself refuses those that are none
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(target.name + ".part")
     with tempfile.TemporaryDirectory() as scratch:
