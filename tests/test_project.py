@@ -139,6 +139,15 @@ def test_measuring_commands_want_cases(command, capsys, tmp_path):
     assert said.startswith(f"clme: clme {command.split()[0]}: cases: ") and "greater than or equal to 1" in said
 
 
+@pytest.mark.parametrize("command", ["data build units --out x", "data check x.json --dataset units"])
+def test_only_the_papers_data_sets_are_built_and_checked(command, capsys):
+    assert main(command.split()) == 2
+    assert (
+        "dataset: " in (said := capsys.readouterr().err)
+        and "'units' is not one of the paper's data sets: cnle, csne" in said
+    )
+
+
 def test_a_measurement_says_which_options_it_takes(capsys, tmp_path):
     for command, message in (
         ("measure nothing", "unknown measurement 'nothing'; known: selection, presets, weight-updates"),

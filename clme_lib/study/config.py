@@ -50,6 +50,12 @@ def _dataset(given: str) -> str:
     return find_dataset(given).name
 
 
+def _paper_dataset(name: str) -> str:
+    if name not in PAPER_DATASET_NAMES:
+        raise ValueError(f"{name!r} is not one of the paper's data sets: {', '.join(PAPER_DATASET_NAMES)}")
+    return name
+
+
 def _editor(name: str) -> str:
     from ..editors.registry import get_editor
 
@@ -251,7 +257,7 @@ class NoConfig(Schema):
 class DataBuildConfig(Schema):
     """How to build a data set from its source."""
 
-    dataset: Annotated[str, AfterValidator(_dataset)] = Field(
+    dataset: Annotated[str, AfterValidator(_paper_dataset)] = Field(
         description="which of the paper's", json_schema_extra=_POSITIONAL
     )
     out: Path = Field(description="folder of the stages and of the data set")
@@ -295,6 +301,6 @@ class DataCheckConfig(Schema):
     """A file in the published layout to look through."""
 
     path: Path = Field(description="JSON file", json_schema_extra=_POSITIONAL)
-    dataset: Annotated[str, AfterValidator(_dataset)] | None = Field(
+    dataset: Annotated[str, AfterValidator(_paper_dataset)] | None = Field(
         None, description="which of the paper's; if not given, from the file's name"
     )
