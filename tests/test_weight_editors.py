@@ -385,6 +385,13 @@ def test_diagnosis_reads_the_edited_model(subject, cases):
         diagnose(subject, cases[:1], load_editor("grace", subject, steps=1, layer=1).edit(cases[:1]))
 
 
+def test_an_updates_norm_is_summed_in_double_precision():
+    """At the size of a 7B layer a sum of equal squares in float32 is off by nearly two percent."""
+    matrix = torch.full((4096, 11008), 1e-3)
+    exact = (2 * matrix.numel()) ** 0.5 * matrix[0, 0].double().item()
+    assert diagnosis.frobenius([matrix, matrix]) == pytest.approx(exact, rel=1e-9)
+
+
 def test_only_updates_of_weights_are_diagnosed(llama, tmp_path):
     with pytest.raises(
         StudyError, match="gracy, grace: no editor that updates weights; known: ft-l, rome, memit, pmet, malmen"

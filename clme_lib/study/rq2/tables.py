@@ -150,7 +150,7 @@ def cost_figure(measured: pd.DataFrame, column: str):
             if column == "seconds":
                 low, high = (groups[column].quantile(share).reindex(editors) for share in (0.25, 0.75))
                 spread = [(middle - low).to_numpy(), (high - middle).to_numpy()]
-                axis.errorbar(places, middle, yerr=spread, fmt="none", ecolor="black", elinewidth=0.8)
+                axis.errorbar(places, middle, yerr=spread, fmt="none", ecolor="k", elinewidth=0.8)
             else:
                 axis.bar(places, groups["base_mib"].median().reindex(editors), width, color="white", alpha=0.6)
         axis.set_xticks(range(len(editors)), map(editor_name, editors), rotation=40, ha="right")
