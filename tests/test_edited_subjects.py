@@ -161,7 +161,7 @@ def test_caches_of_an_edited_subject_are_its_own(fresh, cases):
     before = unedited.answers_for(fresh, prompts)
     assert unedited.answers_for(edited, prompts) != before == unedited.answers_for(fresh, prompts)
     assert unedited.answers_for(edited, prompts) == [
-        one.text for one in generate(edited, [Request(prompt, 16) for prompt in prompts])
+        output.text for output in generate(edited, [Request(prompt, 16) for prompt in prompts])
     ]
     with pytest.raises(Exception, match="were made for tiny-llama"):
         save_edits(cases_file := unedited.cache_dir() / "edits.safetensors", [dense(fresh, 1)], fresh)
@@ -325,10 +325,18 @@ def test_composed_edits_are_saved(fresh, tmp_path):
         assert torch.equal(logits(fresh), expected)
 
 
-def test_kinds_register_themselves():
+def test_kinds_register_themselves_and_say_how_they_are_applied():
     with pytest.raises(TypeError, match="needs a kind of its own: 'dense' is DenseUpdate"):
 
         class Sparse(DenseUpdate):
             pass
 
-    assert Edit.kinds["dense"] is DenseUpdate
+    with pytest.raises(TypeError, match=r"Silent has tensors but no stack\(\)"):
+
+        class Silent(Edit):
+            kind = "silent"
+
+            def tensors(self):
+                return {"0.shift": torch.zeros(1)}
+
+    assert Edit.kinds["dense"] is DenseUpdate and "silent" not in Edit.kinds

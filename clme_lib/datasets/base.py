@@ -70,29 +70,7 @@ class DataSet:
 
 
 _DATASETS: Registry[DataSet] = Registry("data set", "clme_lib.datasets", "clme_lib.datasets.paper")
-
-
-def register_dataset(dataset: DataSet) -> DataSet:
-    """Make a data set known by its name.
-
-    Raises:
-        StudyError: another one has the name.
-    """
-    return _DATASETS.register(dataset)
-
-
-def get_dataset(name: str) -> DataSet:
-    """A registered data set.
-
-    Raises:
-        StudyError: there is none of this name; the message lists the known ones.
-    """
-    return _DATASETS[name]
-
-
-def list_datasets() -> list[str]:
-    """Names of the registered data sets, the paper's first."""
-    return _DATASETS.names()
+register_dataset, get_dataset, list_datasets = _DATASETS.register, _DATASETS.__getitem__, _DATASETS.names
 
 
 def dataset_title(name: str) -> str:

@@ -18,19 +18,7 @@ from ..support.schema import Schema, parse
 from ..support.seeds import DEFAULT_SEED
 from .base import EDITORS, Editor
 
-
-def list_editors() -> list[str]:
-    """Names of all editors, the unedited baseline first, then the paper's, then all others."""
-    return EDITORS.names()
-
-
-def get_editor(name: str) -> type[Editor]:
-    """An editor's class.
-
-    Raises:
-        StudyError: there is none of this name, or the package that has it cannot be loaded.
-    """
-    return EDITORS[name]
+list_editors, get_editor = EDITORS.names, EDITORS.__getitem__
 
 
 def resolve_hparams(

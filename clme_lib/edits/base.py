@@ -172,6 +172,11 @@ class Edit:
         # Running a notebook's cell again defines the same class anew.
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise TypeError(f"{cls.__qualname__} needs a kind of its own: {cls.kind!r} is {known.__qualname__}")
+        whole = cls.parts is Edit.parts
+        if whole and cls.tensors is not Edit.tensors and cls.stack.__func__ is Edit.stack.__func__:  # type: ignore[attr-defined]
+            raise TypeError(
+                f"{cls.__qualname__} has tensors but no stack(), which says how they change a layer's output"
+            )
         cls.kinds[cls.kind] = cls
 
     @staticmethod
@@ -266,9 +271,9 @@ class Edit:
     def stack(cls, edits: Sequence[Edit], layer: int, device: torch.device) -> Change:
         """A function that applies ``edits[rows[b]]`` to row b at ``layer``: (inputs, outputs, rows, state) -> outputs.
 
-        Edits that are composed of others have none: their parts do.
+        Every kind that has tensors defines its own; a composed edit is applied part by part.
         """
-        raise NotImplementedError(f"{cls.__qualname__} does not say how it changes a layer's output")
+        raise TypeError(f"{cls.__qualname__} has no tensors of its own to apply")
 
 
 @dataclass(frozen=True, eq=False)

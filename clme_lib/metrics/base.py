@@ -59,29 +59,7 @@ class Metric:
 
 
 _METRICS: Registry[Metric] = Registry("metric", "clme_lib.metrics", "clme_lib.metrics")
-
-
-def register_metric(metric: Metric) -> Metric:
-    """Make a metric known by its name.
-
-    Raises:
-        StudyError: another one has the name.
-    """
-    return _METRICS.register(metric)
-
-
-def get_metric(name: str) -> Metric:
-    """A registered metric.
-
-    Raises:
-        StudyError: there is none of this name; the message lists the known ones.
-    """
-    return _METRICS[name]
-
-
-def list_metrics() -> list[str]:
-    """Names of all metrics, the paper's first."""
-    return _METRICS.names()
+register_metric, get_metric, list_metrics = _METRICS.register, _METRICS.__getitem__, _METRICS.names
 
 
 def scores_of(evaluated: Evaluated, names: Iterable[str]) -> dict[str, float | None]:

@@ -55,29 +55,7 @@ class SingleEdits(Protocol):
 
 
 _PROTOCOLS: Registry[Protocol] = Registry("protocol", "clme_lib.protocols", __name__)
-
-
-def register_protocol(protocol: Protocol) -> Protocol:
-    """Make a protocol known by its name.
-
-    Raises:
-        StudyError: another one has the name.
-    """
-    return _PROTOCOLS.register(protocol)
-
-
-def get_protocol(name: str) -> Protocol:
-    """A registered protocol.
-
-    Raises:
-        StudyError: there is none of this name; the message lists the known ones.
-    """
-    return _PROTOCOLS[name]
-
-
-def list_protocols() -> list[str]:
-    """Names of all protocols."""
-    return _PROTOCOLS.names()
+register_protocol, get_protocol, list_protocols = _PROTOCOLS.register, _PROTOCOLS.__getitem__, _PROTOCOLS.names
 
 
 register_protocol(SingleEdits())
