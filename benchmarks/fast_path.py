@@ -144,7 +144,7 @@ def plain_rewriting(subject, case, editor):
 
 
 @torch.no_grad()
-def plain_spread(subject, ids, colons, wanted, measured, editor):
+def plain_spread(subject, ids, colons, target_state, measured, editor):
     layers, values = sorted(editor.hparams.layers), editor.hparams
     kept = {}
 
@@ -161,7 +161,7 @@ def plain_spread(subject, ids, colons, wanted, measured, editor):
     for n, layer in enumerate(layers):
         keys = read(subject.down_proj(layer))[0][torch.arange(len(ids), device=ids.device), colons]
         key = (0.5 * keys[0] + 0.5 * keys[1:].mean(0)).double()
-        residual = (wanted - read(measured)[1][0, colons[0]]).double() / (len(layers) - n)
+        residual = (target_state - read(measured)[1][0, colons[0]]).double() / (len(layers) - n)
         system = values.covariance_weight * editor.moments[layer].matrix.to(ids.device).double() + torch.outer(key, key)
         subject.down_proj(layer).weight += torch.outer(residual, torch.linalg.solve(system, key)).float()
     for layer, weight in saved.items():
@@ -191,9 +191,9 @@ def plain_malmen(subject, tokens, editor):
     with torch.no_grad():
         for n, layer in enumerate(layers):
             own = keys[layer][0, span]
-            wanted = editor.network(own, outputs[layer].grad[0, span], n)
+            value_updates = editor.network(own, outputs[layer].grad[0, span], n)
             system = own.T @ own + editor.network.log_damping[n].exp() * torch.eye(own.shape[1], device=own.device)
-            torch.linalg.solve(system, own.T @ wanted)
+            torch.linalg.solve(system, own.T @ value_updates)
 
 
 def ceiling(subject, tokenized, values, touched_all):
@@ -247,7 +247,9 @@ def main(description, measure):
             continue
         for dataset in options.data.split(","):
             editor, cases, tokenized = prepare(subject, name, chosen, dataset, options.cases)
-            tokens = statistics.median(len(one.prompt_ids) + len(one.target_ids) for one in tokenized)
+            tokens = statistics.median(
+                len(tokens_of_case.prompt_ids) + len(tokens_of_case.target_ids) for tokens_of_case in tokenized
+            )
             row = {
                 "editor": name,
                 "values": chosen,

@@ -60,7 +60,7 @@ def measure(editor, cases, tokenized):
     editing = seconds(subject, lambda: again.extend(editor.edit(cases))) / len(cases)
     evaluating = seconds(subject, lambda: tables.append(evaluate(subject, cases, again))) / len(cases)
     measures = ("effectiveness", "generalization", "specificity")
-    ours = [text for _, row in tables[0].iterrows() for one in measures for text in row[f"generated_{one}"]]
+    ours = [text for _, row in tables[0].iterrows() for measure in measures for text in row[f"generated_{measure}"]]
     return {
         "plain s/case": round(slow, 2),
         "our edit s/case": round(editing, 2),

@@ -62,8 +62,8 @@ def main():
         return torch.stack(written)
 
     slow, expected = seconds(options.device, dense)
-    fast, found = seconds(options.device, factored)
-    apart = ((found - expected).norm() / expected.norm()).item()
+    fast, solved = seconds(options.device, factored)
+    apart = ((solved - expected).norm() / expected.norm()).item()
     row = {
         "width": options.width,
         "keys": options.keys,

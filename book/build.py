@@ -104,12 +104,12 @@ def _make_labels_unique(page: str, used: set[str]) -> set[str]:
     So a copy of a notebook can be a page beside the original.
     """
     file = _file(page)
-    own = {found[found.lastgroup] for text in _markdown(file) for found in _DEFINITION.finditer(text)}
+    own = {match[match.lastgroup] for text in _markdown(file) for match in _DEFINITION.finditer(text)}
     renamed = {label: f"{label}-{re.sub(r'[^a-z0-9]+', '-', page.lower())}" for label in own & used}
 
-    def rename(found: re.Match[str]) -> str:
-        label, (start, end) = found[found.lastgroup], found.span(found.lastgroup)
-        return found.string[found.start() : start] + renamed.get(label, label) + found.string[end : found.end()]
+    def rename(match: re.Match[str]) -> str:
+        label, (start, end) = match[match.lastgroup], match.span(match.lastgroup)
+        return match.string[match.start() : start] + renamed.get(label, label) + match.string[end : match.end()]
 
     if renamed:
         _rewrite(file, lambda text: _REFERENCE.sub(rename, _DEFINITION.sub(rename, text)))

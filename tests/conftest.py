@@ -20,7 +20,7 @@ from clme_lib.study import runs
 from clme_lib.subjects.settings import load_settings
 from clme_lib.subjects.subject import Subject, load_subject, prepare
 
-# `make gpu-test`-style runs set this; every test then runs on that device
+# `make gpu-tests` sets this; every test then runs on that device
 DEVICE = os.environ.get("CLME_TEST_DEVICE", "cpu")
 ARCHITECTURES = ("llama", "qwen2", "stablelm")
 

@@ -193,7 +193,7 @@ def spread(subject, case, contexts, values, moments, pmet):
     else:
         (delta,), (start,), losses = learn(subject, case, contexts, values, [last])
         measured = last
-    wanted = start + delta
+    target_state = start + delta
     saved = {layer: subject.down_proj(layer).weight.detach().clone() for layer in values.layers}
     updates = {}
     prompts = [(ids[:, : column + 1], column) for ids, column, _ in rows_of(subject, case, contexts)]
@@ -204,7 +204,7 @@ def spread(subject, case, contexts, values, moments, pmet):
             key = keys[0] / 2 + torch.stack(keys[1:]).mean(0) / 2
             held = read_at(subject, measured, *prompts[0])[1]
             left = len(values.layers) - n
-            residual = (wanted - held).double() / (left**0.5 if pmet else left)
+            residual = (target_state - held).double() / (left**0.5 if pmet else left)
             dense = values.covariance_weight * moments[layer].double() + torch.outer(key, key)
             updates[layer] = torch.outer(residual, torch.linalg.solve(dense, key)).float()
             with torch.no_grad():

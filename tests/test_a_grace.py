@@ -74,7 +74,7 @@ def test_balanced_accuracy_pools_its_counts():
 @pytest.mark.parametrize("architecture", ["released", "paper"])
 def test_encoder_is_what_it_says(architecture):
     encoder = Encoder(48, architecture, torch.Generator().manual_seed(0))
-    assert [tuple(one.shape) for one in encoder.parameters()] == (
+    assert [tuple(parameter.shape) for parameter in encoder.parameters()] == (
         [(12, 48), (12,), (256, 12), (256,)] if architecture == "released" else [(48, 48), (48,), (256, 48), (256,)]
     )
     x = torch.randn(5, 48, generator=torch.Generator().manual_seed(1))
@@ -91,14 +91,14 @@ def test_encoder_is_what_it_says(architecture):
 def test_queries_are_the_mean_and_the_last_input(subject, cases):
     """Whatever the padding of the batch, and read from the cache or not."""
     prompts = [case.prompt for case in cases] + [cases[0].rephrased[0]]
-    found = prompt_queries(subject, prompts, 2)
+    queries = prompt_queries(subject, prompts, 2)
     for n, prompt in enumerate(prompts):
         inputs = inputs_of(subject, prompt)
-        assert torch.allclose(found["mean"][n], inputs.mean(0), atol=1e-5)
-        assert torch.allclose(found["last"][n], inputs[-1], atol=1e-5)
+        assert torch.allclose(queries["mean"][n], inputs.mean(0), atol=1e-5)
+        assert torch.allclose(queries["last"][n], inputs[-1], atol=1e-5)
     for query in ("mean", "last"):
         for _ in range(2):
-            assert torch.allclose(stored_queries(subject, prompts, 2, query), found[query].cpu(), atol=1e-5)
+            assert torch.allclose(stored_queries(subject, prompts, 2, query), queries[query].cpu(), atol=1e-5)
 
 
 @pytest.mark.parametrize("pads", [0, 1, 5])
@@ -107,8 +107,8 @@ def test_masked_mean_ignores_padding(pads):
     keys[0, :pads] = torch.nan
     mask = torch.ones(2, 4 + pads)
     mask[0, :pads] = 0
-    found = masked_mean(keys, mask)
-    assert torch.allclose(found[0], keys[0, pads:].mean(0)) and torch.allclose(found[1], keys[1].mean(0))
+    means = masked_mean(keys, mask)
+    assert torch.allclose(means[0], keys[0, pads:].mean(0)) and torch.allclose(means[1], keys[1].mean(0))
 
 
 def test_extraction_resumes(llama, cases, monkeypatch):
@@ -147,7 +147,7 @@ def test_queries_of_another_layer_are_refused(llama):
 def separable(count, width=16, seed=0):
     """Queries in which wordings of one request share a direction that the rest hides."""
     draw = torch.Generator().manual_seed(seed)
-    rows, one, other, positive = [], [], [], []
+    rows, left, right, positive = [], [], [], []
     for _ in range(count):
         topic = torch.randn(width, generator=draw)
         start = len(rows)
@@ -155,8 +155,8 @@ def separable(count, width=16, seed=0):
             own = topic if k < 2 else torch.randn(width, generator=draw)
             rows.append(own + 0.3 * torch.randn(width, generator=draw))
             if k:
-                one.append(start), other.append(start + k), positive.append(k == 1)
-    return Pairs(torch.stack(rows), torch.tensor(one), torch.tensor(other), torch.tensor(positive))
+                left.append(start), right.append(start + k), positive.append(k == 1)
+    return Pairs(torch.stack(rows), torch.tensor(left), torch.tensor(right), torch.tensor(positive))
 
 
 VALUES = EncoderHyperparameters(
@@ -204,8 +204,8 @@ def test_keys_and_values(subject, cases, name):
     # without GRACE's own draws the values would be GRACE's: give it A-GRACE's name
     grace = load_editor("grace", subject, **SMALL)
     grace.name = name
-    for mine, plain in zip(edits, grace.edit(cases)):
-        assert torch.allclose(mine.values, plain.values, atol=1e-5) and mine.log.losses == pytest.approx(
+    for edit, plain in zip(edits, grace.edit(cases)):
+        assert torch.allclose(edit.values, plain.values, atol=1e-5) and edit.log.losses == pytest.approx(
             plain.log.losses
         )
 
@@ -284,8 +284,10 @@ def test_an_infinite_query_is_an_error(llama, cases):
 def test_order_and_company_do_not_matter(subject, cases):
     editor = fitted("a-grace", subject, cases)
     together, alone = editor.edit(cases), [editor.edit([case])[0] for case in reversed(cases)][::-1]
-    for one, other in zip(together, alone):
-        assert torch.allclose(one.keys, other.keys, atol=1e-5) and torch.allclose(one.values, other.values, atol=1e-4)
+    for batched, single in zip(together, alone):
+        assert torch.allclose(batched.keys, single.keys, atol=1e-5) and torch.allclose(
+            batched.values, single.values, atol=1e-4
+        )
 
 
 def test_edits_of_several_encoders_meet_in_a_batch(subject, cases):
@@ -316,7 +318,8 @@ def test_compat_leaves_later_generations_unedited(llama, cases):
     assert clean["fired"].map(all).all() and (clean["specificity_em"] < 1).all()
     assert (compat["specificity_em"] == 1).all()
     assert (
-        compat["distances"].map(lambda found: [one is None for one in found]).tolist() == [[False] * 2 + [True] * 2] * 5
+        compat["distances"].map(lambda distances: [distance is None for distance in distances]).tolist()
+        == [[False] * 2 + [True] * 2] * 5
     )
     unedited = evaluate(llama, cases, load_editor("none", llama).edit(cases))
     assert (compat["fluency"] == unedited["fluency"]).all() and not (clean["fluency"] == unedited["fluency"]).all()
@@ -363,19 +366,21 @@ def test_an_encoder_is_refused_for_anything_else(llama, cases):
 
 
 def test_what_is_retrained_and_what_is_shared(llama, cases):
-    one = fitted("a-grace", llama, cases[:3]).trained
-    assert torch.equal(fitted("a-grace", llama, cases[:3]).trained.encoder.first.weight, one.encoder.first.weight)
+    trained = fitted("a-grace", llama, cases[:3]).trained
+    assert torch.equal(fitted("a-grace", llama, cases[:3]).trained.encoder.first.weight, trained.encoder.first.weight)
     files = {tuple(sorted(queries_module.cache_dir().glob("encoders/*")))}
     fitted("a-grace", llama, cases[:3], steps=5)
     assert {tuple(sorted(queries_module.cache_dir().glob("encoders/*")))} == files, (
         "the value's steps are no matter of it"
     )
     reused = fitted("a-grace-wo-mean", llama, cases[:3], encoder_query="mean").trained
-    assert torch.equal(reused.encoder.first.weight, one.encoder.first.weight)
+    assert torch.equal(reused.encoder.first.weight, trained.encoder.first.weight)
     assert not torch.equal(
-        fitted("a-grace-wo-mean", llama, cases[:3]).trained.encoder.first.weight, one.encoder.first.weight
+        fitted("a-grace-wo-mean", llama, cases[:3]).trained.encoder.first.weight, trained.encoder.first.weight
     )
-    assert not torch.equal(fitted("a-grace", llama, cases[1:4]).trained.encoder.first.weight, one.encoder.first.weight)
+    assert not torch.equal(
+        fitted("a-grace", llama, cases[1:4]).trained.encoder.first.weight, trained.encoder.first.weight
+    )
 
 
 def test_saved_edits_share_their_encoder(subject, cases, tmp_path):
@@ -418,10 +423,10 @@ def test_the_sweep_is_what_each_radius_gives(llama, five_neighbours, tmp_path, m
             editor = load(name, llama, radius=row["radius"] * (1 + 1e-6), **SMALL)
             if name == "a-grace":
                 editor.fit(cases[3:] + cases[:2])
-            found = evaluate(llama, cases[:3], editor.edit(cases[:3]))
+            records = evaluate(llama, cases[:3], editor.edit(cases[:3]))
             for measure in ("effectiveness", "generalization", "specificity"):
-                assert row[measure] == pytest.approx(found[f"{measure}_em"].mean())
-            assert row["specificity_rate"] == pytest.approx(found["specificity_rate"].mean())
+                assert row[measure] == pytest.approx(records[f"{measure}_em"].mean())
+            assert row["specificity_rate"] == pytest.approx(records["specificity_rate"].mean())
 
 
 def test_encoders_are_compared_and_the_command_resumes(llama, five_neighbours, tmp_path, monkeypatch):

@@ -124,10 +124,10 @@ def test_radius_decides_what_a_codebook_touches(subject):
     plain = generate(subject, [Request(prompt, 8) for prompt in prompts])
     narrow = generate(subject, requests, [codebook(subject, prompts[0], radius=1e-3)])
     wide = generate(subject, requests, [codebook(subject, prompts[0], radius=1e6)])
-    assert [one.fired for one in narrow] == [True, False]
+    assert [lookup.fired for lookup in narrow] == [True, False]
     assert narrow[1].text == plain[1].text
     assert narrow[1].distance > 1e-3
-    assert [one.fired for one in wide] == [True, True]
+    assert [lookup.fired for lookup in wide] == [True, True]
     assert wide[1].text != plain[1].text
 
 
@@ -155,8 +155,8 @@ def test_save_and_load(llama, tmp_path):
     assert [type(edit) for edit in loaded] == [type(edit) for edit in edits]
     assert [edit.case_id for edit in loaded] == [edit.case_id for edit in edits]
     assert loaded[-1].log == log
-    for one, other in zip(edits, loaded):
-        for a, b in zip(one.tensors().values(), other.tensors().values()):
+    for edit, restored in zip(edits, loaded):
+        for a, b in zip(edit.tensors().values(), restored.tensors().values()):
             assert torch.equal(a.cpu(), b)
 
 

@@ -88,11 +88,11 @@ def test_shapes_are_the_papers(name):
 
 
 def test_a_shape_only_subject_is_seeded_and_edits(small_paper_subject, cases):
-    one, other = (shapes.random_subject("stablecode-3b", "cpu") for _ in range(2))
-    for mine, its in zip(one.model.parameters(), other.model.parameters()):
-        assert torch.equal(mine, its)
-    assert type(one.model).__name__ == "StableLmForCausalLM" and len(one.tokenizer) <= 400
-    assert tokenize(one.tokenizer, cases[0].prompt, cases[0].target).lookup >= 0  # the prompt's colon is a token
+    drawn, again = (shapes.random_subject("stablecode-3b", "cpu") for _ in range(2))
+    for parameter, same in zip(drawn.model.parameters(), again.model.parameters()):
+        assert torch.equal(parameter, same)
+    assert type(drawn.model).__name__ == "StableLmForCausalLM" and len(drawn.tokenizer) <= 400
+    assert tokenize(drawn.tokenizer, cases[0].prompt, cases[0].target).lookup >= 0  # the prompt's colon is a token
     half = shapes.random_subject("stablecode-3b", "cpu", "bfloat16")
     assert half.dtype == torch.bfloat16
 
@@ -159,7 +159,8 @@ def test_every_editor_is_measured_and_the_command_resumes(small_paper_subject, t
     assert projection.loc["codellama-7b", "Machine"] == "not measured"
     rates = measured[(measured["kind"] == "throughput") & (measured["batch"] == 1)]
     alone = sum(
-        (one["edit_seconds"] + one["evaluate_seconds"]) * rq2.PAPER_CASES[one["dataset"]] for _, one in rates.iterrows()
+        (rate["edit_seconds"] + rate["evaluate_seconds"]) * rq2.PAPER_CASES[rate["dataset"]]
+        for _, rate in rates.iterrows()
     )
     assert float(projection.loc["stablecode-3b", "one case at a time (h)"]) == pytest.approx(alone / 3600, abs=0.5)
     # ten seconds a case by the plain procedure, whatever the editor; twenty with values that are not the subject's own
@@ -235,8 +236,8 @@ def test_the_papers_orderings_are_counted_where_all_of_them_were_measured():
             "seconds": float(value),
             "peak_mib": 10.0 * value,
         }
-        for name, mine in seconds.items()
-        for editor, value in mine.items()
+        for name, of_subject in seconds.items()
+        for editor, value in of_subject.items()
     )
     counted = rq2.findings(measured)
     assert counted["malmen"] == {"pairs": 1, "fastest": 1, "slowest": 1} and counted["dearer"] is None
@@ -284,8 +285,12 @@ def test_floors_count_what_is_computed(subject, cases, name, monkeypatch):
     monkeypatch.setattr(
         measure,
         "load_editor",
-        lambda one, of, **named: load_editor(
-            one, of, **{**named, **SMALL[one], "steps": 9} if one != "malmen" else {**named, **SMALL[one]}
+        lambda editor_name, subject, **named: load_editor(
+            editor_name,
+            subject,
+            **{**named, **SMALL[editor_name], "steps": 9}
+            if editor_name != "malmen"
+            else {**named, **SMALL[editor_name]},
         ),
     )
     editor = measure.ready(subject, name, cases, random_weights=True)
@@ -293,8 +298,8 @@ def test_floors_count_what_is_computed(subject, cases, name, monkeypatch):
     tokens = tokenize(subject.tokenizer, cases[0].prompt, cases[0].target)
     with Products() as counted:
         (edit,) = editor.edit(cases[:1])
-    found = editor.operations(len(tokens.prompt_ids), len(tokens.target_ids), len(edit.log.losses))
-    ratio = counted.operations / sum(one.operations for one in found)
+    estimate = editor.operations(len(tokens.prompt_ids), len(tokens.target_ids), len(edit.log.losses))
+    ratio = counted.operations / sum(part.operations for part in estimate)
     assert 0.9 < ratio < 2, ratio
 
 

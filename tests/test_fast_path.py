@@ -22,8 +22,8 @@ def weights_hash(subject) -> str:
     return digest.hexdigest()
 
 
-def close(one, other, tolerance=1e-4):
-    return torch.linalg.vector_norm(one - other) <= tolerance * torch.linalg.vector_norm(other)
+def close(actual, expected, tolerance=1e-4):
+    return torch.linalg.vector_norm(actual - expected) <= tolerance * torch.linalg.vector_norm(expected)
 
 
 @pytest.mark.parametrize("at_once", [2, 5, 1000])
@@ -123,10 +123,10 @@ def test_order_and_batch_do_not_matter(subject, cases, name):
     editor = load_editor(name, subject, layer=1, steps=3)
     together = editor.edit(cases)
     backwards = editor.edit(cases[::-1], batch_size=2)[::-1]
-    for one, other in zip(together, backwards):
-        assert one.case_id == other.case_id
-        assert one.log.losses == pytest.approx(other.log.losses, rel=1e-4)
-        for a, b in zip(one.tensors().values(), other.tensors().values()):
+    for edit, other in zip(together, backwards):
+        assert edit.case_id == other.case_id
+        assert edit.log.losses == pytest.approx(other.log.losses, rel=1e-4)
+        for a, b in zip(edit.tensors().values(), other.tensors().values()):
             assert torch.isclose(a, b, rtol=1e-3, atol=1e-5).float().mean() >= 0.999
 
 

@@ -39,9 +39,9 @@ def test_edits_are_those_of_the_cpu(architecture, name, cases, monkeypatch):
     monkeypatch.setattr("conftest.DEVICE", "cpu")
     here = make_subject(architecture)
     made = [load_editor(name, subject, **SETTINGS[name]).edit(cases) for subject in (here, there)]
-    for one, other in zip(*made):
-        assert torch.tensor(one.log.losses) == pytest.approx(torch.tensor(other.log.losses), rel=1e-3)
-        for place, tensor in one.tensors().items():
+    for edit, other in zip(*made):
+        assert torch.tensor(edit.log.losses) == pytest.approx(torch.tensor(other.log.losses), rel=1e-3)
+        for place, tensor in edit.tensors().items():
             its = other.tensors()[place].cpu()
             if name == "ft-l":  # a sign search: entries, not norms, agree
                 assert torch.isclose(tensor, its, rtol=1e-2, atol=1e-5).float().mean() > 0.99
@@ -51,7 +51,7 @@ def test_edits_are_those_of_the_cpu(architecture, name, cases, monkeypatch):
     texts = [score(subject, cases, edits, **options) for subject, edits in zip((here, there), made)]
     for measure in ("effectiveness", "generalization", "specificity"):
         pairs = [[getattr(record, f"generated_{measure}") for record in both] for both in zip(*texts)]
-        same = [one == other for one, other in pairs]
+        same = [text == other for text, other in pairs]
         assert sum(same) >= len(same) - 1, measure
 
 

@@ -63,9 +63,9 @@ def test_untrained_network_is_the_identity_and_can_learn():
     rows = torch.cat([keys, gradients], -1)
     normal = (rows - rows.mean(0)) / rows.std(0)
     expected = -0.5 * (keys * normal[:, :6]).sum(-1, keepdim=True) * normal[:, 6:]
-    found = network(keys, gradients, 1)
-    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
-    found.pow(2).sum().backward()
+    update = network(keys, gradients, 1)
+    assert torch.allclose(update, expected, rtol=1e-3, atol=1e-4)
+    update.pow(2).sum().backward()
     # two of the second factors' gradients are zero for good if the kink at zero passes none
     assert all(parameter.grad.abs().sum() > 0 for parameter in network.outward)
 
@@ -74,14 +74,14 @@ def test_divergence_and_its_gradient(llama):
     draw = torch.Generator().manual_seed(3)
     states, reference = (torch.randn(5, 32, generator=draw).to(llama.device) for _ in range(2))
     states.requires_grad_(True)
-    found = divergences(llama, states, reference)
-    found.sum().backward()
+    divergence = divergences(llama, states, reference)
+    divergence.sum().backward()
     ours = states.grad.clone()
     states.grad = None
-    wanted = llama.model.lm_head(reference).log_softmax(-1)
-    plain = (wanted.exp() * (wanted - llama.model.lm_head(states).log_softmax(-1))).sum(-1)
+    log_reference = llama.model.lm_head(reference).log_softmax(-1)
+    plain = (log_reference.exp() * (log_reference - llama.model.lm_head(states).log_softmax(-1))).sum(-1)
     plain.sum().backward()
-    assert torch.allclose(found, plain, atol=1e-5) and torch.allclose(ours, states.grad, atol=1e-5)
+    assert torch.allclose(divergence, plain, atol=1e-5) and torch.allclose(ours, states.grad, atol=1e-5)
 
 
 def test_cached_keys_and_gradients_are_those_of_the_weights(subject, cases):
@@ -130,8 +130,8 @@ def test_edit_is_the_dense_formula(subject, cases):
             assert torch.allclose(edit.delta(layer), dense, rtol=1e-3, atol=1e-6)
             assert torch.linalg.matrix_rank(edit.delta(layer)) <= len(row.target_ids)
     alone = [editor.edit([case])[0] for case in cases]
-    for one, other in zip(alone, editor.edit(cases)):
-        assert torch.allclose(one.delta(2), other.delta(2), rtol=1e-3, atol=1e-6)
+    for edit, other in zip(alone, editor.edit(cases)):
+        assert torch.allclose(edit.delta(2), other.delta(2), rtol=1e-3, atol=1e-6)
 
 
 def test_training_gradient_is_that_of_the_written_update(llama, cases):
@@ -143,9 +143,9 @@ def test_training_gradient_is_that_of_the_written_update(llama, cases):
     with torch.no_grad():  # away from the identity, where some gradients vanish
         for parameter in training.network.outward:
             parameter.copy_(0.01 * torch.randn(parameter.shape, generator=draw))
-    before = {name: one.detach().clone() for name, one in training.network.state_dict().items()}
+    before = {name: parameter.detach().clone() for name, parameter in training.network.state_dict().items()}
     training.step(cases[:2])
-    ours = {name: one.grad.clone() for name, one in training.network.named_parameters()}
+    ours = {name: parameter.grad.clone() for name, parameter in training.network.named_parameters()}
 
     training.network.load_state_dict(before)
     network = training.network
@@ -175,8 +175,8 @@ def test_training_gradient_is_that_of_the_written_update(llama, cases):
             tokens = training._answered(prompt)
             ids = torch.tensor([tokens.prompt_ids + tokens.target_ids], device=llama.device)
             span = slice(tokens.lookup, len(ids[0]) - 1)
-            wanted = logits(ids, {})[span].log_softmax(-1)
-            kl.append((wanted.exp() * (wanted - logits(ids, weights)[span].log_softmax(-1))).sum(-1))
+            log_reference = logits(ids, {})[span].log_softmax(-1)
+            kl.append((log_reference.exp() * (log_reference - logits(ids, weights)[span].log_softmax(-1))).sum(-1))
     (torch.cat(nll).mean() + torch.cat(kl).mean()).backward()
     for name, parameter in network.named_parameters():
         assert torch.linalg.vector_norm(ours[name] - parameter.grad) <= 2e-3 * torch.linalg.vector_norm(
@@ -195,12 +195,12 @@ def test_training_lowers_its_loss_and_is_cached(llama, cases, monkeypatch):
 
     with safe_open(files[0], framework="pt") as content:
         header = json.loads(content.metadata()["clme"])
-    totals = [sum(one) for one in header["log"]]
+    totals = [sum(losses) for losses in header["log"]]
     assert len(totals) == 60 and sum(totals[-10:]) < sum(totals[:10])
     monkeypatch.setattr(Training, "step", lambda *_: pytest.fail("a finished network is loaded, not trained"))
     again = trained(llama, cases, iterations=60, batch=2)
-    for one, other in zip(editor.edit(cases), again.edit(cases)):
-        assert torch.equal(one.delta(2), other.delta(2))
+    for edit, other in zip(editor.edit(cases), again.edit(cases)):
+        assert torch.equal(edit.delta(2), other.delta(2))
 
 
 def test_interrupted_training_goes_on(llama, cases, monkeypatch):
@@ -225,15 +225,15 @@ def test_interrupted_training_goes_on(llama, cases, monkeypatch):
     steps.clear()
     resumed = trained(llama, cases)
     assert len(steps) == 2
-    for one, other in zip(whole.edit(cases), resumed.edit(cases)):
-        assert torch.allclose(one.delta(2), other.delta(2), rtol=1e-4, atol=1e-7)
+    for edit, other in zip(whole.edit(cases), resumed.edit(cases)):
+        assert torch.allclose(edit.delta(2), other.delta(2), rtol=1e-4, atol=1e-7)
 
 
 def test_editing_leaves_the_normaliser_alone(llama, cases):
     editor = trained(llama, cases)
-    before = {name: one.clone() for name, one in editor.network.state_dict().items()}
+    before = {name: parameter.clone() for name, parameter in editor.network.state_dict().items()}
     editor.edit(cases)
-    assert all(torch.equal(before[name], one) for name, one in editor.network.state_dict().items())
+    assert all(torch.equal(before[name], parameter) for name, parameter in editor.network.state_dict().items())
 
 
 def test_constants_beyond_the_memory_bound_are_recomputed(llama, cases, monkeypatch):
@@ -243,8 +243,8 @@ def test_constants_beyond_the_memory_bound_are_recomputed(llama, cases, monkeypa
     for file in (cache_dir() / "malmen").iterdir():
         file.unlink()
     monkeypatch.setattr(malmen_training, "_KEPT_BYTES", 0)
-    for one, other in zip(kept.edit(cases), trained(llama, cases).edit(cases)):
-        assert torch.allclose(one.delta(2), other.delta(2), rtol=1e-3, atol=1e-6)
+    for edit, other in zip(kept.edit(cases), trained(llama, cases).edit(cases)):
+        assert torch.allclose(edit.delta(2), other.delta(2), rtol=1e-3, atol=1e-6)
 
 
 def test_misuse_is_explained(llama, cases):

@@ -25,8 +25,8 @@ RQ1 = ROOT / "notebooks" / "rq1_proficiency.py"
 
 def pins() -> dict[str, str]:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    found = (line.split("==") for line in lines if line and not line.startswith("#"))
-    return {normal(name): version for name, version in found}
+    pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
+    return {normal(name): version for name, version in pairs}
 
 
 def normal(name: str) -> str:
@@ -177,3 +177,13 @@ def test_no_unsafe_loading():
     for path in (ROOT / "clme_lib").rglob("*.py"):
         text = path.read_text()
         assert not re.search(r"torch\.load\(|pickle\.load|trust_remote_code\W+True", text), path
+
+
+def test_a_variable_says_what_it_holds():
+    folders = ("clme_lib", "book", "benchmarks", "notebooks", "tests", "results")
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = {node.id for node in nodes if isinstance(node, ast.Name)} | {
+            node.arg for node in nodes if isinstance(node, ast.arg)
+        }
+        assert not names & {"found", "mine", "one", "wanted"}, path

@@ -55,11 +55,11 @@ def test_greedy_texts_equal_model_generate(subject, cases):
     requests = [Request(case.prompt, 4 + 5 * n, n % 3 - 1) for n, case in enumerate(cases)]
     requests += [Request(case.prompt, 16, -1) for case in cases]
     got = generate(subject, requests, edits, max_rows=4)
-    for request, one in zip(requests, got):
+    for request, answer in zip(requests, got):
         ids = subject.tokenizer(request.prompt, add_special_tokens=False, return_tensors="pt").to(subject.device)
         with subject.applying(edits, rows=[request.edit]):
             out = subject.model.generate(**ids, max_new_tokens=request.budget)[0, ids.input_ids.shape[1] :]
-        assert one.text == subject.tokenizer.decode(out, skip_special_tokens=False)
+        assert answer.text == subject.tokenizer.decode(out, skip_special_tokens=False)
 
 
 def test_eos_ends_a_text_and_stays_in_it(llama):
@@ -72,7 +72,7 @@ def test_eos_ends_a_text_and_stays_in_it(llama):
         texts = generate(llama, [Request("Intent: a\nCode:", 5), Request("Intent: bb\nCode:", 9)])
     finally:
         hook.remove()
-    assert [one.text for one in texts] == ["<eos>", "<eos>"]
+    assert [answer.text for answer in texts] == ["<eos>", "<eos>"]
 
 
 def test_sampling_does_not_depend_on_the_batch(llama, cases):
@@ -81,7 +81,7 @@ def test_sampling_does_not_depend_on_the_batch(llama, cases):
     requests += [Request(case.prompt, 7) for case in cases]
     together = generate(llama, requests)
     alone = [generate(llama, [request])[0] for request in requests]
-    assert [one.text for one in together] == [one.text for one in alone]
+    assert [answer.text for answer in together] == [answer.text for answer in alone]
     assert together[0].text != together[5].text
 
 
@@ -103,4 +103,4 @@ def test_seeds():
     ids = list(range(50))
     order = seeded_order(ids, "sample", 1)
     assert sorted(order) == ids and order != ids
-    assert seeded_order(ids[:-1], "sample", 1) == [one for one in order if one != 49]
+    assert seeded_order(ids[:-1], "sample", 1) == [token for token in order if token != 49]

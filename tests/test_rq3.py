@@ -27,7 +27,10 @@ def both(tiny, source, tmp_path):
 def test_tables_are_functions_of_records(both, tmp_path):
     _, clean, compat = both
     assert clean["error"].isna().all() and compat["error"].isna().all()
-    assert sorted(one.name for one in tmp_path.iterdir() if one.name.startswith("rq3")) == ["rq3", "rq3-compat"]
+    assert sorted(folder.name for folder in tmp_path.iterdir() if folder.name.startswith("rq3")) == [
+        "rq3",
+        "rq3-compat",
+    ]
     assert set(compat["preset"]) == {"compat"} and set(compat["run"]) == {"rq3-compat"}
     shown = rq3.ablation_table(clean, "tab").data
     assert list(shown["Editor"]) == ["GRACE", "A-GRACE", "A-GRACE w/o CL", "A-GRACE w/o Mean"]
@@ -52,26 +55,29 @@ def test_tables_are_functions_of_records(both, tmp_path):
 
 def test_paired_differences_by_hand():
     """Six cases: exact match won four times and lost never, so p = 2 / 2^4; BLEU by scipy's own test on the differences."""
-    one, other = [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]
+    won, lost = [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]
     bleu = np.array([0.9, 0.8, 0.7, 0.6, 0.1, 0.3]), np.array([0.2, 0.1, 0.4, 0.1, 0.3, 0.0])
     rows = []
-    for editor, em, scores in (("a-grace", one, bleu[0]), ("grace", other, bleu[1])):
+    for editor, em, scores in (("a-grace", won, bleu[0]), ("grace", lost, bleu[1])):
         for case, (hit, score) in enumerate(zip(em, scores)):
             row = dict.fromkeys(rq3.PAPER_SCORES, 1.0)
             row |= {"dataset": "cnle", "editor": editor, "case_id": case, "state": SCORED}
             rows.append(row | {"generalization_em": float(hit), "generalization_bleu": score})
-    found = rq3.paired_table(pd.DataFrame(rows), "tab").data.iloc[0]
-    assert found["n"] == "6" and found["Eff. EM"] == "0.00<br><small>the same</small>"
-    assert found["Gen. EM"].startswith("+66.67") and "p = 0.125" in found["Gen. EM"]
+    row_of_table = rq3.paired_table(pd.DataFrame(rows), "tab").data.iloc[0]
+    assert row_of_table["n"] == "6" and row_of_table["Eff. EM"] == "0.00<br><small>the same</small>"
+    assert row_of_table["Gen. EM"].startswith("+66.67") and "p = 0.125" in row_of_table["Gen. EM"]
     p = stats.wilcoxon(bleu[0] - bleu[1], zero_method="zsplit").pvalue
-    assert f"{100 * (bleu[0] - bleu[1]).mean():+.2f}" in found["Gen. BLEU"] and f"p = {p:.3f}" in found["Gen. BLEU"]
+    assert (
+        f"{100 * (bleu[0] - bleu[1]).mean():+.2f}" in row_of_table["Gen. BLEU"]
+        and f"p = {p:.3f}" in row_of_table["Gen. BLEU"]
+    )
 
 
 def test_distances_are_drawn_as_recorded(both):
     _, clean, _ = both
     figure = rq3.distance_figure(clean)
     for axis, editor in zip(figure.axes, ("grace", "a-grace")):
-        recorded = sorted(found[1] for found in clean[clean["editor"] == editor]["distances"])
+        recorded = sorted(distances[1] for distances in clean[clean["editor"] == editor]["distances"])
         assert axis.lines[0].get_ydata().tolist() == recorded
         assert axis.lines[1].get_ydata()[0] == 1.0, "the radius"
     plt.close(figure)
@@ -146,7 +152,7 @@ def test_small_files_are_made_once_and_published(both, monkeypatch, tmp_path):
     assert table.loc["GRACE", "time / GRACE"] == "1.00"
     assert table.loc["A-GRACE", "time / GRACE"] == f"{(wide['a-grace'] / wide['grace']).median():.2f}"
     publish(chosen.out, tmp_path / "published")
-    assert sorted(one.name for one in (tmp_path / "published").glob("*.csv")) == [
+    assert sorted(file.name for file in (tmp_path / "published").glob("*.csv")) == [
         "case_study.csv",
         "overhead.csv",
         "radius.csv",

@@ -111,7 +111,7 @@ def test_what_an_editor_prepared_is_recorded(tiny, source, tmp_path, monkeypatch
     runs.run(config(source, tmp_path / "run", editors="rome", cases=2))
     (start,) = json.loads((tmp_path / "run" / "run.json").read_text())["starts"]
     contexts = start["setup"]["rome"]["contexts"]
-    assert contexts[0] == "" and len(contexts) == 6 and all(one.endswith(". ") for one in contexts[1:])
+    assert contexts[0] == "" and len(contexts) == 6 and all(context.endswith(". ") for context in contexts[1:])
     assert start["hyperparameters"]["rome"]["values"]["padding"] == "aligned"
     runs.run(config(source, tmp_path / "compat", editors="rome", cases=2, preset="compat"))
     (start,) = json.loads((tmp_path / "compat" / "run.json").read_text())["starts"]
@@ -134,10 +134,10 @@ def test_a_torn_record_is_cut_and_redone(tiny, source, tmp_path):
 
 
 def test_records_do_not_depend_on_the_batch(tiny, source, tmp_path):
-    one = runs.run(config(source, tmp_path / "one", batch_size=1, cases=5, editors="ft-l,grace"))
-    five = runs.run(config(source, tmp_path / "five", batch_size=5, cases=5, editors="ft-l,grace"))
+    singly = runs.run(config(source, tmp_path / "one", batch_size=1, cases=5, editors="ft-l,grace"))
+    together = runs.run(config(source, tmp_path / "five", batch_size=5, cases=5, editors="ft-l,grace"))
     for name in TEXTS:
-        assert list(one[f"sha256_{name}"]) == list(five[f"sha256_{name}"])
+        assert list(singly[f"sha256_{name}"]) == list(together[f"sha256_{name}"])
 
 
 def test_another_configuration_is_refused(tiny, source, tmp_path):
@@ -200,8 +200,8 @@ def test_evaluate_is_a_row_per_case(tiny, cases):
 
     table = evaluate(tiny, cases, load_editor("grace", tiny).edit(cases))
     assert list(table["case_id"]) == [case.case_id for case in cases]
-    assert all(len(found) == 1 + 1 + 2 for found in table["distances"])
-    assert all(found[0] < 1e-2 for found in table["distances"])
+    assert all(len(distances) == 1 + 1 + 2 for distances in table["distances"])
+    assert all(distances[0] < 1e-2 for distances in table["distances"])
     with pytest.raises(StudyError, match="one edit per case"):
         evaluate(tiny, cases, load_editor("none", tiny).edit(cases[:2]))
 
@@ -252,8 +252,8 @@ def test_a_notebooks_own_names_are_no_parameters():
 
 
 def test_notebook_parameters_may_be_text():
-    found = in_notebook({"cases": "8", "dataset": "cnle", "editors": "none, grace", "within": ""})
-    assert (found.cases, found.dataset, found.editors, found.within) == (
+    chosen = in_notebook({"cases": "8", "dataset": "cnle", "editors": "none, grace", "within": ""})
+    assert (chosen.cases, chosen.dataset, chosen.editors, chosen.within) == (
         8,
         ("cnle",),
         ("none", "grace"),
@@ -297,8 +297,8 @@ def test_publishing_keeps_cnle_texts_and_hashes_of_csne(tiny, source, tmp_path):
     published.write(code, [Case(n, "csne", mined[n], "Return it.", (mined[n + 2],), tuple(mined[4:9])) for n in (0, 1)])
     runs.run(config(code, tmp_path / "code", dataset="csne", cases=2))
     publish(tmp_path / "code", tmp_path / "out-code")
-    mine = runs.load_run(tmp_path / "out-code")
-    assert mine["generated_effectiveness"].isna().all() and mine["sha256_effectiveness"].notna().all()
+    published_run = runs.load_run(tmp_path / "out-code")
+    assert published_run["generated_effectiveness"].isna().all() and published_run["sha256_effectiveness"].notna().all()
 
     runs.run(config(source, tmp_path / "run", cases=2))
     runs.run(config(source, tmp_path / "run", cases=4, editors="none"))

@@ -40,7 +40,7 @@ def test_grids_start_at_the_papers_values():
         assert {name: paper[name] for name in grid[0] if name not in reduced} == {
             name: value for name, value in grid[0].items() if name not in reduced
         }
-        assert len({tuple(one.items()) for one in grid}) == len(grid)
+        assert len({tuple(values.items()) for values in grid}) == len(grid)
 
 
 def test_published_selections_are_the_subjects_values():
@@ -69,8 +69,8 @@ def test_select_measures_every_setting(llama, small_sets, monkeypatch, tmp_path)
     assert list(written["setting"]) == ["layer 1, steps 2", "layer 2, steps 40"]
     with pytest.raises(StudyError, match="no grid to select 'none' from"):
         selection.select(llama, "none", tmp_path / "other.csv")
-    one = selection.select(llama, "grace", tmp_path / "one.csv", cases=1, datasets=["csne"])
-    assert list(one["cases"]) == [1, 1]
+    table = selection.select(llama, "grace", tmp_path / "one.csv", cases=1, datasets=["csne"])
+    assert list(table["cases"]) == [1, 1]
 
 
 def test_presets_are_every_combination_of_defects(llama, small_sets, monkeypatch, tmp_path):
@@ -111,7 +111,7 @@ def test_an_interrupted_measurement_goes_on(llama, small_sets, monkeypatch, tmp_
         selection, "evaluate", lambda *args: (evaluated.append(args[2][0].log.steps), evaluate(*args))[1]
     )
     resumed = selection.select(llama, "grace", file)
-    assert evaluated == [2, 2, 3, 3] and sorted(one.name for one in tmp_path.glob("table*")) == ["table.csv"]
+    assert evaluated == [2, 2, 3, 3] and sorted(file.name for file in tmp_path.glob("table*")) == ["table.csv"]
     assert selection.select(llama, "grace", tmp_path / "whole.csv").equals(resumed)
 
 

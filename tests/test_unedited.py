@@ -36,15 +36,15 @@ def requests_of(cases):
 
 @pytest.mark.parametrize("query", ["mean", "last", None])
 def test_they_are_what_generation_gives(subject, cases, query):
-    wanted = query or "last"
-    keys = prompt_queries(subject, [case.prompt for case in cases], LAYER)[wanted]
-    others = prompt_queries(subject, [prompt for case in cases for prompt in case.unrelated], LAYER)[wanted]
+    kind = query or "last"
+    keys = prompt_queries(subject, [case.prompt for case in cases], LAYER)[kind]
+    others = prompt_queries(subject, [prompt for case in cases for prompt in case.unrelated], LAYER)[kind]
     # some fire, some do not; one that is asked at every token has many chances to
-    found = torch.cdist(keys, others).flatten().sort().values
-    place = int((0.5 if query else 0.3) * len(found))
+    distances = torch.cdist(keys, others).flatten().sort().values
+    place = int((0.5 if query else 0.3) * len(distances))
     # in the widest gap nearby: rounding decides nothing
-    gaps = found[place - 4 : place + 5].diff()
-    radius = found[place - 4 + gaps.argmax()] + gaps.max() / 2
+    gaps = distances[place - 4 : place + 5].diff()
+    radius = distances[place - 4 + gaps.argmax()] + gaps.max() / 2
     values = torch.randn(len(cases), subject.hidden_size, generator=torch.Generator().manual_seed(1)).to(subject.device)
     options = {"query": query} if query else {}
     edits = [
@@ -63,10 +63,10 @@ def test_they_are_what_generation_gives(subject, cases, query):
     generated = generate(subject, requests, edits)
     still = unedited.unchanged(subject, requests, edits)
     assert 5 < len(still) < len(requests) - 5
-    for n, one in still.items():
-        assert (one.text, one.ids, one.fired) == (generated[n].text, generated[n].ids, False)
-        assert one.distance == pytest.approx(generated[n].distance, rel=1e-4)
-    fires_at_once = {n for n, one in enumerate(generated) if one.fired}
+    for n, output in still.items():
+        assert (output.text, output.ids, output.fired) == (generated[n].text, generated[n].ids, False)
+        assert output.distance == pytest.approx(generated[n].distance, rel=1e-4)
+    fires_at_once = {n for n, output in enumerate(generated) if output.fired}
     assert fires_at_once.isdisjoint(still)
     if query:  # asked with the prompt alone: the others cannot change
         assert fires_at_once | set(still) == set(range(len(requests)))

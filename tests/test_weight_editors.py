@@ -47,8 +47,8 @@ def editor_of(name, subject, corpus, **changes):
     return load_editor(name, subject, **{**SMALL[name], **statistics, **changes})
 
 
-def close(one, other, tolerance=2e-3):
-    return torch.linalg.vector_norm(one - other) <= tolerance * torch.linalg.vector_norm(other)
+def close(actual, expected, tolerance=2e-3):
+    return torch.linalg.vector_norm(actual - expected) <= tolerance * torch.linalg.vector_norm(expected)
 
 
 def test_rome_equals_the_plain_loop(subject, cases):
@@ -63,7 +63,7 @@ def test_rome_equals_the_plain_loop(subject, cases):
 @pytest.mark.parametrize(("name", "changes"), [("memit", {}), ("pmet", {}), ("pmet", {"attention": False})])
 def test_spread_editors_equal_the_plain_loop(subject, cases, corpus, name, changes):
     editor = editor_of(name, subject, corpus, **changes)
-    moments = {layer: one.matrix for layer, one in second_moments(subject, [0, 1, 2], editor.hparams).items()}
+    moments = {layer: moment.matrix for layer, moment in second_moments(subject, [0, 1, 2], editor.hparams).items()}
     for case, edit in zip(cases[:3], editor.edit(cases[:3])):
         updates, losses = plain.spread(subject, case, editor.contexts, editor.hparams, moments, name == "pmet")
         assert edit.log.losses == pytest.approx(losses, rel=1e-3)
@@ -156,10 +156,10 @@ def test_the_host_may_look_seldom(llama, corpus, many_cases, monkeypatch, name):
     often = editor.edit(many_cases[:6])
     assert len({edit.log.steps for edit in often}) > 1, "the test needs cases that stop at different times"
     monkeypatch.setitem(rewriting.CHECK_DONE_EVERY, "cpu", 5)
-    for one, other in zip(often, editor.edit(many_cases[:6])):
-        assert one.log.steps == other.log.steps and one.log.losses == pytest.approx(other.log.losses, rel=1e-4)
-        for layer in one.layers:
-            assert close(one.delta(layer), other.delta(layer), 1e-3)
+    for edit, other in zip(often, editor.edit(many_cases[:6])):
+        assert edit.log.steps == other.log.steps and edit.log.losses == pytest.approx(other.log.losses, rel=1e-4)
+        for layer in edit.layers:
+            assert close(edit.delta(layer), other.delta(layer), 1e-3)
 
 
 class Waits(TorchDispatchMode):
@@ -172,7 +172,7 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._overloadpacket.__name__
         masks = name in ("index", "index_put", "index_put_") and any(
-            one is not None and one.dtype == torch.bool for one in args[1]
+            index is not None and index.dtype == torch.bool for index in args[1]
         )
         if masks or name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero"):
             self.count += 1
@@ -203,11 +203,11 @@ def test_steps_do_not_wait_for_the_device(llama, cases, corpus, monkeypatch, nam
 @pytest.mark.parametrize("name", list(SMALL))
 def test_order_does_not_matter(subject, cases, corpus, name):
     editor = editor_of(name, subject, corpus)
-    for one, other in zip(editor.edit(cases), editor.edit(cases[::-1])[::-1]):
-        assert one.case_id == other.case_id
-        for layer in one.layers:
-            assert close(one.delta(layer), other.delta(layer), 5e-3)
-            assert torch.linalg.matrix_rank(one.delta(layer)) == 1
+    for edit, other in zip(editor.edit(cases), editor.edit(cases[::-1])[::-1]):
+        assert edit.case_id == other.case_id
+        for layer in edit.layers:
+            assert close(edit.delta(layer), other.delta(layer), 5e-3)
+            assert torch.linalg.matrix_rank(edit.delta(layer)) == 1
 
 
 @pytest.mark.parametrize("name", [*SMALL, "malmen"])
@@ -257,9 +257,9 @@ def test_compat_differs_and_runs(subject, cases, corpus, name):
     clean = editor_of(name, subject, corpus)
     compat = load_editor(name, subject, preset="compat", **{**SMALL[name], "corpus": corpus})
     assert compat.hparams.padding == "released" and compat.hparams.targets == "alone"
-    for one, other in zip(clean.edit(cases), compat.edit(cases)):
+    for edit, other in zip(clean.edit(cases), compat.edit(cases)):
         assert all(torch.isfinite(other.delta(layer)).all() for layer in other.layers)
-        assert not close(one.delta(one.layers[0]), other.delta(one.layers[0]), 0.05)
+        assert not close(edit.delta(edit.layers[0]), other.delta(edit.layers[0]), 0.05)
 
 
 def test_sherman_morrison_is_the_dense_solve():
@@ -367,9 +367,9 @@ def test_repetitive_text_is_not_positive_definite(llama, tmp_path, monkeypatch):
 
 def test_diagnosis_reads_the_edited_model(subject, cases):
     edits = load_editor("rome", subject, **SMALL["rome"]).edit(cases)
-    found = diagnose(subject, cases, edits)
+    diagnosed = diagnose(subject, cases, edits)
     module = subject.down_proj(1)
-    for (_, row), case, edit in zip(found.iterrows(), cases, edits):
+    for (_, row), case, edit in zip(diagnosed.iterrows(), cases, edits):
         tokens = tokenize(subject.tokenizer, case.prompt, case.target)
         assert row["nll_before"] == pytest.approx(plain.target_loss(subject, tokens).item(), rel=1e-4)
         with torch.no_grad():
@@ -445,7 +445,7 @@ def test_pmet_is_taken_apart(llama, cases, corpus, tmp_path, monkeypatch):
     assert list(table["attention learnt"]) == [True] * 4 + [False] * 4
     for n, layers, weight, attention in ((0, [2], 1e-6, True), (3, [1, 2], 2.0, True), (6, [1, 2], 1e-6, False)):
         editor = load("pmet", llama, layers=layers, covariance_weight=weight, attention=attention, kl_factor=0.0)
-        found = diagnose(llama, cases[:2], editor.edit(cases[:2]))
-        assert table["nll_after"][n] == pytest.approx(found["nll_after"].mean(), rel=1e-3)
-        assert table["norm"][n] == pytest.approx(found["norm"].mean(), rel=1e-3)
+        diagnosed = diagnose(llama, cases[:2], editor.edit(cases[:2]))
+        assert table["nll_after"][n] == pytest.approx(diagnosed["nll_after"].mean(), rel=1e-3)
+        assert table["norm"][n] == pytest.approx(diagnosed["norm"].mean(), rel=1e-3)
     assert len(pd.read_csv(tmp_path / "parts.csv")) == 8
