@@ -63,7 +63,7 @@ HELD_OUT = 5  # one in so many training cases chooses the epoch
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of queries: ``queries`` (P, d_f), and of each pair both indices (N,) and whether it is a positive one (N,)."""
+    """Pairs of ``queries`` (P, d_f): both indices of each (N,), and whether it is a positive one (N,)."""
 
     queries: torch.Tensor
     first: torch.Tensor
@@ -72,7 +72,7 @@ class Pairs:
 
     @torch.no_grad()
     def distances(self, encoder: Encoder | None) -> torch.Tensor:
-        """The distance of every pair (N,), encoded, or as the queries are."""
+        """That of every pair (N,), encoded, or as the queries are."""
         encoded = self.queries if encoder is None else encoder(self.queries)
         return distances(encoded[self.first], encoded[self.second])
 
@@ -101,39 +101,33 @@ def make_pairs(subject: Subject, cases: Sequence[Case], layer: int, query: Query
 def train(
     training: Pairs, held_out: Pairs, hparams: EncoderHyperparameters, margin: float, seeds: tuple
 ) -> tuple[Encoder, list[dict]]:
-    """An encoder and, of every epoch, its mean loss and its balanced accuracy on the held-out pairs.
+    """The encoder of the best epoch and, of every epoch, its mean loss and its balanced accuracy on the held-out pairs.
 
     Args:
         seeds: what the initial weights, the order of the pairs and the dropout masks are drawn by.
     """
-    device, width = training.queries.device, training.queries.shape[1]
-    encoder = Encoder(width, hparams.architecture, generator(*seeds, "weights")).to(device)
+    queries, device = training.queries, training.queries.device
+    encoder = Encoder(queries.shape[1], hparams.architecture, generator(*seeds, "weights")).to(device)
     optimizer = torch.optim.Adam(encoder.parameters(), lr=hparams.encoder_lr, weight_decay=hparams.weight_decay)
     draw = generator(*seeds, "training")
-    best, kept, log = -1.0, copy.deepcopy(encoder.state_dict()), []
-    since = 0
-    with torch.enable_grad():
-        for _epoch in range(hparams.epochs):
-            order = torch.randperm(len(training.first), generator=draw).to(device)
-            total = 0.0
-            for batch in order.split(hparams.encoder_batch):
-                first, second = (
-                    encoder(training.queries[side[batch]], draw) for side in (training.first, training.second)
-                )
+    log: list[dict] = []
+    best_epoch, best, kept = 0, -1.0, encoder
+    while len(log) < hparams.epochs and len(log) - best_epoch < hparams.patience:
+        order = torch.randperm(len(training.first), generator=draw).to(device)
+        total = 0.0
+        for batch in order.split(hparams.encoder_batch):
+            with torch.enable_grad():
+                first, second = (encoder(queries[side[batch]], draw) for side in (training.first, training.second))
                 loss = contrastive_loss(distances(first, second), training.positive[batch], margin)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                optimizer.step()
-                total += loss.item() * len(batch)
-            (accuracy,) = balanced_accuracy(held_out.distances(encoder), held_out.positive, hparams.radius)
-            log.append({"loss": total / len(order), "accuracy": accuracy})
-            since += 1
-            if accuracy > best:
-                best, kept, since = accuracy, copy.deepcopy(encoder.state_dict()), 0
-            if since == hparams.patience:
-                break
-    encoder.load_state_dict(kept)
-    return encoder.requires_grad_(False), log
+            optimizer.step()
+            total += loss.item() * len(batch)
+        (accuracy,) = balanced_accuracy(held_out.distances(encoder), held_out.positive, hparams.radius)
+        log.append({"loss": total / len(order), "accuracy": accuracy})
+        if accuracy > best:
+            best_epoch, best, kept = len(log), accuracy, copy.deepcopy(encoder)
+    return kept.requires_grad_(False), log
 
 
 @dataclass(frozen=True)
@@ -142,10 +136,6 @@ class TrainedEncoder:
 
     encoder: Encoder
     header: dict
-
-    @property
-    def dataset(self) -> str:
-        return self.header["dataset"]
 
 
 def trained_encoder(
@@ -166,26 +156,25 @@ def trained_encoder(
     dataset = cases[0].dataset
     if dataset not in hparams.margin:
         raise StudyError(f"margin: no value for {dataset!r}; given: {', '.join(hparams.margin) or 'none'}")
+    margin = hparams.margin[dataset]
     training, held_out = _split(cases, edited, hparams.selection, seed)
-    header = {
+    identity = {
         "format": FORMAT,
         "version": 1,
         **subject.identity,
         "dataset": dataset,
         "layer": hparams.layer,
         "query": query,
-        "margin": hparams.margin[dataset],
+        "margin": margin,
         "seed": seed,
         "values": hparams.model_dump(mode="json", exclude={"steps", "lr", "later_calls", "margin", "encoder_query"}),
         "training": _digest(training),
         "held_out": _digest(held_out),
     }
-    file = Artifact.cached("encoders", f"{subject.name}-{dataset}-{query}", header)
+    file = Artifact.cached("encoders", f"{subject.name}-{dataset}-{query}", identity)
     if not file.exists():
         learnt, checked = (make_pairs(subject, part, hparams.layer, query) for part in (training, held_out))
-        encoder, log = train(
-            learnt, checked, hparams, hparams.margin[dataset], (seed, subject.name, dataset, "a-grace", query)
-        )
+        encoder, log = train(learnt, checked, hparams, margin, (seed, subject.name, dataset, "a-grace", query))
         file.write(encoder.state_dict(), log=log, cases=len(training))
     header, tensors = file.read()
     return TrainedEncoder(Encoder.from_tensors(tensors, hparams.architecture).to(subject.device), header)
@@ -194,9 +183,7 @@ def trained_encoder(
 def _split(cases: Sequence[Case], edited: Sequence[Case], selection: str, seed: int) -> tuple[list[Case], list[Case]]:
     if selection == "edited":
         if not edited:
-            raise StudyError(
-                'selection="edited" chooses the encoder by the cases to be edited: pass them, fit(cases, edited=...)'
-            )
+            raise StudyError('selection="edited" chooses by the cases to be edited: pass them, fit(cases, edited=...)')
         return list(cases), list(edited)
     if len(cases) < 2:
         raise StudyError("an encoder needs at least two training cases: one of them is held out to choose the epoch")
@@ -210,12 +197,9 @@ def _digest(cases: Sequence[Case]) -> str:
     return hashlib.sha256("".join(sorted(case.sha256 for case in cases)).encode()).hexdigest()
 
 
-_EPS = 1e-6  # PyTorch's pairwise distance adds it to the difference
-
-
 def distances(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """``||a - b + 1e-6||`` along the last axis."""
-    return (first - second + _EPS).norm(dim=-1)
+    """``||a - b + 1e-6||`` along the last axis, as PyTorch's pairwise distance has it."""
+    return (first - second + 1e-6).norm(dim=-1)
 
 
 def contrastive_loss(distance: torch.Tensor, positive: torch.Tensor, margin: float) -> torch.Tensor:
