@@ -66,22 +66,19 @@ def rewriting_rows(subject: Subject, case: Case, contexts: Sequence[str], paddin
     and what follows cannot be seen from there.
     """
     tokenizer = subject.tokenizer
+    rows = [tokenize(tokenizer, context + case.prompt, case.target) for context in contexts]
     if padding == "aligned" and targets == "in-context":
-        return [tokenize(tokenizer, context + case.prompt, case.target) for context in contexts]
-    rows = []
-    for context in contexts:
-        tokens = tokenize(tokenizer, context + case.prompt, case.target)
-        if targets == "in-context":
-            rows.append(tokens)
-            continue
+        return rows
+    if targets == "alone":
         alone = encode(tokenizer, case.target)
         written = str(tokenizer.decode(alone[:-1], clean_up_tokenization_spaces=False))
-        inputs = tuple(encode(tokenizer, context + case.prompt + " " + written))
-        rows.append(TokenRow(inputs, 0, tokens.lookup, len(inputs) - len(alone), tuple(alone)))
+        for n, context in enumerate(contexts):
+            inputs = tuple(encode(tokenizer, f"{context}{case.prompt} {written}"))
+            rows[n] = TokenRow(inputs, 0, rows[n].lookup, len(inputs) - len(alone), tuple(alone))
     bare = tuple(encode(tokenizer, case.prompt))
     # its label is never scored: only the distribution there is read
     rows.append(TokenRow(bare, 0, len(bare) - 1, len(bare) - 1, bare[-1:]))
-    return list(rows) if padding == "aligned" else misplaced(rows, subject.tokenizer.pad_token_id)
+    return rows if padding == "aligned" else misplaced(rows, tokenizer.pad_token_id)
 
 
 def misplaced(rows: Sequence[TokenRow], pad: int) -> list[TokenRow]:
