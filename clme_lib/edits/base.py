@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Hashable, Iterator, MutableSequence, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, ClassVar
@@ -51,7 +51,7 @@ class PassState:
         phase: ``prefill`` for a pass over a prompt, ``decode`` for one that continues a cache.
         mask: (B, T or more) attention mask; None when every column is a token.
         prompt_end: (B,) the last column of each prompt, where a :class:`Layout` was announced; None otherwise.
-        batch_rows: the rows of the batch that the change in progress acts on.
+        batch_rows: the rows of the batch that the change in progress acts on, which ``mask`` and ``prompt_end`` are of.
         lookups: every codebook consultation, in order.
     """
 
@@ -65,7 +65,7 @@ class PassState:
         self.lookups: MutableSequence[Lookup] = []
 
     def begin(self, kwargs: dict) -> None:
-        """Note phase and attention mask of the pass that starts."""
+        """Note phase and attention mask of the pass that starts with these arguments."""
         past = kwargs.get("past_key_values")
         self.phase = "decode" if past is not None and past.get_seq_length() > 0 else "prefill"
         mask = kwargs.get("attention_mask")
@@ -93,36 +93,34 @@ class PassState:
 
     def prompt_columns(self, inputs: torch.Tensor) -> torch.Tensor:
         """(B, T) True where ``inputs`` (B, T, .) of this pass are of a prompt's tokens: neither padding nor written text."""
-        if self.mask is None:
-            return torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
-        real = self.mask[:, -inputs.shape[1] :].bool()
-        if self.prompt_end is None:
-            return real
-        return real & (torch.arange(inputs.shape[1], device=real.device) <= self.prompt_end[:, None])
+        column = torch.arange(inputs.shape[1], device=inputs.device)
+        return self._real(inputs) & (column <= self.last_columns(inputs)[1][:, None])
 
-    def last_column(self, width: int) -> torch.Tensor:
-        """(B,) the last column of each row's prompt within the ``width`` columns of this forward pass."""
+    def last_columns(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows (B,) and columns (B,) of ``inputs`` (B, T, .) at which prompts end."""
+        rows = torch.arange(len(inputs), device=inputs.device)
         if self.prompt_end is not None:
-            return self.prompt_end
-        batch = self.mask.shape[0] if self.mask is not None else 1
-        if self.mask is None or width == 1:
-            return torch.full((batch,), width - 1, device=self.mask.device if self.mask is not None else None)
-        mask = self.mask[:, -width:].long()
-        return (mask * torch.arange(1, width + 1, device=mask.device)).argmax(dim=-1)
+            return rows, self.prompt_end
+        return rows, (self._real(inputs) * torch.arange(1, inputs.shape[1] + 1, device=inputs.device)).argmax(dim=-1)
 
     def next_token_columns(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows (N,) and columns (N,) of ``inputs`` (B, T, .) after which a token is written, when texts are generated."""
-        if self.prompt_end is None or self.mask is None:
-            return torch.arange(len(inputs), device=inputs.device), self.last_column(inputs.shape[1])
-        column = torch.arange(inputs.shape[1], device=self.mask.device)
-        rows, columns = (self.mask.bool() & (column >= self.prompt_end[:, None])).nonzero().T
+        if self.prompt_end is None:
+            return self.last_columns(inputs)
+        column = torch.arange(inputs.shape[1], device=inputs.device)
+        rows, columns = (self._real(inputs) & (column >= self.prompt_end[:, None])).nonzero().T
         return rows, columns
+
+    def _real(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(B, T) True at tokens, False at padding."""
+        if self.mask is None:
+            return torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+        return self.mask[:, -inputs.shape[1] :].bool()
 
 
 @dataclass(frozen=True)
 class Lookup:
-    """One consultation of codebooks: the phase, which rows of the batch asked, and for each of them the distance to the
-    nearest key and whether it fired."""
+    """One consultation of codebooks: by which rows of the batch, and of each the distance to the nearest key and whether it fired."""
 
     layer: int
     phase: str
@@ -157,8 +155,7 @@ class EditLog:
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """What one editor made of one case. Subclasses hold the tensors and register themselves by their ``kind``, which names
-    them in saved files."""
+    """What one editor made of one case. Subclasses hold the tensors and register by their ``kind``, their name in saved files."""
 
     case_id: int
     editor: str
@@ -183,9 +180,8 @@ class Edit:
     def compose(edits: Sequence[Edit]) -> Edit:
         """One edit that does what ``edits`` (at least one) do when they are applied one after the other.
 
-        Neighbours that can be joined are: factors are concatenated, dense updates added, codebooks become one with all entries,
-        of which the nearest counts. What cannot be joined acts in order. ``case_id``, ``editor`` and ``log`` are those of the last
-        edit that changes anything.
+        Neighbours are joined where that is possible: factors are concatenated, dense updates added, codebooks become one, of whose
+        entries the nearest counts. ``case_id``, ``editor`` and ``log`` are those of the last edit that changes anything.
         """
         parts: list[Edit] = []
         for part in (part for edit in edits for part in edit.parts if part.layers):
@@ -204,6 +200,11 @@ class Edit:
     def parts(self) -> tuple[Edit, ...]:
         """The edits that this one is composed of, in order; itself alone if of none."""
         return (self,)
+
+    @property
+    def stacked_with(self) -> Hashable:
+        """Edits of which this is equal are applied to their rows together, by :meth:`stack`."""
+        return self.kind
 
     @property
     def first_call_only(self) -> bool:
@@ -234,22 +235,17 @@ class Edit:
 
     def describe(self) -> dict:
         """The edit but for its tensors, as JSON values."""
-        return {
-            "kind": self.kind,
-            "case_id": self.case_id,
-            "editor": self.editor,
-            "log": asdict(self.log),
-            "settings": self.settings(),
-        }
+        made = {"kind": self.kind, "case_id": self.case_id, "editor": self.editor}
+        return {**made, "log": asdict(self.log), "settings": self.settings()}
 
     @staticmethod
     def restored(description: dict, tensors: dict[str, torch.Tensor]) -> Edit:
         """The edit that :meth:`describe` and :meth:`tensors` were taken from; StudyError for an unknown kind."""
-        if description["kind"] not in Edit.kinds:
-            raise StudyError(f"unknown kind of edit {description['kind']!r}: import the module that defines it first")
+        if (kind := description["kind"]) not in Edit.kinds:
+            raise StudyError(f"unknown kind of edit {kind!r}: import the module that defines it first")
         log = EditLog(**{**description["log"], "losses": tuple(description["log"]["losses"])})
         names = {"case_id": description["case_id"], "editor": description["editor"]}
-        return Edit.kinds[description["kind"]].from_tensors(tensors, **names, log=log, **description["settings"])
+        return Edit.kinds[kind].from_tensors(tensors, **names, log=log, **description["settings"])
 
     @property
     def sha256(self) -> str:
@@ -269,10 +265,7 @@ class Edit:
 
     @classmethod
     def stack(cls, edits: Sequence[Edit], layer: int, device: torch.device) -> Change:
-        """A function that applies ``edits[rows[b]]`` to row b at ``layer``: (inputs, outputs, rows, state) -> outputs.
-
-        Every kind that has tensors defines its own; a composed edit is applied part by part.
-        """
+        """A function that applies ``edits[rows[b]]`` to row b at ``layer``: (inputs, outputs, rows, state) -> outputs."""
         raise TypeError(f"{cls.__qualname__} has no tensors of its own to apply")
 
 
@@ -316,9 +309,9 @@ class Composite(Edit):
 
     @classmethod
     def from_tensors(cls, tensors, **fields) -> Composite:
-        of_part: list[dict[str, torch.Tensor]] = [{} for _ in fields["parts"]]
+        descriptions = fields.pop("parts")
+        of_parts: list[dict[str, torch.Tensor]] = [{} for _ in descriptions]
         for name, tensor in tensors.items():
             n, _, own_name = name.partition(":")
-            of_part[int(n)][own_name] = tensor
-        parts = tuple(Edit.restored(*described) for described in zip(fields.pop("parts"), of_part))
-        return cls(**fields, parts=parts)
+            of_parts[int(n)][own_name] = tensor
+        return cls(**fields, parts=tuple(map(Edit.restored, descriptions, of_parts)))

@@ -34,14 +34,8 @@ def save_edits(path: str | os.PathLike, edits: Sequence[Edit], subject: Subject)
             names[name] = first.setdefault(where, f"{n}.{name}") if tensor.numel() else f"{n}.{name}"
             tensors.setdefault(names[name], tensor)
         entries.append({**edit.describe(), "tensors": names})
-    header = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "subject": subject.name,
-        "fingerprint": subject.fingerprint,
-        "edits": entries,
-    }
-    write_tensors(Path(path), tensors, header)
+    of = {"subject": subject.name, "fingerprint": subject.fingerprint}
+    write_tensors(Path(path), tensors, {"format": FORMAT, "version": FORMAT_VERSION, **of, "edits": entries})
 
 
 def load_edits(path: str | os.PathLike, subject: Subject) -> list[Edit]:

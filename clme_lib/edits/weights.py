@@ -13,11 +13,7 @@ from .base import Change, Edit
 
 @dataclass(frozen=True, eq=False)
 class LowRankUpdate(Edit):
-    """``W_l <- W_l + left @ right`` at each layer.
-
-    Attributes:
-        factors: layer -> (left (d, r), right (r, d_f)).
-    """
+    """``W_l <- W_l + left @ right`` at each layer of ``factors``: layer -> (left (d, r), right (r, d_f))."""
 
     factors: dict[int, tuple[torch.Tensor, torch.Tensor]]
     kind: ClassVar[str] = "low-rank"
@@ -41,13 +37,11 @@ class LowRankUpdate(Edit):
         return replace(later, factors=factors)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        named = {}
-        for layer, (left, right) in self.factors.items():
-            named[f"{layer}.left"], named[f"{layer}.right"] = left, right
-        return named
+        sides = ("left", "right")
+        return {f"{n}.{side}": part for n, pair in self.factors.items() for side, part in zip(sides, pair)}
 
     @classmethod
-    def from_tensors(cls, tensors, **fields) -> LowRankUpdate:
+    def from_tensors(cls, tensors, **fields):
         layers = sorted({int(name.split(".")[0]) for name in tensors})
         return cls(**fields, factors={n: (tensors[f"{n}.left"], tensors[f"{n}.right"]) for n in layers})
 
@@ -89,7 +83,7 @@ class DenseUpdate(Edit):
         return {f"{self.layer}.delta": self.delta}
 
     @classmethod
-    def from_tensors(cls, tensors, **fields) -> DenseUpdate:
+    def from_tensors(cls, tensors, **fields):
         ((name, delta),) = tensors.items()
         return cls(**fields, layer=int(name.split(".")[0]), delta=delta)
 
