@@ -50,11 +50,9 @@ class Editor(ABC, Generic[Hparams]):
         needs_training: ``fit`` has to be called before ``edit``.
         updates_weights: its edits change weights, which the diagnosis takes apart.
         from_lookup: it changes no column before the lookup token, so that an optimisation step passes over the target's only.
-        compat: the hyper-parameters that ``preset="compat"`` changes: the released program's defects that can change
-            conclusions.
+        compat: what ``preset="compat"`` changes: the released program's defects that can change conclusions.
         without_early_stop: the hyper-parameters under which every case takes all steps, whatever its loss.
-        timed_untrained: the cost of an edit does not depend on what was learnt, so it is always measured with
-            :meth:`stand_in`.
+        timed_untrained: what was learnt does not change an edit's cost, which is always measured with :meth:`stand_in`.
         selection_grid: the settings that are tried to select a subject's, the paper's first.
     """
 
@@ -86,10 +84,8 @@ class Editor(ABC, Generic[Hparams]):
         self.subject = subject
         self.hparams = hparams
         self.seed = seed
-        fields: Any = hparams
-        self.layers: tuple[int, ...] = getattr(fields, "layers", ()) or (
-            (fields.layer,) if hasattr(fields, "layer") else ()
-        )
+        layer = getattr(hparams, "layer", None)
+        self.layers: tuple[int, ...] = getattr(hparams, "layers", () if layer is None else (layer,))
         for layer in self.layers:
             subject.down_proj(layer)  # raises when the layer does not exist
 
@@ -112,17 +108,14 @@ class Editor(ABC, Generic[Hparams]):
         """Put something of the same size in the place of what is learnt or gathered, to measure time and memory of editing ``cases``."""
 
     def operations(self, prompt: int, target: int, steps: int) -> list[Phase]:
-        """What an edit of a case of so many tokens, whose loss was evaluated ``steps`` times, cannot do without (operations.py).
-
-        Empty where nobody has counted: there is no floor.
-        """
+        """What an edit of a case of so many tokens, whose loss was evaluated ``steps`` times, cannot do without (operations.py);
+        empty where nobody has counted."""
         return []
 
     def edit(self, cases: Sequence[Case], batch_size: int | None = None, progress: bool = False) -> list[Edit]:
         """One edit per case, in the cases' order.
 
-        Cases of similar length are optimised together; each has its own loss, stop and random draws, so the batch a
-        case lands in does not matter beyond float rounding.
+        Cases of similar length are optimised together. Each has its own loss, stop and random draws: its batch does not matter.
 
         Raises:
             StudyError: a case cannot be edited (empty target, loss not finite); the message names it.

@@ -16,7 +16,7 @@ epochs as far as memory allows. Training resumes at its last checkpoint; a finis
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -80,13 +80,8 @@ def _ordered(cases: Sequence[Case], seed: int, *parts: object) -> list[Case]:
 
 
 class Training:
-    """One network's training run.
-
-    Attributes:
-        iteration: updates made so far.
-        log: (generalization loss, locality loss) of each.
-        answers: the unedited subject's continuation of each neighbour's prompt.
-    """
+    """One network's training run: ``iteration`` updates so far, with (generalization loss, locality loss) of each in ``log``;
+    ``answers`` has the unedited subject's continuation of each neighbour's prompt."""
 
     def __init__(self, subject: Subject, hparams: MALMENHyperparameters, records: Sequence[Case], seed: int) -> None:
         self.subject, self.hparams, self.records, self.seed = subject, hparams, list(records), seed
@@ -120,27 +115,22 @@ class Training:
     def finish(self) -> Hypernetwork:
         """Load what there is, do the missing iterations, keep the result."""
         self._load()
-        last = self.hparams.iterations
-        if self.iteration == last:
-            return self.network.requires_grad_(False)
-        prompts = [prompt for case in self.records for prompt in case.unrelated]
-        self.answers = dict(zip(prompts, answers_for(self.subject, prompts)))
+        last, size = self.hparams.iterations, min(self.hparams.batch, len(self.records))
+        if self.iteration < last:
+            prompts = [prompt for case in self.records for prompt in case.unrelated]
+            self.answers = dict(zip(prompts, answers_for(self.subject, prompts)))
         description = f"malmen: train on {len(self.records)} {self.records[0].dataset} cases"
-        with tqdm(total=last, initial=self.iteration, desc=description, unit="step") as bar:
-            for batch in self._batches():
-                generalization, locality = self.step(batch)
-                bar.set_postfix(generalization=f"{generalization:.2f}", locality=f"{locality:.3f}")
-                bar.update()
-                if self.iteration == last or self.iteration % _CHECKPOINT_EVERY == 0:
-                    self._save()
+        left = range(self.iteration, last)
+        bar = tqdm(left, total=last, initial=self.iteration, desc=description, unit="step", disable=not left)
+        for iteration in bar:
+            # records come in a new seeded order every epoch, of which the rest is dropped
+            epoch, within = divmod(iteration, len(self.records) // size)
+            order = _ordered(self.records, self.seed, "epoch", epoch)
+            generalization, locality = self.step(order[within * size : (within + 1) * size])
+            bar.set_postfix(generalization=f"{generalization:.2f}", locality=f"{locality:.3f}")
+            if self.iteration == last or self.iteration % _CHECKPOINT_EVERY == 0:
+                self._save()
         return self.network.requires_grad_(False)
-
-    def _batches(self) -> Iterator[list[Case]]:
-        """Records in a new seeded order every epoch, from the present iteration to the last; an epoch's rest is dropped."""
-        size = min(self.hparams.batch, len(self.records))
-        while self.iteration < self.hparams.iterations:
-            epoch, within = divmod(self.iteration, len(self.records) // size)
-            yield _ordered(self.records, self.seed, "epoch", epoch)[within * size : (within + 1) * size]
 
     def step(self, batch: Sequence[Case]) -> tuple[float, float]:
         """One iteration; returns the two losses before its update."""
@@ -203,7 +193,7 @@ class Training:
     def _reference_states(self, rows: Sequence[TokenRow], forward: PartialForward) -> torch.Tensor:
         """Last-block states (N, d) of the unedited subject at the rows' label columns."""
         states = self._recall("reference", rows)
-        if any(row not in states for row in rows):
+        if len(states) < len(set(rows)):
             states = dict(zip(rows, upper_states(forward, {}).split([len(row.target_ids) for row in rows])))
             self._keep("reference", states)
         return torch.cat([states[row] for row in rows])
