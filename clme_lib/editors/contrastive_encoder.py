@@ -58,6 +58,7 @@ class EncoderHyperparameters(GRACEHyperparameters):
 
 
 FORMAT = "clme-encoder"
+Cases = Sequence[Case]
 HELD_OUT = 5  # one in so many training cases chooses the epoch
 
 
@@ -84,9 +85,8 @@ def make_pairs(subject: Subject, cases: Sequence[Case], layer: int, query: Query
         StudyError: a case lacks rephrased or unrelated prompts.
     """
     if bare := [case for case in cases if not case.rephrased or not case.unrelated]:
-        raise StudyError(
-            f"case {bare[0].case_id} of {bare[0].dataset} needs a rephrased and an unrelated prompt to learn from"
-        )
+        lacking = f"case {bare[0].case_id} of {bare[0].dataset}"
+        raise StudyError(f"{lacking} needs a rephrased and an unrelated prompt to learn from")
     prompts: dict[str, int] = {}
     rows = []
     for case in cases:
@@ -139,12 +139,7 @@ class TrainedEncoder:
 
 
 def trained_encoder(
-    subject: Subject,
-    hparams: EncoderHyperparameters,
-    query: Query,
-    cases: Sequence[Case],
-    edited: Sequence[Case],
-    seed: int,
+    subject: Subject, hparams: EncoderHyperparameters, query: Query, cases: Cases, edited: Cases, seed: int
 ) -> TrainedEncoder:
     """The encoder learnt from ``cases``: from the user's cache, or trained now.
 
@@ -180,20 +175,21 @@ def trained_encoder(
     return TrainedEncoder(Encoder.from_tensors(tensors, hparams.architecture).to(subject.device), header)
 
 
-def _split(cases: Sequence[Case], edited: Sequence[Case], selection: str, seed: int) -> tuple[list[Case], list[Case]]:
+def _split(cases: Cases, edited: Cases, selection: str, seed: int) -> tuple[Cases, Cases]:
+    """The cases that are learnt from, and those that choose the epoch."""
     if selection == "edited":
         if not edited:
             raise StudyError('selection="edited" chooses by the cases to be edited: pass them, fit(cases, edited=...)')
-        return list(cases), list(edited)
+        return cases, edited
     if len(cases) < 2:
         raise StudyError("an encoder needs at least two training cases: one of them is held out to choose the epoch")
     by_id = {case.case_id: case for case in cases}
-    order = seeded_order(by_id, "held out", seed, cases[0].dataset)
+    order = [by_id[n] for n in seeded_order(by_id, "held out", seed, cases[0].dataset)]
     count = max(1, len(order) // HELD_OUT)
-    return [by_id[n] for n in order[count:]], [by_id[n] for n in order[:count]]
+    return order[count:], order[:count]
 
 
-def _digest(cases: Sequence[Case]) -> str:
+def _digest(cases: Cases) -> str:
     return hashlib.sha256("".join(sorted(case.sha256 for case in cases)).encode()).hexdigest()
 
 
@@ -211,15 +207,11 @@ def contrastive_loss(distance: torch.Tensor, positive: torch.Tensor, margin: flo
 def balanced_accuracy(distance: torch.Tensor, positive: torch.Tensor, radius: float | Sequence[float]) -> list[float]:
     """Half the share of positive pairs within a radius plus half the share of negative pairs beyond it, for each radius.
 
-    Counts are pooled over all pairs given, so a batch without a positive pair cannot spoil it.
-
     Raises:
         StudyError: there are no positive or no negative pairs.
     """
     if not positive.any() or positive.all():
         raise StudyError("balanced accuracy needs both positive and negative pairs")
-    accuracies = []
-    for bound in [radius] if isinstance(radius, int | float) else radius:
-        inside = distance <= bound
-        accuracies.append(0.5 * (inside[positive].double().mean() + (~inside[~positive]).double().mean()).item())
-    return accuracies
+    radii = [radius] if isinstance(radius, int | float) else radius
+    near, far = distance[positive], distance[~positive]
+    return [0.5 * ((near <= bound).double().mean() + (far > bound).double().mean()).item() for bound in radii]

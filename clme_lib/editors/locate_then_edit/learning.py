@@ -127,15 +127,9 @@ class Rewriting:
     def evaluate(
         self, changed: torch.Tensor, reference: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """With ``changed`` (R, d) as W_l's output at the lookup columns.
-
-        Args:
-            reference: (B, vocabulary) log-distribution to compare with that after the bare prompt; None for itself.
-
-        Returns:
-            mean negative log-likelihood of each case's target (B,); whether every target token of all its rows is
-            the arg-max (B,); the divergence from the reference (B,); log-distribution after the bare prompt (B, vocabulary).
-        """
+        """With ``changed`` (R, d) as W_l's output at the lookup columns, and a ``reference`` (B, vocabulary) for the log-distribution
+        after the bare prompt (None: itself), of each case (B,): mean negative log-likelihood of the target; whether every target
+        token of all rows is the arg-max; the divergence from the reference; and the log-distribution (B, vocabulary)."""
         forward = self.forward
         states = forward.states(forward.with_touched(changed))
         losses, greedy, moved, after_bare = forward.compared_losses(states, self._after_bare, reference)
@@ -145,7 +139,7 @@ class Rewriting:
 
 
 class RewritingEditor(Editor[Hparams]):
-    """Base of ROME, MEMIT and PMET."""
+    """What ROME, MEMIT and PMET share."""
 
     from_lookup = True
     compat: ClassVar = {"padding": "released", "targets": "alone"}
@@ -194,21 +188,15 @@ class RewritingEditor(Editor[Hparams]):
         return total < self.hparams.loss_floor
 
     def _learn(self, cases: Sequence[Case]) -> tuple[Rewriting, torch.Tensor, list[EditLog]]:
-        """Learn delta at the last edited layer.
-
-        Returns:
-            the cases' rows; (B, d) float32 what the lookup token is to hold, ``v_0 + delta``; each case's log.
+        """Learn delta at the last edited layer: the rows it was learnt on, ``v_0 + delta`` (B, d) in float32, and each case's log.
 
         Raises:
             StudyError: a case's loss is not finite before the first update.
         """
         hparams, count, device = self.hparams, len(cases), self.subject.device
-        of_cases = [
-            rewriting_rows(self.subject, case, self.contexts, hparams.padding, hparams.targets) for case in cases
-        ]
-        forward = PartialForward(
-            self.subject, [row for rows in of_cases for row in rows], self.layers[-1], from_lookup=True
-        )
+        read_as = hparams.padding, hparams.targets
+        rows = [row for case in cases for row in rewriting_rows(self.subject, case, self.contexts, *read_as)]
+        forward = PartialForward(self.subject, rows, self.layers[-1], from_lookup=True)
         whole = rewriting = Rewriting(forward, torch.arange(count, device=device), len(self.contexts))
         initial = [whole.by_case(whole.at_lookup(output))[:, 0].float() for output in self._outputs(forward)]
         sizes = [start.norm(dim=-1) for start in initial]
@@ -217,7 +205,6 @@ class RewritingEditor(Editor[Hparams]):
         optimizer = torch.optim.Adam(deltas, lr=hparams.lr)
         factor = torch.ones(count, device=device)
         active = torch.ones(count, dtype=torch.bool, device=device)
-        updates = torch.zeros(count, dtype=torch.long, device=device)
         losses = torch.full((hparams.steps, count), math.nan, device=device)
         reference = None
         for iteration in range(hparams.steps):
@@ -226,8 +213,7 @@ class RewritingEditor(Editor[Hparams]):
             changed = self._place(rewriting, [delta[by_row] for delta in deltas])
             compared_with = None if reference is None else reference[remaining]
             nll, agreed, divergence, after_bare = rewriting.evaluate(changed, compared_with)
-            if reference is None:
-                reference = after_bare
+            reference = after_bare if reference is None else reference
             kl = hparams.kl_factor * divergence
             decay = sum(delta[remaining].norm(dim=-1) / size[remaining] ** 2 for delta, size in zip(deltas, sizes))
             loss = factor[remaining] * nll + kl + hparams.weight_decay * decay
@@ -238,7 +224,6 @@ class RewritingEditor(Editor[Hparams]):
             with torch.no_grad():
                 for delta, kept in zip(deltas, last_finite):
                     delta.copy_(torch.where(lost[:, None], kept, delta))
-            updates -= lost.long()
             active[remaining] = counts & ~self._stops(total, agreed, kl.detach(), factor, remaining)
             check_done = (iteration + 1) % CHECK_DONE_EVERY[device.type] == 0
             left = active[remaining].nonzero()[:, 0] if check_done else remaining
@@ -253,13 +238,12 @@ class RewritingEditor(Editor[Hparams]):
                     norm, bound = delta.norm(dim=-1), hparams.clamp * size
                     delta.mul_(torch.where(norm > bound, bound / norm, torch.ones_like(norm))[:, None])
                     delta.copy_(torch.where(active[:, None], delta, kept))
-            updates += active.long()
             if len(left) <= 0.75 * len(remaining):
                 rewriting = rewriting.select(left)
         logs = []
-        for case, steps, case_losses in zip(cases, updates.tolist(), losses.T.tolist()):
+        for case, case_losses in zip(cases, losses.T.tolist()):
             counted = tuple(loss for loss in case_losses if not math.isnan(loss))
             if not counted:
                 raise StudyError(f"case {case.case_id}: the loss of {self.name} is not finite; use float32")
-            logs.append(EditLog(steps, counted))
+            logs.append(EditLog(len(counted) - 1, counted))  # the update after the last loss was not made, or not kept
         return whole, initial[-1] + deltas[-1].detach(), logs

@@ -50,13 +50,8 @@ class StatisticsHyperparameters(Schema):
 
 @dataclass(frozen=True, eq=False)
 class SecondMoment:
-    """``C_l`` of one layer.
-
-    Attributes:
-        matrix: (d_f, d_f) float32, on the CPU: only its factor is needed where edits are made.
-        header: what it was gathered from.
-        device: where its factor is.
-    """
+    """``C_l`` of one layer: its ``matrix`` (d_f, d_f) in float32, on the CPU, since edits need its factor alone, which is on
+    ``device``; ``header`` says what it was gathered from."""
 
     matrix: torch.Tensor
     header: dict
@@ -100,7 +95,7 @@ def second_moments(
     """Second moments of the given layers: from the cache, or gathered now.
 
     Raises:
-        StudyError: the corpus is too small, or a cached file is of something else; the message says what to do.
+        StudyError: the corpus is too small, or a cached file is of something else.
     """
     corpus, size = open_corpus(hparams.corpus), subject.inner_size
     limited = hparams.corpus_tokens or hparams.corpus_documents
@@ -146,12 +141,7 @@ def _require(tokens: int, least: int, corpus: Corpus, subject: Subject) -> None:
 
 
 def _gather(subject: Subject, files: dict[int, Artifact], corpus: Corpus, identity: dict, least: int) -> None:
-    """Sum ``k k^T`` over the corpus for several layers at once, and write their files at the end.
-
-    Args:
-        files: by layer.
-        least: tokens that the corpus must have.
-    """
+    """Sum ``k k^T`` over the corpus for several layers at once, and write their files (by layer) if it has the ``least`` tokens."""
     unfinished = _artifact(identity, unfinished="-".join(map(str, files)))
     sums = {layer: torch.zeros(subject.inner_size, subject.inner_size, device=subject.device) for layer in files}
     documents = tokens = 0
