@@ -214,4 +214,4 @@ def balanced_accuracy(distance: torch.Tensor, positive: torch.Tensor, radius: fl
         raise StudyError("balanced accuracy needs both positive and negative pairs")
     radii = [radius] if isinstance(radius, int | float) else radius
     near, far = distance[positive], distance[~positive]
-    return [0.5 * ((near <= bound).double().mean() + (far > bound).double().mean()).item() for bound in radii]
+    return [0.5 * ((near <= bound).double().mean() + (~(far <= bound)).double().mean()).item() for bound in radii]

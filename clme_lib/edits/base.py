@@ -20,15 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a pass that reads prompts, with or without more text after them, has its tokens.
+    """Where a pass that reads prompts, with or without more text after them, has its tokens."""
 
-    Attributes:
-        real: (B, T) True at tokens, False at padding.
-        prompt_end: (B,) the last column of each prompt. What follows is treated as text that the model has written.
-    """
-
-    real: torch.Tensor
-    prompt_end: torch.Tensor
+    real: torch.Tensor  #: (B, T) True at tokens, False at padding
+    prompt_end: torch.Tensor  #: (B,) the last column of each prompt; what follows is treated as written by the model
 
 
 _LAYOUT: ContextVar[Layout | None] = ContextVar("layout", default=None)
@@ -45,24 +40,16 @@ def announced(layout: Layout) -> Iterator[None]:
 
 
 class PassState:
-    """What the hooks know about the forward pass in progress, and what they saw.
-
-    Attributes:
-        phase: ``prefill`` for a pass over a prompt, ``decode`` for one that continues a cache.
-        mask: (B, T or more) attention mask; None when every column is a token.
-        prompt_end: (B,) the last column of each prompt, where a :class:`Layout` was announced; None otherwise.
-        batch_rows: the rows of the batch that the change in progress acts on, which ``mask`` and ``prompt_end`` are of.
-        lookups: every codebook consultation, in order.
-    """
+    """What the hooks know about the forward pass in progress, and what they saw."""
 
     def __init__(self, edits: Sequence[Edit], rows: Sequence[int] | None) -> None:
         self.edits = list(edits)
         self.rows = None if rows is None else list(rows)
-        self.phase = "prefill"
-        self.mask: torch.Tensor | None = None
-        self.prompt_end: torch.Tensor | None = None
-        self.batch_rows: list[int] = []
-        self.lookups: MutableSequence[Lookup] = []
+        self.phase = "prefill"  #: for a pass over a prompt; ``decode`` for one that continues a cache
+        self.mask: torch.Tensor | None = None  #: (B, T or more) attention mask; None when every column is a token
+        self.prompt_end: torch.Tensor | None = None  #: (B,) that of the :class:`Layout`, where one was announced
+        self.batch_rows: list[int] = []  #: the rows that the change in progress acts on, which the two above are of
+        self.lookups: MutableSequence[Lookup] = []  #: every codebook consultation, in order
 
     def begin(self, kwargs: dict) -> None:
         """Note phase and attention mask of the pass that starts with these arguments."""
@@ -79,17 +66,12 @@ class PassState:
 
     def rows_of(self, batch: int) -> list[int]:
         """Which edit each of ``batch`` rows gets (-1: none)."""
-        if self.rows is not None:
-            if len(self.rows) != batch:
-                raise StudyError(f"rows= names {len(self.rows)} rows but the batch has {batch}")
-            return self.rows
-        if len(self.edits) == 1:
-            return [0] * batch
-        if len(self.edits) != batch:
-            raise StudyError(
-                f"{len(self.edits)} edits meet a batch of {batch} rows: pass one edit, one per row, or rows=[...]"
-            )
-        return list(range(batch))
+        count = len(self.edits)
+        if self.rows is not None and len(self.rows) != batch:
+            raise StudyError(f"rows= names {len(self.rows)} rows but the batch has {batch}")
+        if self.rows is None and count not in (1, batch):
+            raise StudyError(f"{count} edits meet a batch of {batch} rows: pass one edit, one per row, or rows=[...]")
+        return self.rows or ([0] * batch if count == 1 else list(range(batch)))
 
     def prompt_columns(self, inputs: torch.Tensor) -> torch.Tensor:
         """(B, T) True where ``inputs`` (B, T, .) of this pass are of a prompt's tokens: neither padding nor written text."""
@@ -134,23 +116,14 @@ Change = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, PassState], torch.T
 
 @dataclass(frozen=True)
 class EditLog:
-    """How an edit came about.
+    """How an edit came about."""
 
-    Attributes:
-        steps: optimiser updates made.
-        losses: the loss before each update, in evaluation order; empty for editors without one.
-        seconds: wall-clock seconds of the batch the edit was made in, divided by its size.
-        batch: how many cases that batch held.
-        peak_memory_mib: high-water mark while editing (allocator on CUDA, resident set on CPU), in MiB.
-        initial_sha256: hash of a randomly drawn start value, empty when there is none.
-    """
-
-    steps: int = 0
-    losses: tuple[float, ...] = ()
-    seconds: float = 0.0
-    batch: int = 1
-    peak_memory_mib: float = 0.0
-    initial_sha256: str = ""
+    steps: int = 0  #: optimiser updates made
+    losses: tuple[float, ...] = ()  #: before each update, in evaluation order; empty for editors without one
+    seconds: float = 0.0  #: wall clock of the batch the edit was made in, divided by its size
+    batch: int = 1  #: how many cases that batch held
+    peak_memory_mib: float = 0.0  #: high-water mark while editing (allocator on CUDA, resident set on CPU)
+    initial_sha256: str = ""  #: hash of a randomly drawn start value, empty when there is none
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,9 +144,7 @@ class Edit:
             raise TypeError(f"{cls.__qualname__} needs a kind of its own: {cls.kind!r} is {known.__qualname__}")
         whole = cls.parts is Edit.parts
         if whole and cls.tensors is not Edit.tensors and cls.stack.__func__ is Edit.stack.__func__:  # type: ignore[attr-defined]
-            raise TypeError(
-                f"{cls.__qualname__} has tensors but no stack(), which says how they change a layer's output"
-            )
+            raise TypeError(f"{cls.__qualname__} has tensors but no stack(), which says how they change an output")
         cls.kinds[cls.kind] = cls
 
     @staticmethod
@@ -294,11 +265,10 @@ class Composite(Edit):
 
     def deltas(self) -> dict[int, torch.Tensor] | None:
         summed: dict[int, torch.Tensor] = {}
-        for deltas in (part.deltas() for part in self.parts):
-            if deltas is None:
+        for part in self.parts:
+            if (deltas := part.deltas()) is None:
                 return None
-            for layer, delta in deltas.items():
-                summed[layer] = summed[layer] + delta if layer in summed else delta
+            summed |= {layer: summed.get(layer, 0) + delta for layer, delta in deltas.items()}
         return summed
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -20,21 +20,18 @@ _ENTRIES = ("keys", "values", "radii")
 class Codebook(Edit):
     """GRACE's memory: where a query is within a key's radius, the output of ``W_l`` is replaced by that key's value.
 
-    Attributes:
-        layer: the block l.
-        keys: (n, d_f); values: (n, d); radii: (n,).
-        every_token: whether tokens that the model has written are looked up too, not the prompt alone.
-
     The query is the input of ``W_l`` at the last real column of a row, in the prompt pass and in every decoding
     step; only that column's output is replaced ("replace_last").
     """
 
     layer: int
-    keys: torch.Tensor
-    values: torch.Tensor
-    radii: torch.Tensor
+    keys: torch.Tensor  #: (n, d_f)
+    values: torch.Tensor  #: (n, d)
+    radii: torch.Tensor  #: (n,)
     kind: ClassVar[str] = "codebook"
-    every_token: ClassVar[bool] = True
+    every_token: ClassVar[bool] = (
+        True  #: whether tokens that the model has written are looked up too, not the prompt alone
+    )
 
     @property
     def asked_with(self) -> Query:
@@ -56,7 +53,7 @@ class Codebook(Edit):
         return True
 
     def nearest(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Distance (Q,) of each query (Q, d_f) to its nearest key, and whether it is within that key's radius (Q,)."""
+        """Of each query (Q, d_f) the distance to its nearest key (Q,), and whether it is within that key's radius (Q,)."""
         distances = torch.cdist(queries, self.keys.to(queries), compute_mode="donot_use_mm_for_euclid_dist")
         distance, nearest = distances.min(dim=-1)
         return distance, distance <= self.radii.to(queries)[nearest]
@@ -103,17 +100,13 @@ class Codebook(Edit):
 class PromptCodebook(Codebook):
     """A-GRACE's memory: consulted once a text, in the prompt pass, with a query that stands for the whole prompt.
 
-    Attributes:
-        query: ``mean`` of the inputs of ``W_l`` over the prompt's real tokens, or the ``last`` token's.
-        encoder: what keys and queries went through; None compares them as they are.
-        first_call_only: repeat the released program's defect: only the first generation after an edit (of the edit and
-            rephrased prompts) consults the codebook, all later ones are the unedited subject's.
-
-    With an encoder the keys have shape (n, 256). What is replaced is the last prompt column's output, as in GRACE.
+    What is replaced is the last prompt column's output, as in GRACE. With ``first_call_only``, a defect of the released program,
+    only the first generation after an edit (of the edit and rephrased prompts) consults the codebook; all later ones are the
+    unedited subject's.
     """
 
-    query: Query = "mean"
-    encoder: Encoder | None = None
+    query: Query = "mean"  #: of the inputs of ``W_l`` over the prompt's real tokens, or the ``last`` token's
+    encoder: Encoder | None = None  #: what keys and queries went through, the keys being (n, 256) then
     first_call_only: bool = False
     kind: ClassVar[str] = "prompt-codebook"
     every_token: ClassVar[bool] = False
