@@ -20,9 +20,10 @@ from ..edits.codebooks import PromptCodebook, Query
 from ..edits.encoder import Encoder
 from ..forward.prompt_keys import prompt_queries
 from ..support.errors import StudyError
+from ..support.schema import Schema
 from ..support.seeds import generator
 from .contrastive_encoder import EncoderHyperparameters, TrainedEncoder, trained_encoder
-from .grace import CodebookEditor, GRACEHyperparameters
+from .grace import CodebookEditor, GRACEHyperparameters, Hparams
 from .operations import Phase
 
 LaterCalls = Literal["edited", "unedited"]
@@ -46,13 +47,15 @@ class AGRACEWithoutMeanHyperparameters(EncoderHyperparameters):
     encoder_query: Query = "last"
 
 
-Hparams = TypeVar("Hparams", bound=GRACEHyperparameters)
 EncoderHparams = TypeVar("EncoderHparams", bound=EncoderHyperparameters)
 
 
-class PromptGRACE(CodebookEditor[Hparams]):
-    """GRACE with a codebook that is asked with the whole prompt."""
+class AGRACEWithoutCL(CodebookEditor[Hparams]):
+    """A-GRACE without contrastive learning: the mean of the prompt's keys is the query."""
 
+    name, title, order, colour = "a-grace-wo-cl", "A-GRACE w/o CL", 8, 5
+    Hyperparameters: ClassVar[type[Schema]] = AGRACEWithoutCLHyperparameters
+    compat: ClassVar = {"later_calls": "unedited"}
     codebook = PromptCodebook
     query: ClassVar[Query] = "mean"
 
@@ -64,27 +67,18 @@ class PromptGRACE(CodebookEditor[Hparams]):
         return {"query": self.query, "first_call_only": later_calls == "unedited"}
 
 
-class AGRACEWithoutCL(PromptGRACE[AGRACEWithoutCLHyperparameters]):
-    """A-GRACE without contrastive learning: the mean of the prompt's keys is the query."""
+class AGRACE(AGRACEWithoutCL[EncoderHparams]):
+    """GRACE whose query is an encoded mean over the prompt, so that other wordings find the edit."""
 
-    name, title, order, colour = "a-grace-wo-cl", "A-GRACE w/o CL", 8, 5
-    Hyperparameters = AGRACEWithoutCLHyperparameters
-    compat: ClassVar = {"later_calls": "unedited"}
-
-
-class EncodedGRACE(PromptGRACE[EncoderHparams]):
-    """A-GRACE with an encoder, and what it shares with its ablation."""
-
+    name, title, order, colour = "a-grace", "A-GRACE", 7, 3
+    Hyperparameters: ClassVar[type[Schema]] = AGRACEHyperparameters
     needs_training = True
+    compat: ClassVar = {"later_calls": "unedited", "selection": "edited"}
     _trained: TrainedEncoder | None = None
 
     @property
     def trained(self) -> TrainedEncoder:
-        """The encoder.
-
-        Raises:
-            StudyError: :meth:`fit` has not been called.
-        """
+        """The encoder; StudyError if :meth:`fit` has not been called."""
         if self._trained is None:
             raise StudyError(f"{self.name} has not been trained: call fit(cases) with cases that will not be edited")
         return self._trained
@@ -116,15 +110,7 @@ class EncodedGRACE(PromptGRACE[EncoderHparams]):
         return {**super()._asked_with(cases), "encoder": self.trained.encoder}
 
 
-class AGRACE(EncodedGRACE[AGRACEHyperparameters]):
-    """GRACE whose query is an encoded mean over the prompt, so that other wordings find the edit."""
-
-    name, title, order, colour = "a-grace", "A-GRACE", 7, 3
-    Hyperparameters = AGRACEHyperparameters
-    compat: ClassVar = {"later_calls": "unedited", "selection": "edited"}
-
-
-class AGRACEWithoutMean(EncodedGRACE[AGRACEWithoutMeanHyperparameters]):
+class AGRACEWithoutMean(AGRACE[AGRACEWithoutMeanHyperparameters]):
     """A-GRACE without the mean: the encoder is given the last token's key."""
 
     name, title, order, colour = "a-grace-wo-mean", "A-GRACE w/o Mean", 9, 6

@@ -44,8 +44,8 @@ class Editor(ABC, Generic[Hparams]):
     Attributes:
         layers: those it edits, ascending.
         name: what commands and records call it; a subclass that has one is registered.
-        title, order, colour: its name and place in tables, and its place in seaborn's colourblind palette. An editor
-            that does not say has its name as the title, stands behind those that do, and gets a colour of its own.
+        title, order, colour: its name and place in tables, and its place in seaborn's colourblind palette; else its name, the
+            last place, and a colour of its own.
         Hyperparameters: their types, ranges and defaults, the paper's values; a subject's YAML overrides single ones.
         needs_training: ``fit`` has to be called before ``edit``.
         updates_weights: its edits change weights, which the diagnosis takes apart.
@@ -76,8 +76,7 @@ class Editor(ABC, Generic[Hparams]):
             return
         # an editor that extends another is not that one in a table
         for attribute, default in {"title": cls.name, "order": 100, "colour": None}.items():
-            if attribute not in vars(cls):
-                setattr(cls, attribute, default)
+            setattr(cls, attribute, vars(cls).get(attribute, default))
         EDITORS.register(cls)
 
     def __init__(self, subject: Subject, hparams: Hparams, seed: int = DEFAULT_SEED) -> None:
@@ -139,7 +138,7 @@ class Editor(ABC, Generic[Hparams]):
         return len(tokenized.target_ids if self.from_lookup else tokenized.inputs)
 
     def _max_cost_ratio(self) -> float:
-        """Of a batch's costs, the largest over the smallest, at which a third of the work at most is for padding."""
+        """The largest of a batch's costs over the smallest: a third of the work at most is for padding."""
         return longest_above(self.subject, self.layers[-1]) if self.from_lookup else 1.5
 
     @abstractmethod

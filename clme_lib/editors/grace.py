@@ -79,8 +79,7 @@ class CodebookEditor(Editor[Hparams]):
 
     def _keys(self, cases, forward: PartialForward) -> torch.Tensor:
         """(B, d_f) or encoded, what queries are compared with."""
-        rows = torch.arange(len(cases), device=forward.touched.device)
-        return forward.keys[rows, forward.touched].float()
+        return forward.keys[range(len(cases)), forward.touched].float()
 
     def _asked_with(self, cases) -> dict[str, Any]:
         """What else the codebooks hold: how their queries are made."""

@@ -58,7 +58,7 @@ def load_editor(
     seed: int = DEFAULT_SEED,
     **overrides: Any,
 ) -> Editor:
-    """An editor of ``subject`` with the hyper-parameters of the subject's YAML.
+    """An editor of ``subject``.
 
     Args:
         name: one of :func:`list_editors`.

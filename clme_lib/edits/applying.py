@@ -1,8 +1,4 @@
-"""Running a model as edited, row by row, through forward hooks.
-
-Nothing here modifies a model. :func:`applying` registers hooks on ``down_proj`` modules and removes them again, so the
-base weights are bit-identical before, during and after, whatever happens inside the block.
-"""
+"""Running a model as edited, row by row, through forward hooks on ``down_proj``: its weights are never changed."""
 
 from __future__ import annotations
 

@@ -18,8 +18,7 @@ from .base import Edit
 if TYPE_CHECKING:
     from ..subjects.subject import Subject
 
-FORMAT = "clme-edits"
-FORMAT_VERSION = 2
+FORMAT, FORMAT_VERSION = "clme-edits", 2
 
 
 def save_edits(path: str | os.PathLike, edits: Sequence[Edit], subject: Subject) -> None:

@@ -29,16 +29,11 @@ def edit_row(subject: Subject, prompt: str, target: str, targets: str) -> TokenR
 
 
 class Cached:
-    """Keys and gradients at a batch's cached columns.
-
-    Attributes:
-        owner: (n,) the row each cached token is of.
-        keys, gradients: layer -> (n, d_f) and (n, d), float32.
-        losses: (B,) mean cross-entropy of each row's target under the unedited subject.
-    """
+    """``keys`` and ``gradients`` at a batch's cached columns, layer -> (n, d_f) and (n, d) in float32; ``losses`` (B,) is each row's
+    mean cross-entropy of the target under the unedited subject."""
 
     def __init__(self, forward: PartialForward, layers: Sequence[int], cached: str) -> None:
-        self.owner = forward.label_rows
+        self.owner = forward.label_rows  #: (n,) the row each cached token is of
         columns = forward.label_columns
         if cached == "released":
             starts = forward.label_counts.cumsum(0) - forward.label_counts

@@ -46,14 +46,10 @@ def normal_equation(keys: torch.Tensor, values: torch.Tensor, log_damping: torch
 
 
 class Hypernetwork(nn.Module):
-    """From keys and gradients to wanted changes, for all edited layers.
+    """From keys and gradients (of the ``sizes`` d_f and d) to wanted changes, for all edited layers.
 
-    Args:
-        sizes: d_f and d, of a key and a gradient.
-        layers: how many layers are edited.
-        rank, blocks: inner width of the network's blocks, and how many there are.
-        step_size: initial eta of every layer.
-        draw: generator of the initial weights. The blocks start as the identity: their second factor is zero.
+    Its ``blocks`` of inner width ``rank`` start as the identity: of their two factors one is drawn, the other is zero. ``step_size``
+    is the initial eta of every layer.
     """
 
     observed: torch.Tensor

@@ -19,7 +19,7 @@ import torch
 from ...datasets.cases import Case
 from ...datasets.paper import PAPER_DATASET_NAMES
 from ...datasets.registry import selection_cases
-from ...editors.a_grace import EncodedGRACE
+from ...editors.a_grace import AGRACE
 from ...editors.contrastive_encoder import Pairs, make_pairs
 from ...editors.registry import load_editor
 from ...edits.encoder import Encoder
@@ -89,10 +89,10 @@ def sweep_radius(subject: Subject, file: Path, cases: int = 30, margins: Sequenc
 
 def fitted_editor(
     subject: Subject, name: str, learnt: Sequence[Case], edited: Sequence[Case], **options: Any
-) -> EncodedGRACE:
+) -> AGRACE:
     """A-GRACE or its ablation with an encoder, trained on ``learnt``; ``options`` are those of ``load_editor``."""
     editor = load_editor(name, subject, **options)
-    assert isinstance(editor, EncodedGRACE)
+    assert isinstance(editor, AGRACE)
     editor.fit(learnt, edited=edited)
     return editor
 
