@@ -79,11 +79,7 @@ class Pairs:
 
 
 def make_pairs(subject: Subject, cases: Sequence[Case], layer: int, query: Query) -> Pairs:
-    """The pairs of all cases, case after case, the positive one first.
-
-    Raises:
-        StudyError: a case lacks rephrased or unrelated prompts.
-    """
+    """The pairs of all cases, case after case, the positive one first; StudyError if a case has none of either kind."""
     if bare := [case for case in cases if not case.rephrased or not case.unrelated]:
         lacking = f"case {bare[0].case_id} of {bare[0].dataset}"
         raise StudyError(f"{lacking} needs a rephrased and an unrelated prompt to learn from")
@@ -103,8 +99,7 @@ def train(
 ) -> tuple[Encoder, list[dict]]:
     """The encoder of the best epoch and, of every epoch, its mean loss and its balanced accuracy on the held-out pairs.
 
-    Args:
-        seeds: what the initial weights, the order of the pairs and the dropout masks are drawn by.
+    By ``seeds`` the initial weights, the order of the pairs and the dropout masks are drawn.
     """
     queries, device = training.queries, training.queries.device
     encoder = Encoder(queries.shape[1], hparams.architecture, generator(*seeds, "weights")).to(device)
@@ -141,11 +136,7 @@ class TrainedEncoder:
 def trained_encoder(
     subject: Subject, hparams: EncoderHyperparameters, query: Query, cases: Cases, edited: Cases, seed: int
 ) -> TrainedEncoder:
-    """The encoder learnt from ``cases``: from the user's cache, or trained now.
-
-    Raises:
-        StudyError: cases of several data sets, too few of them, or no margin for theirs.
-    """
+    """The encoder learnt from ``cases``: from the user's cache, or trained now."""
     if len({case.dataset for case in cases}) != 1:
         raise StudyError("an encoder learns from the cases of one data set at a time, at least one of them")
     dataset = cases[0].dataset
@@ -205,11 +196,7 @@ def contrastive_loss(distance: torch.Tensor, positive: torch.Tensor, margin: flo
 
 
 def balanced_accuracy(distance: torch.Tensor, positive: torch.Tensor, radius: float | Sequence[float]) -> list[float]:
-    """Half the share of positive pairs within a radius plus half the share of negative pairs beyond it, for each radius.
-
-    Raises:
-        StudyError: there are no positive or no negative pairs.
-    """
+    """Half the share of positive pairs within a radius plus half the share of negative pairs beyond it, for each radius."""
     if not positive.any() or positive.all():
         raise StudyError("balanced accuracy needs both positive and negative pairs")
     radii = [radius] if isinstance(radius, int | float) else radius

@@ -214,9 +214,9 @@ class Edit:
         """The edit that :meth:`describe` and :meth:`tensors` were taken from; StudyError for an unknown kind."""
         if (kind := description["kind"]) not in Edit.kinds:
             raise StudyError(f"unknown kind of edit {kind!r}: import the module that defines it first")
+        fields = {name: description[name] for name in ("case_id", "editor")} | description["settings"]
         log = EditLog(**{**description["log"], "losses": tuple(description["log"]["losses"])})
-        names = {"case_id": description["case_id"], "editor": description["editor"]}
-        return Edit.kinds[kind].from_tensors(tensors, **names, log=log, **description["settings"])
+        return Edit.kinds[kind].from_tensors(tensors, **fields, log=log)
 
     @property
     def sha256(self) -> str:

@@ -20,8 +20,7 @@ class LowRankUpdate(Edit):
 
     def delta(self, layer: int) -> torch.Tensor:
         """The update of ``W_layer`` written out, (d, d_f)."""
-        left, right = self.factors[layer]
-        return left @ right
+        return torch.matmul(*self.factors[layer])
 
     def deltas(self):
         return {layer: self.delta(layer) for layer in self.factors}
@@ -29,11 +28,10 @@ class LowRankUpdate(Edit):
     def joined(self, later):
         if not isinstance(later, LowRankUpdate):
             return None
-        factors = dict(self.factors)
-        for layer, (left, right) in later.factors.items():
-            if layer in factors:
-                left, right = torch.cat([factors[layer][0], left], dim=1), torch.cat([factors[layer][1], right])
-            factors[layer] = (left, right)
+        factors = self.factors | later.factors
+        for layer in self.factors.keys() & later.factors.keys():
+            lefts, rights = zip(self.factors[layer], later.factors[layer])
+            factors[layer] = torch.cat(lefts, dim=1), torch.cat(rights)
         return replace(later, factors=factors)
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -27,12 +27,9 @@ class Corpus:
 
 
 def open_corpus(name: str) -> Corpus:
-    """Open a corpus.
-
-    Args:
-        name: ``embedded`` (functions of embedded CSNE that are no edit targets, each with its description);
-            ``wikipedia``; ``hub:owner/name`` or ``hub:owner/name/folder`` (a hub data set's Parquet files with a
-            ``text`` column); or the path of a text file or a folder of them (.txt, .md, .rst, .py; one document a file).
+    """A corpus by its name: ``embedded`` (functions of embedded CSNE that are no edit targets, each with its description);
+    ``wikipedia``; ``hub:owner/name`` or ``hub:owner/name/folder`` (a hub data set's Parquet files with a ``text`` column); or the
+    path of a text file or a folder of them (.txt, .md, .rst, .py; one document a file).
 
     Raises:
         StudyError: there is no such corpus, it is empty, or the hub cannot be reached.

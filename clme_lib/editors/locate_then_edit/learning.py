@@ -95,13 +95,10 @@ def misplaced(rows: Sequence[TokenRow], pad: int) -> list[TokenRow]:
 
 
 class Rewriting:
-    """The rows of some cases of a batch, as many for each, ready to be read and optimised.
+    """The rows of ``cases`` (B,) of the editor's batch, as many for each, in one partial pass.
 
-    Args:
-        forward: the partial forward pass over all their rows.
-        cases: (B,) which cases of the editor's batch these are.
-        contexts: how many of each case's rows have labels that enter the loss. The distribution after the bare prompt is
-            read from the row that follows them, or from the first where :func:`rewriting_rows` lets that stand for it.
+    The labels of the first ``contexts`` rows of a case enter its loss. The distribution after the bare prompt is read from the row
+    that follows them, or from the first where :func:`rewriting_rows` lets that stand for it.
     """
 
     def __init__(self, forward: PartialForward, cases: torch.Tensor, contexts: int) -> None:
@@ -188,11 +185,7 @@ class RewritingEditor(Editor[Hparams]):
         return total < self.hparams.loss_floor
 
     def _learn(self, cases: Sequence[Case]) -> tuple[Rewriting, torch.Tensor, list[EditLog]]:
-        """Learn delta at the last edited layer: the rows it was learnt on, ``v_0 + delta`` (B, d) in float32, and each case's log.
-
-        Raises:
-            StudyError: a case's loss is not finite before the first update.
-        """
+        """Learn delta at the last edited layer: the rows it was learnt on, ``v_0 + delta`` (B, d) in float32, and each case's log."""
         hparams, count, device = self.hparams, len(cases), self.subject.device
         read_as = hparams.padding, hparams.targets
         rows = [row for case in cases for row in rewriting_rows(self.subject, case, self.contexts, *read_as)]

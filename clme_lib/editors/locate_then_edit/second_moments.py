@@ -63,11 +63,7 @@ class SecondMoment:
 
     @cached_property
     def factor(self) -> torch.Tensor:
-        """Lower Cholesky factor in float64, made once.
-
-        Raises:
-            StudyError: the matrix is not positive definite.
-        """
+        """Lower Cholesky factor in float64, made once; StudyError if the matrix is not positive definite."""
         factor, failed = torch.linalg.cholesky_ex(self.matrix.to(self.device).double())
         if failed or not factor.isfinite().all():
             raise StudyError(
@@ -92,11 +88,7 @@ def random_moments(subject: Subject, layers: Sequence[int], seed: int) -> dict[i
 def second_moments(
     subject: Subject, layers: Sequence[int], hparams: StatisticsHyperparameters
 ) -> dict[int, SecondMoment]:
-    """Second moments of the given layers: from the cache, or gathered now.
-
-    Raises:
-        StudyError: the corpus is too small, or a cached file is of something else.
-    """
+    """Second moments of the given layers, from the cache or gathered now; StudyError if the corpus is too small."""
     corpus, size = open_corpus(hparams.corpus), subject.inner_size
     limited = hparams.corpus_tokens or hparams.corpus_documents
     least = (hparams.corpus_tokens or size) if limited else LEAST_PER_DIMENSION * size
