@@ -56,10 +56,9 @@ class MEMIT(RewritingEditor[MEMITHyperparameters]):
 
     def operations(self, prompt, target, steps):
         sizes, layers, rows = Sizes(self.subject), self.layers, len(self.contexts)
-        # blocks that the bare prompt is read through, from each written layer to the last
-        blocks_above = sum(layers[-1] - layer for layer in layers)
         all_rows = sizes.read(self.mean_width(prompt), len(layers), rows)
-        bare = sizes.read(prompt, blocks_above)
+        # the bare prompt is read through all blocks from each written layer to the last
+        bare = sizes.read(prompt, sum(layers[-1] - layer for layer in layers))
         return [
             *super().operations(prompt, target, steps),
             Phase("write", all_rows.operations + bare.operations, all_rows.traffic + bare.traffic),

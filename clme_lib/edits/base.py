@@ -104,7 +104,6 @@ class PassState:
 class Lookup:
     """One consultation of codebooks: by which rows of the batch, and of each the distance to the nearest key and whether it fired."""
 
-    layer: int
     phase: str
     rows: list[int]
     distances: torch.Tensor

@@ -89,7 +89,7 @@ class Codebook(Edit):
             distance = distances[torch.arange(len(queries), device=device), nearest]
             fired = distance <= radii[books, nearest]
             if state.prompt_end is None:  # lookups are of generated texts, not of passes over given ones
-                state.lookups.append(Lookup(layer, state.phase, list(state.batch_rows), distance, fired))
+                state.lookups.append(Lookup(state.phase, list(state.batch_rows), distance, fired))
             replaced = values[books, nearest].to(outputs.dtype)
             return outputs.index_put(where, torch.where(fired[:, None], replaced, outputs[where]))
 
@@ -121,11 +121,11 @@ class PromptCodebook(Codebook):
         return self.kind, self.query, self.encoder and self.encoder.first.weight.data_ptr()
 
     def _asked_like(self, later):
-        return (
-            (self.query, self.first_call_only) == (later.query, later.first_call_only)
-            and (self.encoder is None) == (later.encoder is None)
-            and (self.encoder is None or self.encoder.equals(later.encoder))
-        )
+        if (self.query, self.first_call_only) != (later.query, later.first_call_only):
+            return False
+        if self.encoder is None or later.encoder is None:
+            return self.encoder is later.encoder
+        return self.encoder.equals(later.encoder)
 
     def _encoded(self, queries: torch.Tensor) -> torch.Tensor:
         return queries if self.encoder is None else self.encoder.to(queries.device)(queries)

@@ -49,10 +49,8 @@ class Encoder(torch.nn.Module):
 
     def equals(self, encoder: Encoder) -> bool:
         """Whether another encoder gives the same: architecture and weights."""
-        own, others = self.state_dict(), encoder.state_dict()
-        return self.architecture == encoder.architecture and all(
-            own[name].shape == others[name].shape and torch.equal(own[name], others[name].to(own[name])) for name in own
-        )
+        pairs = zip(self.state_dict().values(), encoder.state_dict().values())
+        return self.architecture == encoder.architecture and all(torch.equal(own, its.to(own)) for own, its in pairs)
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor], architecture: Architecture) -> Encoder:
