@@ -404,7 +404,7 @@ def test_report_is_computed_from_records(tiny, source, tmp_path):
     assert list(shares["careful"]) == (["GRACE"] if both else [])
     perfect = table.assign(effectiveness_em=1.0, specificity_em=1.0, generalization_em=0.25)
     assert findings(perfect)["CNLE"]["careful"] == {"GRACE": 0.25}
-    assert transfer_table(table, "tab").data.empty, "one data set has nothing to compare"
+    assert transfer_table(table, label="tab").data.empty, "one data set has nothing to compare"
     case, written = next(examples(table, published.read(source, CNLE)))
     assert case.case_id == min(table["case_id"]) and list(written["Editor"]) == ["unedited", "GRACE"]
     (unedited,) = table[(table["case_id"] == case.case_id) & (table["editor"] == "none")]["generated_effectiveness"]

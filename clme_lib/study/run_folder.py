@@ -55,6 +55,12 @@ def load_run(
     ).reset_index(drop=True)
 
 
+def shared_cases(records: pd.DataFrame, by: list[str]) -> set[int]:
+    """Ids of the cases that all groups of records have."""
+    groups = [set(case_ids) for _, case_ids in records.groupby(by)["case_id"]]
+    return set.intersection(*groups) if groups else set()
+
+
 def record_files(folder: Path) -> list[Path]:
     """The files of a run's records, in order of their names.
 
