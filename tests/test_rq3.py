@@ -121,7 +121,7 @@ def test_small_files_are_made_once_and_published(both, monkeypatch, tmp_path):
         table.to_csv(file, index=False)
 
     monkeypatch.setattr(radius, "sweep_radius", sweep)
-    monkeypatch.setattr("clme_lib.subjects.subject.load_subject", lambda *args: runs.load_subject())
+    monkeypatch.setattr(measurements, "load_subject", lambda *args: runs.load_subject())
     for _ in range(2):
         swept = measurements.sweep(chosen)
     assert made == [4] and len(swept) == 9

@@ -6,17 +6,14 @@ scores and hashes only; whoever re-runs a case can still compare every string by
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 from ..datasets.base import get_dataset
 from ..evaluation.records import FAILED, Record, read_records
 from ..support.errors import StudyError
-from ..support.journal import append_rows
 from . import provenance
 from .config import make_config
-from .run_folder import is_recorded, load_manifest, load_run, record_files
+from .run_folder import is_recorded, load_manifest, load_run, record_files, write_copy
 from .runs import planned, sampled
 
 
@@ -48,20 +45,17 @@ def publish(run: Path, target: Path) -> int:
     for start in manifest["starts"]:
         start["commit"] = committed(start["commit"], start["library"])
     manifest["published"] = provenance.now()
-    unfinished = target.with_name(target.name + ".part")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    published: dict[str, list[Record]] = {}
     for name, records in contents.items():
-        rows = []
-        for record in sorted(records, key=lambda record: (record.position, record.case_id)):
-            if record.case_id in samples[name]:
-                kept = record if get_dataset(record.dataset).publish_texts else record.without_texts()
-                rows.append(kept.model_copy(update={"commit": committed(record.commit, record.library)}).row())
-        append_rows(unfinished / "records" / name, rows)
-    (unfinished / "run.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    for file in (run / "folds.json", *sorted(run.glob("*.csv"))):
-        if file.is_file():
-            shutil.copy(file, unfinished / file.name)
-    unfinished.rename(target)
+        of_sample = [record for record in records if record.case_id in samples[name]]
+        of_sample.sort(key=lambda record: (record.position, record.case_id))
+        published[name] = [
+            (record if get_dataset(record.dataset).publish_texts else record.without_texts()).model_copy(
+                update={"commit": committed(record.commit, record.library)}
+            )
+            for record in of_sample
+        ]
+    write_copy(run, target, manifest, published)
     draw(target)
     return len(load_run(target))
 
@@ -85,15 +79,14 @@ def _finished_sample(run: Path, manifest: dict, records: list[Record]) -> set[in
     return largest
 
 
-def draw(published: Path) -> Path:
-    """Draw the headline figure of a published run beside its records, from them; returns its path."""
+def draw(published: Path) -> None:
+    """Draw the headline figure of a published run beside its records, from them."""
     import matplotlib
 
     matplotlib.use("Agg")
     from .rq1 import proficiency_figure
 
-    file = published / "proficiency.png"
     records = load_run(published)
     whole = records[~records["editor"].str.contains("-wo-")]  # ablations are RQ3's
+    file = published / "proficiency.png"
     proficiency_figure(whole).savefig(file, dpi=160, bbox_inches="tight", metadata={"Software": None})
-    return file

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -21,9 +22,9 @@ import pandas as pd
 from ..datasets.base import list_datasets
 from ..datasets.cases import Case
 from ..editors.registry import list_editors
-from ..evaluation.records import frame, read_records
+from ..evaluation.records import Record, frame, read_records
 from ..support.errors import StudyError
-from ..support.journal import read_rows, write_text
+from ..support.journal import append_rows, read_rows, write_text
 from .config import RunConfig
 from .protocols import Step
 
@@ -84,8 +85,7 @@ def recorded(config: RunConfig, dataset: str, editor: str, cases: Iterable[Case]
     Raises:
         StudyError: a case has changed since it was recorded.
     """
-    file = records_file(config, dataset, editor)
-    hashes = {case.case_id: case.sha256 for case in cases}
+    file, hashes = records_file(config, dataset, editor), {case.case_id: case.sha256 for case in cases}
     keys = set()
     for row in read_rows(file):
         case_id = row["case_id"]
@@ -143,11 +143,9 @@ def check_same_run(config: RunConfig) -> None:
     differing = [(name, before[name], now[name]) for name in _IDENTITY if name in before and before[name] != now[name]]
     for start in manifest["starts"]:
         for editor in set(start["hyperparameters"]) & set(config.editors):
-            overrides = start.get("set", {}).get(editor, {}), now["set"].get(editor, {})
-            if overrides[0] != overrides[1]:
-                differing.append((f"set {editor}", *overrides))
-    if differing:
-        name, old, new = differing[0]
+            old, new = start.get("set", {}).get(editor, {}), now["set"].get(editor, {})
+            differing += [(f"set {editor}", old, new)] if old != new else []
+    for name, old, new in differing:
         raise StudyError(
             f"{config.out} holds a run with {name}={old!r}, asked for is {name}={new!r}: choose another out= or move the folder away"
         )
@@ -159,12 +157,23 @@ def _described(config: RunConfig) -> dict:
 
 def write_manifest(config: RunConfig, start: dict) -> None:
     """``run.json`` with this start's provenance appended (or, when it has finished, replaced)."""
-    file = config.out / "run.json"
-    starts = load_manifest(config.out)["starts"] if file.is_file() else []
+    starts = load_manifest(config.out)["starts"] if (config.out / "run.json").is_file() else []
     starts = [earlier for earlier in starts if earlier["id"] != start["id"]] + [start]
-    content = {
-        "schema_version": MANIFEST_VERSION,
-        "config": _described(config),
-        "starts": starts,
-    }
-    write_text(file, json.dumps(content, indent=1) + "\n")
+    _write(config.out, {"schema_version": MANIFEST_VERSION, "config": _described(config), "starts": starts})
+
+
+def write_copy(run: Path, target: Path, manifest: dict, records: dict[str, list[Record]]) -> None:
+    """Write a copy of a run with another manifest and other records (by file name); it appears whole or not at all."""
+    unfinished = target.with_name(f"{target.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    for name, of_file in records.items():
+        append_rows(unfinished / "records" / name, [record.row() for record in of_file])
+    _write(unfinished, manifest)
+    for file in (run / "folds.json", *run.glob("*.csv")):
+        if file.is_file():
+            shutil.copy(file, unfinished)
+    unfinished.rename(target)
+
+
+def _write(folder: Path, manifest: dict) -> None:
+    write_text(folder / "run.json", json.dumps(manifest, indent=1) + "\n")

@@ -14,7 +14,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from ..datasets.base import get_dataset
-from ..datasets.cases import Case, dataset_sha256, folds, sample_cases
+from ..datasets.cases import Case, dataset_sha256, folds, sample_cases, split_cases
 from ..datasets.registry import load_cases, selection_ids
 from ..editors.base import Editor
 from ..editors.registry import get_editor, load_editor
@@ -37,6 +37,7 @@ from .run_folder import (
     recorded,
     records_file,
     run_name,
+    shared_cases,
     write_manifest,
 )
 
@@ -49,9 +50,9 @@ def run(config: RunConfig) -> pd.DataFrame:
             something else that the user can mend.
     """
     chosen = {name: sampled(config, name) for name in config.dataset}
+    check_same_run(config)
     if is_published(config.out):
         return _read_published(config, chosen)
-    check_same_run(config)
     grid = [(name, editor) for name in config.dataset for editor in config.editors]
     pending = [(name, editor) for name, editor in grid if _is_missing(config, name, editor, chosen[name])]
     if pending:
@@ -70,14 +71,11 @@ def sampled(config: RunConfig, dataset: str) -> list[Case]:
     cases = load_cases(dataset, config.source)
     if config.within is not None:
         earlier = load_run(config.within, editors=config.editors)
-        earlier = earlier[earlier["dataset"] == dataset]
-        by_editor = [set(records["case_id"]) for _, records in earlier.groupby("editor")]
-        shared = set.intersection(*by_editor) if by_editor else set()
+        shared = shared_cases(earlier[earlier["dataset"] == dataset], ["editor"])
         cases = [case for case in cases if case.case_id in shared]
         if not cases:
-            raise StudyError(
-                f"within={config.within}: that run has no cases of {dataset} by {', '.join(config.editors)}"
-            )
+            who = ", ".join(config.editors)
+            raise StudyError(f"within={config.within}: that run has no cases of {dataset} by {who}")
     elif config.source == "embedded":
         cases = [case for case in cases if case.case_id not in selection_ids(dataset)]
     return sample_cases(cases, config.cases, config.sample)
@@ -90,17 +88,15 @@ def _load_editor(config: RunConfig, name: str, subject: Subject) -> Editor:
 
 def _read_published(config: RunConfig, chosen: dict[str, list[Case]]) -> pd.DataFrame:
     """What a published run has of the chosen cases; an editor may have fewer cases than another."""
-    check_same_run(config)
-    table = load_run(config.out, chosen=chosen, editors=config.editors)
-    pairs = set(zip(table["dataset"], table["editor"]))
-    if missing := [
-        f"{editor} on {name}" for name in chosen for editor in config.editors if (name, editor) not in pairs
-    ]:
+    records = load_run(config.out, chosen=chosen, editors=config.editors)
+    pairs = set(zip(records["dataset"], records["editor"]))
+    missing = [f"{editor} on {name}" for name in chosen for editor in config.editors if (name, editor) not in pairs]
+    if missing:
         raise StudyError(
             f"{config.out} is a published run and has no records of {', '.join(missing)}: choose another out=, or copy the "
             'folder, take "published" out of its run.json and extend the copy'
         )
-    return table
+    return records
 
 
 def planned(config: RunConfig, dataset: str, editor: str, cases: Sequence[Case]) -> list[tuple[int | None, list[Step]]]:
@@ -109,8 +105,8 @@ def planned(config: RunConfig, dataset: str, editor: str, cases: Sequence[Case])
     if not get_editor(editor).needs_training:
         return [(None, plan(cases))]
     halves = folds(load_cases(dataset, config.source), config.seed)
-    parts = [(fold, [case for case in cases if case.case_id in set(ids)]) for fold, ids in enumerate(halves)]
-    return [(fold, plan(part)) for fold, part in parts if part]
+    parts = [[case for case in cases if case.case_id in set(ids)] for ids in halves]
+    return [(fold, plan(part)) for fold, part in enumerate(parts) if part]
 
 
 def _is_missing(config: RunConfig, dataset: str, editor: str, cases: Sequence[Case]) -> bool:
@@ -125,8 +121,7 @@ class _Work:
     def __init__(self, config: RunConfig, subject: Subject, editor: Editor, dataset: str, start: dict) -> None:
         self.config, self.subject, self.editor, self.dataset = config, subject, editor, dataset
         self.file = records_file(config, dataset, editor.name)
-        self.cases = load_cases(dataset, config.source)
-        self.halves = folds(self.cases, config.seed)
+        self.halves = split_cases(load_cases(dataset, config.source), config.seed)
         self.circumstances = Circumstances(
             editor.name,
             run=run_name(config),
@@ -135,7 +130,7 @@ class _Work:
             seed=config.seed,
             protocol=config.protocol,
             metrics=config.metrics if config.scored else None,
-            folds={case_id: fold for fold, ids in enumerate(self.halves) for case_id in ids},
+            folds={case.case_id: fold for fold, half in enumerate(self.halves) for case in half},
             start=start["id"],
             library=start["library"],
             commit=start["commit"],
@@ -161,10 +156,7 @@ class _Work:
 
     def _learn(self, editor: Editor, fold: int | None) -> None:
         if fold is not None:
-            learnt, edited = (
-                [case for case in self.cases if case.case_id in set(self.halves[part])] for part in (1 - fold, fold)
-            )
-            editor.fit(learnt, edited=edited)
+            editor.fit(self.halves[1 - fold], edited=self.halves[fold])
 
     def _walk(self, steps: Sequence[Step], keys: set[tuple[int, int]], fold: int | None) -> None:
         """The steps that build on each other, or evaluate several cases, in order; those that nothing missing needs are left out."""
@@ -183,8 +175,7 @@ class _Work:
                 self._learn(editor, fold)
             edits = [*before, *editor.edit(step.edited)]
             states[number] = edits
-            missing = [case for case in step.evaluated if (step.position, case.case_id) not in keys]
-            if missing:
+            if missing := [case for case in step.evaluated if (step.position, case.case_id) not in keys]:
                 logs = {edit.case_id: edit.log for edit in edits}
                 state = [Edit.compose(edits)] * len(missing)
                 self._record(score(self.subject, missing, state, self.circumstances, position=step.position, logs=logs))
@@ -192,8 +183,7 @@ class _Work:
     def _edit_alone(self, cases: Sequence[Case]) -> None:
         """Cases that are edited and evaluated each on its own: a batch at a time, each row of it another edited model."""
         ordered = sorted(cases, key=lambda case: (self.editor.cost(case), case.case_id))
-        batches = Batches(ordered, self.config.batch_size, self.subject.device)
-        for batch in batches:
+        for batch in (batches := Batches(ordered, self.config.batch_size, self.subject.device)):
             try:
                 self._record(self._attempt(batch))
             except Exception as error:

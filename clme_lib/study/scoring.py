@@ -5,8 +5,6 @@ Records are never edited: the scored run is another folder.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,9 +13,8 @@ from ..evaluation.records import SCORED, UNSCORED, Record, read_records
 from ..metrics.base import Evaluated, get_metric, list_metrics, scores_of
 from ..metrics.paper import PAPER_METRICS
 from ..support.errors import StudyError
-from ..support.journal import append_rows
 from .paper import UNEDITED
-from .run_folder import load_manifest, record_files
+from .run_folder import load_manifest, record_files, write_copy
 
 
 def score_run(run: Path, target: Path, metrics: Sequence[str] | None = None) -> int:
@@ -39,24 +36,18 @@ def score_run(run: Path, target: Path, metrics: Sequence[str] | None = None) -> 
         for record in records
         if record.editor == UNEDITED
     }
-    unfinished = target.with_name(f"{target.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    scored: dict[str, list[Record]] = {}
     count = 0
     for file, records in contents.items():
-        rows = []
+        scored[file.name] = []
         for record in records:
             if record.state == UNSCORED or (metrics and record.state == SCORED):
                 answers = record.answers or unedited.get((record.dataset, record.case_id))
                 record, count = _scored(record, file, answers, metrics or PAPER_METRICS), count + 1
-            rows.append(record.row())
-        append_rows(unfinished / "records" / file.name, rows)
+            scored[file.name].append(record)
     names = [*manifest["config"].get("metrics", PAPER_METRICS), *(metrics or ())]
     manifest["config"] |= {"scored": True, "metrics": [name for name in list_metrics() if name in names]}
-    (unfinished / "run.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    for other in (run / "folds.json", *run.glob("*.csv")):
-        if other.is_file():
-            shutil.copy(other, unfinished / other.name)
-    unfinished.rename(target)
+    write_copy(run, target, manifest, scored)
     return count
 
 

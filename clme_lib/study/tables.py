@@ -22,7 +22,6 @@ from ..metrics.base import get_metric
 from ..metrics.paper import PAPER_METRICS, PAPER_SCORES
 from .paper import UNEDITED
 
-Rows = Iterable[dict[str, str]] | pd.DataFrame
 _LEVEL = 0.95
 _RESAMPLES = 2_000
 _GREY = 7  # of the palette, for editors of which only records are known here
@@ -41,7 +40,7 @@ class Interval:
         return f"{percent(self.mean)} % ({percent(self.low)}–{percent(self.high)})"
 
 
-def interval(values: Sequence[float], binary: bool) -> Interval:
+def interval(values: Sequence[float] | np.ndarray, binary: bool) -> Interval:
     """Mean of per-case values: Wilson's interval for 0/1 values, else percentile bootstrap over cases."""
     data = np.asarray(values, dtype=float)
     low, high = float("nan"), float("nan")
@@ -90,14 +89,14 @@ class Table:
         return f"```{{table}} {self.caption}\n:name: {self.label}\n\n{to_markdown(self.data)}\n```"
 
 
-def table(caption: str) -> Callable[[Callable[..., Rows]], Callable[..., Table]]:
+def table(caption: str) -> Callable[[Callable[..., Any]], Callable[..., Table]]:
     """Make a function that gives rows (a dictionary each, by column title) one that shows them.
 
     It is then called with the ``label`` of the table as well, and with a ``caption`` if this one does not do. A cell that a row lacks
     is empty.
     """
 
-    def decorate(rows: Callable[..., Rows]) -> Callable[..., Table]:
+    def decorate(rows: Callable[..., Any]) -> Callable[..., Table]:
         @functools.wraps(rows)
         def shown(*arguments: Any, label: str, caption: str = caption, **options: Any) -> Table:
             return Table(pd.DataFrame(rows(*arguments, **options)).fillna(""), caption, label)

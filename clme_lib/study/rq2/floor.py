@@ -47,9 +47,13 @@ def measure_ceilings(subject: Subject) -> Ceilings:
 def _best(act, device: torch.device) -> float:
     times = []
     for _ in range(6):  # the first is a warm-up
-        synchronize(device)
-        started = time.perf_counter()
+        started = clock(device)
         act()
-        synchronize(device)
-        times.append(time.perf_counter() - started)
+        times.append(clock(device) - started)
     return min(times[1:])
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done all that it was asked for."""
+    synchronize(device)
+    return time.perf_counter()

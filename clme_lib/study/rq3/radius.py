@@ -1,8 +1,7 @@
-"""Whether an edit can be found again by other wordings of its prompt, and not by its neighbours: A-GRACE's encoder and radius.
+"""A-GRACE's measures as a function of the radius around an edit's key.
 
-:func:`compare_encoders` asks the encoders alone. :func:`sweep_radius` asks what the radius does to the study's
-measures: what a prompt's continuation becomes *if* the codebook fires does not depend on the encoder, so the texts of a
-few edits with an infinite radius, and the distances under each encoder, give every radius at once.
+What a prompt's continuation becomes *if* the codebook fires does not depend on the encoder, so the texts of a few edits
+with an infinite radius, and the distances under each encoder, give every radius at once.
 """
 
 from __future__ import annotations
@@ -20,17 +19,15 @@ from ...datasets.cases import Case
 from ...datasets.paper import PAPER_DATASET_NAMES
 from ...datasets.registry import selection_cases
 from ...editors.a_grace import EncodedGRACE
-from ...editors.contrastive_encoder import Pairs, make_pairs
+from ...editors.contrastive_encoder import make_pairs
 from ...editors.registry import load_editor
-from ...edits.encoder import Encoder
 from ...evaluation.evaluate import evaluate
 from ...evaluation.unedited import answers_for
 from ...subjects.subject import Subject
+from ..paper import A_GRACE, UNEDITED
 from ..tables import write_csv
 
 MARGINS = (1.0, 1.5, 2.0, 3.0, 4.0)
-
-
 RADII = 61  # how many the sweep takes, from nothing to the largest distance
 _EVERYTHING = 1e9
 
@@ -50,25 +47,25 @@ def sweep_radius(subject: Subject, file: Path, cases: int = 30, margins: Sequenc
         chosen, others = selection_cases(dataset, cases)
         everything = load_editor("a-grace-wo-cl", subject, radius=_EVERYTHING).edit(chosen, progress=True)
         if_fired = evaluate(subject, chosen, everything)
-        otherwise = evaluate(subject, chosen, load_editor("none", subject).edit(chosen))
+        otherwise = evaluate(subject, chosen, load_editor(UNEDITED, subject).edit(chosen))
         answers = [answers_for(subject, case.unrelated) for case in chosen]
         same = [np.array(list(map(eq, *texts))) for texts in zip(if_fired["generated_specificity"], answers)]
         general = if_fired["generalization_em"].to_numpy(), otherwise["generalization_em"].to_numpy()
         layer = everything[0].layers[0]
-        asked: list[tuple[str, float | None, Pairs, Encoder | None]] = [
-            ("grace", None, make_pairs(subject, chosen, layer, "last"), None),
-            ("a-grace-wo-cl", None, make_pairs(subject, chosen, layer, "mean"), None),
+        asked: list[tuple[str, float | None, torch.Tensor]] = [
+            ("grace", None, make_pairs(subject, chosen, layer, "last").distances(None)),
+            ("a-grace-wo-cl", None, make_pairs(subject, chosen, layer, "mean").distances(None)),
         ]
-        for name in ("a-grace", "a-grace-wo-mean"):
+        for name in (A_GRACE, "a-grace-wo-mean"):
             for margin in margins:
                 fitted = fitted_editor(subject, name, others, chosen, margin={dataset: margin})
                 pairs = make_pairs(subject, chosen, fitted.hparams.layer, fitted.query)
-                asked.append((name, margin, pairs, fitted.trained.encoder))
-        for name, its_margin, pairs, encoder in asked:
-            distances = _by_case(pairs.distances(encoder), chosen)
-            top = max(float(of_case.max()) for of_case in distances)
+                asked.append((name, margin, pairs.distances(fitted.trained.encoder)))
+        for name, its_margin, of_pairs in asked:
+            # of each case the rephrased prompt's, then the neighbours'
+            distances = [part.cpu().numpy() for part in of_pairs.split([1 + len(case.unrelated) for case in chosen])]
             # the paper's radius is always among them
-            for radius in sorted({1.0, *np.linspace(0, top, RADII).tolist()}):
+            for radius in sorted({1.0, *np.linspace(0, float(of_pairs.max()), RADII).tolist()}):
                 fired = [of_case <= radius for of_case in distances]
                 kept = [~hits[1:] | unchanged for hits, unchanged in zip(fired, same)]
                 rows.append(
@@ -95,8 +92,3 @@ def fitted_editor(
     assert isinstance(editor, EncodedGRACE)
     editor.fit(learnt, edited=edited)
     return editor
-
-
-def _by_case(distance: torch.Tensor, cases: Sequence[Case]) -> list[np.ndarray]:
-    """Distances case by case: the rephrased prompt's, then the neighbours'."""
-    return [of_case.cpu().numpy() for of_case in distance.split([1 + len(case.unrelated) for case in cases])]
