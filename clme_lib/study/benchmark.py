@@ -26,14 +26,14 @@ def level_counts(build: Path | None = None) -> pd.DataFrame:
         return pipeline.level_counts(Path(scratch))
 
 
-@table("Pairs by relevance (Table II).")
+@table
 def level_table(counts: pd.DataFrame) -> pd.DataFrame:
     """The paper's Table II: pairs by relevance level (:func:`level_counts`)."""
     shares = [f"{percent(share)} %" for share in counts["share"]]
     return pd.DataFrame({"Relevance": counts["level"], "Pairs": counts["pairs"].astype(str), "Share": shares})
 
 
-@table("Lengths in words and symbols (Table III).")
+@table
 def length_table(cases_of: dict[str, Sequence[Case]]) -> Iterator[dict[str, str]]:
     """The paper's Table III: number, mean and median length of each kind of text, for each data set by its name."""
     for name, cases in cases_of.items():

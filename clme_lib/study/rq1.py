@@ -23,10 +23,10 @@ from .paper import UNEDITED
 from .tables import Interval, editor_colour, editor_name, inline_code, interval, score_rows, scored, table
 
 # Ten scores for every editor and data set, with n and 95 % intervals, best in bold.
-proficiency_table = table("Scores by editor (Table IV).")(score_rows)
+proficiency_table = table(score_rows)
 
 
-@table("Effectiveness by data set (Table V).")
+@table
 def transfer_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
     """The paper's Table V: change of effectiveness from CSNE to CNLE, in points."""
     scores = [f"effectiveness_{name}" for name in COMPARISONS]

@@ -26,20 +26,9 @@ from ..support.batching import Batches
 from ..support.errors import StudyError
 from ..support.journal import append_rows, write_text
 from ..support.memory import is_out_of_memory, raising_when_full
-from . import provenance
+from . import provenance, run_folder
 from .config import RunConfig
 from .protocols import Step, get_protocol
-from .run_folder import (
-    check_same_run,
-    is_published,
-    is_recorded,
-    load_run,
-    recorded,
-    records_file,
-    run_name,
-    shared_cases,
-    write_manifest,
-)
 
 
 def run(config: RunConfig) -> pd.DataFrame:
@@ -50,8 +39,8 @@ def run(config: RunConfig) -> pd.DataFrame:
             something else that the user can mend.
     """
     chosen = {name: sampled(config, name) for name in config.dataset}
-    check_same_run(config)
-    if is_published(config.out):
+    run_folder.check_same_run(config)
+    if run_folder.is_published(config.out):
         return _read_published(config, chosen)
     grid = [(name, editor) for name in config.dataset for editor in config.editors]
     pending = [(name, editor) for name, editor in grid if _is_missing(config, name, editor, chosen[name])]
@@ -62,16 +51,16 @@ def run(config: RunConfig) -> pd.DataFrame:
             start = _start(config, subject, editors, chosen)
             for name, editor in pending:
                 _Work(config, subject, editors[editor], name, start).complete(chosen[name])
-            write_manifest(config, {**start, "finished": provenance.now()})
-    return load_run(config.out, chosen=chosen, editors=config.editors)
+            run_folder.write_manifest(config, {**start, "finished": provenance.now()})
+    return run_folder.load_run(config.out, chosen=chosen, editors=config.editors)
 
 
 def sampled(config: RunConfig, dataset: str) -> list[Case]:
     """The cases of a data set that a configuration asks for."""
     cases = load_cases(dataset, config.source)
     if config.within is not None:
-        earlier = load_run(config.within, editors=config.editors)
-        shared = shared_cases(earlier[earlier["dataset"] == dataset], ["editor"])
+        earlier = run_folder.load_run(config.within, editors=config.editors)
+        shared = run_folder.shared_cases(earlier[earlier["dataset"] == dataset], ["editor"])
         cases = [case for case in cases if case.case_id in shared]
         if not cases:
             who = ", ".join(config.editors)
@@ -88,7 +77,7 @@ def _load_editor(config: RunConfig, name: str, subject: Subject) -> Editor:
 
 def _read_published(config: RunConfig, chosen: dict[str, list[Case]]) -> pd.DataFrame:
     """What a published run has of the chosen cases; an editor may have fewer cases than another."""
-    records = load_run(config.out, chosen=chosen, editors=config.editors)
+    records = run_folder.load_run(config.out, chosen=chosen, editors=config.editors)
     pairs = set(zip(records["dataset"], records["editor"]))
     missing = [f"{editor} on {name}" for name in chosen for editor in config.editors if (name, editor) not in pairs]
     if missing:
@@ -110,9 +99,9 @@ def planned(config: RunConfig, dataset: str, editor: str, cases: Sequence[Case])
 
 
 def _is_missing(config: RunConfig, dataset: str, editor: str, cases: Sequence[Case]) -> bool:
-    keys = recorded(config, dataset, editor, cases)
+    keys = run_folder.recorded(config, dataset, editor, cases)
     plans = planned(config, dataset, editor, cases)
-    return not all(is_recorded(step, keys) for _, steps in plans for step in steps)
+    return not all(run_folder.is_recorded(step, keys) for _, steps in plans for step in steps)
 
 
 class _Work:
@@ -120,11 +109,11 @@ class _Work:
 
     def __init__(self, config: RunConfig, subject: Subject, editor: Editor, dataset: str, start: dict) -> None:
         self.config, self.subject, self.editor, self.dataset = config, subject, editor, dataset
-        self.file = records_file(config, dataset, editor.name)
+        self.file = run_folder.records_file(config, dataset, editor.name)
         self.halves = split_cases(load_cases(dataset, config.source), config.seed)
         self.circumstances = Circumstances(
             editor.name,
-            run=run_name(config),
+            run=run_folder.run_name(config),
             source=get_dataset(dataset).file or config.source,
             preset=config.preset,
             seed=config.seed,
@@ -138,7 +127,7 @@ class _Work:
 
     def complete(self, cases: Sequence[Case]) -> None:
         """Edit and score what has not been recorded yet."""
-        keys = recorded(self.config, self.dataset, self.editor.name, cases)
+        keys = run_folder.recorded(self.config, self.dataset, self.editor.name, cases)
         plans = planned(self.config, self.dataset, self.editor.name, cases)
         total = sum(len(step.evaluated) for _, steps in plans for step in steps)
         with tqdm(total=total, initial=len(keys), desc=f"{self.dataset} {self.editor.name}", unit="case") as self.bar:
@@ -149,7 +138,7 @@ class _Work:
                     step.edited[0]
                     for number, step in enumerate(steps)
                     if number not in built_upon and step.after is None and step.edited == step.evaluated
-                    and len(step.edited) == 1 and not is_recorded(step, keys)
+                    and len(step.edited) == 1 and not run_folder.is_recorded(step, keys)
                 ]  # fmt: skip
                 self._edit_alone(alone)
                 self._walk(steps, keys | {(1, case.case_id) for case in alone}, fold)
@@ -163,7 +152,7 @@ class _Work:
         needed: set[int] = set()
         for number in reversed(range(len(steps))):
             step = steps[number]
-            if number in needed or not is_recorded(step, keys):
+            if number in needed or not run_folder.is_recorded(step, keys):
                 needed |= {number} if step.after is None else {number, step.after}
         states: dict[int, list[Edit]] = {}
         for number in sorted(needed):
@@ -230,5 +219,5 @@ def _start(config: RunConfig, subject: Subject, editors: dict[str, Editor], chos
         "hyperparameters": {name: provenance.hyperparameters(editor) for name, editor in editors.items()},
         "setup": {name: prepared for name, editor in editors.items() if (prepared := editor.setup())},
     }
-    write_manifest(config, start)
+    run_folder.write_manifest(config, start)
     return start

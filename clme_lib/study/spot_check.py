@@ -102,7 +102,7 @@ def describe(comparison: Comparison) -> str:
     return "\n".join([*lines, f"spot check {verdict}: {least} (needed: {100 * GREEDY_AGREEMENT:.0f} %)"])
 
 
-@table("Texts that came out the same.")
+@table
 def agreement_table(comparison: Comparison) -> pd.DataFrame:
     """How many texts came out the same, a row for each data set and editor."""
     names = ["Data", "Editor", "cases", "greedy texts", "the same", "sampled texts", "the same"]

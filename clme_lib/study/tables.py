@@ -89,21 +89,17 @@ class Table:
         return f"```{{table}} {self.caption}\n:name: {self.label}\n\n{to_markdown(self.data)}\n```"
 
 
-def table(caption: str) -> Callable[[Callable[..., Any]], Callable[..., Table]]:
+def table(rows: Callable[..., Any]) -> Callable[..., Table]:
     """Make a function that gives rows (a dictionary each, by column title) one that shows them.
 
-    It is then called with the ``label`` of the table as well, and with a ``caption`` if this one does not do. A cell that a row lacks
-    is empty.
+    It is then called with the table's ``label`` and ``caption`` as well. A cell that a row lacks is empty.
     """
 
-    def decorate(rows: Callable[..., Any]) -> Callable[..., Table]:
-        @functools.wraps(rows)
-        def shown(*arguments: Any, label: str, caption: str = caption, **options: Any) -> Table:
-            return Table(pd.DataFrame(rows(*arguments, **options)).fillna(""), caption, label)
+    @functools.wraps(rows)
+    def shown(*arguments: Any, label: str, caption: str = "", **options: Any) -> Table:
+        return Table(pd.DataFrame(rows(*arguments, **options)).fillna(""), caption, label)
 
-        return shown
-
-    return decorate
+    return shown
 
 
 def to_markdown(data: pd.DataFrame) -> str:

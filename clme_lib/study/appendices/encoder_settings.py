@@ -28,7 +28,7 @@ _USUAL: dict[str, Any] = {"margin": 1.0, "architecture": "released", "selection"
 _SETTINGS = ["dataset", "editor", *_USUAL]
 
 
-@table("Encoders by setting.")
+@table
 def setting_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
     """Encoders by setting, trained on all of the other half; means over both halves.
 
@@ -49,7 +49,7 @@ def setting_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
         }
 
 
-@table("An encoder by training size.")
+@table
 def size_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
     """The encoder that was trained on several numbers of cases (:func:`compared_sizes`); means over both halves."""
     grown = compared_sizes(measured)

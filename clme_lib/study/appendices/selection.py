@@ -68,7 +68,7 @@ def _value(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-@table("What the released program's defects do.")
+@table
 def preset_table(measured: Mapping[str, pd.DataFrame]) -> Iterator[dict[str, str]]:
     """What the released program's defects do, alone and together; each data set's first row has none of them.
 

@@ -19,7 +19,7 @@ from ...subjects.subject import Subject
 from ..tables import percent, table, write_csv
 
 
-@table("Writes under more statistics.")
+@table
 def statistics_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
     """MEMIT's writes under more and more statistics, from what ``clme measure statistics`` writes (:func:`compare_statistics`)."""
     for row in measured.itertuples():

@@ -29,7 +29,7 @@ from ...support.errors import StudyError
 from ..tables import editor_name, table, write_csv
 
 
-@table("Updates, means over cases.")
+@table
 def diagnosis_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
     """Losses, size and reach of updates, from what ``clme measure weight-updates`` writes (:func:`diagnose_editors`)."""
     for row in measured.itertuples():
@@ -43,7 +43,7 @@ def diagnosis_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
         }
 
 
-@table("PMET's steps taken apart.")
+@table
 def pmet_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
     """PMET's steps taken apart, from what ``clme measure pmet-parts`` writes (:func:`take_pmet_apart`)."""
     for row in measured.rename(columns={"attention learnt": "attention"}).astype({"layers": str}).itertuples():

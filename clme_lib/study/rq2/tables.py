@@ -25,7 +25,7 @@ _PLACE = ["subject", "random_weights", "dtype", "machine", "threads"]
 _NOT_MEASURED, _TOO_LARGE = "not measured", "out of memory"
 
 
-@table("What was measured, on what.")
+@table
 def circumstances(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
     """Where the measurements come from."""
     by_weights = measured.sort_values("random_weights", kind="stable")
@@ -53,7 +53,7 @@ def unmeasured(measured: pd.DataFrame) -> list[str]:
     return [name for name in registered_subjects() if name not in timed]
 
 
-@table("One edit at a time.")
+@table
 def cost_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
     """Seconds and peak memory of one edit alone: medians, with quartiles of the time where there are several edits."""
     names = list(measured["dataset"].dropna().unique())
@@ -145,7 +145,7 @@ def cost_figure(measured: pd.DataFrame, column: str):
     return legend(figure, axes, top=0.98, columns=2, loc="lower center")
 
 
-@table("Edits per second.")
+@table
 def throughput_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
     """Edits per second, alone and with their evaluation, by batch size."""
     batches = _rows(measured, "throughput").groupby(["label", "dataset", "editor"], sort=False)
@@ -163,7 +163,7 @@ def _rates(batches: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"edits/s": by_size.index / by_size["edit_seconds"], "with evaluation": by_size.index / whole})
 
 
-@table("One edit and its floor.")
+@table
 def floor_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
     """Measured time over the least that counting allows (floor.py), medians over cases edited alone."""
     names = list(measured["dataset"].dropna().unique())
@@ -186,7 +186,7 @@ def floor_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
         yield row
 
 
-@table("What the device can do.")
+@table
 def ceiling_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
     """The device's measured rates: of a large matrix product, and of a large copy (read and written)."""
     for ceiling in measured[measured["kind"] == "ceiling"].to_dict("records"):
@@ -199,7 +199,7 @@ def ceiling_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
         }
 
 
-@table("Projected hours for the whole study.")
+@table
 def projection_table(measured: pd.DataFrame, plain: pd.DataFrame | None = None) -> Iterator[dict[str, str]]:
     """Hours that the whole study would take: all of CLMEEval's cases by the nine editor variants, edited and evaluated.
 

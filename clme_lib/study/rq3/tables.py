@@ -28,13 +28,13 @@ _COMPARED = ["grace", A_GRACE]
 _RADIUS = 1.0  # the paper's
 
 
-@table("A-GRACE without its parts (Table VI).")
+@table
 def ablation_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
     """The paper's Table VI: the ten scores of GRACE, A-GRACE and its two ablations."""
     return score_rows(records[records["editor"].isin(A_GRACE_VARIANTS)])
 
 
-@table("A-GRACE minus GRACE, in points.")
+@table
 def paired_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
     """What A-GRACE has over GRACE on the same cases.
 
@@ -65,7 +65,7 @@ def _difference(difference: np.ndarray, binary: bool) -> str:
     return f"{100 * mean.mean:+.2f}<br><small>{100 * mean.low:+.1f} to {100 * mean.high:+.1f}<br>{shown}</small>"
 
 
-@table("Both presets on the same cases.")
+@table
 def preset_table(clean: pd.DataFrame, compat: pd.DataFrame) -> Iterator[dict[str, str]]:
     """Each variant with the codebook active in every generation, and with the released defects, on the cases that both have."""
     records = scored(pd.concat([clean, compat]))
@@ -80,7 +80,7 @@ def preset_table(clean: pd.DataFrame, compat: pd.DataFrame) -> Iterator[dict[str
                 yield row | {get_metric(score).title: f"{100 * rows[score].mean():.2f}" for score in _PRESET_SCORES}
 
 
-@table("Time and memory of one edit made alone.")
+@table
 def overhead_table(alone: pd.DataFrame) -> Iterator[dict[str, str]]:
     """Median edit time and memory of each variant beside GRACE's, and the median ratio of a case's time to GRACE's.
 
@@ -170,7 +170,7 @@ def projection_figure(places: pd.DataFrame):
     return legend(figure, axes, top=1.04, columns=3)
 
 
-@table("Distances from the edit prompt.")
+@table
 def projection_table(places: pd.DataFrame) -> Iterator[dict[str, str]]:
     """How far the prompts of the pictured case are from its edit prompt, in the whole space of each kind of key."""
     keys = {"last": "last token (GRACE)", "mean": "encoded mean (A-GRACE)"}
@@ -212,7 +212,7 @@ def radius_figure(sweep: pd.DataFrame):
     return legend(figure, axes, top=1.14, columns=4)
 
 
-@table("The paper's radius, and the best one.")
+@table
 def radius_table(sweep: pd.DataFrame) -> Iterator[dict[str, str]]:
     """Generalization and unchanged neighbours at the paper's radius of 1, and at the radius where their mean is largest."""
     for (dataset, editor, margin), curve in sweep.groupby(["dataset", "editor", "margin"], sort=False, dropna=False):
