@@ -14,7 +14,7 @@ from clme_lib.cli import main
 from clme_lib.datasets import embedded_cnle, embedded_csne
 from clme_lib.datasets.paper import CNLE, CSNE
 from clme_lib.evaluation.records import UNSCORED
-from clme_lib.study import run_folder, runs
+from clme_lib.study import run_folder
 from clme_lib.subjects import embedded as embedded_subject
 
 ROOT = Path(__file__).resolve().parent.parent

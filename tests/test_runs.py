@@ -365,7 +365,7 @@ def test_spot_check_counts_and_fails(tiny, source, tmp_path):
     assert comparison.agreement["grace"] == pytest.approx(30 / 35) and comparison.agreement["none"] == 1
     assert not comparison.passed and len(comparison.differences) == 5
     assert "FAILED" in describe(comparison)
-    shown = agreement_table(comparison, "tab-here")
+    shown = agreement_table(comparison, label="tab-here")
     assert shown.label == "tab-here" and shown.data.iloc[:, 4].tolist() == ["35", "30"]
     moved = table.copy(deep=True)
     first = moved.index[moved["editor"] == "none"][0]

@@ -42,8 +42,9 @@ def config_from_notebook(namespace: Mapping[str, Any], schema: type[Config] = Ru
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise StudyError(f"unknown parameter {unknown[0]!r}{hint}; known: {', '.join(known)}")
     # papermill's -p has no way to pass None
-    empty = [name for name, value in given.items() if value == "" and schema.model_fields[name].default is None]
-    return parse(schema, given | dict.fromkeys(empty), "notebook parameters")
+    empty = [name for name, value in given.items() if isinstance(value, str) and not value]
+    nothing = {name: None for name in empty if schema.model_fields[name].default is None}
+    return parse(schema, given | nothing, "notebook parameters")
 
 
 def _parameters(namespace: Mapping[str, Any]) -> Iterator[str]:

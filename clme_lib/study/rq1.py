@@ -22,7 +22,7 @@ from .figures import bars, legend, panels
 from .paper import UNEDITED
 from .tables import Interval, editor_colour, editor_name, inline_code, interval, score_rows, scored, table
 
-# Ten scores for every editor and data set, with n and 95 % intervals, best in bold.
+# the paper's Table IV
 proficiency_table = table(score_rows)
 
 

@@ -41,19 +41,16 @@ def load_run(
     Raises:
         StudyError: there are none, or a file is damaged.
     """
-    folder = Path(folder)
-    table = frame(read_records(record_files(folder)))
+    table = frame(read_records(record_files(Path(folder))))
     if chosen is not None:
         keys = {(name, case.case_id) for name, cases in chosen.items() for case in cases}
         table = table[[key in keys for key in zip(table["dataset"], table["case_id"])]]
     if editors is not None:
         table = table[table["editor"].isin(editors)]
     ranks = {name: rank for names in (list_datasets(), list_editors()) for rank, name in enumerate(names)}
-    return table.sort_values(
-        ["dataset", "editor", "position", "case_id"],
-        key=lambda column: column.map(ranks) if column.name in ("dataset", "editor") else column,
-        kind="stable",
-    ).reset_index(drop=True)
+    placed = table.assign(_dataset=table["dataset"].map(ranks), _editor=table["editor"].map(ranks))
+    order = placed.sort_values(["_dataset", "_editor", "position", "case_id"], kind="stable").index
+    return table.loc[order].reset_index(drop=True)
 
 
 def shared_cases(records: pd.DataFrame, by: list[str]) -> set[int]:
@@ -63,11 +60,7 @@ def shared_cases(records: pd.DataFrame, by: list[str]) -> set[int]:
 
 
 def record_files(folder: Path) -> list[Path]:
-    """The files of a run's records, in order of their names.
-
-    Raises:
-        StudyError: there are none.
-    """
+    """The files of a run's records, in order of their names; StudyError when there are none."""
     files = sorted((folder / "records").glob("*.jsonl"))
     if not files:
         raise StudyError(f"{folder}: no records; expected {folder}/records/*.jsonl")
@@ -80,11 +73,7 @@ def records_file(config: RunConfig, dataset: str, editor: str) -> Path:
 
 
 def recorded(config: RunConfig, dataset: str, editor: str, cases: Iterable[Case]) -> set[tuple[int, int]]:
-    """Position and case id of every record that a data set and editor have.
-
-    Raises:
-        StudyError: a case has changed since it was recorded.
-    """
+    """Position and case id of every record that a data set and editor have; StudyError when a case has changed since."""
     file, hashes = records_file(config, dataset, editor), {case.case_id: case.sha256 for case in cases}
     keys = set()
     for row in read_rows(file):
@@ -104,11 +93,7 @@ def is_recorded(step: Step, keys: set[tuple[int, int]]) -> bool:
 
 
 def load_manifest(folder: Path | str) -> dict:
-    """The ``run.json`` of a run folder.
-
-    Raises:
-        StudyError: there is none, or it cannot be read.
-    """
+    """The ``run.json`` of a run folder; StudyError when there is none, or it cannot be read."""
     file = Path(folder) / "run.json"
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))

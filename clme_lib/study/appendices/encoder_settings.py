@@ -19,6 +19,7 @@ from ...editors.contrastive_encoder import Pairs, balanced_accuracy, make_pairs
 from ...edits.encoder import Encoder
 from ...subjects.subject import Subject
 from ...support.seeds import DEFAULT_SEED
+from ..paper import A_GRACE
 from ..rq3.radius import MARGINS, fitted_editor
 from ..tables import editor_name, table, write_csv
 
@@ -30,11 +31,7 @@ _SETTINGS = ["dataset", "editor", *_USUAL]
 
 @table
 def setting_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """Encoders by setting, trained on all of the other half; means over both halves.
-
-    Args:
-        measured: what ``clme measure encoders`` writes (:func:`compare_encoders`).
-    """
+    """Encoders by setting, trained on all of the other half (:func:`compare_encoders`); means over both halves."""
     chosen_by = {"training": "held-out training cases", "edited": "the edited cases"}
     for keys, halves in measured[_on_whole_half(measured)].groupby(_SETTINGS, sort=False):
         dataset, editor, margin, architecture, selection, patience = keys
@@ -86,16 +83,12 @@ def encoder_settings(margin: float) -> Iterator[tuple[str, dict[str, Any], int |
     Args:
         margin: of the settings that differ in something else.
     """
-    for compared in MARGINS:
-        yield "a-grace", {"margin": compared}, None
-    yield "a-grace", {"margin": 1.0, "patience": 30}, None
-    for compared in (1.0, margin):
-        yield "a-grace", {"margin": compared, "architecture": "paper"}, None
-    yield "a-grace", {"margin": margin, "selection": "edited"}, None
-    for compared in (1.0, margin):
-        yield "a-grace-wo-mean", {"margin": compared}, None
-    for size in SIZES:
-        yield "a-grace", {"margin": margin}, size
+    yield from ((A_GRACE, {"margin": compared}, None) for compared in MARGINS)
+    yield A_GRACE, {"margin": 1.0, "patience": 30}, None
+    yield from ((A_GRACE, {"margin": compared, "architecture": "paper"}, None) for compared in (1.0, margin))
+    yield A_GRACE, {"margin": margin, "selection": "edited"}, None
+    yield from (("a-grace-wo-mean", {"margin": compared}, None) for compared in (1.0, margin))
+    yield from ((A_GRACE, {"margin": margin}, size) for size in SIZES)
 
 
 def compare_encoders(subject: Subject, file: Path, margin: float = 2.0) -> pd.DataFrame:

@@ -46,14 +46,13 @@ def selection_table(measured: pd.DataFrame, label: str) -> Table:
 
 def differing_values(paper: str = "codellama-7b", own: str = "smollm2-135m") -> pd.DataFrame:
     """The hyper-parameters in which two registered subjects differ, a row each."""
-    settings = {name: load_settings(name).editors for name in (paper, own)}
+    papers, owns = (load_settings(name).editors for name in (paper, own))
     rows = []
-    for editor in in_order({**settings[paper], **settings[own]}):
-        hparams = {name: resolve_hparams(editor, name).model_dump() for name in (paper, own)}
-        for name in {**settings[paper].get(editor, {}), **settings[own].get(editor, {})}:
-            papers, owns = hparams[paper][name], hparams[own][name]
-            if papers != owns:
-                values = {f"{paper} (the paper's)": _value(papers), own: _value(owns)}
+    for editor in in_order({**papers, **owns}):
+        of_paper, of_own = (resolve_hparams(editor, name).model_dump() for name in (paper, own))
+        for name in {**papers.get(editor, {}), **owns.get(editor, {})}:
+            if of_paper[name] != of_own[name]:
+                values = {f"{paper} (the paper's)": _value(of_paper[name]), own: _value(of_own[name])}
                 rows.append({"Editor": editor_name(editor), "Value": f"`{name}`", **values})
     return pd.DataFrame(rows)
 
@@ -101,7 +100,7 @@ SCORES = ["effectiveness_em", "generalization_em", "specificity_rate", "loss"]
 def select(
     subject: Subject, editor: str, file: Path, cases: int | None = None, datasets: Sequence[str] = PAPER_DATASET_NAMES
 ) -> pd.DataFrame:
-    """Try an editor's grid and write the table ``file`` (CSV, one row a setting, in the grid's order); returns it.
+    """Try an editor's grid; written as CSV, one row a setting, in the grid's order.
 
     Args:
         cases: of each data set's 30 selection cases, the first so many (None: all).
@@ -198,8 +197,8 @@ def _unfinished(file: Path) -> Path:
 
 def choose(measured: pd.DataFrame) -> pd.DataFrame:
     """Mark the chosen setting of a grid in its order: the first good enough, else the best."""
-    reached = measured.index[measured["criterion"] >= GOOD_ENOUGH]
-    best = reached[0] if len(reached) else measured["criterion"].idxmax()
+    # of equal values the first counts
+    best = measured["criterion"].clip(upper=GOOD_ENOUGH).idxmax()
     return measured.assign(chosen=measured.index == best)
 
 

@@ -1,8 +1,7 @@
 """The floor under an edit: the least time that what its algorithm cannot do without takes on a device.
 
 Each editor counts its operations and memory traffic (clme_lib/editors/operations.py). A phase takes at least the longer of
-its arithmetic at the device's rate and its traffic at the device's; the floor is the sum over phases. Rates are
-measured (:func:`measure_ceilings`): a large product, a large copy.
+its arithmetic and its traffic at the device's rates, which are measured (:func:`measure_ceilings`); the floor is the sum over phases.
 """
 
 from __future__ import annotations

@@ -50,11 +50,7 @@ _KEY = "kind", "subject", "random_weights", "dtype", "machine", "threads", "data
 
 
 def load_measurements(folder: Path | str) -> pd.DataFrame:
-    """All rows of a measurement folder.
-
-    Raises:
-        StudyError: there are none.
-    """
+    """All rows of a measurement folder; StudyError when there are none."""
     rows = [row for file in sorted(Path(folder).glob("*.jsonl")) for row in read_rows(file)]
     if not rows:
         made_by = f"`clme bench --out {folder}` writes"
