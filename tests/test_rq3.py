@@ -9,8 +9,8 @@ from test_runs import config
 
 from clme_lib.evaluation.records import SCORED, UNSCORED
 from clme_lib.study import runs
-from clme_lib.study.publish import publish
-from clme_lib.study.rq3 import measurements, radius
+from clme_lib.study.copies import publish
+from clme_lib.study.rq3 import measurements
 from clme_lib.study.rq3 import tables as rq3
 from clme_lib.support.errors import StudyError
 
@@ -120,7 +120,7 @@ def test_small_files_are_made_once_and_published(both, monkeypatch, tmp_path):
         )  # fmt: skip
         table.to_csv(file, index=False)
 
-    monkeypatch.setattr(radius, "sweep_radius", sweep)
+    monkeypatch.setattr(measurements, "sweep_radius", sweep)
     monkeypatch.setattr(measurements, "load_subject", lambda *args: runs.load_subject())
     for _ in range(2):
         swept = measurements.sweep(chosen)

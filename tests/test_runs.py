@@ -22,8 +22,8 @@ from clme_lib.evaluation.records import FAILED, SCORED, UNSCORED, read_records
 from clme_lib.metrics.base import TEXTS
 from clme_lib.study import config as study_config
 from clme_lib.study import provenance, run_folder, runs
+from clme_lib.study.copies import publish
 from clme_lib.study.notebook import config_from_notebook
-from clme_lib.study.publish import publish
 from clme_lib.study.rq1 import examples, findings, proficiency_figure, proficiency_table, transfer_table
 from clme_lib.study.spot_check import agreement_table, compare, describe
 from clme_lib.study.tables import inline_code, interval
@@ -377,7 +377,7 @@ def test_spot_check_counts_and_fails(tiny, source, tmp_path):
 
 def test_report_is_computed_from_records(tiny, source, tmp_path):
     table = runs.run(config(source, tmp_path / "run", cases=5))
-    shown = proficiency_table(table, "tab-scores")
+    shown = proficiency_table(table, label="tab-scores")
     none = shown.data[shown.data["Editor"] == "unedited"].iloc[0]
     assert none["Spec. EM"].startswith("100.00") and none["n"] == "5"
     mean = 100 * table[table["editor"] == "grace"]["effectiveness_bleu"].mean()

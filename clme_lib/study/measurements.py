@@ -28,7 +28,7 @@ MEASUREMENTS = {
         "appendices.statistics:compare_statistics",
         "MEMIT's writes under statistics of more and of less text",
     ),
-    "radius": ("rq3.radius:sweep_radius", "A-GRACE's measures as a function of margin and radius"),
+    "radius": ("rq3.measurements:sweep_radius", "A-GRACE's measures as a function of margin and radius"),
     "encoders": (
         "appendices.encoder_settings:compare_encoders",
         "A-GRACE's encoder by several settings, trained on more and fewer cases",

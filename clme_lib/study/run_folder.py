@@ -6,7 +6,7 @@
     folds.json                    case ids of both folds, per data set
     records/<data set>.<editor>.jsonl
 
-Records are only appended. A published run (publish.py) is only read.
+Records are only appended. A published run (copies.py) is only read.
 """
 
 from __future__ import annotations

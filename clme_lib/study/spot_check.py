@@ -71,16 +71,13 @@ def compare(here: pd.DataFrame, published: pd.DataFrame) -> Comparison:
         raise StudyError(f"{case} has changed since the published run; publish anew")
     rows, differences, moved = [], [], []
     for (dataset, editor), of_editor in pairs.groupby(["dataset", "editor"], sort=False):
-        counts = dict.fromkeys(("greedy", "greedy_same", "sampled", "sampled_same"), 0)
-        for _, pair in of_editor.iterrows():
-            for measure in TEXTS:
-                kind = "greedy" if measure in MEASURES else "sampled"
-                for same, difference in _texts(pair, measure):
-                    counts[kind] += 1
-                    counts[f"{kind}_same"] += same
-                    if not same:
-                        differences.append(difference)
-        rows.append({"dataset": dataset, "editor": editor, "cases": len(of_editor), **counts})
+        texts = [text for pair in of_editor.to_dict("records") for name in TEXTS for text in _texts(pair, name)]
+        differences += [text for same, text in texts if not same]
+        row = {"dataset": dataset, "editor": editor, "cases": len(of_editor)}
+        for kind, measures in (("greedy", MEASURES), ("sampled", TEXTS[len(MEASURES) :])):
+            of_kind = [same for same, text in texts if text.measure in measures]
+            row |= {kind: len(of_kind), f"{kind}_same": sum(of_kind)}
+        rows.append(row)
         if editor == UNEDITED:
             for score in _SCORES:
                 shift = 100 * (of_editor[score].mean() - of_editor[f"{score}_published"].mean())
@@ -109,7 +106,7 @@ def agreement_table(comparison: Comparison) -> pd.DataFrame:
     return comparison.table.astype(str).set_axis(names, axis=1)
 
 
-def _texts(pair: pd.Series, measure: str) -> Iterator[tuple[bool, Difference]]:
+def _texts(pair: dict, measure: str) -> Iterator[tuple[bool, Difference]]:
     """Each text of a measure: whether it is the same, by its hash, and what differs."""
     hashes, texts = (
         (pair[f"{kind}_{measure}_published"], pair[f"{kind}_{measure}"]) for kind in ("sha256", "generated")

@@ -20,7 +20,7 @@ from ...edits.encoder import Encoder
 from ...subjects.subject import Subject
 from ...support.seeds import DEFAULT_SEED
 from ..paper import A_GRACE
-from ..rq3.radius import MARGINS, fitted_editor
+from ..rq3.measurements import MARGINS, fitted_editor
 from ..tables import editor_name, table, write_csv
 
 SIZES = (50, 100, 200)
