@@ -120,7 +120,7 @@ def _run(config: Any) -> int:
 
 
 def _score(config: Any) -> int:
-    from .study.scoring import score_run
+    from .study.copies import score_run
 
     print(f"{score_run(config.run, config.target, config.metrics)} records scored in {config.target}")
     return 0
@@ -163,7 +163,7 @@ def _notebook(config: Any) -> int:
 
 
 def _publish(config: Any) -> int:
-    from .study.publish import publish
+    from .study.copies import publish
 
     print(f"{publish(config.run, config.target)} records in {config.target}")
     return 0

@@ -138,7 +138,7 @@ def test_every_editor_is_measured_and_the_command_resumes(small_paper_subject, t
     ):
         shown = table(measured, label="tab")
         assert len(shown.data) and "nan" not in shown.to_myst() and shown.label == "tab", table
-    costs, floors = (table(measured, "tab").data for table in (rq2.cost_table, rq2.floor_table))
+    costs, floors = (table(measured, label="tab").data for table in (rq2.cost_table, rq2.floor_table))
     assert (
         list(costs["Subject"].unique())
         == list(floors["Subject"].unique())
@@ -196,7 +196,7 @@ def test_a_batch_that_does_not_fit_ends_the_growth(small_paper_subject, monkeypa
     measured = measure.bench(config)
     batches = measured[measured["kind"] == "throughput"].set_index("batch")["error"]
     assert list(batches.index) == [2, 4] and batches[4] == "out of memory"
-    assert "out of memory" in rq2.throughput_table(measured, "tab").to_myst()
+    assert "out of memory" in rq2.throughput_table(measured, label="tab").to_myst()
 
 
 def test_an_editor_that_does_not_fit_is_said_so(small_paper_subject, monkeypatch, tmp_path):
@@ -207,12 +207,12 @@ def test_an_editor_that_does_not_fit_is_said_so(small_paper_subject, monkeypatch
     config = study_config.make_config(BenchConfig, subject="stablecode-3b", random_weights=True, editors="memit,grace", cases=1, batches="",
                                        out=tmp_path, device="cpu")  # fmt: skip
     measured = measure.bench(config)
-    shown = rq2.cost_table(measured, "tab")
+    shown = rq2.cost_table(measured, label="tab")
     costs = shown.data.set_index("Editor")
     assert costs.loc["MEMIT", "CNLE s / edit"] == costs.loc["MEMIT", "CSNE s / edit"] == "out of memory"
     assert costs.loc["MEMIT", "n"] == "0" and float(costs.loc["GRACE", "CNLE s / edit"]) > 0
     assert list(rq2.findings(measured)["too_large"].values()) == [["MEMIT"]]
-    assert "nan" not in shown.to_myst() and len(rq2.floor_table(measured, "tab").data) == 1
+    assert "nan" not in shown.to_myst() and len(rq2.floor_table(measured, label="tab").data) == 1
     assert len(rq2.cost_figure(measured, "peak_mib").axes) == 2
 
 

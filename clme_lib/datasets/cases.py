@@ -63,3 +63,9 @@ def folds(cases: Sequence[Case], seed: int) -> tuple[list[int], list[int]]:
     order = seeded_order(ids, "fold", seed, cases[0].dataset if cases else "")
     half = (len(order) + 1) // 2
     return sorted(order[:half]), sorted(order[half:])
+
+
+def split_cases(cases: Sequence[Case], seed: int) -> tuple[list[Case], list[Case]]:
+    """The cases of both :func:`folds`, in their order."""
+    first = set(folds(cases, seed)[0])
+    return [case for case in cases if case.case_id in first], [case for case in cases if case.case_id not in first]
