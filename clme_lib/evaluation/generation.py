@@ -9,13 +9,13 @@ are read in batches of like length, and decoding writes keys and values into buf
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..edits.base import Edit, PassState
+from ..edits.base import Edit
 from ..forward.blockwise import passes
 from ..forward.tokens import encode
 from ..subjects.subject import Subject
@@ -53,8 +53,8 @@ class Generated:
 
     text: str
     ids: Sequence[int] = ()
-    distance: float | None = field(default=None)
-    fired: bool | None = field(default=None)
+    distance: float | None = None
+    fired: bool | None = None
 
 
 def gumbel(texts: int, draw: torch.Generator) -> torch.Tensor:
@@ -67,10 +67,9 @@ def gumbel(texts: int, draw: torch.Generator) -> torch.Tensor:
 def generate(
     subject: Subject, requests: Sequence[Request], edits: Sequence[Edit] = (), max_rows: int | None = None
 ) -> list[Generated]:
-    """Generate every request.
+    """Generate every request; ``Request.edit`` is an index into ``edits``.
 
     Args:
-        edits: what ``Request.edit`` indexes.
         max_rows: prompts worked on side by side (default: 64 on CPU, 512 on CUDA); memory grows with it, results do
             not change.
     """
@@ -95,9 +94,9 @@ def generate(
 
 @dataclass
 class _Prompt:
-    """A prompt that has been read: its row in a pass's cache, and the distribution of the next token."""
+    """A prompt that has been read: its keys and values in a pass's cache, and what the next token is drawn from."""
 
-    ids: list[int]
+    length: int
     cache: Any  # a transformers Cache
     row: int
     logits: torch.Tensor
@@ -110,20 +109,16 @@ def _prefill(subject: Subject, prompts: Sequence[tuple[list[int], int]], edits: 
     read = []
     for group in passes(subject, [ids for ids, _ in prompts]):
         batch = [prompts[n] for n in group]
-        ids = subject.tokenizer.pad({"input_ids": [ids for ids, _ in batch]}, return_tensors="pt").to(subject.device)
-        mask = ids["attention_mask"]
-        edit_rows = [edit for _, edit in batch]
-        with subject.applying(edits, rows=edit_rows) as state:
-            done = subject.decoder(
-                input_ids=ids["input_ids"],
-                attention_mask=mask,
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-                use_cache=True,
-            )
+        padded = subject.tokenizer.pad({"input_ids": [ids for ids, _ in batch]}, return_tensors="pt").to(subject.device)
+        positions = (padded["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        with subject.applying(edits, rows=[edit for _, edit in batch]) as state:
+            done = subject.decoder(**padded, position_ids=positions, use_cache=True)
         logits = subject.model.lm_head(done.last_hidden_state[:, -1]).float()
-        distances, fired = _prompt_lookups(state, len(batch))
-        for row, (tokens, _) in enumerate(batch):
-            read.append(_Prompt(tokens, done.past_key_values, row, logits[row], distances[row], fired[row]))
+        lookups: dict[int, tuple[float, bool]] = {}
+        for lookup in state.lookups:
+            lookups.update(zip(lookup.rows, zip(lookup.distances.tolist(), lookup.fired.tolist())))
+        for row, (ids, _) in enumerate(batch):
+            read.append(_Prompt(len(ids), done.past_key_values, row, logits[row], *lookups.get(row, (None, None))))
     return read
 
 
@@ -136,14 +131,11 @@ def _decode(
     they repeat EOS, which is cut off.
     """
     device, eos = subject.device, subject.tokenizer.eos_token_id
-    width = max(len(prompt.ids) for prompt in prompts)
+    lengths = torch.tensor([prompt.length for prompt in prompts], device=device)
+    width = max(prompt.length for prompt in prompts)
     steps = max(request.budget for request in requests)
-    mask = torch.zeros(len(prompts), width + steps, dtype=torch.long, device=device)
-    for row, prompt in enumerate(prompts):
-        mask[row, width - len(prompt.ids) : width] = 1
-    mask[:, width:] = 1  # A pass is given only the columns written so far.
+    mask = (torch.arange(width + steps, device=device) >= width - lengths[:, None]).long()
     cache = _joined_cache(prompts, width, steps)
-    positions = torch.tensor([len(prompt.ids) for prompt in prompts], device=device)
     budgets = torch.tensor([request.budget for request in requests], device=device)
     silent = torch.zeros(FLUENCY_TOKENS, FLUENCY_TOP_K, dtype=torch.float64)
     noise = torch.stack([silent if request.noise is None else request.noise for request in requests]).to(device)
@@ -172,8 +164,8 @@ def _decode(
                 state.rows = [requests[n].edit for n in rows.tolist()]
             hidden = subject.decoder(
                 input_ids=new[rows, step][:, None],
-                attention_mask=mask[:, : width + step + 1],
-                position_ids=(positions[rows] + step)[:, None],
+                attention_mask=mask[:, : width + step + 1],  # the columns written so far
+                position_ids=(lengths[rows] + step)[:, None],
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
@@ -222,23 +214,12 @@ class _BufferLayer(DynamicLayer):
 def _joined_cache(prompts: Sequence[_Prompt], width: int, steps: int) -> Any:
     """The rows' caches aligned at the prompts' end, with ``steps`` free columns after it."""
     layers: list[Any] = []
-    for block in range(len(prompts[0].cache.layers)):
-        sample = prompts[0].cache.layers[block].keys
-        shape = (len(prompts), sample.shape[1], width + steps, sample.shape[3])
-        buffers = (sample.new_zeros(shape), sample.new_zeros(shape))
+    for block, sample in enumerate(prompts[0].cache.layers):
+        shape = (len(prompts), sample.keys.shape[1], width + steps, sample.keys.shape[3])
+        keys, values = sample.keys.new_zeros(shape), sample.keys.new_zeros(shape)
         for row, prompt in enumerate(prompts):
-            layer, length = prompt.cache.layers[block], len(prompt.ids)
-            buffers[0][row, :, width - length : width] = layer.keys[prompt.row, :, -length:]
-            buffers[1][row, :, width - length : width] = layer.values[prompt.row, :, -length:]
-        layers.append(_BufferLayer(*buffers, filled=width))
+            read, columns = prompt.cache.layers[block], slice(width - prompt.length, width)
+            keys[row, :, columns] = read.keys[prompt.row, :, -prompt.length :]
+            values[row, :, columns] = read.values[prompt.row, :, -prompt.length :]
+        layers.append(_BufferLayer(keys, values, filled=width))
     return Cache(layers=layers)
-
-
-def _prompt_lookups(state: PassState, rows: int) -> tuple[list, list]:
-    """Distance and hit of each row's codebook lookup in a prompt pass (None for rows without a codebook)."""
-    distances: list[float | None] = [None] * rows
-    fired: list[bool | None] = [None] * rows
-    for lookup in state.lookups:
-        for n, distance, hit in zip(lookup.rows, lookup.distances.tolist(), lookup.fired.tolist()):
-            distances[n], fired[n] = distance, hit
-    return distances, fired

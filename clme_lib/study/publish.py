@@ -54,8 +54,8 @@ def publish(run: Path, target: Path) -> int:
         rows = []
         for record in sorted(records, key=lambda record: (record.position, record.case_id)):
             if record.case_id in samples[name]:
-                kept = record if get_dataset(record.dataset).publish_texts else record.without_texts()
-                rows.append(kept.model_copy(update={"commit": committed(record.commit, record.library)}).row())
+                removed = {} if get_dataset(record.dataset).publish_texts else {"texts": None, "answers": None}
+                rows.append(record.model_dump() | removed | {"commit": committed(record.commit, record.library)})
         append_rows(unfinished / "records" / name, rows)
     (unfinished / "run.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     for file in (run / "folds.json", *sorted(run.glob("*.csv"))):

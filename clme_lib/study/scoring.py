@@ -48,7 +48,7 @@ def score_run(run: Path, target: Path, metrics: Sequence[str] | None = None) -> 
             if record.state == UNSCORED or (metrics and record.state == SCORED):
                 answers = record.answers or unedited.get((record.dataset, record.case_id))
                 record, count = _scored(record, file, answers, metrics or PAPER_METRICS), count + 1
-            rows.append(record.row())
+            rows.append(record.model_dump())
         append_rows(unfinished / "records" / file.name, rows)
     names = [*manifest["config"].get("metrics", PAPER_METRICS), *(metrics or ())]
     manifest["config"] |= {"scored": True, "metrics": [name for name in list_metrics() if name in names]}
