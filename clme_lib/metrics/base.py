@@ -24,7 +24,6 @@ class Evaluated:
     """What a metric may read of a case that was edited.
 
     Attributes:
-        case: the case.
         texts: what the edited subject wrote, by measure: after the edit prompt, after the rephrased ones, after the unrelated
             ones, and sampled.
         answers: what the unedited subject writes after the unrelated prompts, in their order.
@@ -40,8 +39,7 @@ class Metric:
     """A metric.
 
     Attributes:
-        name: its key in a record's ``scores``.
-        title: as in a table's head.
+        name: its key in a record's ``scores``; title: as in a table's head.
         measure: whose texts it reads, one of :data:`TEXTS`.
         compute: its value for a case, None where the case has nothing to measure it on.
         binary: whether every value is 0 or 1, so that intervals and tests are those of shares.
