@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ..edits.base import Layout, announced
 from ..subjects.subject import Subject
 from ..support.batching import of_like_length
 from .padded import Padded
@@ -37,7 +36,6 @@ class Blockwise:
     """Rows of token ids on their way through the blocks.
 
     Args:
-        rows: the token ids.
         written: how many of each row's last tokens the model itself has written (default: none).
 
     Attributes:
@@ -49,28 +47,18 @@ class Blockwise:
     def __init__(self, subject: Subject, rows: Sequence[Sequence[int]], written: Sequence[int] | None = None) -> None:
         self.subject = subject
         width = max(map(len, rows))
-        padded = Padded.of(subject, rows, [width - len(row) for row in rows], width)
-        self.mask, self._positions, self._attended = padded.mask, padded.positions, padded.attended()
-        self.embedded = subject.decoder.embed_tokens(padded.ids)
-        self._rotary = subject.decoder.rotary_emb(self.embedded, position_ids=self._positions)
-        self._prompt_end = width - 1 - torch.tensor(written or [0] * len(rows), device=subject.device)
+        prompt_ends = [width - 1 - count for count in written or [0] * len(rows)]
+        self._padded = Padded.of(subject, rows, [width - len(row) for row in rows], width, prompt_ends)
+        self.mask = self._padded.layout.real
+        self.embedded = subject.decoder.embed_tokens(self._padded.ids)
 
     @torch.no_grad()
     def block(self, layer: int, hidden: torch.Tensor, rows: torch.Tensor | None = None) -> BlockPass:
         """Run block ``layer`` on the stream ``hidden`` of all rows, or of the given ones."""
-
-        def of(part: torch.Tensor) -> torch.Tensor:
-            return part if rows is None or len(part) == 1 < len(self.mask) else part[rows]
-
-        block, layout = self.subject.blocks[layer], Layout(of(self.mask), of(self._prompt_end))
-        with announced(layout), recorded(block, "keys", "outputs") as values:
-            after = block(
-                hidden,
-                attention_mask=of(self._attended),
-                position_ids=of(self._positions),
-                position_embeddings=tuple(of(part) for part in self._rotary),
-            )
-        return BlockPass(after[0] if isinstance(after, tuple) else after, values["keys"], values["outputs"])
+        padded, block = self._padded if rows is None else self._padded.part(rows), self.subject.blocks[layer]
+        with recorded(block, "keys", "outputs") as values:
+            after = padded.through(block, hidden)
+        return BlockPass(after, **values)
 
     def up_to(self, layer: int) -> torch.Tensor:
         """(R, W, d) the stream before block ``layer``."""

@@ -159,7 +159,7 @@ class Rewriting:
         """
         forward = self.forward
         states = forward.states(forward.with_touched(changed))
-        losses, greedy, moved, after_bare = forward.compared_losses(states, self.after_bare, reference)
+        losses, greedy, moved, after_bare = forward.label_losses(states, self.after_bare, reference)
         per_row = forward.row_means(losses)[self.scored_rows]
         missed = torch.zeros(len(self.cases), dtype=torch.long, device=states.device)
         labels_scored = self.scored[forward.label_rows]
