@@ -18,7 +18,7 @@ _HOME = {
     "StudyError": "support.errors",
     "Subject": "subjects.subject",
     "load_subject": "subjects.subject",
-    "list_subjects": "subjects.subject",
+    "list_subjects": "subjects.settings",
     "Case": "datasets.cases",
     "load_cases": "datasets.registry",
     "sample_cases": "datasets.cases",

@@ -22,7 +22,7 @@ from clme_lib.study.rq2 import random_weights as shapes
 from clme_lib.study.rq2 import tables as rq2
 from clme_lib.study.rq2.floor import Ceilings
 from clme_lib.study.tables import editor_name
-from clme_lib.subjects.settings import Shape, SubjectSettings, load_settings, registered_subjects
+from clme_lib.subjects.settings import Shape, SubjectSettings, list_subjects, load_settings
 from clme_lib.support import memory
 from clme_lib.support.batching import Batches
 from clme_lib.support.errors import StudyError
@@ -355,5 +355,5 @@ def test_free_memory_is_told():
 
 
 def test_all_registered_paper_subjects_have_shapes():
-    assert {name for name in registered_subjects() if load_settings(name).subject.shape} == set(PAPER)
+    assert {name for name in list_subjects() if load_settings(name).subject.shape} == set(PAPER)
     assert measure.BenchConfig().seed == DEFAULT_SEED and isinstance(pd.DataFrame(), pd.DataFrame)

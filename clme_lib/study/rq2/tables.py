@@ -10,7 +10,7 @@ import pandas as pd
 from ...datasets.paper import CNLE, CSNE, PAPER_DATASETS
 from ...editors.operations import Phase
 from ...editors.registry import list_editors
-from ...subjects.settings import load_settings, registered_subjects
+from ...subjects.settings import list_subjects, load_settings
 from ..paper import PAPER_VARIANTS
 from ..tables import Table, dataset_name, editor_name, in_order
 from .floor import Ceilings
@@ -48,7 +48,7 @@ def circumstances(measured: pd.DataFrame, label: str, caption: str = "What was m
 def unmeasured(measured: pd.DataFrame) -> list[str]:
     """Registered subjects without any timed edit."""
     timed = set(measured[measured["kind"] == "edit"]["subject"])
-    return [name for name in registered_subjects() if name not in timed]
+    return [name for name in list_subjects() if name not in timed]
 
 
 def cost_table(measured: pd.DataFrame, label: str, caption: str = "One edit at a time.") -> Table:
@@ -249,7 +249,7 @@ def projection_table(
     """
     rows = []
     batches = measured[(measured["kind"] == "throughput") & measured["editor"].isin(PAPER_VARIANTS)]
-    for name in registered_subjects():
+    for name in list_subjects():
         groups = batches[batches["subject"] == name].groupby(_PLACE, sort=False)
         whole = [(place, part) for place, part in groups if _is_whole(part)]
         if not whole:
