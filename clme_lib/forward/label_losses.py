@@ -26,7 +26,7 @@ class LabelIndices(NamedTuple):
 
 
 class _LabelLoss(torch.autograd.Function):
-    """Cross-entropy of labels under a vocabulary head, with the gradient computed in the same pass.
+    """Cross-entropy of labels under a vocabulary head.
 
     The gradient of ``-log softmax(W h)[y]`` with respect to ``h`` is ``W^T (softmax(W h) - onehot(y))``: the softmax is
     at hand when the loss is, so the logits of a few labels at a time live only until both are taken from them. At ``compared``
@@ -39,13 +39,12 @@ class _LabelLoss(torch.autograd.Function):
         -> losses (N,), whether the label is the arg-max (N,), divergences (C,), log-probabilities (C, V); these have no gradient.
         """
         weight = head.weight
-        losses, greedy = torch.empty(len(states), device=states.device), torch.empty_like(labels, dtype=torch.bool)
-        gradient = torch.empty_like(states)
-        indices = compared.on_device
-        divergences = torch.zeros(len(indices), device=states.device)
-        of_divergences = states.new_zeros(len(indices), states.shape[-1])
-        log_shares = torch.empty(len(indices), len(weight), device=states.device)
-        at_once = _LABELS_AT_ONCE[states.device.type]
+        indices, device = compared.on_device, states.device
+        losses, greedy = torch.empty(len(states), device=device), torch.empty_like(labels, dtype=torch.bool)
+        divergences = torch.zeros(len(indices), device=device)
+        gradient, of_divergences = torch.empty_like(states), states.new_zeros(len(indices), states.shape[-1])
+        log_shares = torch.empty(len(indices), len(weight), device=device)
+        at_once = _LABELS_AT_ONCE[device.type]
         for first in range(0, len(states), at_once):
             part = slice(first, first + at_once)
             inside = slice(bisect_left(compared.on_host, first), bisect_left(compared.on_host, first + at_once))
@@ -80,7 +79,7 @@ class _LabelLoss(torch.autograd.Function):
 
 
 class _DistributionLoss(torch.autograd.Function):
-    """``KL(p_reference || p)`` at each label column, both under the vocabulary head, and its gradient in the same pass."""
+    """``KL(p_reference || p)`` at each label column, both under the vocabulary head."""
 
     @staticmethod
     def forward(ctx, states, head, reference):

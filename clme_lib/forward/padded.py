@@ -67,9 +67,5 @@ class Padded:
     def through(self, block: Callable[..., Any], hidden: torch.Tensor) -> torch.Tensor:
         """The stream (R, W, d) after a block, from that before it."""
         with announced(self.layout):
-            return block(
-                hidden,
-                attention_mask=self.attended,
-                position_ids=self.positions,
-                position_embeddings=self.rotary,
-            )
+            places = {"position_ids": self.positions, "position_embeddings": self.rotary}
+            return block(hidden, attention_mask=self.attended, **places)

@@ -3,17 +3,14 @@
 While an edit at block ``l`` is optimised, three things never change: everything below the output of ``W_l``;
 the residual stream that output is added to; and, attention being causal, the keys and values of blocks above ``l``
 at columns before the first touched one. :class:`PartialForward` computes them in one ordinary forward pass and
-then runs only blocks ``l+1 .. L-1`` on the touched columns. Logits are computed on label columns only, a few at a time,
-together with the loss's gradient (:class:`_LabelLoss`).
+then runs only blocks ``l+1 .. L-1`` on the touched columns. Logits are computed on label columns only, a few at a time.
+The tests hold it to the plain forward pass, which it equals up to float rounding.
 
-Layout of a batch. Rows are aligned at their *start column* (the first touched one): what comes before is padded
-on the left, what follows on the right::
+Rows are aligned at their *start column* (the first touched one): what comes before is padded on the left, what follows on the
+right. Gradients flow through the tail only::
 
     row 0   . . p p p | s t t .          prefix (P columns)  |  tail (S columns), tail column 0 = start
     row 1   p p p p p | s t t t
-
-Gradients flow through the tail only. All quantities equal the plain forward pass up to float rounding; the tests hold
-them to it.
 """
 
 from __future__ import annotations
@@ -60,8 +57,7 @@ class PartialForward:
             nothing below the edited MLP is computed.
 
     Attributes:
-        keys: (B, S, d_f) inputs of ``W_l`` at the tail columns.
-        outputs: (B, S, d) outputs of ``W_l`` at the tail columns.
+        keys, outputs: (B, S, d_f) inputs and (B, S, d) outputs of ``W_l`` at the tail columns.
         residual: (B, S, d) the stream that output is added to.
         attention: (B, S, d) what the block's attention added to it; None when ``residuals`` were given.
         touched: (B,) tail column of the lookup token.
@@ -89,10 +85,8 @@ class PartialForward:
         width = prefix + max(end - start for start, end in zip(starts, ends))
         # Padding that a row brings along becomes padding like any other.
         inputs = [row.inputs[row.pads : end] for row, end in zip(rows, ends)]
-        firsts, lookups = (
-            [prefix - start + column for start, column in zip(starts, columns)]
-            for columns in ([row.pads for row in rows], [row.lookup for row in rows])
-        )
+        firsts = [prefix - start + row.pads for row, start in zip(rows, starts)]
+        lookups = [prefix - start + row.lookup for row, start in zip(rows, starts)]
         padded = Padded.of(subject, inputs, firsts, width, lookups)
         self._tail = padded.part(columns=slice(prefix, None))
         self.touched = self._tail.layout.prompt_end
@@ -107,8 +101,11 @@ class PartialForward:
         self._before: Prefix = {}
         if residuals is None:
             self._prefill(padded, starts, ends)
-        else:
-            self._start_from(residuals)
+            return
+        with torch.no_grad(), recorded(subject.blocks[layer], "keys") as read:
+            self.residual = torch.nn.utils.rnn.pad_sequence(list(residuals), batch_first=True)
+            self.outputs = self.mlp(self.residual)
+        self.keys = read["keys"]
 
     @torch.no_grad()
     def _prefill(self, padded: Padded, starts: Sequence[int], ends: Sequence[int]) -> None:
@@ -143,13 +140,6 @@ class PartialForward:
                     whole[rows, :, first:] = states[:, :, : prefix - first]
         self.keys, self.outputs, self.residual = tails["keys"], tails["outputs"], tails["residual"]
         self.attention = tails["attention"]
-
-    @torch.no_grad()
-    def _start_from(self, residuals: Sequence[torch.Tensor]) -> None:
-        self.residual = torch.nn.utils.rnn.pad_sequence(list(residuals), batch_first=True)
-        with recorded(self.subject.blocks[self.layer], "keys") as read:
-            self.outputs = self.mlp(self.residual)
-        self.keys = read["keys"]
 
     def mlp(self, stream: torch.Tensor) -> torch.Tensor:
         """What layer l's MLP gives, (B, S, d) or (B, d), for a stream at the tail columns or at the touched ones."""

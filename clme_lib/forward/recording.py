@@ -33,21 +33,21 @@ def recorded(block: Any, *points: str) -> Iterator[dict[str, torch.Tensor]]:
     def keep(point: str, is_input: bool) -> Callable:
         return lambda _module, args, output: values.__setitem__(point, args[0] if is_input else output)
 
-    with contextlib.ExitStack() as handles:
+    with contextlib.ExitStack() as hooks:
         for point in points:
             path, is_input = _POINTS[point]
-            handle = block.get_submodule(path).register_forward_hook(keep(point, is_input))
-            handles.callback(handle.remove)
+            hooks.enter_context(block.get_submodule(path).register_forward_hook(keep(point, is_input)))
         yield values
 
 
 @contextlib.contextmanager
 def hooked(subject: Subject, hooks: dict[int, Hook]) -> Iterator[None]:
     """Inside the block, ``W_l``'s output of each named layer is ``hooks[l](input, output)``."""
-    with contextlib.ExitStack() as handles:
+
+    def applied(hook: Hook) -> Callable:
+        return lambda _module, args, output: hook(args[0], output)
+
+    with contextlib.ExitStack() as registered:
         for layer, hook in hooks.items():
-            handle = subject.down_proj(layer).register_forward_hook(
-                lambda _module, args, output, hook=hook: hook(args[0], output)
-            )
-            handles.callback(handle.remove)
+            registered.enter_context(subject.down_proj(layer).register_forward_hook(applied(hook)))
         yield

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field
@@ -17,6 +17,7 @@ from pydantic import Field
 from ..support.errors import StudyError
 from ..support.schema import Schema, parse
 
+Preset = Literal["clean", "compat"]
 _FOLDER = resources.files("clme_lib") / "editors" / "hyperparameters"
 
 
@@ -77,7 +78,7 @@ def load_settings(name: str) -> SubjectSettings:
 
 
 def transfer_layers(hparams: dict[str, Any], blocks: int) -> dict[str, Any]:
-    """Carry the paper's values over to a model with ``blocks`` blocks.
+    """The paper's values for a model with ``blocks`` blocks.
 
     A layer transfers by its index; one the model does not have becomes the last block, and a window of layers is
     shifted as a whole so that it ends there.
@@ -89,7 +90,3 @@ def transfer_layers(hparams: dict[str, Any], blocks: int) -> dict[str, Any]:
         shift = min(0, blocks - 1 - max(moved["layers"]))
         moved["layers"] = [layer + shift for layer in moved["layers"]]
     return moved
-
-
-Preset = Literal["clean", "compat"]
-PRESETS: tuple[str, ...] = get_args(Preset)

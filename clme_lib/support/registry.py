@@ -6,20 +6,12 @@ from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pkgutil import walk_packages
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from .errors import StudyError, first_line
 
-_LAST = 1_000_000
-
-
-class Entry(Protocol):
-    """What a registry keeps."""
-
-    name: str
-
-
 T = TypeVar("T")
+_LAST = 1_000_000
 
 
 class Registry(Generic[T]):
@@ -29,8 +21,7 @@ class Registry(Generic[T]):
     does what other packages name under the entry-point group, whose values are entries or modules that register some.
 
     Args:
-        what: a kind of entry, for messages.
-        group: of entry points.
+        what: a kind of entry, for messages; group: of entry points.
         package: import path of the library's own entries: a module, or a package each module of which may register some.
     """
 
@@ -99,8 +90,7 @@ class Registry(Generic[T]):
         """A package that does not load spoils nothing but what it adds."""
         package = point.dist.name if point.dist else point.value
         try:
-            entry = point.load()
-            if hasattr(entry, "name"):
+            if hasattr(entry := point.load(), "name"):
                 self.register(entry)
         except Exception as error:  # whatever another package raises
             reason = f"package {package!r} does not load ({point.value}): {first_line(error)}; mend or remove it"

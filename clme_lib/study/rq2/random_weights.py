@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from ...datasets.paper import PAPER_DATASET_NAMES
 from ...datasets.registry import load_cases
 from ...subjects.settings import Shape, list_subjects, load_settings
-from ...subjects.subject import DTYPES, Subject, prepare, torch_device
+from ...subjects.subject import Subject, prepare, torch_device, torch_dtype
 from ...support.errors import StudyError
 from ...support.memory import free_memory_bytes
 from ...support.seeds import DEFAULT_SEED
@@ -40,18 +40,15 @@ def random_subject(name: str, device: str = "auto", dtype: str = "auto", seed: i
     if name not in list_subjects() or shape is None:
         shaped = [registered for registered in list_subjects() if load_settings(registered).subject.shape]
         raise StudyError(f"{name!r} has no shape to fill with random weights; known: {', '.join(shaped)}")
-    place = torch_device(device)
-    kind = "float32" if dtype == "auto" else dtype
-    if kind not in DTYPES:
-        raise StudyError(f"dtype={dtype!r} is not one of auto, {', '.join(DTYPES)}")
-    _require_room(name, shape, place, kind)
+    place, precision = torch_device(device), torch_dtype(dtype)
+    _require_room(name, shape, place, precision)
     config = AutoConfig.for_model(
         shape.architecture, **shape.model_dump(exclude={"architecture"}), tie_word_embeddings=False,
         bos_token_id=None, eos_token_id=0, pad_token_id=None,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), place:
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[kind], attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=precision, attn_implementation="sdpa")
     tokenizer = trained_tokenizer(shape.vocab_size)
     return prepare(name, model, tokenizer, settings, f"random-weights:{seed}")
 
@@ -63,12 +60,12 @@ def parameters(shape: Shape) -> int:
     return int(shape.num_hidden_layers * block + 2 * shape.vocab_size * shape.hidden_size)
 
 
-def _require_room(name: str, shape: Shape, device: torch.device, dtype: str) -> None:
-    needed = _ROOM * parameters(shape) * torch.finfo(DTYPES[dtype]).bits / 8
+def _require_room(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
+    needed = _ROOM * parameters(shape) * dtype.itemsize
     free = free_memory_bytes(device)
     if needed > free:
         raise StudyError(
-            f"{name} in {dtype} needs about {needed / 2**30:.1f} GiB and {device} has {free / 2**30:.1f} GiB free: use a "
+            f"{name} in {str(dtype).removeprefix('torch.')} needs about {needed / 2**30:.1f} GiB and {device} has {free / 2**30:.1f} GiB free: use a "
             "16-bit dtype, a smaller subject or a larger device"
         )
 
