@@ -101,7 +101,6 @@ def score(
     """Records of a batch of cases, each evaluated on the subject as its edit makes it.
 
     Args:
-        edits: one for each case.
         position: how many edits the model holds.
         logs: how each case was edited, by its id, where that is not its edit's own log.
     """

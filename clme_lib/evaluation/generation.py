@@ -1,9 +1,8 @@
 """Batched generation from many differently edited models (paper section III-D; protocol of the released program).
 
-Decoded text is the generated tokens only, special tokens kept. A row that emits EOS ends there, with the EOS in its
-text; what a row generates never depends on the batch it is in. The result is that of ``model.generate`` row by row (a
-test holds it to that). It is faster because every (prompt, edit) is read once however many texts continue it, prompts
-are read in batches of like length, and decoding writes keys and values into buffers made once instead of growing them.
+Decoded text is the generated tokens only, special tokens and a final EOS kept. The result is that of ``model.generate`` row by
+row (a test holds it to that), whatever batch a row is in. It is faster because every (prompt, edit) is read once however many
+texts continue it, in batches of like length, and decoding writes keys and values into buffers made once.
 """
 
 from __future__ import annotations
@@ -32,19 +31,12 @@ CHECK_DONE_EVERY = {"cpu": 1, "cuda": 8}
 
 @dataclass(frozen=True)
 class Request:
-    """One text to generate.
-
-    Attributes:
-        prompt: what the model reads.
-        budget: most new tokens.
-        edit: index of the edit that acts on this row, -1 for the unedited model.
-        noise: (budget, k) Gumbel noise for top-k sampling; None decodes greedily.
-    """
+    """One text to generate."""
 
     prompt: str
-    budget: int
-    edit: int = -1
-    noise: torch.Tensor | None = None
+    budget: int  # most new tokens
+    edit: int = -1  # index of the edit that acts on this row; -1: the unedited model
+    noise: torch.Tensor | None = None  # (budget, k) Gumbel noise for top-k sampling; None: greedy
 
 
 @dataclass(frozen=True)
@@ -85,10 +77,9 @@ def generate(
     for first in range(0, len(order), max_rows):
         keys = order[first : first + max_rows]
         read = _prefill(subject, [(encoded[key], key[1]) for key in keys], edits)
-        rows = [(prompt, n) for prompt, key in zip(read, keys) for n in sources[key]]
-        texts = _decode(subject, [prompt for prompt, _ in rows], [requests[n] for _, n in rows], edits)
-        for (prompt, n), text in zip(rows, texts):
-            results[n] = Generated(*text, prompt.distance, prompt.fired)
+        prompts = [prompt for prompt, key in zip(read, keys) for _ in sources[key]]
+        chosen = [n for key in keys for n in sources[key]]
+        results.update(zip(chosen, _decode(subject, prompts, [requests[n] for n in chosen], edits)))
     return [results[n] for n in range(len(requests))]
 
 
@@ -124,11 +115,10 @@ def _prefill(subject: Subject, prompts: Sequence[tuple[list[int], int]], edits: 
 
 def _decode(
     subject: Subject, prompts: Sequence[_Prompt], requests: Sequence[Request], edits: Sequence[Edit]
-) -> list[tuple[str, list[int]]]:
+) -> list[Generated]:
     """Continue prompts token by token, all rows together, each to its own budget or EOS.
 
-    Finished rows leave the batch once they are a quarter of it: budgets differ a lot (16 tokens against 64). Until then
-    they repeat EOS, which is cut off.
+    Finished rows leave the batch once they are a quarter of it (budgets differ a lot); until then they repeat EOS, which is cut off.
     """
     device, eos = subject.device, subject.tokenizer.eos_token_id
     lengths = torch.tensor([prompt.length for prompt in prompts], device=device)
@@ -137,9 +127,9 @@ def _decode(
     mask = (torch.arange(width + steps, device=device) >= width - lengths[:, None]).long()
     cache = _joined_cache(prompts, width, steps)
     budgets = torch.tensor([request.budget for request in requests], device=device)
+    sampled = torch.tensor([request.noise is not None for request in requests], device=device)
     silent = torch.zeros(FLUENCY_TOKENS, FLUENCY_TOP_K, dtype=torch.float64)
     noise = torch.stack([silent if request.noise is None else request.noise for request in requests]).to(device)
-    sampled = torch.tensor([request.noise is not None for request in requests], device=device)
     logits = torch.stack([prompt.logits for prompt in prompts])
     new = torch.full((len(prompts), steps), eos, dtype=torch.long, device=device)
     rows = torch.arange(len(prompts), device=device)  # the request of each row that is still in the batch
@@ -171,11 +161,11 @@ def _decode(
             ).last_hidden_state
             logits = subject.model.lm_head(hidden[:, -1]).float()
     texts = []
-    for ids, request in zip(new.tolist(), requests):
+    for ids, request, prompt in zip(new.tolist(), requests, prompts):
         ids = ids[: request.budget]
         ids = ids[: ids.index(eos) + 1] if eos in ids else ids
         text: Any = subject.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        texts.append((text, ids))
+        texts.append(Generated(text, ids, prompt.distance, prompt.fired))
     return texts
 
 

@@ -51,13 +51,11 @@ def unchanged(subject: Subject, requests: Sequence[Request], edits: Sequence[Edi
     codebooks fire neither at the prompt nor, where they are asked there, at any token written."""
     codebooks = {n: edits[request.edit].lookups if request.edit >= 0 else () for n, request in enumerate(requests)}
     texts = {n: Generated("") for n, books in codebooks.items() if books is not None}
-    by_query: dict[tuple, list[tuple[int, Codebook]]] = {}
-    for n in texts:
-        for book in codebooks[n] or ():
-            by_query.setdefault((book.layer, book.asked_with), []).append((n, book))
-    for (layer, query), asked in by_query.items():
-        prompts = [requests[n].prompt for n, _ in asked]
-        for (n, book), row in zip(asked, stored_queries(subject, prompts, layer, query).to(subject.device)):
+    asked = [(n, book) for n in texts for book in codebooks[n] or ()]
+    for layer, query in dict.fromkeys((book.layer, book.asked_with) for _, book in asked):
+        asking = [(n, book) for n, book in asked if (book.layer, book.asked_with) == (layer, query)]
+        queries = stored_queries(subject, [requests[n].prompt for n, _ in asking], layer, query).to(subject.device)
+        for (n, book), row in zip(asking, queries):
             distance, fired = book.nearest(row[None])
             if fired.any():
                 texts.pop(n, None)
@@ -65,13 +63,10 @@ def unchanged(subject: Subject, requests: Sequence[Request], edits: Sequence[Edi
                 texts[n] = replace(texts[n], distance=distance.item(), fired=False)
     for n, plain in zip(texts, unedited(subject, [requests[n] for n in texts])):
         texts[n] = replace(texts[n], text=plain.text, ids=plain.ids)
-    by_layer: dict[int, list[tuple[int, Codebook]]] = {}
-    for n, text in texts.items():
-        for book in codebooks[n] or ():
-            if book.every_token and len(text.ids) > 1:
-                by_layer.setdefault(book.layer, []).append((n, book))
-    for layer, asked in by_layer.items():
-        for n in _fire_later(subject, requests, texts, layer, asked):
+    asked = [(n, book) for n, book in asked if n in texts and book.every_token and len(texts[n].ids) > 1]
+    for layer in {book.layer for _, book in asked}:
+        asking = [(n, book) for n, book in asked if n in texts and book.layer == layer]
+        for n in _fire_later(subject, requests, texts, asking, layer):
             texts.pop(n, None)
     return texts
 
@@ -81,10 +76,10 @@ def _fire_later(
     subject: Subject,
     requests: Sequence[Request],
     texts: dict[int, Generated],
-    layer: int,
     asked: Sequence[tuple[int, Codebook]],
+    layer: int,
 ) -> list[int]:
-    """Which of the ``asked`` requests' codebooks fire at a token of their texts."""
+    """Which of the ``asked`` requests' codebooks, all in ``layer``, fire at a token of their texts."""
     # The last token written is never read.
     written = [texts[n].ids[:-1] for n, _ in asked]
     rows = [encode(subject.tokenizer, requests[n].prompt) + list(ids) for (n, _), ids in zip(asked, written)]
