@@ -30,24 +30,16 @@ SINGLE = "single"
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What all records of an editor in a run share.
-
-    Attributes:
-        editor, run, source, preset, protocol, start, library, commit: as in a :class:`~clme_lib.evaluation.records.Record`;
-            ``compat`` limits generation to the target's length tokenised alone.
-        seed: of the fluency sampling, which is the same for all editors.
-        metrics: what to compute of each case; None leaves that to be done later (``clme score``).
-        folds: the fold of each case, by its id.
-    """
+    """What all records of an editor in a run share, and how they are made."""
 
     editor: str
     run: str = ""
     source: str = ""
     preset: Preset = "clean"
-    seed: int = DEFAULT_SEED
+    seed: int = DEFAULT_SEED  # of the fluency sampling, which is the same for all editors
     protocol: str = SINGLE
-    metrics: tuple[str, ...] | None = PAPER_METRICS
-    folds: Mapping[int, int] = field(default_factory=dict)
+    metrics: tuple[str, ...] | None = PAPER_METRICS  # None leaves them to be computed later (``clme score``)
+    folds: Mapping[int, int] = field(default_factory=dict)  # the fold of each case, by its id
     start: str = UNKNOWN
     library: str = UNKNOWN
     commit: str = UNKNOWN

@@ -20,16 +20,11 @@ PASS_TOKENS = {"cpu": 2_048, "cuda": 32_768}  # read in one pass, padding includ
 
 @dataclass(frozen=True)
 class BlockPass:
-    """One block's pass over R rows of W columns.
+    """One block's pass over R rows of W columns."""
 
-    Attributes:
-        hidden: (R, W, d) the residual stream after the block.
-        keys: (R, W, d_f) inputs of its ``down_proj``; outputs: (R, W, d) outputs of its ``down_proj``.
-    """
-
-    hidden: torch.Tensor
-    keys: torch.Tensor
-    outputs: torch.Tensor
+    hidden: torch.Tensor  # (R, W, d) the residual stream after the block
+    keys: torch.Tensor  # (R, W, d_f) inputs of its down_proj
+    outputs: torch.Tensor  # (R, W, d) outputs of its down_proj
 
 
 class Blockwise:

@@ -14,21 +14,14 @@ from ..subjects.subject import Subject
 
 @dataclass(frozen=True)
 class Padded:
-    """R rows in W columns, on the subject's device.
+    """R rows in W columns, on the subject's device."""
 
-    Attributes:
-        ids: (R, W) token ids; padding repeats EOS as everywhere else, only ``layout`` says what it is.
-        layout: which of them are tokens, and where prompts end.
-        positions: (R, W) of the tokens in their rows.
-        attended: (R, 1, W, W or more) True where a column (third axis) attends to another (fourth): to the real ones up to itself.
-        rotary: cosines and sines of the positions, as blocks take them.
-    """
-
-    ids: torch.Tensor
+    ids: torch.Tensor  # (R, W); padding repeats EOS as everywhere else, only ``layout`` says what it is
     layout: Layout
-    positions: torch.Tensor
+    positions: torch.Tensor  # (R, W) of the tokens in their rows
+    # (R, 1, W, W or more) True where a column (third axis) attends to another (fourth): to the real ones up to itself
     attended: torch.Tensor
-    rotary: tuple[torch.Tensor, ...]
+    rotary: tuple[torch.Tensor, ...]  # cosines and sines of the positions, as blocks take them
 
     @classmethod
     def of(

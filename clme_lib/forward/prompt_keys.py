@@ -41,11 +41,7 @@ def prompt_queries(subject: Subject, prompts: Sequence[str], layer: int) -> dict
 
 
 def stored_queries(subject: Subject, prompts: Sequence[str], layer: int, query: Query) -> torch.Tensor:
-    """One query of each prompt, (P, d_f) float32 on CPU: from the cache, or computed now.
-
-    Raises:
-        StudyError: a cached file is damaged or of another subject.
-    """
+    """One query of each prompt, (P, d_f) float32 on CPU: from the cache (StudyError if a file is damaged), or computed now."""
     identity = {"format": FORMAT, "version": 2, **subject.identity, "device": subject.device.type, "layer": layer}
     folder = cache_dir() / "queries" / name_for(f"{subject.name}-layer-{layer}", identity)
     hashes = [hashlib.sha256(prompt.encode()).hexdigest() for prompt in prompts]

@@ -21,20 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenRow:
-    """What a forward pass over one row has to know; columns count from the row's first token, padding included.
+    """What a forward pass over one row has to know; columns count from the row's first token, padding included."""
 
-    Attributes:
-        inputs: token ids to read, of which the first ``pads`` are padding.
-        lookup: the first column an edit touches (the lookup token's).
-        first_label: the column that predicts the first label.
-        target_ids: the labels, predicted by the columns from ``first_label`` on.
-    """
-
-    inputs: tuple[int, ...]
-    pads: int
-    lookup: int
-    first_label: int
-    target_ids: tuple[int, ...]
+    inputs: tuple[int, ...]  # token ids to read
+    pads: int  # how many of the first are padding
+    lookup: int  # the first column an edit touches (the lookup token's)
+    first_label: int  # the column that predicts the first label
+    target_ids: tuple[int, ...]  # the labels, predicted by the columns from there on
 
     @classmethod
     def of(cls, prompt_ids: Sequence[int], target_ids: Sequence[int]) -> TokenRow:

@@ -64,8 +64,7 @@ def list_subjects() -> list[str]:
 def load_settings(name: str) -> SubjectSettings:
     """Settings of a registered subject, or of a YAML given by its path; any other subject has the paper's hyper-parameters.
 
-    Raises:
-        StudyError: the YAML cannot be read or is malformed; the message names the file and the field.
+    StudyError names the file and the field of a YAML that cannot be read or is malformed.
     """
     if not name.endswith(".yaml") and name not in list_subjects():
         return SubjectSettings(subject=SubjectSource(source="hub", id=name))

@@ -40,20 +40,15 @@ def is_cached(model_id: str) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A loaded model and what belongs to it.
+    """A loaded model and what belongs to it."""
 
-    Attributes:
-        name: registry name, Hugging Face id or folder it was loaded by.
-        fingerprint: what the weights are (a file hash or a hub commit) and what edited them; part of every cache key and record.
-        edit: what was made of the loaded model by :meth:`edited`; None for the loaded model itself.
-    """
-
-    name: str
+    name: str  # registry name, Hugging Face id or folder it was loaded by
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     settings: SubjectSettings
+    # what the weights are (a file hash or a hub commit) and what edited them; part of every cache key and record
     fingerprint: str
-    edit: Edit | None = None
+    edit: Edit | None = None  # what edited() made of the loaded model; None for the loaded model itself
 
     @property
     def device(self) -> torch.device:
@@ -196,11 +191,7 @@ def prepare(
 
 
 def torch_device(name: str) -> torch.device:
-    """The device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` names.
-
-    Raises:
-        StudyError: another name, or CUDA where there is none.
-    """
+    """The device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` names; StudyError for another name, or CUDA where there is none."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name != "cpu" and not name.startswith("cuda"):

@@ -48,11 +48,7 @@ class Artifact:
             os.replace(unfinished, self.file)
 
     def read(self, with_tensors: bool = True) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Header ({} if the file has none of ours) and, unless only that is needed, tensors.
-
-        Raises:
-            StudyError: the file is not readable, or of something else; the message says what to do.
-        """
+        """Header ({} if the file has none of ours) and, unless only that is needed, tensors; StudyError if it is of something else."""
         with self._opened() as content:
             header = json.loads((content.metadata() or {}).get("clme", "{}"))
             tensors = {name: content.get_tensor(name) for name in (content.keys() if with_tensors else ())}
@@ -75,6 +71,5 @@ class Artifact:
             with safe_open(self.file, framework="pt") as content:
                 yield content
         except Exception as error:  # the format's errors have no common type
-            raise StudyError(
-                f"{self.file}: cannot be read as a safetensors file: {error}; remove it to make it anew"
-            ) from error
+            reason = f"cannot be read as a safetensors file: {error}; remove it to make it anew"
+            raise StudyError(f"{self.file}: {reason}") from error

@@ -16,13 +16,9 @@ from .errors import StudyError
 
 
 class Journal:
-    """The rows of a file by their keys, so that work goes on where it stopped.
+    """The rows of a file by what ``key`` gives for them, so that work goes on where it stopped.
 
-    Args:
-        key: gives a row's key; a later row takes the place of an earlier one with the same key.
-
-    Attributes:
-        rows: by key, in the order in which keys first appeared.
+    ``rows`` are in the order in which keys first appeared; a later row takes the place of an earlier one with the same key.
     """
 
     def __init__(self, path: Path, key: Callable[[dict], Hashable]) -> None:
@@ -51,11 +47,7 @@ class Journal:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """All complete rows; an absent file has none.
-
-    Raises:
-        StudyError: a line other than a torn last one is not JSON.
-    """
+    """All complete rows; an absent file has none. StudyError if a line other than a torn last one is not JSON."""
     if not path.is_file():
         return []
     lines = path.read_bytes().split(b"\n")
