@@ -1,8 +1,7 @@
 """Edit, generate, score: what one batch of cases becomes (paper section III-D).
 
-Each measure is one generation over the whole batch, row by row from differently edited models:
-effectiveness and generalization (greedy, as many tokens as the target has), specificity (greedy, 16 tokens,
-compared with the subject's own unedited answers) and fluency (top-5 sampling, 64 tokens).
+Effectiveness and generalization are greedy, with as many tokens as the target has; so is specificity, with 16 tokens, compared with
+the subject's own unedited answers; fluency is top-5 sampling of 64 tokens.
 """
 
 from __future__ import annotations
@@ -69,10 +68,8 @@ def evaluate(
 ) -> pd.DataFrame:
     """Score edits, one per case in the cases' order: a row each, as :func:`clme_lib.evaluation.records.frame` has them.
 
-    Args:
-        seed: of the fluency sampling, which is the same for all editors.
-        preset: ``compat`` limits generation to the target's length tokenised alone.
-        metrics: what to compute; see :func:`clme_lib.metrics.base.list_metrics`.
+    ``seed`` is of the fluency sampling, which is the same for all editors; with the preset ``compat`` a target's generation is as long as
+    the target tokenised alone; :func:`clme_lib.metrics.base.list_metrics` names the ``metrics``.
     """
     if [case.case_id for case in cases] != [edit.case_id for edit in edits]:
         raise StudyError("edits and cases differ: pass one edit per case, in the cases' order")
@@ -90,11 +87,9 @@ def score(
     position: int = 1,
     logs: Mapping[int, EditLog] | None = None,
 ) -> list[Record]:
-    """Records of a batch of cases, each evaluated on the subject as its edit makes it.
+    """Records of a batch of cases, each evaluated on the subject as its edit makes it, which then holds ``position`` edits.
 
-    Args:
-        position: how many edits the model holds.
-        logs: how each case was edited, by its id, where that is not its edit's own log.
+    ``logs`` say how each case was edited, by its id, where that is not its edit's own log.
     """
     written_of_cases = _generate_all(subject, cases, edits, circumstances)
     answers = iter(answers_for(subject, [prompt for case in cases for prompt in case.unrelated]))

@@ -61,9 +61,7 @@ def generate(
 ) -> list[Generated]:
     """Generate every request; ``Request.edit`` is an index into ``edits``.
 
-    Args:
-        max_rows: prompts worked on side by side (default: 64 on CPU, 512 on CUDA); memory grows with it, results do
-            not change.
+    Memory grows with ``max_rows``, the prompts worked on side by side (default: 64 on CPU, 512 on CUDA); results do not change.
     """
     sources: dict[tuple[str, int], list[int]] = {}
     for n, request in enumerate(requests):

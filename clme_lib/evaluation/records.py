@@ -76,7 +76,6 @@ class Record(Schema):
 
 
 def text_hashes(texts: Sequence[str]) -> list[str]:
-    """SHA-256 of each text."""
     return [hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() for text in texts]
 
 
@@ -105,10 +104,8 @@ def read_records(paths: Iterable[Path]) -> list[Record]:
 
 
 def frame(records: Iterable[Record]) -> pd.DataFrame:
-    """Records as a table, a row each: a column for each metric, and for the texts and hashes of each measure.
-
-    The column ``state`` says whether a record is scored; ``generated_<measure>`` and ``sha256_<measure>`` hold lists, or None.
-    """
+    """Records as a table: a column for each other field, for each metric, and ``state``; ``generated_<measure>`` and
+    ``sha256_<measure>`` hold lists, or None."""
     rows, metrics = [], dict.fromkeys(PAPER_METRICS)
     for record in records:
         row = record.model_dump(exclude=_MAPPINGS) | {"state": record.state} | (record.scores or {})

@@ -1,9 +1,7 @@
 """What the unedited subject writes: the answers that specificity compares with, and every text that an edit cannot change.
 
-Generated once per subject, weights, dtype and kind of device, and kept in the user's cache by prompt and decoding. A
-codebook changes a text only where it fires: :func:`unchanged` finds the requests for which it does not, from the queries
-alone, so that nothing is generated again for each of several editors. The unedited row of a table never reads its texts from
-here: it generates anew, and so measures how much two generations of the same model differ.
+Generated once per subject, weights, dtype and kind of device, and kept in the user's cache by prompt and decoding. The unedited row
+of a table never reads its texts from here: it generates anew, and so measures how much two generations of the same model differ.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import torch
 import transformers
@@ -36,7 +33,14 @@ def answers_for(subject: Subject, prompts: Sequence[str]) -> list[str]:
 
 def unedited(subject: Subject, requests: Sequence[Request]) -> list[Generated]:
     """What the subject writes without any edit: from the cache, or generated now."""
-    known = _journal(_cache_file(subject))
+    identity = {
+        "fingerprint": subject.fingerprint,
+        "dtype": subject.dtype_name,
+        "device": subject.device.type,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    known = _journal(cache_dir() / "unedited" / f"{name_for(subject.name, identity)}.jsonl")
     known.refresh()
     keys = [_key(request) for request in requests]
     missing = {key: replace(request, edit=-1) for key, request in zip(keys, requests) if key not in known.rows}
@@ -102,14 +106,3 @@ _journal = cache(lambda file: Journal(file, lambda row: row["key"]))
 def _key(request: Request) -> str:
     noise = None if request.noise is None else hashlib.sha256(request.noise.numpy().tobytes()).hexdigest()
     return hashlib.sha256(json.dumps([request.prompt, request.budget, noise]).encode()).hexdigest()
-
-
-def _cache_file(subject: Subject) -> Path:
-    identity = {
-        "fingerprint": subject.fingerprint,
-        "dtype": subject.dtype_name,
-        "device": subject.device.type,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    return cache_dir() / "unedited" / f"{name_for(subject.name, identity)}.jsonl"

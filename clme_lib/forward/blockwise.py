@@ -28,14 +28,10 @@ class BlockPass:
 
 
 class Blockwise:
-    """Rows of token ids on their way through the blocks.
-
-    Args:
-        written: how many of each row's last tokens the model itself has written (default: none).
+    """Rows of token ids on their way through the blocks; ``written`` of a row's last tokens are the model's own (default: none).
 
     Attributes:
-        embedded: (R, W, d) the stream before block 0.
-        mask: (R, W) True at real tokens.
+        embedded: (R, W, d) the stream before block 0; mask: (R, W) True at real tokens.
     """
 
     @torch.no_grad()

@@ -46,11 +46,9 @@ def longest_above(subject: Subject, layer: int) -> float:
 
 
 class PartialForward:
-    """Cached constants of one batch and the forward pass above the edited layer.
+    """Cached constants of one batch of B rows and the forward pass above the edited layer.
 
     Args:
-        rows: what each row reads and is asked for (B rows), such as tokenised prompts and targets.
-        layer: the edited block l.
         from_lookup: True when only columns from the lookup token on are touched (GRACE and the ROME family);
             False when every column is (an update of ``W_l`` itself).
         residuals: with ``from_lookup=False``, each row's ``residual`` (its length, d) when it is known already: then
@@ -60,10 +58,9 @@ class PartialForward:
         keys, outputs: (B, S, d_f) inputs and (B, S, d) outputs of ``W_l`` at the tail columns.
         residual: (B, S, d) the stream that output is added to.
         attention: (B, S, d) what the block's attention added to it; None when ``residuals`` were given.
-        touched: (B,) tail column of the lookup token.
+        touched: (B,) tail column of the lookup token; label_counts: (B,) labels a row.
         labels: (N,) label ids of all rows, row after row.
         label_rows, label_columns: (N,) the row and tail column that predict each label.
-        label_counts: (B,) labels a row.
     """
 
     def __init__(
@@ -188,11 +185,8 @@ class PartialForward:
     def label_losses(
         self, states: torch.Tensor, compared: LabelIndices | None = None, reference: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The loss of each label from :meth:`states`, and how far some next-token distributions have moved.
-
-        Args:
-            compared: C labels, before which the distribution is looked at; none if not given.
-            reference: (C, vocabulary) log-probabilities that it is compared with; None for itself.
+        """The loss of each label from :meth:`states`, and how far the distributions before ``compared`` labels (C) have moved from
+        the log-probabilities ``reference`` (C, vocabulary), or from themselves.
 
         Returns:
             cross-entropies (N,); whether each label is the arg-max (N,); ``KL(p || p_reference)`` in nats (C,); log-probabilities

@@ -14,8 +14,8 @@ Hook = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # The module of each point, and whether its input is recorded or its output.
 _POINTS = {
-    "attention": ("self_attn.o_proj", False),
-    "residual": ("post_attention_layernorm", True),
+    "attention": ("self_attn.o_proj", False),  # what attention adds to the stream
+    "residual": ("post_attention_layernorm", True),  # the stream that the MLP's output is added to
     "keys": ("mlp.down_proj", True),
     "outputs": ("mlp.down_proj", False),
 }
@@ -23,11 +23,7 @@ _POINTS = {
 
 @contextlib.contextmanager
 def recorded(block: Any, *points: str) -> Iterator[dict[str, torch.Tensor]]:
-    """What the latest pass through a block inside the ``with`` block gave at some points, by their names.
-
-    Points: ``attention`` (what attention adds to the stream), ``residual`` (the stream that the MLP's output is added to), ``keys`` and
-    ``outputs`` (inputs and outputs of ``down_proj``).
-    """
+    """What the latest pass through a block inside the ``with`` block gave at some points, by their names."""
     values: dict[str, torch.Tensor] = {}
 
     def keep(point: str, is_input: bool) -> Callable:

@@ -21,17 +21,12 @@ TEXTS = (*MEASURES, "fluency")  # kinds of generated text; the last is sampled
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What a metric may read of a case that was edited.
-
-    Attributes:
-        texts: what the edited subject wrote, by measure: after the edit prompt, after the rephrased ones, after the unrelated
-            ones, and sampled.
-        answers: what the unedited subject writes after the unrelated prompts, in their order.
-    """
+    """What a metric may read of a case that was edited."""
 
     case: Case
+    # what the edited subject wrote, by measure: after the edit prompt, the rephrased ones, the unrelated ones, and sampled
     texts: Mapping[str, Sequence[str]]
-    answers: Sequence[str]
+    answers: Sequence[str]  # what the unedited subject writes after the unrelated prompts, in their order
 
 
 @dataclass(frozen=True, eq=False)

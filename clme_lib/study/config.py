@@ -126,9 +126,8 @@ _RUN = _argument("the run's folder")
 class RunConfig(Schema):
     """What to run. Lists may be given as comma-separated text.
 
-    Samples of one number are nested, of another number they are other random cases. ``within`` repeats a part of an earlier run; only
-    cases are drawn that all of the editors have there. A batch that does not fit is halved. The cases that are for choosing
-    hyper-parameters are never drawn.
+    Samples of one number are nested. ``within`` repeats a part of an earlier run: only cases are drawn that all of the editors have
+    there. A batch that does not fit is halved. The cases that are for choosing hyper-parameters are never drawn.
     """
 
     subject: str = _SUBJECT

