@@ -26,7 +26,7 @@ from ..edits.base import announced
 from ..subjects.subject import Subject
 from ..support.batching import of_like_length
 from ..support.errors import StudyError
-from .label_losses import LabelIndices, _LabelLoss
+from .label_losses import LabelIndices, label_losses
 from .padded import Padded
 from .prefix_attention import Prefix, _attending_to
 from .recording import recorded
@@ -193,7 +193,7 @@ class PartialForward:
             (C, vocabulary), without gradient.
         """
         compared = compared or LabelIndices((), self.labels[:0])
-        return _LabelLoss.apply(states, self.subject.model.lm_head, self.labels, compared, reference)
+        return label_losses(states, self.subject.model.lm_head, self.labels, compared, reference)
 
     def row_means(self, per_label: torch.Tensor) -> torch.Tensor:
         """Mean over each row's labels, (B,)."""
