@@ -21,7 +21,7 @@ def measure(editor, cases, tokenized):
     subject = editor.subject
     layer = max(getattr(editor.hparams, "layers", None) or [editor.hparams.layer])
     if editor.name in ("rome", "memit", "pmet"):
-        forward = editor._rewriting(cases, layer).forward
+        forward = editor._rewriting(cases).forward
     else:
         forward = PartialForward(subject, tokenized, layer, from_lookup=editor.name == "grace")
     block = subject.blocks[layer + 1]
