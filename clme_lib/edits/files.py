@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..support.artifact import read_tensors, write_tensors
+from ..support.artifact import Artifact
 from ..support.errors import StudyError
 from . import codebooks, weights  # noqa: F401  # registers their kinds
 from .applying import check_fits
@@ -33,8 +33,8 @@ def save_edits(path: str | os.PathLike, edits: Sequence[Edit], subject: Subject)
             names[name] = first.setdefault(where, f"{n}.{name}") if tensor.numel() else f"{n}.{name}"
             tensors.setdefault(names[name], tensor)
         entries.append({**edit.describe(), "tensors": names})
-    of = {"subject": subject.name, "fingerprint": subject.fingerprint}
-    write_tensors(Path(path), tensors, {"format": FORMAT, "version": FORMAT_VERSION, **of, "edits": entries})
+    header = {"format": FORMAT, "version": FORMAT_VERSION, "subject": subject.name, "fingerprint": subject.fingerprint}
+    Artifact(Path(path), header).write(tensors, edits=entries)
 
 
 def load_edits(path: str | os.PathLike, subject: Subject) -> list[Edit]:
@@ -43,7 +43,7 @@ def load_edits(path: str | os.PathLike, subject: Subject) -> list[Edit]:
     Raises:
         StudyError: not such a file, another version, or edits of another subject.
     """
-    header, tensors = read_tensors(Path(path))
+    header, tensors = Artifact(Path(path)).read()
     if header.get("format") != FORMAT or header.get("version") != FORMAT_VERSION:
         raise StudyError(f"{path}: not a {FORMAT} file of version {FORMAT_VERSION}; write it with save_edits")
     if header["fingerprint"] != subject.fingerprint:

@@ -56,8 +56,11 @@ def publish(run: Path, target: Path) -> int:
         of_sample = [record for record in records if record.case_id in samples[name]]
         of_sample.sort(key=lambda record: (record.position, record.case_id))
         published[name] = [
-            (record if get_dataset(record.dataset).publish_texts else record.without_texts()).model_copy(
-                update={"commit": committed(record.commit, record.library)}
+            record.model_copy(
+                update={
+                    "commit": committed(record.commit, record.library),
+                    **({} if get_dataset(record.dataset).publish_texts else {"texts": None, "answers": None}),
+                }
             )
             for record in of_sample
         ]

@@ -152,7 +152,7 @@ def write_copy(run: Path, target: Path, manifest: dict, records: dict[str, list[
     unfinished = target.with_name(f"{target.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
     for name, of_file in records.items():
-        append_rows(unfinished / "records" / name, [record.row() for record in of_file])
+        append_rows(unfinished / "records" / name, [record.model_dump() for record in of_file])
     _write(unfinished, manifest)
     for file in (run / "folds.json", *run.glob("*.csv")):
         if file.is_file():

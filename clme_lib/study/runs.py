@@ -21,11 +21,11 @@ from ..editors.registry import get_editor, load_editor
 from ..edits.base import Edit
 from ..evaluation.evaluate import Circumstances, score
 from ..evaluation.records import Record
-from ..subjects.subject import Subject, load_subject, torch_device
+from ..subjects.subject import Subject, load_subject
 from ..support.batching import Batches
 from ..support.errors import StudyError
 from ..support.journal import append_rows, write_text
-from ..support.memory import is_out_of_memory, raising_when_full
+from ..support.memory import is_out_of_memory
 from . import provenance, run_folder
 from .config import RunConfig
 from .protocols import Step, get_protocol
@@ -45,13 +45,12 @@ def run(config: RunConfig) -> pd.DataFrame:
     grid = [(name, editor) for name in config.dataset for editor in config.editors]
     pending = [(name, editor) for name, editor in grid if _is_missing(config, name, editor, chosen[name])]
     if pending:
-        with raising_when_full(torch_device(config.device)):
-            subject = load_subject(config.subject, config.device, config.dtype)
-            editors = {name: _load_editor(config, name, subject) for name in dict.fromkeys(name for _, name in pending)}
-            start = _start(config, subject, editors, chosen)
-            for name, editor in pending:
-                _Work(config, subject, editors[editor], name, start).complete(chosen[name])
-            run_folder.write_manifest(config, {**start, "finished": provenance.now()})
+        subject = load_subject(config.subject, config.device, config.dtype)
+        editors = {name: _load_editor(config, name, subject) for name in dict.fromkeys(name for _, name in pending)}
+        start = _start(config, subject, editors, chosen)
+        for name, editor in pending:
+            _Work(config, subject, editors[editor], name, start).complete(chosen[name])
+        run_folder.write_manifest(config, {**start, "finished": provenance.now()})
     return run_folder.load_run(config.out, chosen=chosen, editors=config.editors)
 
 
@@ -195,7 +194,7 @@ class _Work:
             return [self.circumstances.record(self.subject, batch[0], error=f"{type(error).__name__}: {error}")]
 
     def _record(self, records: list[Record]) -> None:
-        append_rows(self.file, [record.row() for record in records])
+        append_rows(self.file, [record.model_dump() for record in records])
         self.bar.update(len(records))
 
 

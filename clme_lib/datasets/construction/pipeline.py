@@ -30,6 +30,7 @@ from typing import Any
 
 import pandas as pd
 
+from ...support.cache import file_sha256
 from ...support.errors import StudyError
 from ...support.journal import read_rows
 from ...support.seeds import seeded_order
@@ -42,7 +43,7 @@ from .checking import Report, check_file
 from .relevance import LEVELS
 from .rephrasing import GIVEN_INTENTS
 from .sources import collect_functions, collect_pairs, source_files, too_long
-from .stages import StageRow, Stages, Step, file_sha256, kept, stage_row
+from .stages import StageRow, Stages, Step, kept, stage_row
 
 MAX_TOKENS = 256
 # a subject's name, and from prompts to what it writes after them

@@ -10,7 +10,6 @@ whose settings or inputs have changed since it was made is refused rather than m
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ...support.cache import file_sha256
 from ...support.errors import StudyError
 from ...support.journal import Journal, read_rows, write_text
 
@@ -152,9 +152,3 @@ def _difference(before: Any, now: Any) -> str:
         return f"{before!r}, now {now!r}"
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     return ", ".join(f"{name} {before.get(name)!r}, now {now.get(name)!r}" for name in names)
-
-
-def file_sha256(file: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

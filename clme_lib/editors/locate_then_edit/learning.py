@@ -129,7 +129,7 @@ class Rewriting:
         token of all rows is the arg-max; the divergence from the reference; and the log-distribution (B, vocabulary)."""
         forward = self.forward
         states = forward.states(forward.with_touched(changed))
-        losses, greedy, moved, after_bare = forward.compared_losses(states, self._after_bare, reference)
+        losses, greedy, moved, after_bare = forward.label_losses(states, self._after_bare, reference)
         missed = torch.zeros_like(forward.label_counts).index_add(0, forward.label_rows, (~greedy).long())
         likelihood = self.by_case(forward.row_means(losses)).mean(dim=1)
         return likelihood, self.by_case(missed).sum(dim=1) == 0, moved, after_bare

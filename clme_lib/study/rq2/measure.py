@@ -34,11 +34,11 @@ from ...edits.base import Edit
 from ...evaluation.evaluate import Circumstances, score
 from ...evaluation.unedited import answers_for
 from ...forward.tokens import tokenize
-from ...subjects.subject import Subject, load_subject, torch_device
+from ...subjects.subject import Subject, load_subject
 from ...support.cache import file_name
 from ...support.errors import StudyError
 from ...support.journal import Journal, read_rows
-from ...support.memory import is_out_of_memory, memory_in_use_mib, raising_when_full, release_memory
+from ...support.memory import is_out_of_memory, memory_in_use_mib, release_memory
 from ...support.seeds import DEFAULT_SEED
 from .. import provenance
 from ..config import BenchConfig
@@ -69,8 +69,7 @@ def bench(config: BenchConfig) -> pd.DataFrame:
     if config.threads:
         torch.set_num_threads(config.threads)
     load = random_subject if config.random_weights else load_subject
-    with raising_when_full(torch_device(config.device)):
-        Bench(config, load(config.subject, config.device, config.dtype)).complete()
+    Bench(config, load(config.subject, config.device, config.dtype)).complete()
     return load_measurements(config.out)
 
 

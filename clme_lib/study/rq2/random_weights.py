@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from ...datasets.paper import PAPER_DATASET_NAMES
 from ...datasets.registry import load_cases
-from ...subjects.settings import Shape, load_settings, registered_subjects
-from ...subjects.subject import DTYPES, Subject, prepare, torch_device
+from ...subjects.settings import Shape, list_subjects, load_settings
+from ...subjects.subject import Subject, prepare, torch_device, torch_dtype
 from ...support.errors import StudyError
 from ...support.memory import free_memory_bytes
 from ...support.seeds import DEFAULT_SEED
@@ -35,17 +35,15 @@ def random_subject(name: str, device: str = "auto", dtype: str = "auto", seed: i
     """
     settings = load_settings(name)
     shape = settings.subject.shape
-    if name not in registered_subjects() or shape is None:
-        shaped = [registered for registered in registered_subjects() if load_settings(registered).subject.shape]
+    if name not in list_subjects() or shape is None:
+        shaped = [registered for registered in list_subjects() if load_settings(registered).subject.shape]
         raise StudyError(f"{name!r} has no shape to fill with random weights; known: {', '.join(shaped)}")
-    place, kind = torch_device(device), "float32" if dtype == "auto" else dtype
-    if kind not in DTYPES:
-        raise StudyError(f"dtype={dtype!r} is not one of auto, {', '.join(DTYPES)}")
-    needed = _ROOM * parameters(shape) * DTYPES[kind].itemsize
+    place, precision = torch_device(device), torch_dtype(dtype)
+    needed = _ROOM * parameters(shape) * precision.itemsize
     if needed > (free := free_memory_bytes(place)):
         raise StudyError(
-            f"{name} in {kind} needs about {needed / 2**30:.1f} GiB and {place} has {free / 2**30:.1f} GiB free: use a "
-            "16-bit dtype, a smaller subject or a larger device"
+            f"{name} in {str(precision).removeprefix('torch.')} needs about {needed / 2**30:.1f} GiB and {place} has "
+            f"{free / 2**30:.1f} GiB free: use a 16-bit dtype, a smaller subject or a larger device"
         )
     config = AutoConfig.for_model(
         shape.architecture, **shape.model_dump(exclude={"architecture"}), tie_word_embeddings=False,
@@ -53,7 +51,7 @@ def random_subject(name: str, device: str = "auto", dtype: str = "auto", seed: i
     )  # fmt: skip
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), place:
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[kind], attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=precision, attn_implementation="sdpa")
     return prepare(name, model, trained_tokenizer(shape.vocab_size), settings, f"random-weights:{seed}")
 
 

@@ -12,7 +12,7 @@ from ...datasets.base import dataset_title
 from ...datasets.paper import CNLE, CSNE, PAPER_DATASETS
 from ...editors.operations import Phase
 from ...editors.registry import list_editors
-from ...subjects.settings import load_settings, registered_subjects
+from ...subjects.settings import list_subjects, load_settings
 from ..figures import bars, legend, panels
 from ..paper import PAPER_VARIANTS
 from ..tables import editor_name, in_order, table
@@ -50,7 +50,7 @@ def circumstances(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
 def unmeasured(measured: pd.DataFrame) -> list[str]:
     """Registered subjects without any timed edit."""
     timed = set(measured[measured["kind"] == "edit"]["subject"])
-    return [name for name in registered_subjects() if name not in timed]
+    return [name for name in list_subjects() if name not in timed]
 
 
 @table
@@ -208,7 +208,7 @@ def projection_table(measured: pd.DataFrame, plain: pd.DataFrame | None = None) 
     procedure needs for a case on the same machine, of the embedded subject. It is left out for a machine or subject that it lacks.
     """
     batches = measured[measured["kind"] == "throughput"]
-    for name in registered_subjects():
+    for name in list_subjects():
         projected = False
         for (_, _, _, machine, threads), of_place in batches[batches["subject"] == name].groupby(_PLACE, sort=False):
             rates = {pair: _rates(rows)["with evaluation"] for pair, rows in of_place.groupby(["dataset", "editor"])}
