@@ -590,13 +590,28 @@ def test_what_has_not_been_built_is_named(tmp_path, capsys):
 
 
 def test_stages_say_what_is_wrong_with_their_files(tmp_path):
-    def rows(_):
-        return [{"id": 1}]
-
-    Stages(tmp_path).run("a", {}, [], rows)
+    step = Step({}, lambda _: [{"id": 1}])
+    Stages(tmp_path).run("a", step, [])
     (tmp_path / "01-a.json").write_text("{")
     with pytest.raises(StudyError, match="01-a.json: not JSON"):
-        Stages(tmp_path).run("a", {}, [], rows)
+        Stages(tmp_path).run("a", step, [])
     (tmp_path / "01-a.json").unlink()
     with pytest.raises(StudyError, match="has no 01-a.json beside it"):
-        Stages(tmp_path).run("a", {}, [], rows)
+        Stages(tmp_path).run("a", step, [])
+
+
+def test_a_stage_whose_rows_depend_on_each_other_is_made_from_all_of_them(tmp_path):
+    def number(rows):
+        for n, row in enumerate(rows):
+            yield {"id": row["id"], "place": n}
+            if n == 2 and stop:
+                raise KeyboardInterrupt
+
+    todo = [{"id": letter} for letter in "abcdef"]
+    for one_by_one, places in ((False, [0, 1, 2, 3, 4, 5]), (True, [0, 1, 2, 0, 1, 2])):
+        folder, step = tmp_path / str(one_by_one), Step({}, number, one_by_one)
+        stop = True
+        with pytest.raises(KeyboardInterrupt):
+            Stages(folder).run("a", step, todo)
+        stop = False
+        assert [row["place"] for row in Stages(folder).run("a", step, todo)] == places

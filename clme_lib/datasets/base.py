@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..support.registry import Registry
 
 if TYPE_CHECKING:
     from .cases import Case
+
+
+EMBEDDED = Path(str(resources.files("clme_lib"))) / "datasets" / "embedded"  # the files that come with the library
 
 
 @dataclass(frozen=True)

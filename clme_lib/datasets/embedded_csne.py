@@ -11,28 +11,25 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from importlib import resources
 from pathlib import Path
 
 from ..support.cache import cache_dir
 from ..support.errors import StudyError
 from ..support.journal import write_text
-from .base import DataSet
+from .base import EMBEDDED, DataSet
 from .cases import Case
 from .mining import build, installed_versions
+
+COMMITTED = EMBEDDED / "csne.json"
 
 
 def load(dataset: DataSet) -> list[Case]:
     """The embedded CSNE cases; see :func:`load_content`."""
     content = load_content()
+    codes = [row["code"] for row in content["pool"]]
     return [
-        Case(
-            case_id=row["case_id"],
-            dataset=dataset.name,
-            prompt=dataset.prompt(row["code"]),
-            target=row["doc"],
-            rephrased=(dataset.prompt(row["variant"]),),
-            unrelated=tuple(dataset.prompt(content["pool"][n]["code"]) for n in row["neighbours"]),
+        Case.of(
+            dataset, row["case_id"], row["code"], row["doc"], [row["variant"]], [codes[n] for n in row["neighbours"]]
         )
         for row in content["targets"]
     ]
@@ -54,16 +51,25 @@ def load_content() -> dict:
     Raises:
         StudyError: a package is missing or differs from its pin, so the set would not be the committed one.
     """
-    committed, file = _committed(), cached()
+    committed, file, installed = _committed(), cached(), installed_versions()
     with contextlib.suppress(OSError, ValueError):  # absent, damaged or edited: mined anew below
         content = json.loads(file.read_text(encoding="utf-8"))
         if content_sha256(content) == committed["sha256"]:
             return content
-    _require_pinned(committed["packages"])
-    content = build()
-    if content_sha256(content) != committed["sha256"]:
+    different = [
+        f"{name} {installed.get(name, 'not installed')} (pinned: {version})"
+        for name, version in sorted(committed["packages"].items())
+        if installed.get(name) != version
+    ]
+    if different:
         raise StudyError(
-            f"the mined CSNE set has SHA-256 {content_sha256(content)}, committed is {committed['sha256']}: "
+            f"embedded CSNE is mined from pinned packages, and these differ: {', '.join(different)}. "
+            "Install with `pip install -c constraints.txt -e .`, or use source='published' or a file."
+        )
+    content = build()
+    if (digest := content_sha256(content)) != committed["sha256"]:
+        raise StudyError(
+            f"the mined CSNE set has SHA-256 {digest}, committed is {committed['sha256']}: "
             "an installed package was modified; reinstall with `pip install --force-reinstall -c constraints.txt -e .`"
         )
     write_text(file, json.dumps(content))
@@ -78,31 +84,12 @@ def content_sha256(content: dict) -> str:
 def commit_hash() -> str:
     """Mine anew and record the set's hash and the packages it came from in ``embedded/csne.json`` (after a pin changed)."""
     digest = content_sha256(build())
-    content = json.dumps({"sha256": digest, "packages": installed_versions()}, indent=1)
-    write_text(Path(str(_resource() / "csne.json")), content + "\n")
+    write_text(COMMITTED, json.dumps({"sha256": digest, "packages": installed_versions()}, indent=1) + "\n")
     return digest
 
 
 def _committed() -> dict:
-    return json.loads((_resource() / "csne.json").read_text(encoding="utf-8"))
-
-
-def _resource():
-    return resources.files("clme_lib") / "datasets" / "embedded"
-
-
-def _require_pinned(pinned: dict[str, str]) -> None:
-    installed = installed_versions()
-    different = [
-        f"{name} {installed.get(name, 'not installed')} (pinned: {version})"
-        for name, version in sorted(pinned.items())
-        if installed.get(name) != version
-    ]
-    if different:
-        raise StudyError(
-            f"embedded CSNE is mined from pinned packages, and these differ: {', '.join(different)}. "
-            "Install with `pip install -c constraints.txt -e .`, or use source='published' or a file."
-        )
+    return json.loads(COMMITTED.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from ..support.seeds import seed_of
 from .neighbours import nearest
 from .paper import CSNE
 from .renaming import Substitutes, choose_names, rename, verified
-from .source_code import description, parsed, single_function, without_comments, without_docstring
+from .source_code import bare_code, description, parsed, single_function
 
 # distribution -> import package; all of them are installed with clme_lib itself
 PACKAGES = {
@@ -122,8 +122,8 @@ def _package_functions(distribution: str, package: str) -> Iterator[MinedFunctio
 
 
 @cache
-def tokenizer():
-    """The embedded subject's, which counts tokens where no other is at hand."""
+def _tokenizer():
+    """The embedded subject's, which counts the tokens."""
     from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(embedded_subject.ensure() / "tokenizer.json"))
@@ -146,37 +146,26 @@ def _accept(lines: list[str], name: str, node: ast.FunctionDef) -> tuple[str, st
         return None
     docstring = ast.get_docstring(node, clean=False)
     doc = description(docstring) if docstring else None
-    code = _bare(lines, node) if doc else None
-    if doc is None or code is None or not code.isascii() or code.count("\n") < 2:
+    code = bare_code(lines, node, longest=2 * _MAX_CHARACTERS) if doc else None
+    if doc is None or code is None or not code.isascii() or code.count("\n") < 2 or len(code) > _MAX_CHARACTERS:
         return None
-    return (code, doc) if len(tokenizer().encode(code, add_special_tokens=False).ids) <= MAX_TOKENS else None
-
-
-def _bare(lines: list[str], node: ast.FunctionDef) -> str | None:
-    """The function's code without docstring, comments and decorators, when that is still the same function."""
-    code = without_docstring(lines, node)
-    if code is None or len(code) > 2 * _MAX_CHARACTERS:  # comments are still in it
-        return None
-    code = without_comments(code)
-    if code is None or len(code) > _MAX_CHARACTERS or (function := single_function(code)) is None:
-        return None
+    function = single_function(code)
     # removing the indentation may have changed a string
     node.decorator_list, node.body = [], node.body[1:]
-    return code if ast.dump(function) == ast.dump(node) else None
+    if function is None or ast.dump(function) != ast.dump(node):
+        return None
+    return (code, doc) if len(_tokenizer().encode(code, add_special_tokens=False).ids) <= MAX_TOKENS else None
 
 
 def _distinct(candidates: Iterable[MinedFunction]) -> list[MinedFunction]:
     """Drop functions whose tokens nearly repeat an earlier one's (set Jaccard >= 0.8, multiset >= 0.7) or whose doc does."""
-    from scipy.sparse import csr_matrix
+    from sklearn.feature_extraction.text import CountVectorizer
 
     functions = list(candidates)
     if not functions:
         return []
     bags = [Counter(re.findall(r"\w+", f.code)) for f in functions]
-    vocabulary = {word: n for n, word in enumerate(sorted({word for bag in bags for word in bag}))}
-    rows = [n for n, bag in enumerate(bags) for _ in bag]
-    columns = [vocabulary[word] for bag in bags for word in bag]
-    incidence = csr_matrix(([1] * len(rows), (rows, columns)), shape=(len(bags), len(vocabulary)))
+    incidence = CountVectorizer(analyzer=list, binary=True).fit_transform(bags)
     shared = (incidence @ incidence.T).tocoo()
     close: dict[int, list[int]] = {}
     for later, earlier, common in zip(shared.row.tolist(), shared.col.tolist(), shared.data.tolist()):

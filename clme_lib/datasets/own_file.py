@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +23,7 @@ from ..support.errors import StudyError
 from ..support.schema import Schema, parse
 from .base import DataSet
 from .cases import Case
+from .published import read_json
 
 
 class _Template(Schema):
@@ -70,33 +70,19 @@ def read_dataset(path: str | Path) -> DataSet:
     Raises:
         StudyError: the file cannot be read, or a field is missing or of the wrong type; the message names it.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise StudyError(f"{path}: cannot be read as UTF-8 JSON: {error}") from error
-    file = parse(_File, content, str(path))
+    file = parse(_File, read_json(path), str(path))
     ids = [row.case_id for row in file.cases]
     if len(set(ids)) < len(ids):
         raise StudyError(f"{path}: cases: case_id {max(ids, key=ids.count)} occurs twice; number the cases")
-    before, after = file.template.before, file.template.after
-    cases = [
-        Case(
-            row.case_id,
-            file.name,
-            before + row.input + after,
-            row.target,
-            tuple(before + text + after for text in row.rephrased),
-            tuple(before + text + after for text in row.unrelated),
-        )
-        for row in file.cases
-    ]
-    return DataSet(
+    dataset = DataSet(
         file.name,
         file.title or file.name.upper(),
-        before,
-        after,
+        file.template.before,
+        file.template.after,
         load=lambda _source: cases,
         code=frozenset(file.code),
         publish_texts=file.publish_texts,
         file=str(path),
     )
+    cases = [Case.of(dataset, row.case_id, row.input, row.target, row.rephrased, row.unrelated) for row in file.cases]
+    return dataset

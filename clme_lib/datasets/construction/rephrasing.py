@@ -36,7 +36,7 @@ def model_intents(endpoint: Endpoint) -> Step:
         for row, answer in zip(rows, endpoint.ask(INSTRUCTION, [row["intent"] for row in rows])):
             yield _rephrased(row, answer.strip().strip('"'))
 
-    return Step({"rephraser": "model", "instruction": INSTRUCTION, **endpoint.settings()}, rephrase)
+    return Step({"rephraser": "model", "instruction": INSTRUCTION, **endpoint.settings}, rephrase)
 
 
 def _rephrased(row: StageRow, text: str) -> StageRow:
