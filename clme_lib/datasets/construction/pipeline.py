@@ -179,7 +179,7 @@ class _Construction:
                 few = {"dropped": "fewer than five neighbours"} if len(entries) < NEIGHBOURS else {}
                 yield {"id": row["id"], "neighbours": [pool[n]["id"] for n in entries], **few}
 
-        settings = self.embed.settings() if hasattr(self.embed, "settings") else {"encoder": "tfidf"}
+        settings = getattr(self.embed, "settings", {"encoder": "tfidf"})
         return self.run("neighbours", Step(settings, make), targeted)
 
     def finish(self, near: Sequence[StageRow], rephrased: Sequence[StageRow], answers: Answers | None) -> Report:
