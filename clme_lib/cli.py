@@ -194,7 +194,7 @@ def _data_build(config: Any) -> bool:
         report = pipeline.build_cnle(config.out, config.source, scorer, rephraser, **common)
         print(pipeline.level_counts(config.out).to_string(index=False))
     else:
-        masked = MaskedNames(config.names, config.device).step() if config.names else None
+        masked = MaskedNames(config.names, config.device).step if config.names else None
         renamer = (lambda _corpus: masked) if masked else rephrasing.corpus_names
         report = pipeline.build_csne(config.out, config.source, renamer, tokenizer=config.tokenizer, **common)
     print(pipeline.stage_counts(config.out).to_string(index=False))
