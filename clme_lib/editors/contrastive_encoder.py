@@ -136,7 +136,8 @@ class TrainedEncoder:
 def trained_encoder(
     subject: Subject, hparams: EncoderHyperparameters, query: Query, cases: Cases, edited: Cases, seed: int
 ) -> TrainedEncoder:
-    """The encoder learnt from ``cases``: from the user's cache, or trained now."""
+    """The encoder learnt from ``cases``, from the user's cache or trained now; StudyError if they are of several data sets, too few,
+    or have no margin."""
     if len({case.dataset for case in cases}) != 1:
         raise StudyError("an encoder learns from the cases of one data set at a time, at least one of them")
     dataset = cases[0].dataset
@@ -196,7 +197,7 @@ def contrastive_loss(distance: torch.Tensor, positive: torch.Tensor, margin: flo
 
 
 def balanced_accuracy(distance: torch.Tensor, positive: torch.Tensor, radius: float | Sequence[float]) -> list[float]:
-    """Half the share of positive pairs within a radius plus half the share of negative pairs beyond it, for each radius."""
+    """Half the share of positive pairs within a radius plus half that of negative ones beyond it; StudyError if a kind is missing."""
     if not positive.any() or positive.all():
         raise StudyError("balanced accuracy needs both positive and negative pairs")
     radii = [radius] if isinstance(radius, int | float) else radius

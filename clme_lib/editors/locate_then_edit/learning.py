@@ -185,7 +185,8 @@ class RewritingEditor(Editor[Hparams]):
         return total < self.hparams.loss_floor
 
     def _learn(self, cases: Sequence[Case]) -> tuple[Rewriting, torch.Tensor, list[EditLog]]:
-        """Learn delta at the last edited layer: the rows it was learnt on, ``v_0 + delta`` (B, d) in float32, and each case's log."""
+        """Learn delta at the last edited layer: the rows it was learnt on, ``v_0 + delta`` (B, d) in float32, and each case's log;
+        StudyError if a loss is not finite before the first update."""
         hparams, count, device = self.hparams, len(cases), self.subject.device
         read_as = hparams.padding, hparams.targets
         rows = [row for case in cases for row in rewriting_rows(self.subject, case, self.contexts, *read_as)]

@@ -88,7 +88,7 @@ def random_moments(subject: Subject, layers: Sequence[int], seed: int) -> dict[i
 def second_moments(
     subject: Subject, layers: Sequence[int], hparams: StatisticsHyperparameters
 ) -> dict[int, SecondMoment]:
-    """Second moments of the given layers, from the cache or gathered now; StudyError if the corpus is too small."""
+    """Second moments of the given layers, from the cache or gathered now; StudyError if the corpus is too small or a file is damaged."""
     corpus, size = open_corpus(hparams.corpus), subject.inner_size
     limited = hparams.corpus_tokens or hparams.corpus_documents
     least = (hparams.corpus_tokens or size) if limited else LEAST_PER_DIMENSION * size
