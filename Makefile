@@ -20,6 +20,8 @@ OWN := runs/book-$(LIBRARY)-$(SAMPLE)-$(CASES)
 # the benchmark chapter of a book that is built locally: with texts of CSNE, which are not ours to publish, and with BUILDS
 BENCHMARK := runs/benchmark-$(shell echo $(LIBRARY) $(abspath $(BUILDS)) | sha256sum | cut -c1-8).ipynb
 BIN := .venv/bin
+# processes of the tests, each with one thread; every one of them takes about 1.5 GB
+JOBS ?= 2
 
 # On a machine without network: a cache filled by `CLME_CACHE=folder clme prepare` elsewhere, to which the wheels that the machine
 # lacks are added (make gpu WHEELS=folder); texts are then scored later, by `clme score` where the packages for it are
@@ -65,7 +67,7 @@ site: .venv/.ready $(if $(BUILDS),$(BENCHMARK))
 	  $(addprefix results/notebooks/benchmark=,$(or $(filter $(BENCHMARK),$^),$(wildcard $(BENCHMARK))))
 
 test: .venv/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: .venv/.ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

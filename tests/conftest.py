@@ -22,6 +22,9 @@ from clme_lib.subjects.subject import Subject, load_subject, prepare
 
 # `make gpu-tests` sets this; every test then runs on that device
 DEVICE = os.environ.get("CLME_TEST_DEVICE", "cpu")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start; several of more threads hinder each other
+    torch.set_num_threads(1)
 ARCHITECTURES = ("llama", "qwen2", "stablelm")
 
 ROWS = [

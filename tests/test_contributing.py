@@ -94,77 +94,47 @@ def elsewhere(tmp_path_factory):
     return folder
 
 
-def clme(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    own = {**os.environ, "PYTHONPATH": f"{folder / 'site'}{os.pathsep}{ROOT}", "CLME_CACHE": str(folder / "cache")}
-    return subprocess.run(
-        [sys.executable, "-m", "clme_lib.cli", *arguments], cwd=folder, env=own, capture_output=True, text=True
-    )
+# one process runs all commands (the package is new to it, and starting one takes seconds), and then the tables
+PROGRAM = """
+import contextlib, io, json, sys
+from clme_lib import cli
 
-
-def test_what_others_add_is_listed_and_a_broken_package_spoils_nothing_else(elsewhere):
-    listed = clme(elsewhere, "list")
-    assert listed.returncode == 0 and not listed.stderr
-    for name in ("one-step", "effectiveness_first_word", "units", "pairs", "grace", "fluency", "cnle", "single"):
-        assert re.search(rf"^  {name} ", listed.stdout, re.M), name
-    refused = clme(elsewhere, "run", "--editor", "broken", "--out", "run")
-    assert (
-        refused.returncode == 2
-        and "package 'clme-examples' does not load (clme_examples.nothing:Nothing)" in refused.stderr
-    )
-
-
-def test_all_five_run_together(elsewhere):
-    """The added editor and GRACE, two edits in one model, on the added data set, with the added metric, by the YAML's values."""
-    options = ["--subject", "my-model.yaml", "--dataset", "units", "--editor", "none,one-step,grace", "--protocol", "pairs",
-               "--metrics", "effectiveness_em,effectiveness_first_word", "--set", "grace.steps=3", "--device", "cpu"]  # fmt: skip
-    done = clme(elsewhere, "run", *options, "--cases", "all", "--out", "run")
-    assert done.returncode == 0, done.stderr
-    records = load_run(elsewhere / "run")
-    assert (
-        set(records["state"]) == {"scored"}
-        and set(records["protocol"]) == {"pairs"}
-        and set(records["dataset"]) == {"units"}
-    )
-    for _, of_editor in records.groupby("editor"):
-        assert of_editor["position"].value_counts().to_dict() == {1: 2, 2: 4}
-    assert records["effectiveness_first_word"].isin([0.0, 1.0]).all()
-    assert set(records[records["editor"] == "grace"]["steps"]) == {3} and set(
-        records[records["editor"] == "one-step"]["steps"]
-    ) == {1}
-    start = json.loads((elsewhere / "run" / "run.json").read_text())["starts"][0]
-    hparams = {name: made["values"] for name, made in start["hyperparameters"].items()}
-    assert hparams["one-step"] == {"layer": 1, "lr": 0.1} and hparams["grace"]["layer"] == 2
-    assert set(records["start"]) == {start["id"]} and set(records["library"]) == {start["library"]}
-    again = clme(elsewhere, "run", *options, "--cases", "all", "--out", "run")
-    assert again.returncode == 0 and load_run(elsewhere / "run").equals(records)
-    other = clme(elsewhere, "run", *options[:-4], "--set", "grace.steps=4", "--cases", "all", "--out", "run")
-    assert (
-        other.returncode == 1
-        and "holds a run with set grace={'steps': 3}, asked for is set grace={'steps': 4}" in other.stderr
-    )
-
-
-def test_a_data_set_needs_no_code(elsewhere):
-    options = ["--subject", "my-model.yaml", "--editor", "none,grace", "--device", "cpu", "--out", "seasons"]
-    done = clme(elsewhere, "run", "--dataset", "seasons.json", *options)
-    assert done.returncode == 0, done.stderr
-    records = load_run(elsewhere / "seasons")
-    assert len(records) == 4 and set(records["dataset"]) == {"seasons"} and set(records["source"]) == {"seasons.json"}
-    done = clme(elsewhere, "score", "seasons", "scored", "--metrics", "effectiveness_first_word")
-    assert done.returncode == 0, done.stderr
-    scored = load_run(elsewhere / "scored")
-    assert scored["effectiveness_first_word"].notna().all() and (scored["fluency"] == records["fluency"]).all()
-
-
-def test_two_more_editors_blank_no_table(elsewhere):
-    """The grid, RQ1's table and figure, RQ2's measurements, projection and floor."""
-    options = ["--subject", "my-model.yaml", "--dataset", "units", "--device", "cpu"]
-    done = clme(elsewhere, "run", *options, "--editor", "none,grace,one-step,counted", "--cases", "2", "--out", "grid")
-    assert done.returncode == 0, done.stderr
-    done = clme(
-        elsewhere,
+commands, tables = json.loads(sys.argv[1])
+answers = {}
+for name, arguments in commands.items():
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        answers[name] = {"status": cli.main(arguments)}
+    answers[name] |= {"out": out.getvalue(), "err": err.getvalue()}
+exec(compile(tables, "tables", "exec"))
+print(json.dumps(answers))
+"""
+UNITS = ["--subject", "my-model.yaml", "--dataset", "units", "--device", "cpu"]
+ALL_FIVE = ["run", *UNITS, "--editor", "none,one-step,grace", "--protocol", "pairs", "--cases", "all", "--out", "run",
+            "--metrics", "effectiveness_em,effectiveness_first_word", "--set"]  # fmt: skip
+SEASONS = [
+    "run",
+    "--subject",
+    "my-model.yaml",
+    "--dataset",
+    "seasons.json",
+    "--editor",
+    "none,grace",
+    "--device",
+    "cpu",
+]
+COMMANDS = {
+    "list": ["list"],
+    "broken": ["run", "--editor", "broken", "--out", "broken"],
+    "all five": [*ALL_FIVE, "grace.steps=3"],
+    "again": [*ALL_FIVE, "grace.steps=3"],
+    "other": [*ALL_FIVE, "grace.steps=4"],
+    "seasons": [*SEASONS, "--out", "seasons"],
+    "score": ["score", "seasons", "scored", "--metrics", "effectiveness_first_word"],
+    "grid": ["run", *UNITS, "--editor", "none,grace,one-step,counted", "--cases", "2", "--out", "grid"],
+    "bench": [
         "bench",
-        *options,
+        *UNITS,
         "--editor",
         "grace,one-step,counted",
         "--cases",
@@ -173,8 +143,61 @@ def test_two_more_editors_blank_no_table(elsewhere):
         "1",
         "--out",
         "bench",
-    )
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def answers(elsewhere):
+    """Status, output and errors of every command, by its name."""
+    own = {**os.environ, "PYTHONPATH": f"{elsewhere / 'site'}{os.pathsep}{ROOT}", "MPLBACKEND": "agg",
+           "CLME_CACHE": str(elsewhere / "cache")}  # fmt: skip
+    program = [sys.executable, "-c", PROGRAM, json.dumps([COMMANDS, TABLES])]
+    done = subprocess.run(program, cwd=elsewhere, env=own, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    own = {**os.environ, "PYTHONPATH": f"{elsewhere / 'site'}{os.pathsep}{ROOT}", "MPLBACKEND": "agg"}
-    done = subprocess.run([sys.executable, "-c", TABLES], cwd=elsewhere, env=own, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_what_others_add_is_listed_and_a_broken_package_spoils_nothing_else(answers):
+    listed, refused = answers["list"], answers["broken"]
+    assert listed["status"] == 0 and not listed["err"]
+    for name in ("one-step", "effectiveness_first_word", "units", "pairs", "grace", "fluency", "cnle", "single"):
+        assert re.search(rf"^  {name} ", listed["out"], re.M), name
+    assert refused["status"] == 2
+    assert "package 'clme-examples' does not load (clme_examples.nothing:Nothing)" in refused["err"]
+
+
+def test_all_five_run_together(elsewhere, answers):
+    """The added editor and GRACE, two edits in one model, on the added data set, with the added metric, by the YAML's values."""
+    assert answers["all five"]["status"] == 0, answers["all five"]["err"]
+    file = elsewhere / "run" / "records" / "units.grace.jsonl"
+    records = load_run(elsewhere / "run")
+    assert set(records["state"]) == {"scored"}
+    assert set(records["protocol"]) == {"pairs"} and set(records["dataset"]) == {"units"}
+    for _, of_editor in records.groupby("editor"):
+        assert of_editor["position"].value_counts().to_dict() == {1: 2, 2: 4}
+    assert records["effectiveness_first_word"].isin([0.0, 1.0]).all()
+    assert set(records[records["editor"] == "grace"]["steps"]) == {3}
+    assert set(records[records["editor"] == "one-step"]["steps"]) == {1}
+    (start,) = json.loads((elsewhere / "run" / "run.json").read_text())["starts"]
+    hparams = {name: made["values"] for name, made in start["hyperparameters"].items()}
+    assert hparams["one-step"] == {"layer": 1, "lr": 0.1} and hparams["grace"]["layer"] == 2
+    assert set(records["start"]) == {start["id"]} and set(records["library"]) == {start["library"]}
+    assert answers["again"]["status"] == 0 and len(file.read_text().splitlines()) == 6, "nothing is edited twice"
+    assert answers["other"]["status"] == 1
+    assert "set grace={'steps': 3}, asked for is set grace={'steps': 4}" in answers["other"]["err"]
+
+
+def test_a_data_set_needs_no_code(elsewhere, answers):
+    assert answers["seasons"]["status"] == 0, answers["seasons"]["err"]
+    records = load_run(elsewhere / "seasons")
+    assert len(records) == 4 and set(records["dataset"]) == {"seasons"} and set(records["source"]) == {"seasons.json"}
+    assert answers["score"]["status"] == 0, answers["score"]["err"]
+    scored = load_run(elsewhere / "scored")
+    assert scored["effectiveness_first_word"].notna().all() and (scored["fluency"] == records["fluency"]).all()
+
+
+def test_two_more_editors_blank_no_table(answers):
+    """The grid, RQ1's table and figure, RQ2's measurements, projection and floor (TABLES, whose assertions the fixture runs)."""
+    assert answers["grid"]["status"] == 0, answers["grid"]["err"]
+    assert answers["bench"]["status"] == 0, answers["bench"]["err"]
