@@ -11,6 +11,7 @@ import statistics
 import torch
 from fast_path import main, seconds
 
+from clme_lib.editors.locate_then_edit.learning import rewriting_rows
 from clme_lib.forward.partial import PartialForward
 
 ROUNDS = 15
@@ -19,11 +20,11 @@ ROUNDS = 15
 def measure(editor, cases, tokenized):
     """Milliseconds of one block both ways."""
     subject = editor.subject
-    layer = max(getattr(editor.hparams, "layers", None) or [editor.hparams.layer])
+    layer = editor.layers[-1]
     if editor.name in ("rome", "memit", "pmet"):
-        forward = editor._rewriting(cases, layer).forward
-    else:
-        forward = PartialForward(subject, tokenized, layer, from_lookup=editor.name == "grace")
+        read_as = "aligned", "in-context"
+        tokenized = [row for case in cases for row in rewriting_rows(subject, case, editor.contexts, *read_as)]
+    forward = PartialForward(subject, tokenized, layer, from_lookup=editor.from_lookup)
     block = subject.blocks[layer + 1]
     compiled = torch.compile(block.forward, dynamic=True)
 

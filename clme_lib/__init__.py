@@ -14,27 +14,22 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "StudyError": "support.errors",
-    "Subject": "subjects.subject",
-    "load_subject": "subjects.subject",
-    "list_subjects": "subjects.subject",
-    "Case": "datasets.cases",
-    "load_cases": "datasets.registry",
-    "sample_cases": "datasets.cases",
-    "folds": "datasets.cases",
-    "load_editor": "editors.registry",
-    "list_editors": "editors.registry",
-    "save_edits": "edits.files",
-    "load_edits": "edits.files",
-    "evaluate": "evaluation.evaluate",
-    "generate": "evaluation.generation",
-    "RunConfig": "study.config",
-    "make_config": "study.config",
-    "run": "study.runs",
-    "load_run": "study.run_folder",
-    "config_from_notebook": "study.notebook",
+_NAMES = {
+    "support.errors": ("StudyError",),
+    "subjects.subject": ("Subject", "load_subject"),
+    "subjects.settings": ("list_subjects",),
+    "datasets.cases": ("Case", "sample_cases", "folds"),
+    "datasets.registry": ("load_cases",),
+    "editors.registry": ("load_editor", "list_editors"),
+    "edits.files": ("save_edits", "load_edits"),
+    "evaluation.evaluate": ("evaluate",),
+    "evaluation.generation": ("generate",),
+    "study.config": ("RunConfig", "make_config"),
+    "study.runs": ("run",),
+    "study.run_folder": ("load_run",),
+    "study.notebook": ("config_from_notebook",),
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_HOME)
 
 

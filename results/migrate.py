@@ -89,7 +89,8 @@ def migrate(old: Path, new: Path) -> None:
     for file in sorted((old / "records").glob("*.jsonl")):
         rows = read_rows(file)
         made_by = makers(rows, manifest["starts"])
-        append_rows(new / "records" / file.name, [converted(row, made_by[row["case_id"]]).row() for row in rows])
+        records = [converted(row, made_by[row["case_id"]]) for row in rows]
+        append_rows(new / "records" / file.name, [record.model_dump() for record in records])
         unknown = [possible for possible in made_by.values() if len(possible) != 1]
         starts = sorted({start["id"] for possible in unknown for start in possible}, key=int)
         print(

@@ -7,8 +7,6 @@ import re
 import sys
 import tokenize
 
-from clme_lib.datasets.embedded_cnle import dotted_name
-
 SNIPPET_LENGTH = (15, 90)
 MAX_SNIPPET_JACCARD = 0.7
 
@@ -85,6 +83,15 @@ def missing_attributes(snippet: str) -> list[str]:
             if root.split(".")[0] in LIBRARIES | sys.stdlib_module_names:
                 named.append((root, dotted[1:]))
     return [".".join([module, *path]) for module, path in named if not exists(module, path)]
+
+
+def dotted_name(node: ast.expr) -> list[str]:
+    """The parts of a name like ``os.path.join``; none for what does not begin with a name."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return [node.id, *reversed(parts)] if isinstance(node, ast.Name) else []
 
 
 def exists(module: str, path: list[str]) -> bool:

@@ -24,7 +24,7 @@ from clme_lib.evaluation.generation import Request, generate
 from clme_lib.forward import prompt_keys as queries_module
 from clme_lib.forward.prompt_keys import prompt_queries, stored_queries
 from clme_lib.study.appendices import encoder_settings as encoders_module
-from clme_lib.study.rq3 import radius as radius_module
+from clme_lib.study.rq3 import measurements
 from clme_lib.support.artifact import Artifact
 from clme_lib.support.errors import StudyError
 
@@ -404,16 +404,16 @@ def five_neighbours(cases):
 def test_the_sweep_is_what_each_radius_gives(llama, five_neighbours, tmp_path, monkeypatch):
     """One evaluation with an infinite radius stands for all: the same as editing with each radius."""
     cases = five_neighbours
-    monkeypatch.setattr(radius_module, "PAPER_DATASET_NAMES", ("cnle",))
-    monkeypatch.setattr(radius_module, "RADII", 4)
-    monkeypatch.setattr(radius_module, "selection_cases", lambda dataset, count: (cases[:3], cases[3:] + cases[:2]))
+    monkeypatch.setattr(measurements, "PAPER_DATASET_NAMES", ("cnle",))
+    monkeypatch.setattr(measurements, "RADII", 4)
+    monkeypatch.setattr(measurements, "selection_cases", lambda dataset, count: (cases[:3], cases[3:] + cases[:2]))
     load = load_editor
     monkeypatch.setattr(
-        radius_module,
+        measurements,
         "load_editor",
         lambda name, subject, **changes: load(name, subject, **({} if name == "none" else SMALL), **changes),
     )
-    table = radius_module.sweep_radius(llama, tmp_path / "radius.csv", 3, margins=[1.0])
+    table = measurements.sweep_radius(llama, tmp_path / "radius.csv", 3, margins=[1.0])
     assert set(table["editor"]) == {"grace", "a-grace", "a-grace-wo-cl", "a-grace-wo-mean"}
     assert (table["radius"] == 1.0).groupby(table["editor"]).sum().eq(1).all()
     for name in ("a-grace", "a-grace-wo-cl"):
@@ -440,7 +440,7 @@ def test_encoders_are_compared_and_the_command_resumes(llama, five_neighbours, t
         asked.append(name)
         return load(name, subject, **{**SMALL, **TRAINING, **changes})
 
-    monkeypatch.setattr(radius_module, "load_editor", counting)
+    monkeypatch.setattr(measurements, "load_editor", counting)
     file = tmp_path / "encoders.csv"
     table = encoders_module.compare_encoders(llama, file)
     settings = list(encoders_module.encoder_settings(2.0))

@@ -24,7 +24,7 @@ def test_selection_marks_the_chosen_setting():
             {**row, "setting": "layer 10", "effectiveness_em": 0.7, "chosen": True},
         ]
     )
-    table = selection.selection_table(measured, "tab-grid")
+    table = selection.selection_table(measured, label="tab-grid")
     assert list(table.data["Setting"]) == ["layer 5", "**layer 10**"] and list(table.data["Eff."]) == [
         "10.0",
         "**70.0**",
@@ -50,7 +50,7 @@ def test_presets_stand_together_by_data_set():
         )
         for editor in ("pmet", "rome")
     }
-    table = selection.preset_table(made, "tab").data
+    table = selection.preset_table(made, label="tab").data
     assert list(table["Editor"]) == ["ROME"] * 4 + ["PMET"] * 4
     assert list(table["Data"][:4]) == ["CNLE", "CNLE", "CSNE", "CSNE"]
     assert list(table["Setting"][:4]) == ["clean", "defects"] * 2
@@ -67,10 +67,10 @@ def test_published_measurements_are_shown_whole():
         ("statistics/smollm2-135m.csv", statistics.statistics_table),
     ):
         measured = read(name)
-        shown = table(measured, "tab").data
+        shown = table(measured, label="tab").data
         assert len(shown) == len(measured) and not shown.isna().any(axis=None)
     for file in (RESULTS / "selection").glob("*.csv"):
-        assert selection.selection_table(pd.read_csv(file), "tab").data["Setting"].str.startswith("**").sum() == 1
+        assert selection.selection_table(pd.read_csv(file), label="tab").data["Setting"].str.startswith("**").sum() == 1
 
 
 def test_encoder_tables_are_means_over_both_halves():
@@ -90,8 +90,8 @@ def test_encoder_tables_are_means_over_both_halves():
         ]
         + [{**row, "fold": fold, "cases": 342 + fold, "margin": 1.0, "accuracy": 0.5} for fold in (0, 1)]
     )
-    settings = encoder_settings.setting_table(measured, "tab").data
-    sizes = encoder_settings.size_table(measured, "tab").data
+    settings = encoder_settings.setting_table(measured, label="tab").data
+    sizes = encoder_settings.size_table(measured, label="tab").data
     assert list(settings["Margin"]) == ["2", "1"] and list(settings["Other half"]) == ["0.750", "0.500"]
     assert list(sizes["Training cases"]) == ["50", "100", "343"]
     assert list(sizes["Other half"]) == ["0.550", "0.600", "0.750"]

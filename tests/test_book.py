@@ -57,7 +57,7 @@ def show(monkeypatch):
 @pytest.fixture(scope="module")
 def published() -> pd.DataFrame:
     """Ten cases per data set of the published run, unedited and by GRACE."""
-    records = runs.load_run(RUN, editors=["none", "grace"])
+    records = run_folder.load_run(RUN, editors=["none", "grace"])
     return records.groupby(["dataset", "editor"], sort=False).head(10).reset_index(drop=True)
 
 
@@ -162,7 +162,7 @@ def test_numbers_of_the_prose_are_the_records(tmp_path):
     for name in ("numbers.json", "hyperparameters.csv"):
         assert (tmp_path / name).read_text() == (ROOT / "results" / name).read_text(), "run `make publish`"
     known = json.loads((tmp_path / "numbers.json").read_text())
-    exact = runs.load_run(RUN)[lambda rows: (rows["dataset"] == "cnle") & (rows["editor"] == "grace")][
+    exact = run_folder.load_run(RUN)[lambda rows: (rows["dataset"] == "cnle") & (rows["editor"] == "grace")][
         "effectiveness_em"
     ]
     assert known["cnle_grace_effectiveness"] == f"{100 * exact.mean():.1f} %"

@@ -14,7 +14,7 @@ from clme_lib.cli import main
 from clme_lib.datasets import embedded_cnle, embedded_csne
 from clme_lib.datasets.paper import CNLE, CSNE
 from clme_lib.evaluation.records import UNSCORED
-from clme_lib.study import runs
+from clme_lib.study import run_folder
 from clme_lib.subjects import embedded as embedded_subject
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,8 +90,8 @@ assert main(["bench", *common, "--editor", "grace", "--batches", "2", "--out", {
     }
     done = subprocess.run([sys.executable, "-S", "-c", code], env=own, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert set(runs.load_run(tmp_path / "run")["state"]) == {UNSCORED}
+    assert set(run_folder.load_run(tmp_path / "run")["state"]) == {UNSCORED}
     assert main(["score", str(tmp_path / "run"), str(tmp_path / "scored")]) == 0
-    scored = runs.load_run(tmp_path / "scored")
+    scored = run_folder.load_run(tmp_path / "scored")
     assert len(scored) == 12 and scored["error"].isna().all() and scored["fluency"].notna().all()
     capsys.readouterr()

@@ -522,7 +522,7 @@ def test_an_encoder_pools_as_its_card_says(tiny_bert):
     encoder = language_models.TextEncoder(str(tiny_bert / "encoder"))
     texts = ["sum the items", "drop", "keep all of the items here"]
     vectors = encoder(texts)
-    assert encoder.pooling == "cls" and encoder.settings()["pooling"] == "cls"
+    assert encoder.pooling == "cls" and encoder.settings["pooling"] == "cls"
     for text, vector in zip(texts, vectors):
         with torch.no_grad():
             hidden = encoder.model(**encoder.tokenizer(text, return_tensors="pt")).last_hidden_state[0]
@@ -546,7 +546,7 @@ def test_fine_tuning_brings_descriptions_to_their_functions(tiny_bert, code_sear
 def test_a_masked_model_renames(tiny_bert):
     names = language_models.MaskedNames(str(tiny_bert / "masked"))
     rows = [{"id": n, "code": sources.bare_function(code)} for n, code in enumerate(FUNCTIONS[:3])]
-    for row, made in zip(rows, names.step().make(rows)):
+    for row, made in zip(rows, names.step.make(rows)):
         assert made["id"] == row["id"] and set(made["names"]) <= {*VOCABULARIES[0], *VOCABULARIES[1]} and made["names"]
         taken = set(re.findall(r"\w+", row["code"]))
         assert not set(made["names"].values()) & taken
@@ -590,13 +590,28 @@ def test_what_has_not_been_built_is_named(tmp_path, capsys):
 
 
 def test_stages_say_what_is_wrong_with_their_files(tmp_path):
-    def rows(_):
-        return [{"id": 1}]
-
-    Stages(tmp_path).run("a", {}, [], rows)
+    step = Step({}, lambda _: [{"id": 1}])
+    Stages(tmp_path).run("a", step, [])
     (tmp_path / "01-a.json").write_text("{")
     with pytest.raises(StudyError, match="01-a.json: not JSON"):
-        Stages(tmp_path).run("a", {}, [], rows)
+        Stages(tmp_path).run("a", step, [])
     (tmp_path / "01-a.json").unlink()
     with pytest.raises(StudyError, match="has no 01-a.json beside it"):
-        Stages(tmp_path).run("a", {}, [], rows)
+        Stages(tmp_path).run("a", step, [])
+
+
+def test_a_stage_whose_rows_depend_on_each_other_is_made_from_all_of_them(tmp_path):
+    def number(rows):
+        for n, row in enumerate(rows):
+            yield {"id": row["id"], "place": n}
+            if n == 2 and stop:
+                raise KeyboardInterrupt
+
+    todo = [{"id": letter} for letter in "abcdef"]
+    for one_by_one, places in ((False, [0, 1, 2, 3, 4, 5]), (True, [0, 1, 2, 0, 1, 2])):
+        folder, step = tmp_path / str(one_by_one), Step({}, number, one_by_one)
+        stop = True
+        with pytest.raises(KeyboardInterrupt):
+            Stages(folder).run("a", step, todo)
+        stop = False
+        assert [row["place"] for row in Stages(folder).run("a", step, todo)] == places

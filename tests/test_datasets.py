@@ -71,7 +71,7 @@ def test_embedded_csne_cases():
 @pytest.mark.subject
 def test_mined_set_obeys_its_bounds():
     load_cases("csne")
-    committed = json.loads((embedded_csne._resource() / "csne.json").read_text())
+    committed = json.loads(embedded_csne.COMMITTED.read_text())
     file = embedded_subject.cache_dir() / "datasets" / f"csne-{committed['sha256'][:16]}.json"
     content = json.loads(file.read_text())
     assert embedded_csne.content_sha256(content) == committed["sha256"]

@@ -1,10 +1,8 @@
 """Measurements, floors, shape-only subjects, and batches that fit the memory."""
 
 import json
-import sys
 
 import pandas as pd
-import psutil
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,13 +22,11 @@ from clme_lib.study.rq2 import random_weights as shapes
 from clme_lib.study.rq2 import tables as rq2
 from clme_lib.study.rq2.floor import Ceilings
 from clme_lib.study.tables import editor_name
-from clme_lib.subjects.settings import Shape, SubjectSettings, load_settings, registered_subjects
+from clme_lib.subjects.settings import Shape, SubjectSettings, list_subjects, load_settings
 from clme_lib.support import memory
 from clme_lib.support.batching import Batches
 from clme_lib.support.errors import StudyError
 from clme_lib.support.seeds import DEFAULT_SEED
-
-linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems neither tell nor bound what a process takes")
 
 PAPER = ("codellama-7b", "codeqwen1.5-7b", "stablecode-3b")
 # layers and sizes of the paper's values, for four blocks
@@ -138,7 +134,7 @@ def test_every_editor_is_measured_and_the_command_resumes(small_paper_subject, t
     ):
         shown = table(measured, label="tab")
         assert len(shown.data) and "nan" not in shown.to_myst() and shown.label == "tab", table
-    costs, floors = (table(measured, "tab").data for table in (rq2.cost_table, rq2.floor_table))
+    costs, floors = (table(measured, label="tab").data for table in (rq2.cost_table, rq2.floor_table))
     assert (
         list(costs["Subject"].unique())
         == list(floors["Subject"].unique())
@@ -196,7 +192,7 @@ def test_a_batch_that_does_not_fit_ends_the_growth(small_paper_subject, monkeypa
     measured = measure.bench(config)
     batches = measured[measured["kind"] == "throughput"].set_index("batch")["error"]
     assert list(batches.index) == [2, 4] and batches[4] == "out of memory"
-    assert "out of memory" in rq2.throughput_table(measured, "tab").to_myst()
+    assert "out of memory" in rq2.throughput_table(measured, label="tab").to_myst()
 
 
 def test_an_editor_that_does_not_fit_is_said_so(small_paper_subject, monkeypatch, tmp_path):
@@ -207,12 +203,12 @@ def test_an_editor_that_does_not_fit_is_said_so(small_paper_subject, monkeypatch
     config = study_config.make_config(BenchConfig, subject="stablecode-3b", random_weights=True, editors="memit,grace", cases=1, batches="",
                                        out=tmp_path, device="cpu")  # fmt: skip
     measured = measure.bench(config)
-    shown = rq2.cost_table(measured, "tab")
+    shown = rq2.cost_table(measured, label="tab")
     costs = shown.data.set_index("Editor")
     assert costs.loc["MEMIT", "CNLE s / edit"] == costs.loc["MEMIT", "CSNE s / edit"] == "out of memory"
     assert costs.loc["MEMIT", "n"] == "0" and float(costs.loc["GRACE", "CNLE s / edit"]) > 0
     assert list(rq2.findings(measured)["too_large"].values()) == [["MEMIT"]]
-    assert "nan" not in shown.to_myst() and len(rq2.floor_table(measured, "tab").data) == 1
+    assert "nan" not in shown.to_myst() and len(rq2.floor_table(measured, label="tab").data) == 1
     assert len(rq2.cost_figure(measured, "peak_mib").axes) == 2
 
 
@@ -351,40 +347,6 @@ def test_a_run_goes_on_in_smaller_batches(tiny, source, monkeypatch, tmp_path):
         study_config.make_config(batch_size="many")
 
 
-@linux
-def test_too_much_memory_raises_instead_of_ending_the_process(monkeypatch):
-    cpu = torch.device("cpu")
-    process = psutil.Process()
-    before = process.rlimit(psutil.RLIMIT_DATA)
-    monkeypatch.setattr(memory, "free_memory_bytes", lambda device: 2**28)
-    with memory.raising_when_full(cpu):
-        torch.empty(2**26, dtype=torch.uint8)
-        with pytest.raises(RuntimeError) as refused:
-            torch.empty(2**30, dtype=torch.uint8)
-    assert memory.is_out_of_memory(refused.value)
-    assert process.rlimit(psutil.RLIMIT_DATA) == before
-    assert torch.empty(2**30, dtype=torch.uint8).numel() == 2**30
-
-
-@linux
-def test_a_limit_of_the_process_or_its_group_counts_as_what_is_free(monkeypatch, tmp_path):
-    for name, text in {
-        "memory.max": "4096",
-        "memory.current": "3000",
-        "memory.stat": "anon 5\ninactive_file 900",
-    }.items():
-        (tmp_path / name).write_text(text)
-    limited = "memory.max", "memory.current"
-    assert memory._free_in(tmp_path, "/", *limited) == memory._free_in(tmp_path, "/gone", *limited) == 1996
-    (tmp_path / "memory.max").write_text("max")
-    assert memory._free_in(tmp_path, "/", *limited) == float("inf")
-    used = psutil.Process().memory_info()
-    for limit, taken in ((psutil.RLIMIT_AS, used.vms), (psutil.RLIMIT_DATA, used.data)):
-        limits = {limit: (taken + 2**20, -1)}
-        monkeypatch.setattr(psutil.Process, "rlimit", lambda self, which, limits=limits: limits.get(which, (-1, -1)))
-        assert abs(memory.free_memory_bytes(torch.device("cpu")) - 2**20) < 2**19
-
-
 def test_free_memory_is_told():
     assert 2**20 < memory.free_memory_bytes(torch.device("cpu")) < 2**50
     assert memory.is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
@@ -393,5 +355,5 @@ def test_free_memory_is_told():
 
 
 def test_all_registered_paper_subjects_have_shapes():
-    assert {name for name in registered_subjects() if load_settings(name).subject.shape} == set(PAPER)
+    assert {name for name in list_subjects() if load_settings(name).subject.shape} == set(PAPER)
     assert measure.BenchConfig().seed == DEFAULT_SEED and isinstance(pd.DataFrame(), pd.DataFrame)

@@ -37,11 +37,11 @@ def test_losses_and_divergences_by_parts_equal_autograd(llama, cases, monkeypatc
     drawn = torch.Generator().manual_seed(0)
     shape = len(forward.labels), llama.hidden_size
     start, other = (torch.randn(shape, generator=drawn) for _ in range(2))
-    reference = forward.compared_losses(other, places, None)[3]
-    assert forward.compared_losses(other, places, reference)[2].abs().max() < 1e-6
+    reference = forward.label_losses(other, places, None)[3]
+    assert forward.label_losses(other, places, reference)[2].abs().max() < 1e-6
     weights = torch.rand(shape[0], generator=drawn), torch.rand(3, generator=drawn)
     states, same = (start.clone().requires_grad_(True) for _ in range(2))
-    losses, _, moved, logs = forward.compared_losses(states, places, reference)
+    losses, _, moved, logs = forward.label_losses(states, places, reference)
     ((weights[0] * losses).sum() + (weights[1] * moved).sum()).backward()
     all_logs = llama.model.lm_head(same).log_softmax(-1)
     plain_losses = -all_logs.gather(-1, forward.labels[:, None])[:, 0]

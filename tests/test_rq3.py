@@ -9,8 +9,8 @@ from test_runs import config
 
 from clme_lib.evaluation.records import SCORED, UNSCORED
 from clme_lib.study import runs
-from clme_lib.study.publish import publish
-from clme_lib.study.rq3 import measurements, radius
+from clme_lib.study.copies import publish
+from clme_lib.study.rq3 import measurements
 from clme_lib.study.rq3 import tables as rq3
 from clme_lib.support.errors import StudyError
 
@@ -32,16 +32,16 @@ def test_tables_are_functions_of_records(both, tmp_path):
         "rq3-compat",
     ]
     assert set(compat["preset"]) == {"compat"} and set(compat["run"]) == {"rq3-compat"}
-    shown = rq3.ablation_table(clean, "tab").data
+    shown = rq3.ablation_table(clean, label="tab").data
     assert list(shown["Editor"]) == ["GRACE", "A-GRACE", "A-GRACE w/o CL", "A-GRACE w/o Mean"]
     mean = 100 * clean[clean["editor"] == "a-grace"]["generalization_bleu"].mean()
     assert f"{mean:.2f}" in shown.set_index("Editor").loc["A-GRACE", "Gen. BLEU"]
-    presets = rq3.preset_table(clean, compat, "tab").data
+    presets = rq3.preset_table(clean, compat, label="tab").data
     assert len(presets) == 1 + 2 * 4 and set(presets["Preset"]) == {"–", "clean", "compat"}
     released = presets[(presets["Editor"] == "A-GRACE") & (presets["Preset"] == "compat")].iloc[0]
     assert released["Spec. EM"] == "100.00"
-    assert rq3.preset_table(clean.assign(state=UNSCORED), compat.assign(state=UNSCORED), "tab").data.empty
-    fewer = rq3.preset_table(clean, compat[compat["case_id"] != clean["case_id"].iloc[0]], "tab").data
+    assert rq3.preset_table(clean.assign(state=UNSCORED), compat.assign(state=UNSCORED), label="tab").data.empty
+    fewer = rq3.preset_table(clean, compat[compat["case_id"] != clean["case_id"].iloc[0]], label="tab").data
     assert set(presets["n"]) == {"4"} and set(fewer["n"]) == {"3"}, "only cases that both presets have are compared"
     (compared,) = rq3.findings(clean, compat)
     assert (compared["data"], compared["cases"], compared["released"]) == ("CNLE", 4, (100.0, 4))
@@ -63,7 +63,7 @@ def test_paired_differences_by_hand():
             row = dict.fromkeys(rq3.PAPER_SCORES, 1.0)
             row |= {"dataset": "cnle", "editor": editor, "case_id": case, "state": SCORED}
             rows.append(row | {"generalization_em": float(hit), "generalization_bleu": score})
-    row_of_table = rq3.paired_table(pd.DataFrame(rows), "tab").data.iloc[0]
+    row_of_table = rq3.paired_table(pd.DataFrame(rows), label="tab").data.iloc[0]
     assert row_of_table["n"] == "6" and row_of_table["Eff. EM"] == "0.00<br><small>the same</small>"
     assert row_of_table["Gen. EM"].startswith("+66.67") and "p = 0.125" in row_of_table["Gen. EM"]
     p = stats.wilcoxon(bleu[0] - bleu[1], zero_method="zsplit").pvalue
@@ -98,7 +98,7 @@ def test_the_best_radius_by_hand():
     columns = ["radius", "generalization", "specificity_rate"]
     curve = pd.DataFrame(points, columns=columns).assign(dataset="cnle", cases=4)
     swept = pd.concat([curve.assign(editor="grace", margin=None), curve[:3].assign(editor="a-grace", margin=1.5)])
-    table = rq3.radius_table(swept.reset_index(drop=True), "tab").data
+    table = rq3.radius_table(swept.reset_index(drop=True), label="tab").data
     assert table["Margin"].tolist() == ["–", "1.5"]
     assert table["Gen. EM, radius 1"].tolist() == ["20.0", "20.0"], "the paper's radius"
     assert table["Best radius"].tolist() == ["2.00", "2.00"], "0.6 + 0.8, and the smaller radius of two as good"
@@ -120,8 +120,8 @@ def test_small_files_are_made_once_and_published(both, monkeypatch, tmp_path):
         )  # fmt: skip
         table.to_csv(file, index=False)
 
-    monkeypatch.setattr(radius, "sweep_radius", sweep)
-    monkeypatch.setattr("clme_lib.subjects.subject.load_subject", lambda *args: runs.load_subject())
+    monkeypatch.setattr(measurements, "sweep_radius", sweep)
+    monkeypatch.setattr(measurements, "load_subject", lambda *args: runs.load_subject())
     for _ in range(2):
         swept = measurements.sweep(chosen)
     assert made == [4] and len(swept) == 9
@@ -142,12 +142,12 @@ def test_small_files_are_made_once_and_published(both, monkeypatch, tmp_path):
     figure = rq3.projection_figure(places)
     assert len(figure.axes) == 2
     plt.close("all")
-    shown_case = rq3.projection_table(places, "tab").data
+    shown_case = rq3.projection_table(places, label="tab").data
     rephrased = places[(places["query"] == "last") & (places["kind"] == "rephrased")]["distance"].iloc[0]
     assert len(shown_case) == 2 and shown_case["Rephrased"].iloc[0] == f"{rephrased:.2f}"
     alone = measurements.overhead(chosen)
     assert len(alone) == 4 * 4 and (alone["seconds"] > 0).all()
-    table = rq3.overhead_table(alone, "tab").data.set_index("Editor")
+    table = rq3.overhead_table(alone, label="tab").data.set_index("Editor")
     wide = alone.pivot(index="case_id", columns="editor", values="seconds")
     assert table.loc["GRACE", "time / GRACE"] == "1.00"
     assert table.loc["A-GRACE", "time / GRACE"] == f"{(wide['a-grace'] / wide['grace']).median():.2f}"

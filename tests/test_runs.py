@@ -21,9 +21,9 @@ from clme_lib.evaluation.evaluate import evaluate
 from clme_lib.evaluation.records import FAILED, SCORED, UNSCORED, read_records
 from clme_lib.metrics.base import TEXTS
 from clme_lib.study import config as study_config
-from clme_lib.study import provenance, runs
+from clme_lib.study import provenance, run_folder, runs
+from clme_lib.study.copies import publish
 from clme_lib.study.notebook import config_from_notebook
-from clme_lib.study.publish import publish
 from clme_lib.study.rq1 import examples, findings, proficiency_figure, proficiency_table, transfer_table
 from clme_lib.study.spot_check import agreement_table, compare, describe
 from clme_lib.study.tables import inline_code, interval
@@ -72,7 +72,7 @@ def test_scores_can_wait(tiny, source, tmp_path, capsys):
     before = {file: file.read_bytes() for file in (later.out / "records").iterdir()}
     assert main(["score", str(later.out), str(tmp_path / "scored")]) == 0
     assert f"{len(whole)} records scored" in capsys.readouterr().out
-    filled = runs.load_run(tmp_path / "scored")
+    filled = run_folder.load_run(tmp_path / "scored")
     varying = ("edit_seconds", "peak_memory_mib", "run", "start")
     shared = [name for name in whole.columns if name not in varying]
     pd.testing.assert_frame_equal(filled[shared], whole[shared])
@@ -191,7 +191,7 @@ def test_killing_the_process_loses_at_most_a_batch(source, tmp_path):
     recorded = sum(len(read_rows(path)) for path in (out / "records").glob("*.jsonl"))
     assert 0 < recorded < 15, "the process was meant to be killed in the middle"
     subprocess.run([sys.executable, str(script)], env=environment, check=True, stderr=subprocess.DEVNULL)
-    table = runs.load_run(out)
+    table = run_folder.load_run(out)
     assert len(table) == 15 and not table.duplicated(["editor", "case_id"]).any()
 
 
@@ -297,7 +297,7 @@ def test_publishing_keeps_cnle_texts_and_hashes_of_csne(tiny, source, tmp_path):
     published.write(code, [Case(n, "csne", mined[n], "Return it.", (mined[n + 2],), tuple(mined[4:9])) for n in (0, 1)])
     runs.run(config(code, tmp_path / "code", dataset="csne", cases=2))
     publish(tmp_path / "code", tmp_path / "out-code")
-    published_run = runs.load_run(tmp_path / "out-code")
+    published_run = run_folder.load_run(tmp_path / "out-code")
     assert published_run["generated_effectiveness"].isna().all() and published_run["sha256_effectiveness"].notna().all()
 
     runs.run(config(source, tmp_path / "run", cases=2))
@@ -307,7 +307,7 @@ def test_publishing_keeps_cnle_texts_and_hashes_of_csne(tiny, source, tmp_path):
     manifest["starts"][1]["library"] = "another"
     (tmp_path / "run" / "run.json").write_text(json.dumps(manifest))
     assert publish(tmp_path / "run", tmp_path / "out") == 4 + 2
-    table = runs.load_run(tmp_path / "out")
+    table = run_folder.load_run(tmp_path / "out")
     assert table["generated_effectiveness"].notna().all()
     assert (tmp_path / "out" / "proficiency.png").stat().st_size > 1000
     starts = json.loads((tmp_path / "out" / "run.json").read_text())["starts"]
@@ -365,7 +365,7 @@ def test_spot_check_counts_and_fails(tiny, source, tmp_path):
     assert comparison.agreement["grace"] == pytest.approx(30 / 35) and comparison.agreement["none"] == 1
     assert not comparison.passed and len(comparison.differences) == 5
     assert "FAILED" in describe(comparison)
-    shown = agreement_table(comparison, "tab-here")
+    shown = agreement_table(comparison, label="tab-here")
     assert shown.label == "tab-here" and shown.data.iloc[:, 4].tolist() == ["35", "30"]
     moved = table.copy(deep=True)
     first = moved.index[moved["editor"] == "none"][0]
@@ -377,7 +377,7 @@ def test_spot_check_counts_and_fails(tiny, source, tmp_path):
 
 def test_report_is_computed_from_records(tiny, source, tmp_path):
     table = runs.run(config(source, tmp_path / "run", cases=5))
-    shown = proficiency_table(table, "tab-scores")
+    shown = proficiency_table(table, label="tab-scores")
     none = shown.data[shown.data["Editor"] == "unedited"].iloc[0]
     assert none["Spec. EM"].startswith("100.00") and none["n"] == "5"
     mean = 100 * table[table["editor"] == "grace"]["effectiveness_bleu"].mean()
@@ -404,7 +404,7 @@ def test_report_is_computed_from_records(tiny, source, tmp_path):
     assert list(shares["careful"]) == (["GRACE"] if both else [])
     perfect = table.assign(effectiveness_em=1.0, specificity_em=1.0, generalization_em=0.25)
     assert findings(perfect)["CNLE"]["careful"] == {"GRACE": 0.25}
-    assert transfer_table(table, "tab").data.empty, "one data set has nothing to compare"
+    assert transfer_table(table, label="tab").data.empty, "one data set has nothing to compare"
     case, written = next(examples(table, published.read(source, CNLE)))
     assert case.case_id == min(table["case_id"]) and list(written["Editor"]) == ["unedited", "GRACE"]
     (unedited,) = table[(table["case_id"] == case.case_id) & (table["editor"] == "none")]["generated_effectiveness"]

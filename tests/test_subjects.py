@@ -15,7 +15,7 @@ from clme_lib.editors.base import EDITORS
 from clme_lib.editors.registry import list_editors, load_editor, resolve_hparams
 from clme_lib.subjects import embedded as embedded_subject
 from clme_lib.subjects import settings as hyperparameters
-from clme_lib.subjects.settings import load_settings, registered_subjects, transfer_layers
+from clme_lib.subjects.settings import list_subjects, load_settings, transfer_layers
 from clme_lib.subjects.subject import load_subject
 from clme_lib.support.errors import StudyError
 
@@ -143,7 +143,7 @@ def test_full_disk_is_said_beforehand(fake_pip, monkeypatch):
 
 
 def test_every_yaml_fits_its_editors():
-    for name in registered_subjects():
+    for name in list_subjects():
         for editor in list_editors():
             assert isinstance(resolve_hparams(editor, name), EDITORS[editor].Hyperparameters)
         assert set(load_settings(name).editors) <= set(list_editors())
@@ -169,7 +169,7 @@ def test_paper_values():
 def test_the_values_of_every_subject_are_what_they_were():
     """Resolved from the classes' defaults and the YAMLs, as they were when each YAML had all of them."""
     snapshot = json.loads((Path(__file__).parent / "data" / "hyperparameters.json").read_text())
-    assert set(snapshot) == set(registered_subjects())
+    assert set(snapshot) == set(list_subjects())
     for subject, editors in snapshot.items():
         for editor, values in editors.items():
             assert resolve_hparams(editor, subject).model_dump(mode="json") == values, (subject, editor)
@@ -209,7 +209,7 @@ def test_unknown_editor(llama):
 
 def test_a_malformed_yaml_names_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(hyperparameters, "_FOLDER", tmp_path)
-    hyperparameters.registered_subjects.cache_clear()
+    hyperparameters.list_subjects.cache_clear()
     hyperparameters.load_settings.cache_clear()
     try:
         (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"subject": {"source": "web"}, "editors": {}}))
@@ -219,7 +219,7 @@ def test_a_malformed_yaml_names_the_file(tmp_path, monkeypatch):
         with pytest.raises(StudyError, match=r"mine\.yaml: cannot be read as YAML"):
             load_settings("mine")
     finally:
-        hyperparameters.registered_subjects.cache_clear()
+        hyperparameters.list_subjects.cache_clear()
         hyperparameters.load_settings.cache_clear()
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from clme_lib.editors.registry import load_editor
+from clme_lib.edits.base import Edit
 from clme_lib.edits.codebooks import Codebook, PromptCodebook
 from clme_lib.evaluation import unedited
 from clme_lib.evaluation.evaluate import evaluate
@@ -76,18 +77,19 @@ def test_a_codebook_that_fires_at_a_written_token_changes_the_text(llama, cases)
     request = Request(cases[0].prompt, 8, 0)
     (plain,) = generate(llama, [Request(cases[0].prompt, 8)])
     walk = Blockwise(llama, [encode(llama.tokenizer, cases[0].prompt) + list(plain.ids)])
-    keys = walk.block(LAYER, walk.up_to(LAYER)).keys[0]
 
-    def book(column, radius=1e-3):
+    def book(column, layer=LAYER):
+        key = walk.block(layer, walk.up_to(layer)).keys[0, column][None]
         return Codebook(
-            0, "grace", layer=LAYER, keys=keys[column][None], values=torch.ones(1, llama.hidden_size), radii=torch.tensor([radius])
-        )  # fmt: skip
+            0, "grace", layer=layer, keys=key, values=torch.ones(1, llama.hidden_size), radii=torch.tensor([1e-3])
+        )
 
     # the last token written is never read, all before it are
     assert list(unedited.unchanged(llama, [request], [book(-1)])) == [0]
     for column in (-2, -7):
         assert not unedited.unchanged(llama, [request], [book(column)])
     assert not unedited.unchanged(llama, [request], [book(-9)])  # the prompt's own
+    assert not unedited.unchanged(llama, [request], [Edit.compose([book(-2), book(-3, LAYER + 1)])])
 
 
 def test_each_is_generated_once(llama, cases, monkeypatch):

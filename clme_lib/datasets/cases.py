@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..support.seeds import seeded_order
-from .base import get_dataset
+from .base import DataSet, get_dataset
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,14 @@ class Case:
     target: str
     rephrased: tuple[str, ...]
     unrelated: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, dataset: DataSet, case_id: int, text: str, target: str, rephrased: Iterable[str], unrelated: Iterable[str]
+    ) -> Case:
+        """A case of texts that have no template yet."""
+        others = tuple(map(dataset.prompt, rephrased)), tuple(map(dataset.prompt, unrelated))
+        return cls(case_id, dataset.name, dataset.prompt(text), target, *others)
 
     @property
     def text(self) -> str:
@@ -63,3 +71,9 @@ def folds(cases: Sequence[Case], seed: int) -> tuple[list[int], list[int]]:
     order = seeded_order(ids, "fold", seed, cases[0].dataset if cases else "")
     half = (len(order) + 1) // 2
     return sorted(order[:half]), sorted(order[half:])
+
+
+def split_cases(cases: Sequence[Case], seed: int) -> tuple[list[Case], list[Case]]:
+    """The cases of both :func:`folds`, in their order."""
+    first = set(folds(cases, seed)[0])
+    return [case for case in cases if case.case_id in first], [case for case in cases if case.case_id not in first]

@@ -8,16 +8,17 @@ append them with the next free ``case_id`` and run the tests: they check every r
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import json
-from importlib import resources
+import re
 from pathlib import Path
 
 from ..support.cache import cache_dir
 from ..support.errors import StudyError
 from ..support.journal import write_text
 from . import neighbours
-from .base import DataSet
+from .base import EMBEDDED, DataSet
 from .cases import Case
 from .neighbours import NEIGHBOURS, nearest
 
@@ -29,7 +30,7 @@ FIELDS = {
 
 def read_rows(name: str) -> list[dict]:
     """Rows of ``cnle-targets`` or ``cnle-pool``; StudyError names file, line and field of a malformed one."""
-    file = resources.files("clme_lib") / "datasets" / "embedded" / f"{name}.jsonl"
+    file = EMBEDDED / f"{name}.jsonl"
     rows = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -45,24 +46,17 @@ def read_rows(name: str) -> list[dict]:
 def load(dataset: DataSet) -> list[Case]:
     """All embedded CNLE cases, each with its five nearest pool intents (TF-IDF), which are found once and kept in the user's cache."""
     targets, pool = read_rows("cnle-targets"), read_rows("cnle-pool")
-    near = _cached_neighbours(len(targets), len(pool))
-    if near is None:
-        near = nearest(
-            [row["intent"] for row in targets],
-            [row["intent"] for row in pool],
-            allowed=lambda target, entry: targets[target]["snippet"] != pool[entry]["snippet"],
-        )
-        write_text(cached(), json.dumps(near))
+    intents = [row["intent"] for row in pool]
     return [
-        Case(
-            case_id=row["case_id"],
-            dataset=dataset.name,
-            prompt=dataset.prompt(row["intent"]),
-            target=row["snippet"],
-            rephrased=(dataset.prompt(row["rewritten_intent"]),),
-            unrelated=tuple(dataset.prompt(pool[n]["intent"]) for n in entries),
+        Case.of(
+            dataset,
+            row["case_id"],
+            row["intent"],
+            row["snippet"],
+            [row["rewritten_intent"]],
+            [intents[n] for n in entries],
         )
-        for row, entries in zip(targets, near)
+        for row, entries in zip(targets, _neighbours(targets, pool))
     ]
 
 
@@ -74,26 +68,26 @@ def cached() -> Path:
     return cache_dir() / "datasets" / f"cnle-{digest.hexdigest()[:16]}.json"
 
 
-def _cached_neighbours(targets: int, pool: int) -> list[list[int]] | None:
-    """Each target's neighbours as pool indices, or None when the file is absent or damaged."""
-    try:
+def _neighbours(targets: list[dict], pool: list[dict]) -> list[list[int]]:
+    """Each target's neighbours as pool indices, made anew when the file is absent or damaged."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
         near = json.loads(cached().read_text(encoding="utf-8"))
-        complete = len(near) == targets and all(len(entries) == NEIGHBOURS for entries in near)
-        return near if complete and all(0 <= entry < pool for entries in near for entry in entries) else None
-    except (OSError, ValueError, TypeError):
-        return None
+        complete = [len(entries) for entries in near] == [NEIGHBOURS] * len(targets)
+        if complete and all(0 <= entry < len(pool) for entries in near for entry in entries):
+            return near
+    near = nearest(
+        [row["intent"] for row in targets],
+        [row["intent"] for row in pool],
+        allowed=lambda target, entry: targets[target]["snippet"] != pool[entry]["snippet"],
+    )
+    write_text(cached(), json.dumps(near))
+    return near
 
 
 def calls(snippet: str) -> set[str]:
     """Dotted names (or method names) of the calls in a snippet."""
     functions = [node.func for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Call)]
-    return {".".join(dotted_name(function)) or getattr(function, "attr", "?") for function in functions}
-
-
-def dotted_name(node: ast.expr) -> list[str]:
-    """The parts of a name like ``os.path.join``; none for what does not begin with a name."""
-    parts: list[str] = []
-    while isinstance(node, ast.Attribute):
-        parts.append(node.attr)
-        node = node.value
-    return [node.id, *reversed(parts)] if isinstance(node, ast.Name) else []
+    names = {ast.unparse(function): function for function in functions}
+    return {
+        name if re.fullmatch(r"[\w.]+", name) else getattr(function, "attr", "?") for name, function in names.items()
+    }

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import partial
-from importlib import import_module, resources
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..support.errors import StudyError
-from .base import DataSet, Layout, get_dataset, register_dataset
+from .base import EMBEDDED, DataSet, Layout, get_dataset, register_dataset
 
 if TYPE_CHECKING:
     from .cases import Case
@@ -30,9 +30,9 @@ def _load(name: str, embedded: str, source: str) -> Sequence[Case]:
 
 
 def _paper(name: str, embedded: str, **fields: Any) -> DataSet:
-    selection = resources.files("clme_lib") / "datasets" / "embedded" / "selection.json"
-    ids = frozenset(json.loads(selection.read_text(encoding="utf-8"))[name])
-    return register_dataset(DataSet(name, name.upper(), load=partial(_load, name, embedded), selection=ids, **fields))
+    selection = json.loads((EMBEDDED / "selection.json").read_text(encoding="utf-8"))
+    load, ids = partial(_load, name, embedded), frozenset(selection[name])
+    return register_dataset(DataSet(name, name.upper(), load=load, selection=ids, **fields))
 
 
 CNLE = _paper(

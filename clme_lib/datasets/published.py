@@ -19,9 +19,11 @@ import shutil
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from ..support.cache import cache_dir
 from ..support.errors import StudyError
+from ..support.journal import write_text
 from .base import DataSet, Layout, get_dataset
 from .cases import Case
 from .neighbours import NEIGHBOURS
@@ -36,29 +38,28 @@ def read(path: str | os.PathLike, dataset: DataSet) -> list[Case]:
     Raises:
         StudyError: the file cannot be read, or a record is malformed (the message names record and field).
     """
-    records = read_records(path)
-    cases = [parse_record(record, f"{path}, record {n}", dataset) for n, record in enumerate(records)]
-    ids: set[int] = set()
-    for case in cases:
-        if case.case_id in ids:
+    cases: dict[int, Case] = {}
+    for n, record in enumerate(read_records(path)):
+        case = parse_record(record, f"{path}, record {n}", dataset)
+        if cases.setdefault(case.case_id, case) is not case:
             raise StudyError(f"{path}: case_id {case.case_id} occurs twice")
-        ids.add(case.case_id)
-    return cases
+    return list(cases.values())
 
 
 def read_records(path: str | os.PathLike) -> list:
-    """The records of a file in the published layout, not looked into.
-
-    Raises:
-        StudyError: it cannot be read, or is not a list of records.
-    """
-    try:
-        records = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise StudyError(f"{path}: cannot be read as UTF-8 JSON: {error}") from error
+    """The records of a file in the published layout, not looked into; StudyError when there are none."""
+    records = read_json(path)
     if not isinstance(records, list) or not records:
         raise StudyError(f"{path}: expected a JSON list of records, found {type(records).__name__} of no records")
     return records
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The content of a JSON file; StudyError when it cannot be read."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{path}: cannot be read as UTF-8 JSON: {error}") from error
 
 
 def layout_of(dataset: DataSet) -> Layout:
@@ -74,32 +75,32 @@ def layout_of(dataset: DataSet) -> Layout:
     return dataset.layout
 
 
+def file_in(folder: Path, dataset: DataSet) -> Path:
+    """The data set's file in a folder, named as the authors name it."""
+    return folder / f"{layout_of(dataset).file}.json"
+
+
 def parse_record(record: object, where: str, dataset: DataSet) -> Case:
     """A record of the published layout as a case; StudyError names the field that is wrong."""
     layout = layout_of(dataset)
-    request_fields = (layout.text, layout.target, layout.rephrased)
     case_id = _field(record, "case_id", int, where)
     request = _field(record, "edit_request", dict, where)
-    texts = [_field(request, name, str, f"{where}, edit_request") for name in request_fields]
-    for name, text in zip(request_fields, texts):
-        if not text.strip():
-            raise StudyError(f"{where}, edit_request: {name} is empty")
-    neighbourhood = _field(record, "neighborhoods", dict, where)
-    items = _field(neighbourhood, "items", list, f"{where}, neighborhoods")
+    where_request = f"{where}, edit_request"
+    names = layout.text, layout.target, layout.rephrased
+    text, target, rephrased = (_field(request, name, str, where_request) for name in names)
+    for name, given in zip(names, (text, target, rephrased)):
+        if not given.strip():
+            raise StudyError(f"{where_request}: {name} is empty")
+    neighbourhood, where = _field(record, "neighborhoods", dict, where), f"{where}, neighborhoods"
+    items = _field(neighbourhood, "items", list, where)
     if len(items) != NEIGHBOURS:
-        raise StudyError(f"{where}, neighborhoods: items has {len(items)} entries, expected {NEIGHBOURS}")
+        raise StudyError(f"{where}: items has {len(items)} entries, expected {NEIGHBOURS}")
     answers = neighbourhood.get("answers") or {}
-    if not isinstance(answers, dict) or any(len(given) != NEIGHBOURS for given in answers.values()):
-        raise StudyError(f"{where}, neighborhoods: answers must map each model to {NEIGHBOURS} strings")
-    unrelated = [_field(item, layout.text, str, f"{where}, neighborhoods, items[{n}]") for n, item in enumerate(items)]
-    return Case(
-        case_id,
-        dataset.name,
-        dataset.prompt(texts[0]),
-        texts[1],
-        (dataset.prompt(texts[2]),),
-        tuple(map(dataset.prompt, unrelated)),
-    )
+    lists = list(answers.values()) if isinstance(answers, dict) else [None]
+    if not all(isinstance(texts, list) and len(texts) == NEIGHBOURS for texts in lists):
+        raise StudyError(f"{where}: answers must map each model to {NEIGHBOURS} strings")
+    unrelated = [_field(item, layout.text, str, f"{where}, items[{n}]") for n, item in enumerate(items)]
+    return Case.of(dataset, case_id, text, target, [rephrased], unrelated)
 
 
 def _field(record: object, name: str, kind: type, where: str):
@@ -133,9 +134,7 @@ def write(path: str | os.PathLike, cases: list[Case], answers: dict[str, list[li
         }
         for n, case in enumerate(cases)
     ]  # fmt: skip
-    unfinished = Path(f"{path}.part")
-    unfinished.write_text(json.dumps(records, indent=1), encoding="utf-8")
-    os.replace(unfinished, path)
+    write_text(Path(path), json.dumps(records, indent=1))
 
 
 def fetch(dataset: DataSet, api: str = "https://zenodo.org/api") -> Path:
@@ -149,16 +148,15 @@ def fetch(dataset: DataSet, api: str = "https://zenodo.org/api") -> Path:
     folder = cache_dir() / "clmeeval" / ZENODO_RECORD
     if not folder.is_dir():
         _download(folder, api)
-    stem = layout_of(dataset).file.lower()
-    files = [file for file in sorted(folder.rglob("*.json")) if stem in str(file.relative_to(folder)).lower()]
-    # two-fold layout: <fold>/<data set>/{train,test}.json beside one all.json
-    whole = [file for file in files if file.stem.lower() in ("all", stem)] or files
-    if not whole:
-        names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*.json"))
+    name = layout_of(dataset).file
+    paths = {file: str(file.relative_to(folder)) for file in sorted(folder.rglob("*.json"))}
+    files = [file for file, path in paths.items() if name.lower() in path.lower()]
+    if not files:
         raise StudyError(
-            f"record {ZENODO_DOI} in {folder}: no JSON file named like {layout_of(dataset).file}; it has {names}"
+            f"record {ZENODO_DOI} in {folder}: no JSON file named like {name}; it has {list(paths.values())}"
         )
-    return whole[0]
+    # two-fold layout: <fold>/<data set>/{train,test}.json beside one all.json
+    return next((file for file in files if file.stem.lower() in ("all", name.lower())), files[0])
 
 
 def _download(folder: Path, api: str) -> None:
@@ -175,10 +173,7 @@ def _download(folder: Path, api: str) -> None:
             for entry in answer.json()["files"]:
                 file = unfinished / Path(entry["key"]).name
                 digest = hashlib.md5(usedforsecurity=False)
-                with (
-                    requests.get(entry["links"]["self"], stream=True, timeout=60) as body,
-                    file.open("wb") as out,
-                ):
+                with requests.get(entry["links"]["self"], stream=True, timeout=60) as body, file.open("wb") as out:
                     body.raise_for_status()
                     for chunk in body.iter_content(1 << 20):
                         digest.update(chunk)

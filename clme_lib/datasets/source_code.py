@@ -15,7 +15,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 _ROLE = re.compile(r":[\w:+-]+:`~?!?([^`<]*?)(?:\s*<[^`]*>)?`")
 _POINTER = re.compile(
     r"https?:|www\.|TODO|FIXME|XXX|[Dd]eprecat|\b[Ss]ee\b|[Ss]ame as|[Ss]imilar to|[Jj]ust like|[Ll]ike `|above|below|"
-    r"[Ww]rapper for|[Aa]lias|[Oo]verrid|[Rr]eference implementation|docstring|[Nn]ot implemented|>>>|\||\.\.|^\W",
+    r"[Ww]rapper for|[Aa]lias|[Oo]verrid|[Rr]eference implementation|docstring|[Nn]ot implemented|>>>|\||\.\.|^\W"
 )
 _OPENINGS = re.compile(r"(This|These|That|We|I|Maybe|Note|It|Also|And|But|If|When|For|Please|Notes?:)\b")
 
@@ -37,11 +37,13 @@ def single_function(code: str) -> Function | None:
     return node if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else None
 
 
-def without_docstring(lines: list[str], function: Function) -> str | None:
-    """A function's text from its ``def`` on, not indented; None when its docstring shares a line with code or is all it has.
+def bare_code(lines: list[str], function: Function, longest: int | None = None) -> str | None:
+    """A function's text from its ``def`` on, not indented, without its docstring and comments and the lines that hold nothing else.
 
     Args:
         lines: the source that ``function`` was parsed from.
+        longest: characters with the comments; None is returned for more, as it is for what cannot be tokenized and for a function whose
+            docstring shares a line with code or is all it has.
     """
     kept, body = lines[function.lineno - 1 : function.end_lineno], function.body
     if ast.get_docstring(function, clean=False) is not None:
@@ -49,11 +51,9 @@ def without_docstring(lines: list[str], function: Function) -> str | None:
         if len(body) == 1 or first == 0 or body[1].lineno == body[0].end_lineno:
             return None
         del kept[first:end]
-    return textwrap.dedent("\n".join(kept))
-
-
-def without_comments(code: str) -> str | None:
-    """``code`` without its comments and the lines that hold nothing else; None when it cannot be tokenized."""
+    code = textwrap.dedent("\n".join(kept))
+    if longest is not None and len(code) > longest:
+        return None
     try:
         tokens = list(tokenize.generate_tokens(io.StringIO(code).readline))
     except (tokenize.TokenError, SyntaxError):

@@ -14,17 +14,16 @@ the unedited model's; ``later_calls="unedited"`` does as it does. Its w/o Mean i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar, Literal, TypeVar
 
-from ..datasets.cases import Case
 from ..edits.codebooks import PromptCodebook, Query
 from ..edits.encoder import Encoder
 from ..forward.prompt_keys import prompt_queries
 from ..support.errors import StudyError
+from ..support.schema import Schema
 from ..support.seeds import generator
 from .contrastive_encoder import EncoderHyperparameters, TrainedEncoder, trained_encoder
-from .grace import GRACEHyperparameters, ValueEditor
+from .grace import CodebookEditor, GRACEHyperparameters, Hparams
 from .operations import Phase
 
 LaterCalls = Literal["edited", "unedited"]
@@ -48,111 +47,73 @@ class AGRACEWithoutMeanHyperparameters(EncoderHyperparameters):
     encoder_query: Query = "last"
 
 
-Hparams = TypeVar("Hparams", bound=GRACEHyperparameters)
 EncoderHparams = TypeVar("EncoderHparams", bound=EncoderHyperparameters)
 
 
-class PromptGRACE(ValueEditor[Hparams]):
-    """GRACE with a codebook that is asked with the whole prompt."""
-
-    query: ClassVar[Query] = "mean"
-
-    def _edit_batch(self, cases, tokenized):
-        _, learnt, logs = self._learn(cases, tokenized)
-        encoder = self._encoder(cases)
-        keys = prompt_queries(self.subject, [case.prompt for case in cases], self.hparams.layer)[self.query]
-        keys = keys if encoder is None else encoder(keys)
-        return [
-            PromptCodebook(
-                case.case_id,
-                self.name,
-                layer=self.hparams.layer,
-                keys=keys[n : n + 1].clone(),
-                values=learnt[n : n + 1].clone(),
-                radii=self._radii(),
-                query=self.query,
-                encoder=encoder,
-                first_call_only=getattr(self.hparams, "later_calls", "edited") == "unedited",
-                log=logs[n],
-            )
-            for n, case in enumerate(cases)
-        ]
-
-    def _encoder(self, cases: Sequence[Case]) -> Encoder | None:
-        return None
-
-
-class AGRACEWithoutCL(PromptGRACE[AGRACEWithoutCLHyperparameters]):
+class AGRACEWithoutCL(CodebookEditor[Hparams]):
     """A-GRACE without contrastive learning: the mean of the prompt's keys is the query."""
 
     name, title, order, colour = "a-grace-wo-cl", "A-GRACE w/o CL", 8, 5
-    Hyperparameters = AGRACEWithoutCLHyperparameters
+    Hyperparameters: ClassVar[type[Schema]] = AGRACEWithoutCLHyperparameters
     compat: ClassVar = {"later_calls": "unedited"}
+    codebook = PromptCodebook
+    query: ClassVar[Query] = "mean"
+
+    def _keys(self, cases, forward):
+        return prompt_queries(self.subject, [case.prompt for case in cases], self.hparams.layer)[self.query]
+
+    def _asked_with(self, cases):
+        later_calls = getattr(self.hparams, "later_calls", "edited")
+        return {"query": self.query, "first_call_only": later_calls == "unedited"}
 
 
-class EncodedGRACE(PromptGRACE[EncoderHparams]):
-    """A-GRACE with an encoder, and what it shares with its ablation."""
+class AGRACE(AGRACEWithoutCL[EncoderHparams]):
+    """GRACE whose query is an encoded mean over the prompt, so that other wordings find the edit."""
 
+    name, title, order, colour = "a-grace", "A-GRACE", 7, 3
+    Hyperparameters: ClassVar[type[Schema]] = AGRACEHyperparameters
     needs_training = True
+    compat: ClassVar = {"later_calls": "unedited", "selection": "edited"}
     _trained: TrainedEncoder | None = None
 
     @property
     def trained(self) -> TrainedEncoder:
-        """The encoder.
-
-        Raises:
-            StudyError: :meth:`fit` has not been called.
-        """
+        """The encoder; StudyError if :meth:`fit` has not been called."""
         if self._trained is None:
             raise StudyError(f"{self.name} has not been trained: call fit(cases) with cases that will not be edited")
         return self._trained
 
-    def fit(self, cases: Sequence[Case], edited: Sequence[Case] = ()) -> None:
-        """Train the encoder on cases of one data set, or load it when it has been trained on them before.
-
-        Raises:
-            StudyError: the cases are of several data sets, too few, or lack rephrased prompts.
-        """
-        self._trained = trained_encoder(self.subject, self.hparams, self._encoder_query(), cases, edited, self.seed)
+    def fit(self, cases, edited=()):
+        query = getattr(self.hparams, "encoder_query", self.query)
+        self._trained = trained_encoder(self.subject, self.hparams, query, cases, edited, self.seed)
 
     def stand_in(self, cases):
         encoder = Encoder(self.subject.inner_size, self.hparams.architecture, generator(self.seed, "encoder"))
-        self._trained = TrainedEncoder(
-            encoder.to(self.subject.device).requires_grad_(False), {"dataset": cases[0].dataset}
-        )
+        frozen = encoder.to(self.subject.device).requires_grad_(False)
+        self._trained = TrainedEncoder(frozen, {"dataset": cases[0].dataset})
 
     def operations(self, prompt, target, steps):
         weights = sum(p.numel() for p in self.trained.encoder.parameters())
         return [*super().operations(prompt, target, steps), Phase("encoder", 2 * weights, 4 * weights)]
 
-    def _encoder_query(self) -> Query:
-        return self.query
+    def _keys(self, cases, forward):
+        return self.trained.encoder(super()._keys(cases, forward))
 
-    def _encoder(self, cases):
+    def _asked_with(self, cases):
+        trained_on = self.trained.header["dataset"]
         for case in cases:
-            if case.dataset != self.trained.dataset:
+            if case.dataset != trained_on:
                 raise StudyError(
                     f"case {case.case_id} is of {case.dataset}, and the encoder of {self.name} was trained on "
-                    f"{self.trained.dataset}: call fit with cases of {case.dataset}"
+                    f"{trained_on}: call fit with cases of {case.dataset}"
                 )
-        return self.trained.encoder
+        return {**super()._asked_with(cases), "encoder": self.trained.encoder}
 
 
-class AGRACE(EncodedGRACE[AGRACEHyperparameters]):
-    """GRACE whose query is an encoded mean over the prompt, so that other wordings find the edit."""
-
-    name, title, order, colour = "a-grace", "A-GRACE", 7, 3
-    Hyperparameters = AGRACEHyperparameters
-    compat: ClassVar = {"later_calls": "unedited", "selection": "edited"}
-
-
-class AGRACEWithoutMean(EncodedGRACE[AGRACEWithoutMeanHyperparameters]):
+class AGRACEWithoutMean(AGRACE[AGRACEWithoutMeanHyperparameters]):
     """A-GRACE without the mean: the encoder is given the last token's key."""
 
     name, title, order, colour = "a-grace-wo-mean", "A-GRACE w/o Mean", 9, 6
     Hyperparameters = AGRACEWithoutMeanHyperparameters
     compat: ClassVar = {"selection": "edited"}
     query: ClassVar[Query] = "last"
-
-    def _encoder_query(self) -> Query:
-        return self.hparams.encoder_query

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ..datasets.cases import Case
 from ..edits.base import Edit
+from ..forward.partial import longest_above
 from ..forward.tokens import TokenRow, tokenize
 from ..subjects.subject import Subject
 from ..support.batching import of_like_length
@@ -37,22 +38,21 @@ class Editor(ABC, Generic[Hparams]):
     """Turns cases into edits of one subject, without ever changing the subject.
 
     Args:
-        subject: the model to edit.
-        hparams: hyper-parameters, an instance of the class's ``Hyperparameters``.
+        hparams: an instance of the class's ``Hyperparameters``.
         seed: the study's seed; each case draws from its own generator.
 
     Attributes:
+        layers: those it edits, ascending.
         name: what commands and records call it; a subclass that has one is registered.
-        title, order, colour: its name and place in tables, and its place in seaborn's colourblind palette. An editor
-            that does not say has its name as the title, stands behind those that do, and gets a colour of its own.
+        title, order, colour: its name and place in tables, and its place in seaborn's colourblind palette; else its name, the
+            last place, and a colour of its own.
         Hyperparameters: their types, ranges and defaults, the paper's values; a subject's YAML overrides single ones.
         needs_training: ``fit`` has to be called before ``edit``.
         updates_weights: its edits change weights, which the diagnosis takes apart.
-        compat: the hyper-parameters that ``preset="compat"`` changes: the released program's defects that can change
-            conclusions.
+        from_lookup: it changes no column before the lookup token, so that an optimisation step passes over the target's only.
+        compat: what ``preset="compat"`` changes: the released program's defects that can change conclusions.
         without_early_stop: the hyper-parameters under which every case takes all steps, whatever its loss.
-        timed_untrained: the cost of an edit does not depend on what was learnt, so it is always measured with
-            :meth:`stand_in`.
+        timed_untrained: what was learnt does not change an edit's cost, which is always measured with :meth:`stand_in`.
         selection_grid: the settings that are tried to select a subject's, the paper's first.
     """
 
@@ -63,6 +63,7 @@ class Editor(ABC, Generic[Hparams]):
     Hyperparameters: ClassVar[type[Schema]] = Schema
     needs_training: ClassVar[bool] = False
     updates_weights: ClassVar[bool] = True
+    from_lookup: ClassVar[bool] = False
     default_batch: ClassVar[int] = 8
     compat: ClassVar[dict[str, Any]] = {}
     without_early_stop: ClassVar[dict[str, Any]] = {}
@@ -75,23 +76,27 @@ class Editor(ABC, Generic[Hparams]):
             return
         # an editor that extends another is not that one in a table
         for attribute, default in {"title": cls.name, "order": 100, "colour": None}.items():
-            if attribute not in vars(cls):
-                setattr(cls, attribute, default)
+            setattr(cls, attribute, vars(cls).get(attribute, default))
         EDITORS.register(cls)
 
     def __init__(self, subject: Subject, hparams: Hparams, seed: int = DEFAULT_SEED) -> None:
         self.subject = subject
         self.hparams = hparams
         self.seed = seed
-        for layer in {getattr(hparams, "layer", 0), *getattr(hparams, "layers", ())}:
+        layer = getattr(hparams, "layer", None)
+        self.layers: tuple[int, ...] = getattr(hparams, "layers", () if layer is None else (layer,))
+        for layer in self.layers:
             subject.down_proj(layer)  # raises when the layer does not exist
 
     def fit(self, cases: Sequence[Case], edited: Sequence[Case] = ()) -> None:
-        """Learn from training cases. Only trained editors (MALMEN, A-GRACE) have anything to learn.
+        """Learn from training cases, or load what was learnt from them before; most editors have nothing to learn.
 
         Args:
             edited: the cases to be edited afterwards. Nothing is learnt from them; the released A-GRACE chooses its
                 encoder by them, which its ``compat`` preset repeats.
+
+        Raises:
+            StudyError: the cases are of several data sets, or lack what is learnt from.
         """
 
     def setup(self) -> dict[str, Any]:
@@ -99,26 +104,17 @@ class Editor(ABC, Generic[Hparams]):
         return {}
 
     def stand_in(self, cases: Sequence[Case]) -> None:
-        """Put something of the same size in the place of what is learnt or gathered, for measurements of time and memory.
-
-        Args:
-            cases: those that will be edited.
-        """
+        """Put something of the same size in the place of what is learnt or gathered, to measure time and memory of editing ``cases``."""
 
     def operations(self, prompt: int, target: int, steps: int) -> list[Phase]:
-        """What one edit cannot do without, as counted in operations.py; empty where nobody has counted: there is no floor.
-
-        Args:
-            prompt, target: tokens of the case.
-            steps: how often its loss was evaluated.
-        """
+        """What an edit of a case of so many tokens, whose loss was evaluated ``steps`` times, cannot do without (operations.py);
+        empty where nobody has counted."""
         return []
 
     def edit(self, cases: Sequence[Case], batch_size: int | None = None, progress: bool = False) -> list[Edit]:
         """One edit per case, in the cases' order.
 
-        Cases of similar length are optimised together; each has its own loss, stop and random draws, so the batch a
-        case lands in does not matter beyond float rounding.
+        Cases of similar length are optimised together. Each has its own loss, stop and random draws: its batch does not matter.
 
         Raises:
             StudyError: a case cannot be edited (empty target, loss not finite); the message names it.
@@ -139,11 +135,11 @@ class Editor(ABC, Generic[Hparams]):
         return self._cost(self._tokenize(case))
 
     def _cost(self, tokenized: TokenRow) -> int:
-        return len(tokenized.inputs)
+        return len(tokenized.target_ids if self.from_lookup else tokenized.inputs)
 
     def _max_cost_ratio(self) -> float:
-        """Of a batch's costs, the largest over the smallest: with every column padded, a third is computed for nothing."""
-        return 1.5
+        """The largest of a batch's costs over the smallest: a third of the work at most is for padding."""
+        return longest_above(self.subject, self.layers[-1]) if self.from_lookup else 1.5
 
     @abstractmethod
     def _edit_batch(self, cases: Sequence[Case], tokenized: Sequence[TokenRow]) -> list[Edit]:
@@ -156,23 +152,21 @@ class Editor(ABC, Generic[Hparams]):
             raise StudyError(f"case {case.case_id} of {case.dataset}: {error}") from error
 
     def _timed(self, cases: Sequence[Case], tokenized: Sequence[TokenRow]) -> list[Edit]:
-        reset_peak_memory(self.subject.device)
-        synchronize(self.subject.device)
+        device = self.subject.device
+        reset_peak_memory(device)
+        synchronize(device)
         started = time.perf_counter()
         with torch.enable_grad():
             edits = self._edit_batch(cases, tokenized)
-        synchronize(self.subject.device)
+        synchronize(device)
         seconds = (time.perf_counter() - started) / len(cases)
-        peak = peak_memory_mib(self.subject.device)
+        measured: dict[str, Any] = {"seconds": seconds, "batch": len(cases), "peak_memory_mib": peak_memory_mib(device)}
         for edit in edits:
             if not all(map(math.isfinite, edit.log.losses)):
                 raise StudyError(
                     f"case {edit.case_id}: the loss of {self.name} is not finite; lower its learning rate or use float32"
                 )
-        return [
-            replace(edit, log=replace(edit.log, seconds=seconds, batch=len(cases), peak_memory_mib=peak))
-            for edit in edits
-        ]
+        return [replace(edit, log=replace(edit.log, **measured)) for edit in edits]
 
 
 def synchronize(device: torch.device) -> None:

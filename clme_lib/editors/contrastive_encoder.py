@@ -58,12 +58,13 @@ class EncoderHyperparameters(GRACEHyperparameters):
 
 
 FORMAT = "clme-encoder"
+Cases = Sequence[Case]
 HELD_OUT = 5  # one in so many training cases chooses the epoch
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of queries: ``queries`` (P, d_f), and of each pair both indices (N,) and whether it is a positive one (N,)."""
+    """Pairs of ``queries`` (P, d_f): both indices of each (N,), and whether it is a positive one (N,)."""
 
     queries: torch.Tensor
     first: torch.Tensor
@@ -72,21 +73,16 @@ class Pairs:
 
     @torch.no_grad()
     def distances(self, encoder: Encoder | None) -> torch.Tensor:
-        """The distance of every pair (N,), encoded, or as the queries are."""
+        """That of every pair (N,), encoded, or as the queries are."""
         encoded = self.queries if encoder is None else encoder(self.queries)
         return distances(encoded[self.first], encoded[self.second])
 
 
 def make_pairs(subject: Subject, cases: Sequence[Case], layer: int, query: Query) -> Pairs:
-    """The pairs of all cases, case after case, the positive one first.
-
-    Raises:
-        StudyError: a case lacks rephrased or unrelated prompts.
-    """
+    """The pairs of all cases, case after case, the positive one first; StudyError if a case has none of either kind."""
     if bare := [case for case in cases if not case.rephrased or not case.unrelated]:
-        raise StudyError(
-            f"case {bare[0].case_id} of {bare[0].dataset} needs a rephrased and an unrelated prompt to learn from"
-        )
+        lacking = f"case {bare[0].case_id} of {bare[0].dataset}"
+        raise StudyError(f"{lacking} needs a rephrased and an unrelated prompt to learn from")
     prompts: dict[str, int] = {}
     rows = []
     for case in cases:
@@ -101,39 +97,32 @@ def make_pairs(subject: Subject, cases: Sequence[Case], layer: int, query: Query
 def train(
     training: Pairs, held_out: Pairs, hparams: EncoderHyperparameters, margin: float, seeds: tuple
 ) -> tuple[Encoder, list[dict]]:
-    """An encoder and, of every epoch, its mean loss and its balanced accuracy on the held-out pairs.
+    """The encoder of the best epoch and, of every epoch, its mean loss and its balanced accuracy on the held-out pairs.
 
-    Args:
-        seeds: what the initial weights, the order of the pairs and the dropout masks are drawn by.
+    By ``seeds`` the initial weights, the order of the pairs and the dropout masks are drawn.
     """
-    device, width = training.queries.device, training.queries.shape[1]
-    encoder = Encoder(width, hparams.architecture, generator(*seeds, "weights")).to(device)
+    queries, device = training.queries, training.queries.device
+    encoder = Encoder(queries.shape[1], hparams.architecture, generator(*seeds, "weights")).to(device)
     optimizer = torch.optim.Adam(encoder.parameters(), lr=hparams.encoder_lr, weight_decay=hparams.weight_decay)
     draw = generator(*seeds, "training")
-    best, kept, log = -1.0, copy.deepcopy(encoder.state_dict()), []
-    since = 0
-    with torch.enable_grad():
-        for _epoch in range(hparams.epochs):
-            order = torch.randperm(len(training.first), generator=draw).to(device)
-            total = 0.0
-            for batch in order.split(hparams.encoder_batch):
-                first, second = (
-                    encoder(training.queries[side[batch]], draw) for side in (training.first, training.second)
-                )
+    log: list[dict] = []
+    best_epoch, best, kept = 0, -1.0, encoder
+    while len(log) < hparams.epochs and len(log) - best_epoch < hparams.patience:
+        order = torch.randperm(len(training.first), generator=draw).to(device)
+        total = 0.0
+        for batch in order.split(hparams.encoder_batch):
+            with torch.enable_grad():
+                first, second = (encoder(queries[side[batch]], draw) for side in (training.first, training.second))
                 loss = contrastive_loss(distances(first, second), training.positive[batch], margin)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                optimizer.step()
-                total += loss.item() * len(batch)
-            (accuracy,) = balanced_accuracy(held_out.distances(encoder), held_out.positive, hparams.radius)
-            log.append({"loss": total / len(order), "accuracy": accuracy})
-            since += 1
-            if accuracy > best:
-                best, kept, since = accuracy, copy.deepcopy(encoder.state_dict()), 0
-            if since == hparams.patience:
-                break
-    encoder.load_state_dict(kept)
-    return encoder.requires_grad_(False), log
+            optimizer.step()
+            total += loss.item() * len(batch)
+        (accuracy,) = balanced_accuracy(held_out.distances(encoder), held_out.positive, hparams.radius)
+        log.append({"loss": total / len(order), "accuracy": accuracy})
+        if accuracy > best:
+            best_epoch, best, kept = len(log), accuracy, copy.deepcopy(encoder)
+    return kept.requires_grad_(False), log
 
 
 @dataclass(frozen=True)
@@ -143,79 +132,62 @@ class TrainedEncoder:
     encoder: Encoder
     header: dict
 
-    @property
-    def dataset(self) -> str:
-        return self.header["dataset"]
-
 
 def trained_encoder(
-    subject: Subject,
-    hparams: EncoderHyperparameters,
-    query: Query,
-    cases: Sequence[Case],
-    edited: Sequence[Case],
-    seed: int,
+    subject: Subject, hparams: EncoderHyperparameters, query: Query, cases: Cases, edited: Cases, seed: int
 ) -> TrainedEncoder:
-    """The encoder learnt from ``cases``: from the user's cache, or trained now.
-
-    Raises:
-        StudyError: cases of several data sets, too few of them, or no margin for theirs.
-    """
+    """The encoder learnt from ``cases``, from the user's cache or trained now; StudyError if they are of several data sets, too few,
+    or have no margin."""
     if len({case.dataset for case in cases}) != 1:
         raise StudyError("an encoder learns from the cases of one data set at a time, at least one of them")
     dataset = cases[0].dataset
     if dataset not in hparams.margin:
         raise StudyError(f"margin: no value for {dataset!r}; given: {', '.join(hparams.margin) or 'none'}")
+    margin = hparams.margin[dataset]
     training, held_out = _split(cases, edited, hparams.selection, seed)
-    header = {
+    identity = {
         "format": FORMAT,
         "version": 1,
         **subject.identity,
         "dataset": dataset,
         "layer": hparams.layer,
         "query": query,
-        "margin": hparams.margin[dataset],
+        "margin": margin,
         "seed": seed,
         "values": hparams.model_dump(mode="json", exclude={"steps", "lr", "later_calls", "margin", "encoder_query"}),
         "training": _digest(training),
         "held_out": _digest(held_out),
     }
-    file = Artifact.cached("encoders", f"{subject.name}-{dataset}-{query}", header)
+    file = Artifact.cached("encoders", f"{subject.name}-{dataset}-{query}", identity)
     if not file.exists():
         learnt, checked = (make_pairs(subject, part, hparams.layer, query) for part in (training, held_out))
-        encoder, log = train(
-            learnt, checked, hparams, hparams.margin[dataset], (seed, subject.name, dataset, "a-grace", query)
-        )
+        encoder, log = train(learnt, checked, hparams, margin, (seed, subject.name, dataset, "a-grace", query))
         file.write(encoder.state_dict(), log=log, cases=len(training))
     header, tensors = file.read()
     return TrainedEncoder(Encoder.from_tensors(tensors, hparams.architecture).to(subject.device), header)
 
 
-def _split(cases: Sequence[Case], edited: Sequence[Case], selection: str, seed: int) -> tuple[list[Case], list[Case]]:
+def _split(cases: Cases, edited: Cases, selection: str, seed: int) -> tuple[Cases, Cases]:
+    """The cases that are learnt from, and those that choose the epoch."""
     if selection == "edited":
         if not edited:
-            raise StudyError(
-                'selection="edited" chooses the encoder by the cases to be edited: pass them, fit(cases, edited=...)'
-            )
-        return list(cases), list(edited)
+            raise StudyError('selection="edited" chooses by the cases to be edited: pass them, fit(cases, edited=...)')
+        return cases, edited
     if len(cases) < 2:
         raise StudyError("an encoder needs at least two training cases: one of them is held out to choose the epoch")
     by_id = {case.case_id: case for case in cases}
-    order = seeded_order(by_id, "held out", seed, cases[0].dataset)
+    order = [by_id[n] for n in seeded_order(by_id, "held out", seed, cases[0].dataset)]
     count = max(1, len(order) // HELD_OUT)
-    return [by_id[n] for n in order[count:]], [by_id[n] for n in order[:count]]
+    return order[count:], order[:count]
 
 
-def _digest(cases: Sequence[Case]) -> str:
+def _digest(cases: Cases) -> str:
     return hashlib.sha256("".join(sorted(case.sha256 for case in cases)).encode()).hexdigest()
 
 
-_EPS = 1e-6  # PyTorch's pairwise distance adds it to the difference
-
-
 def distances(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """``||a - b + 1e-6||`` along the last axis."""
-    return (first - second + _EPS).norm(dim=-1)
+    """``||a - b + 1e-6||`` along the last axis, as PyTorch's pairwise distance has it."""
+    return (first - second + 1e-6).norm(dim=-1)
 
 
 def contrastive_loss(distance: torch.Tensor, positive: torch.Tensor, margin: float) -> torch.Tensor:
@@ -225,17 +197,9 @@ def contrastive_loss(distance: torch.Tensor, positive: torch.Tensor, margin: flo
 
 
 def balanced_accuracy(distance: torch.Tensor, positive: torch.Tensor, radius: float | Sequence[float]) -> list[float]:
-    """Half the share of positive pairs within a radius plus half the share of negative pairs beyond it, for each radius.
-
-    Counts are pooled over all pairs given, so a batch without a positive pair cannot spoil it.
-
-    Raises:
-        StudyError: there are no positive or no negative pairs.
-    """
+    """Half the share of positive pairs within a radius plus half that of negative ones beyond it; StudyError if a kind is missing."""
     if not positive.any() or positive.all():
         raise StudyError("balanced accuracy needs both positive and negative pairs")
-    accuracies = []
-    for bound in [radius] if isinstance(radius, int | float) else radius:
-        inside = distance <= bound
-        accuracies.append(0.5 * (inside[positive].double().mean() + (~inside[~positive]).double().mean()).item())
-    return accuracies
+    radii = [radius] if isinstance(radius, int | float) else radius
+    near, far = distance[positive], distance[~positive]
+    return [0.5 * ((near <= bound).double().mean() + (~(far <= bound)).double().mean()).item() for bound in radii]

@@ -66,7 +66,6 @@ class FTL(Editor[FTLHyperparameters]):
         deltas = [torch.zeros_like(weight, dtype=torch.float32, requires_grad=True) for _ in cases]
         optimizer = torch.optim.Adam(deltas, lr=hparams.lr)
         losses: list[list[float]] = [[] for _ in cases]
-        updates = [0] * len(cases)
         active = list(range(len(cases)))
         keys = forward.keys.float()
         for _ in range(hparams.steps):
@@ -80,17 +79,16 @@ class FTL(Editor[FTLHyperparameters]):
             if not active:
                 break
             optimizer.zero_grad(set_to_none=True)
-            current[active].sum().backward()
-            for n in set(range(len(cases))) - set(active):
-                deltas[n].grad = None
+            gradients = torch.autograd.grad(current[active].sum(), [deltas[n] for n in active])
+            for n, gradient in zip(active, gradients):
+                deltas[n].grad = gradient
             optimizer.step()
             with torch.no_grad():
                 for n in active:
                     deltas[n].clamp_(-hparams.bound, hparams.bound)
-                    updates[n] += 1
-        return [
-            DenseUpdate(
-                case.case_id, self.name, layer=hparams.layer, delta=delta.detach(), log=EditLog(count, tuple(seen))
-            )
-            for case, delta, count, seen in zip(cases, deltas, updates, losses)
-        ]
+        edits = []
+        for n, case in enumerate(cases):
+            # a loss below the floor was not followed by an update
+            log = EditLog(len(losses[n]) - (n not in active), tuple(losses[n]))
+            edits.append(DenseUpdate(case.case_id, self.name, layer=hparams.layer, delta=deltas[n].detach(), log=log))
+        return edits

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from itertools import product
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from pydantic import Field
 
 from ..edits.base import EditLog
 from ..edits.codebooks import Codebook
-from ..forward.partial import PartialForward, longest_above
+from ..forward.partial import PartialForward
 from ..support.schema import Schema
 from ..support.seeds import generator
 from .base import Editor
@@ -35,54 +35,59 @@ class GRACEHyperparameters(Schema):
 Hparams = TypeVar("Hparams", bound=GRACEHyperparameters)
 
 
-class ValueEditor(Editor[Hparams]):
-    """What GRACE and A-GRACE share: learning a case's value."""
+class CodebookEditor(Editor[Hparams]):
+    """What GRACE and A-GRACE share: one key and one learnt value a case."""
 
     updates_weights = False
+    from_lookup = True
+    codebook: ClassVar[type[Codebook]] = Codebook
 
     def operations(self, prompt, target, steps):
         sizes, layer = Sizes(self.subject), self.hparams.layer
         operations, traffic = sizes.step(target, prompt + target - 1, sizes.blocks - 1 - layer, target)
         return [*sizes.read_once(prompt, target, layer), Phase("steps", steps * operations, steps * traffic)]
 
-    def _learn(self, cases, tokenized) -> tuple[PartialForward, torch.Tensor, list[EditLog]]:
-        """The cases' pass, the values (B, d) learnt in it, and how."""
-        hparams = self.hparams
+    def _edit_batch(self, cases, tokenized):
+        hparams, device = self.hparams, self.subject.device
         forward = PartialForward(self.subject, tokenized, hparams.layer, from_lookup=True)
-        initial = torch.stack([self._initial_value(case) for case in cases])
-        learnt = initial.to(self.subject.device, copy=True).requires_grad_(True)
+        draws = [generator(self.seed, self.subject.name, case.dataset, self.name, case.case_id) for case in cases]
+        initial = torch.stack([torch.rand(self.subject.hidden_size, generator=draw) for draw in draws])
+        values = initial.to(device, copy=True).requires_grad_(True)
         # Adam is element-wise: one optimiser over the stacked values is one optimiser a case
-        optimizer = torch.optim.Adam([learnt], lr=hparams.lr)
+        optimizer = torch.optim.Adam([values], lr=hparams.lr)
         losses = []
         for _ in range(hparams.steps):
-            current = forward.losses(forward.with_touched(learnt))
+            current = forward.losses(forward.with_touched(values))
             losses.append(current.detach())
             optimizer.zero_grad(set_to_none=True)
             current.sum().backward()
             optimizer.step()
-        per_case = torch.stack(losses, dim=1).tolist()
-        logs = [
-            EditLog(hparams.steps, tuple(seen), initial_sha256=hashlib.sha256(start.numpy().tobytes()).hexdigest())
-            for seen, start in zip(per_case, initial)
+        keys, asked_with = self._keys(cases, forward), self._asked_with(cases)
+        return [
+            self.codebook(
+                case.case_id,
+                self.name,
+                layer=hparams.layer,
+                keys=keys[n : n + 1].clone(),
+                values=values[n : n + 1].detach().clone(),
+                radii=torch.full((1,), hparams.radius, device=device),
+                log=EditLog(hparams.steps, tuple(seen), initial_sha256=hashlib.sha256(start).hexdigest()),
+                **asked_with,
+            )
+            for n, (case, seen, start) in enumerate(zip(cases, torch.stack(losses, dim=1).tolist(), initial.numpy()))
         ]
-        return forward, learnt.detach(), logs
 
-    def _radii(self) -> torch.Tensor:
-        return torch.full((1,), self.hparams.radius, device=self.subject.device)
+    def _keys(self, cases, forward: PartialForward) -> torch.Tensor:
+        """(B, d_f) or encoded, what queries are compared with."""
+        return forward.keys[range(len(cases)), forward.touched].float()
 
-    def _cost(self, tokenized):
-        return len(tokenized.target_ids)
-
-    def _max_cost_ratio(self):
-        return longest_above(self.subject, self.hparams.layer)
-
-    def _initial_value(self, case) -> torch.Tensor:
-        draw = generator(self.seed, self.subject.name, case.dataset, self.name, case.case_id)
-        return torch.rand(self.subject.hidden_size, generator=draw)
+    def _asked_with(self, cases) -> dict[str, Any]:
+        """What else the codebooks hold: how their queries are made."""
+        return {}
 
 
-class GRACE(ValueEditor[GRACEHyperparameters]):
-    """One key and one learnt value a case."""
+class GRACE(CodebookEditor[GRACEHyperparameters]):
+    """A codebook that is asked with the last token's key, at the prompt and at every token written."""
 
     name, title, order, colour = "grace", "GRACE", 6, 2
     Hyperparameters = GRACEHyperparameters
@@ -90,18 +95,3 @@ class GRACE(ValueEditor[GRACEHyperparameters]):
         {"layer": layer, "steps": steps, "lr": lr}
         for layer, steps, lr in product((27, 24, 20, 16), (30, 50), (1.0, 0.5))
     ]
-
-    def _edit_batch(self, cases, tokenized):
-        forward, learnt, logs = self._learn(cases, tokenized)
-        return [
-            Codebook(
-                case.case_id,
-                self.name,
-                layer=self.hparams.layer,
-                keys=forward.keys[n, forward.touched[n]][None].float().clone(),
-                values=learnt[n : n + 1].clone(),
-                radii=self._radii(),
-                log=logs[n],
-            )
-            for n, case in enumerate(cases)
-        ]

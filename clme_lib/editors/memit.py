@@ -17,7 +17,6 @@ carried from block to block, with what the update adds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from itertools import product
 from typing import ClassVar
 
@@ -31,11 +30,11 @@ from ..forward.blockwise import BlockPass, Blockwise
 from ..forward.tokens import encode
 from ..support.schema import Layers, Schema
 from .locate_then_edit.learning import RewritingEditor, RewritingHyperparameters
-from .locate_then_edit.second_moments import SecondMoment, StatisticsHyperparameters, random_moments, second_moments
+from .locate_then_edit.second_moments import random_moments
 from .operations import Phase, Sizes
 
 
-class MEMITHyperparameters(RewritingHyperparameters, StatisticsHyperparameters):
+class MEMITHyperparameters(RewritingHyperparameters):
     """``covariance_weight`` is lambda: how many times the second moment counts against the one key."""
 
     layers: Layers = (4, 5, 6, 7, 8)
@@ -52,55 +51,39 @@ class MEMIT(RewritingEditor[MEMITHyperparameters]):
         {"kl_factor": kl, "covariance_weight": weight} for kl, weight in product((0.0625, 0.0), (15_000.0, 2_093.0))
     ]
 
-    def setup(self):
-        statistics = {layer: moment.describe() for layer, moment in self.moments.items()}
-        return {**super().setup(), "statistics": statistics}
-
     def stand_in(self, cases):
-        self.moments = random_moments(self.subject, self.hparams.layers, self.seed)
+        self.moments = random_moments(self.subject, self.layers, self.seed)
 
     def operations(self, prompt, target, steps):
-        sizes, layers, rows = Sizes(self.subject), self.hparams.layers, len(self.contexts)
-        # blocks that the bare prompt is read through, from each written layer to the last
-        blocks_above = sum(layers[-1] - layer for layer in layers)
+        sizes, layers, rows = Sizes(self.subject), self.layers, len(self.contexts)
         all_rows = sizes.read(self.mean_width(prompt), len(layers), rows)
-        bare = sizes.read(prompt, blocks_above)
+        # the bare prompt is read through all blocks from each written layer to the last
+        bare = sizes.read(prompt, sum(layers[-1] - layer for layer in layers))
         return [
             *super().operations(prompt, target, steps),
             Phase("write", all_rows.operations + bare.operations, all_rows.traffic + bare.traffic),
             Phase("solve", 2 * len(layers) * sizes.inner**2, 8 * len(layers) * sizes.inner**2),
         ]
 
-    @cached_property
-    def moments(self) -> dict[int, SecondMoment]:
-        """The second moment of each edited layer's keys, factorised."""
-        moments = second_moments(self.subject, self.hparams.layers, self.hparams)
-        for moment in moments.values():
-            _ = moment.factor  # made here, outside any case's clock
-        return moments
-
     def _edit_batch(self, cases, tokenized):
         return self.write(cases, *self.target_states(cases))
 
     def target_states(self, cases: Sequence[Case]) -> tuple[torch.Tensor, list[EditLog]]:
         """What the lookup token should hold after the last edited layer, (B, d) float32, and the logs; needs gradients."""
-        rewriting = self._rewriting(cases)
-        forward = rewriting.forward
-        initial = rewriting.first_rows(rewriting.at_lookup(forward.residual + forward.outputs))
-        # the stream after a block is its MLP's output on top of constants: delta may as well be added there
-        (delta,), logs = self._learn(cases, rewriting, [initial], self._place_on_outputs)
-        return initial.float() + delta, logs
+        _, states, logs = self._learn(cases)
+        return states, logs
 
-    @staticmethod
-    def _place_on_outputs(part, deltas):
-        return part.at_lookup(part.forward.outputs) + deltas[0]
+    def _outputs(self, forward):
+        # the stream after a block is its MLP's output on top of constants: delta may as well be added there
+        return [forward.residual + forward.outputs]
 
     @staticmethod
     def _held(read: BlockPass) -> torch.Tensor:
         """What ``z`` is compared with, read after the last edited layer: the stream."""
         return read.hidden
 
-    def _residual_divisor(self, left: int) -> float:
+    @staticmethod
+    def _residual_divisor(left: int) -> float:
         """The divisor of the residual when ``left`` layers, this one included, are still to be written."""
         return float(left)
 
@@ -109,57 +92,44 @@ class MEMIT(RewritingEditor[MEMITHyperparameters]):
         scaled = self.moments[layer].solve(keys) / self.hparams.covariance_weight
         return (scaled / (1 + (keys.double() * scaled).sum(dim=-1, keepdim=True))).float()
 
+    @torch.no_grad()
     def write(self, cases: Sequence[Case], target_states: torch.Tensor, logs: Sequence[EditLog]) -> list[LowRankUpdate]:
         """The cases' edits: each layer's update, so that the lookup token comes to hold its target state (B, d)."""
-        factors = self._write(cases, target_states)
-        return [
-            LowRankUpdate(
-                case.case_id,
-                self.name,
-                factors={layer: (left[n][:, None], right[n][None]) for layer, (left, right) in factors.items()},
-                log=log,
-            )
-            for n, (case, log) in enumerate(zip(cases, logs))
-        ]
-
-    @torch.no_grad()
-    def _write(self, cases, target_states: torch.Tensor) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-        """Each layer's update as factors (B, d) and (B, d_f)."""
-        layers, contexts = self.hparams.layers, len(self.contexts)
+        layers, contexts = self.layers, len(self.contexts)
         prompts = [encode(self.subject.tokenizer, context + case.prompt) for case in cases for context in self.contexts]
         walk = Blockwise(self.subject, prompts)
-        bare = torch.arange(0, len(prompts), contexts, device=self.subject.device)
-        columns = self._key_columns(prompts)
         every = torch.arange(len(prompts), device=self.subject.device)
+        bare, columns = every[::contexts], self._key_columns(prompts)
         # the bare prompt weighs as much as the contexts together
         weights = torch.tensor([0.5] + [0.5 / (contexts - 1)] * (contexts - 1), device=self.subject.device)
         hidden = walk.up_to(layers[0])
-        factors = {}
+        factors: list[dict[int, tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in cases]
         for layer in range(layers[0], layers[-1] + 1):
             here = walk.block(layer, hidden)
             hidden = here.hidden
             if layer not in layers:
                 continue
             keys = here.keys[every, columns].float().view(len(cases), contexts, -1)
-            key = (keys * weights[:, None]).sum(dim=1)
+            right = self.direction(layer, (keys * weights[:, None]).sum(dim=1))
             read = BlockPass(here.hidden[bare], here.keys[bare], here.outputs[bare])
             for above in range(layer + 1, layers[-1] + 1):
                 read = walk.block(above, read.hidden, rows=bare)
             residual = target_states - self._held(read)[:, -1].float()
-            right = self.direction(layer, key)
             left = residual / self._residual_divisor(len(layers) - layers.index(layer))
-            factors[layer] = (left, right)
+            for n, of_case in enumerate(factors):
+                of_case[layer] = left[n][:, None], right[n][None]
             along = torch.einsum("rwf,rf->rw", here.keys.float(), right.repeat_interleave(contexts, dim=0))
             added = along[:, :, None] * left.repeat_interleave(contexts, dim=0)[:, None]
             hidden = hidden + added.to(hidden.dtype)
-        return factors
+        return [
+            LowRankUpdate(case.case_id, self.name, factors=of_case, log=log)
+            for case, of_case, log in zip(cases, factors, logs)
+        ]
 
     def _key_columns(self, prompts: list[list[int]]) -> torch.Tensor:
         """(R,) the column, from the right, at which each row's key is read: the last, but for ``padding="released"``."""
-        columns = [-1] * len(prompts)
-        if self.hparams.padding == "released":
-            contexts = len(self.contexts)
-            for first in range(0, len(prompts), contexts):
-                lengths = [len(prompt) for prompt in prompts[first : first + contexts]]
-                columns[first : first + contexts] = [-1 - (max(lengths) - length) for length in lengths]
-        return torch.tensor(columns, device=self.subject.device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.subject.device)
+        if self.hparams.padding == "aligned":
+            return torch.full_like(lengths, -1)
+        of_case = lengths.view(-1, len(self.contexts))
+        return (of_case - of_case.amax(dim=1, keepdim=True) - 1).flatten()

@@ -35,19 +35,11 @@ class Phase:
 
 
 class Sizes:
-    """The sizes of a subject that operations are counted from.
-
-    Attributes:
-        block, blocks: weights of a block's matrices, and how many blocks there are.
-        head: weights of the output head.
-        hidden, inner: d and d_f, the sides of an edited matrix.
-    """
+    """The sizes of a subject: weights of a block's matrices and of the head, and d and d_f, the sides of an edited matrix."""
 
     def __init__(self, subject: Subject) -> None:
-        self.block, self.blocks = (
-            sum(p.numel() for p in subject.blocks[0].parameters() if p.dim() == 2),
-            len(subject.blocks),
-        )
+        self.block = sum(p.numel() for p in subject.blocks[0].parameters() if p.dim() == 2)
+        self.blocks = len(subject.blocks)
         self.head = subject.model.lm_head.weight.numel()
         self.hidden, self.inner = subject.hidden_size, subject.inner_size
         self._bytes = subject.dtype.itemsize

@@ -44,23 +44,15 @@ class PMET(MEMIT):
         *({"kl_factor": kl, "covariance_weight": 2_093.0, "attention": False} for kl in (0.0625, 0.0)),
     ]
 
-    def target_states(self, cases):
-        rewriting = self._rewriting(cases)
-        attention = rewriting.forward.attention
-        assert attention is not None  # it is only where the pass was given its residuals
-        initial_attention = rewriting.first_rows(rewriting.at_lookup(attention))
-        initial = rewriting.first_rows(rewriting.at_lookup(rewriting.forward.outputs))
-        if not self.hparams.attention:
-            (delta,), logs = self._learn(cases, rewriting, [initial], self._place_on_outputs)
-            return initial.float() + delta, logs
-        (_, delta), logs = self._learn(cases, rewriting, [initial_attention, initial], self._place)
-        return initial.float() + delta, logs
+    def _outputs(self, forward):
+        return [forward.attention, forward.outputs] if self.hparams.attention else [forward.outputs]
 
-    def _place(self, part, deltas):
+    def _place(self, rewriting, deltas):
+        if not self.hparams.attention:
+            return super()._place(rewriting, deltas)
         attention, mlp = deltas
-        stream = part.at_lookup(part.forward.residual)
-        changed = stream + attention.to(stream.dtype)
-        outputs = part.forward.mlp(changed)
+        stream = rewriting.at_lookup(rewriting.forward.residual)
+        outputs = rewriting.forward.mlp(stream + attention.to(stream.dtype))
         # the partial pass adds this to the unchanged stream, so it carries the attention's delta too
         return outputs + mlp + attention
 
@@ -73,5 +65,6 @@ class PMET(MEMIT):
     def _held(read):
         return read.outputs
 
-    def _residual_divisor(self, left):
+    @staticmethod
+    def _residual_divisor(left):
         return math.sqrt(left)

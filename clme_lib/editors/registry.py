@@ -30,15 +30,11 @@ def resolve_hparams(
     preset: Preset = "clean",
     **overrides: Any,
 ) -> Schema:
-    """An editor's hyper-parameters for a subject: the paper's, which are the class's defaults; over them what the subject's YAML
-    has, what the preset changes, and ``overrides``.
+    """An editor's hyper-parameters for a subject, from what :func:`load_editor` takes: the paper's, which are the class's defaults;
+    over them what the subject's YAML has, what the preset changes, and ``overrides``.
 
     Args:
-        name, values, preset, overrides: as in :func:`load_editor`.
         blocks: how many the subject has: layers that the paper names and the subject lacks are moved (None: as they are).
-
-    Raises:
-        StudyError: unknown editor, unknown or ill-typed hyper-parameter; the message names the subject, editor and field.
     """
     editor = get_editor(name)
     fields = editor.Hyperparameters.model_fields.items()
@@ -62,7 +58,7 @@ def load_editor(
     seed: int = DEFAULT_SEED,
     **overrides: Any,
 ) -> Editor:
-    """An editor of ``subject`` with the hyper-parameters of the subject's YAML.
+    """An editor of ``subject``.
 
     Args:
         name: one of :func:`list_editors`.

@@ -23,10 +23,9 @@ from ..forward.blockwise import Blockwise
 from ..forward.tokens import encode
 from ..support.errors import StudyError
 from .locate_then_edit.learning import RewritingEditor, RewritingHyperparameters
-from .locate_then_edit.second_moments import SecondMoment, StatisticsHyperparameters, second_moments
 
 
-class ROMEHyperparameters(RewritingHyperparameters, StatisticsHyperparameters):
+class ROMEHyperparameters(RewritingHyperparameters):
     """``covariance`` weighs the key by the inverse second moment of the layer's keys."""
 
     layer: int = Field(default=5, ge=0)
@@ -40,38 +39,26 @@ class ROME(RewritingEditor[ROMEHyperparameters]):
     Hyperparameters = ROMEHyperparameters
     selection_grid: ClassVar = [{"kl_factor": kl, "layer": layer} for kl, layer in product((0.0625, 0.0), (5, 10))]
 
-    def setup(self):
-        prepared = super().setup()
-        if self.hparams.covariance:
-            prepared["statistics"] = {self.hparams.layer: self.moment.describe()}
-        return prepared
-
     @cached_property
-    def moment(self) -> SecondMoment:
+    def moments(self):
         """The second moment of the edited layer's keys (with ``covariance`` only)."""
-        return second_moments(self.subject, [self.hparams.layer], self.hparams)[self.hparams.layer]
+        return super().moments if self.hparams.covariance else {}
 
     def _edit_batch(self, cases, tokenized):
         layer = self.hparams.layer
-        rewriting = self._rewriting(cases)
-        outputs = rewriting.at_lookup(rewriting.forward.outputs)
-        initial = rewriting.first_rows(outputs)
-        (delta,), logs = self._learn(
-            cases, rewriting, [initial], lambda part, deltas: part.at_lookup(part.forward.outputs) + deltas[0]
-        )
-        key = rewriting.context_rows(rewriting.at_lookup(rewriting.forward.keys)).float().mean(dim=1)
-        direction = self.moment.solve(key).float() if self.hparams.covariance else key
-        direction = direction / direction.norm(dim=-1, keepdim=True)
+        rewriting, values, logs = self._learn(cases)
+        keys = rewriting.by_case(rewriting.at_lookup(rewriting.forward.keys)).float().mean(dim=1)
+        directions = self.moments[layer].solve(keys).float() if self.hparams.covariance else keys
+        directions = directions / directions.norm(dim=-1, keepdim=True)
         plain = Blockwise(self.subject, [encode(self.subject.tokenizer, case.prompt) for case in cases])
         read = plain.block(layer, plain.up_to(layer))
-        own_key, own_output = read.keys[:, -1].float(), read.outputs[:, -1].float()
-        along = (own_key * direction).sum(dim=-1)
+        own_keys, own_outputs = read.keys[:, -1].float(), read.outputs[:, -1].float()
+        along = (own_keys * directions).sum(dim=-1)
+        changes = (values - own_outputs) / along[:, None]
         edits = []
         for n, (case, log) in enumerate(zip(cases, logs)):
-            if along[n].abs() <= 1e-6 * own_key[n].norm():
+            if along[n].abs() <= 1e-6 * own_keys[n].norm():
                 raise StudyError(f"case {case.case_id}: rome cannot write: its key has no part along the mean key")
-            change = (initial[n].float() + delta[n] - own_output[n]) / along[n]
-            edits.append(
-                LowRankUpdate(case.case_id, self.name, factors={layer: (change[:, None], direction[n][None])}, log=log)
-            )
+            factors = {layer: (changes[n][:, None], directions[n][None])}
+            edits.append(LowRankUpdate(case.case_id, self.name, factors=factors, log=log))
         return edits

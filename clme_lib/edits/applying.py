@@ -1,13 +1,10 @@
-"""Running a model as edited, row by row, through forward hooks.
-
-Nothing here modifies a model. :func:`applying` registers hooks on ``down_proj`` modules and removes them again, so the
-base weights are bit-identical before, during and after, whatever happens inside the block.
-"""
+"""Running a model as edited, row by row, through forward hooks on ``down_proj``: its weights are never changed."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from itertools import zip_longest
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -26,12 +23,7 @@ def applying(
 
     Args:
         decoder: the stack of blocks, called once a forward pass.
-        down_proj: from a layer to its ``W_l``.
-        edits: one edit (acts on all rows), or several.
         rows: index into ``edits`` for each row, -1 for an unedited row. Default: one edit for all rows, or one per row.
-
-    Yields:
-        PassState: collects codebook lookups.
 
     Raises:
         StudyError: an edit does not fit the model, or rows and batch differ in length.
@@ -66,17 +58,8 @@ def _layer_hook(state: PassState, layer: int, device: torch.device) -> Callable:
     placed: list[tuple[list[int], torch.Tensor, torch.Tensor]] = []
     placed_for: list[int] | None = None
 
-    def place(owners: list[int]) -> None:
-        nonlocal placed_for
-        placed.clear()
-        for members, _ in changes:
-            position = {edit: n for n, edit in enumerate(members)}
-            rows = [row for row, edit in enumerate(owners) if edit in position]
-            stacked = torch.tensor([position[owners[row]] for row in rows], device=device, dtype=torch.long)
-            placed.append((rows, torch.tensor(rows, device=device, dtype=torch.long), stacked))
-        placed_for = list(owners)
-
     def hook(module, args, output):
+        nonlocal placed, placed_for
         inputs = args[0]
         if inputs.dim() == 2:  # (B, d_f): an update of weights treats single columns like any others
             if any(part.lookups for edit in state.edits for part in edit.parts):
@@ -84,7 +67,7 @@ def _layer_hook(state: PassState, layer: int, device: torch.device) -> Callable:
             return hook(module, (inputs[:, None],), output[:, None])[:, 0]
         owners = state.rows_of(len(inputs))
         if owners != placed_for:
-            place(owners)
+            placed, placed_for = [_place(owners, members, device) for members, _ in changes], list(owners)
         state.take_announced()
         for (_, change), (rows, index, stacked) in zip(changes, placed):
             state.batch_rows = rows
@@ -101,15 +84,27 @@ def _layer_hook(state: PassState, layer: int, device: torch.device) -> Callable:
     return hook
 
 
+def _place(owners: list[int], members: list[int], device) -> tuple[list[int], torch.Tensor, torch.Tensor]:
+    """The rows that ``members`` own, as a list and as a tensor, and which member owns each."""
+    position = {edit: n for n, edit in enumerate(members)}
+    rows = [row for row, edit in enumerate(owners) if edit in position]
+    stacked = [position[owners[row]] for row in rows]
+    index, of_rows = torch.tensor([rows, stacked], device=device, dtype=torch.long)
+    return rows, index, of_rows
+
+
 def _changes(edits: Sequence[Edit], layer: int, device: torch.device) -> list[tuple[list[int], Change]]:
     """Which edits change a layer's output, and how: edits of one kind together, the parts of composed ones in order."""
     parts = [[part for part in edit.parts if layer in part.layers] for edit in edits]
     changes = []
     for turn in range(max(map(len, parts), default=0)):
-        for kind in Edit.kinds.values():
-            members = [n for n, own in enumerate(parts) if turn < len(own) and type(own[turn]) is kind]
-            if members:
-                changes.append((members, kind.stack([parts[n][turn] for n in members], layer, device)))
+        together: dict[Hashable, list[int]] = {}
+        for n, own in enumerate(parts):
+            if turn < len(own):
+                together.setdefault(own[turn].stacked_with, []).append(n)
+        for members in together.values():
+            stacked = [parts[n][turn] for n in members]
+            changes.append((members, stacked[0].stack(stacked, layer, device)))
     return changes
 
 
@@ -119,9 +114,9 @@ def check_fits(edit: Edit, down_proj: DownProj) -> None:
         for name, tensor in part.tensors().items():
             layer, kind = name.split(".", 1)
             d, d_f = down_proj(int(layer)).weight.shape
-            axis, size = {"left": (0, d), "right": (1, d_f), "keys": (1, d_f), "values": (1, d),
-                          "encoder.first.weight": (1, d_f)}.get(kind, (0, tensor.shape[0]))  # fmt: skip
-            if tensor.shape[axis] != size or (kind == "delta" and tensor.shape != (d, d_f)):
+            sizes = {"left": (d, None), "right": (None, d_f), "keys": (None, d_f), "values": (None, d),
+                     "delta": (d, d_f), "encoder.first.weight": (None, d_f)}.get(kind, tensor.shape)  # fmt: skip
+            if any(size not in (actual, None) for size, actual in zip_longest(sizes, tensor.shape)):
                 raise StudyError(
                     f"edit of case {part.case_id} by {part.editor}: {name} has shape {tuple(tensor.shape)}, which does not "
                     f"fit a model of d={d}, d_f={d_f}: made for another subject?"

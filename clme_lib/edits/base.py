@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Hashable, Iterator, MutableSequence, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, ClassVar
@@ -20,15 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a pass that reads prompts, with or without more text after them, has its tokens.
+    """Where a pass that reads prompts, with or without more text after them, has its tokens."""
 
-    Attributes:
-        real: (B, T) True at tokens, False at padding.
-        prompt_end: (B,) the last column of each prompt. What follows is treated as text that the model has written.
-    """
-
-    real: torch.Tensor
-    prompt_end: torch.Tensor
+    real: torch.Tensor  #: (B, T) True at tokens, False at padding
+    prompt_end: torch.Tensor  #: (B,) the last column of each prompt; what follows is treated as written by the model
 
 
 _LAYOUT: ContextVar[Layout | None] = ContextVar("layout", default=None)
@@ -45,27 +40,19 @@ def announced(layout: Layout) -> Iterator[None]:
 
 
 class PassState:
-    """What the hooks know about the forward pass in progress, and what they saw.
-
-    Attributes:
-        phase: ``prefill`` for a pass over a prompt, ``decode`` for one that continues a cache.
-        mask: (B, T or more) attention mask; None when every column is a token.
-        prompt_end: (B,) the last column of each prompt, where a :class:`Layout` was announced; None otherwise.
-        batch_rows: the rows of the batch that the change in progress acts on.
-        lookups: every codebook consultation, in order.
-    """
+    """What the hooks know about the forward pass in progress, and what they saw."""
 
     def __init__(self, edits: Sequence[Edit], rows: Sequence[int] | None) -> None:
         self.edits = list(edits)
         self.rows = None if rows is None else list(rows)
-        self.phase = "prefill"
-        self.mask: torch.Tensor | None = None
-        self.prompt_end: torch.Tensor | None = None
-        self.batch_rows: list[int] = []
-        self.lookups: MutableSequence[Lookup] = []
+        self.phase = "prefill"  #: for a pass over a prompt; ``decode`` for one that continues a cache
+        self.mask: torch.Tensor | None = None  #: (B, T or more) attention mask; None when every column is a token
+        self.prompt_end: torch.Tensor | None = None  #: (B,) that of the :class:`Layout`, where one was announced
+        self.batch_rows: list[int] = []  #: the rows that the change in progress acts on, which the two above are of
+        self.lookups: MutableSequence[Lookup] = []  #: every codebook consultation, in order
 
     def begin(self, kwargs: dict) -> None:
-        """Note phase and attention mask of the pass that starts."""
+        """Note phase and attention mask of the pass that starts with these arguments."""
         past = kwargs.get("past_key_values")
         self.phase = "decode" if past is not None and past.get_seq_length() > 0 else "prefill"
         mask = kwargs.get("attention_mask")
@@ -79,52 +66,44 @@ class PassState:
 
     def rows_of(self, batch: int) -> list[int]:
         """Which edit each of ``batch`` rows gets (-1: none)."""
-        if self.rows is not None:
-            if len(self.rows) != batch:
-                raise StudyError(f"rows= names {len(self.rows)} rows but the batch has {batch}")
-            return self.rows
-        if len(self.edits) == 1:
-            return [0] * batch
-        if len(self.edits) != batch:
-            raise StudyError(
-                f"{len(self.edits)} edits meet a batch of {batch} rows: pass one edit, one per row, or rows=[...]"
-            )
-        return list(range(batch))
+        count = len(self.edits)
+        if self.rows is not None and len(self.rows) != batch:
+            raise StudyError(f"rows= names {len(self.rows)} rows but the batch has {batch}")
+        if self.rows is None and count not in (1, batch):
+            raise StudyError(f"{count} edits meet a batch of {batch} rows: pass one edit, one per row, or rows=[...]")
+        return self.rows or ([0] * batch if count == 1 else list(range(batch)))
 
     def prompt_columns(self, inputs: torch.Tensor) -> torch.Tensor:
         """(B, T) True where ``inputs`` (B, T, .) of this pass are of a prompt's tokens: neither padding nor written text."""
-        if self.mask is None:
-            return torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
-        real = self.mask[:, -inputs.shape[1] :].bool()
-        if self.prompt_end is None:
-            return real
-        return real & (torch.arange(inputs.shape[1], device=real.device) <= self.prompt_end[:, None])
+        column = torch.arange(inputs.shape[1], device=inputs.device)
+        return self._real(inputs) & (column <= self.last_columns(inputs)[1][:, None])
 
-    def last_column(self, width: int) -> torch.Tensor:
-        """(B,) the last column of each row's prompt within the ``width`` columns of this forward pass."""
+    def last_columns(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows (B,) and columns (B,) of ``inputs`` (B, T, .) at which prompts end."""
+        rows = torch.arange(len(inputs), device=inputs.device)
         if self.prompt_end is not None:
-            return self.prompt_end
-        batch = self.mask.shape[0] if self.mask is not None else 1
-        if self.mask is None or width == 1:
-            return torch.full((batch,), width - 1, device=self.mask.device if self.mask is not None else None)
-        mask = self.mask[:, -width:].long()
-        return (mask * torch.arange(1, width + 1, device=mask.device)).argmax(dim=-1)
+            return rows, self.prompt_end
+        return rows, (self._real(inputs) * torch.arange(1, inputs.shape[1] + 1, device=inputs.device)).argmax(dim=-1)
 
     def next_token_columns(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows (N,) and columns (N,) of ``inputs`` (B, T, .) after which a token is written, when texts are generated."""
-        if self.prompt_end is None or self.mask is None:
-            return torch.arange(len(inputs), device=inputs.device), self.last_column(inputs.shape[1])
-        column = torch.arange(inputs.shape[1], device=self.mask.device)
-        rows, columns = (self.mask.bool() & (column >= self.prompt_end[:, None])).nonzero().T
+        if self.prompt_end is None:
+            return self.last_columns(inputs)
+        column = torch.arange(inputs.shape[1], device=inputs.device)
+        rows, columns = (self._real(inputs) & (column >= self.prompt_end[:, None])).nonzero().T
         return rows, columns
+
+    def _real(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(B, T) True at tokens, False at padding."""
+        if self.mask is None:
+            return torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+        return self.mask[:, -inputs.shape[1] :].bool()
 
 
 @dataclass(frozen=True)
 class Lookup:
-    """One consultation of codebooks: the phase, which rows of the batch asked, and for each of them the distance to the
-    nearest key and whether it fired."""
+    """One consultation of codebooks: by which rows of the batch, and of each the distance to the nearest key and whether it fired."""
 
-    layer: int
     phase: str
     rows: list[int]
     distances: torch.Tensor
@@ -136,29 +115,19 @@ Change = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, PassState], torch.T
 
 @dataclass(frozen=True)
 class EditLog:
-    """How an edit came about.
+    """How an edit came about."""
 
-    Attributes:
-        steps: optimiser updates made.
-        losses: the loss before each update, in evaluation order; empty for editors without one.
-        seconds: wall-clock seconds of the batch the edit was made in, divided by its size.
-        batch: how many cases that batch held.
-        peak_memory_mib: high-water mark while editing (allocator on CUDA, resident set on CPU), in MiB.
-        initial_sha256: hash of a randomly drawn start value, empty when there is none.
-    """
-
-    steps: int = 0
-    losses: tuple[float, ...] = ()
-    seconds: float = 0.0
-    batch: int = 1
-    peak_memory_mib: float = 0.0
-    initial_sha256: str = ""
+    steps: int = 0  #: optimiser updates made
+    losses: tuple[float, ...] = ()  #: before each update, in evaluation order; empty for editors without one
+    seconds: float = 0.0  #: wall clock of the batch the edit was made in, divided by its size
+    batch: int = 1  #: how many cases that batch held
+    peak_memory_mib: float = 0.0  #: high-water mark while editing (allocator on CUDA, resident set on CPU)
+    initial_sha256: str = ""  #: hash of a randomly drawn start value, empty when there is none
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """What one editor made of one case. Subclasses hold the tensors and register themselves by their ``kind``, which names
-    them in saved files."""
+    """What one editor made of one case. Subclasses hold the tensors and register by their ``kind``, their name in saved files."""
 
     case_id: int
     editor: str
@@ -174,18 +143,15 @@ class Edit:
             raise TypeError(f"{cls.__qualname__} needs a kind of its own: {cls.kind!r} is {known.__qualname__}")
         whole = cls.parts is Edit.parts
         if whole and cls.tensors is not Edit.tensors and cls.stack.__func__ is Edit.stack.__func__:  # type: ignore[attr-defined]
-            raise TypeError(
-                f"{cls.__qualname__} has tensors but no stack(), which says how they change a layer's output"
-            )
+            raise TypeError(f"{cls.__qualname__} has tensors but no stack(), which says how they change an output")
         cls.kinds[cls.kind] = cls
 
     @staticmethod
     def compose(edits: Sequence[Edit]) -> Edit:
         """One edit that does what ``edits`` (at least one) do when they are applied one after the other.
 
-        Neighbours that can be joined are: factors are concatenated, dense updates added, codebooks become one with all entries,
-        of which the nearest counts. What cannot be joined acts in order. ``case_id``, ``editor`` and ``log`` are those of the last
-        edit that changes anything.
+        Neighbours are joined where that is possible: factors are concatenated, dense updates added, codebooks become one, of whose
+        entries the nearest counts. ``case_id``, ``editor`` and ``log`` are those of the last edit that changes anything.
         """
         parts: list[Edit] = []
         for part in (part for edit in edits for part in edit.parts if part.layers):
@@ -204,6 +170,11 @@ class Edit:
     def parts(self) -> tuple[Edit, ...]:
         """The edits that this one is composed of, in order; itself alone if of none."""
         return (self,)
+
+    @property
+    def stacked_with(self) -> Hashable:
+        """Edits of which this is equal are applied to their rows together, by :meth:`stack`."""
+        return self.kind
 
     @property
     def first_call_only(self) -> bool:
@@ -234,22 +205,17 @@ class Edit:
 
     def describe(self) -> dict:
         """The edit but for its tensors, as JSON values."""
-        return {
-            "kind": self.kind,
-            "case_id": self.case_id,
-            "editor": self.editor,
-            "log": asdict(self.log),
-            "settings": self.settings(),
-        }
+        made = {"kind": self.kind, "case_id": self.case_id, "editor": self.editor}
+        return {**made, "log": asdict(self.log), "settings": self.settings()}
 
     @staticmethod
     def restored(description: dict, tensors: dict[str, torch.Tensor]) -> Edit:
         """The edit that :meth:`describe` and :meth:`tensors` were taken from; StudyError for an unknown kind."""
-        if description["kind"] not in Edit.kinds:
-            raise StudyError(f"unknown kind of edit {description['kind']!r}: import the module that defines it first")
+        if (kind := description["kind"]) not in Edit.kinds:
+            raise StudyError(f"unknown kind of edit {kind!r}: import the module that defines it first")
+        fields = {name: description[name] for name in ("case_id", "editor")} | description["settings"]
         log = EditLog(**{**description["log"], "losses": tuple(description["log"]["losses"])})
-        names = {"case_id": description["case_id"], "editor": description["editor"]}
-        return Edit.kinds[description["kind"]].from_tensors(tensors, **names, log=log, **description["settings"])
+        return Edit.kinds[kind].from_tensors(tensors, **fields, log=log)
 
     @property
     def sha256(self) -> str:
@@ -269,10 +235,7 @@ class Edit:
 
     @classmethod
     def stack(cls, edits: Sequence[Edit], layer: int, device: torch.device) -> Change:
-        """A function that applies ``edits[rows[b]]`` to row b at ``layer``: (inputs, outputs, rows, state) -> outputs.
-
-        Every kind that has tensors defines its own; a composed edit is applied part by part.
-        """
+        """A function that applies ``edits[rows[b]]`` to row b at ``layer``: (inputs, outputs, rows, state) -> outputs."""
         raise TypeError(f"{cls.__qualname__} has no tensors of its own to apply")
 
 
@@ -301,11 +264,10 @@ class Composite(Edit):
 
     def deltas(self) -> dict[int, torch.Tensor] | None:
         summed: dict[int, torch.Tensor] = {}
-        for deltas in (part.deltas() for part in self.parts):
-            if deltas is None:
+        for part in self.parts:
+            if (deltas := part.deltas()) is None:
                 return None
-            for layer, delta in deltas.items():
-                summed[layer] = summed[layer] + delta if layer in summed else delta
+            summed |= {layer: summed.get(layer, 0) + delta for layer, delta in deltas.items()}
         return summed
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -316,9 +278,9 @@ class Composite(Edit):
 
     @classmethod
     def from_tensors(cls, tensors, **fields) -> Composite:
-        of_part: list[dict[str, torch.Tensor]] = [{} for _ in fields["parts"]]
+        descriptions = fields.pop("parts")
+        of_parts: list[dict[str, torch.Tensor]] = [{} for _ in descriptions]
         for name, tensor in tensors.items():
             n, _, own_name = name.partition(":")
-            of_part[int(n)][own_name] = tensor
-        parts = tuple(Edit.restored(*described) for described in zip(fields.pop("parts"), of_part))
-        return cls(**fields, parts=parts)
+            of_parts[int(n)][own_name] = tensor
+        return cls(**fields, parts=tuple(map(Edit.restored, descriptions, of_parts)))

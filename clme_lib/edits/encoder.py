@@ -1,7 +1,4 @@
-"""A-GRACE's encoder: from the keys' space to one where an edit's other wordings are near and its neighbours are not.
-
-There are two architectures, both of two linear layers: the released program's, and the paper's (section V).
-"""
+"""A-GRACE's encoder: from the keys' space to one where an edit's other wordings are near and its neighbours are not."""
 
 from __future__ import annotations
 
@@ -20,17 +17,16 @@ _TENSORS = ("first.weight", "first.bias", "second.weight", "second.bias")
 
 
 class Encoder(torch.nn.Module):
-    """``E: R^d_f -> R^256``.
+    """``E: R^d_f -> R^256``, of two linear layers.
 
-    ``released``: d_f -> d_f/4, LeakyReLU of slope 0.5, dropout of a half, -> 256. ``paper``: d_f -> d_f, ReLU, -> 256.
+    ``released``: d_f -> d_f/4, LeakyReLU of slope 0.5, dropout of a half, -> 256. ``paper`` (section V): d_f -> d_f, ReLU, -> 256.
     """
 
     def __init__(self, width: int, architecture: Architecture, draw: torch.Generator | None = None) -> None:
         super().__init__()
-        if architecture not in get_args(Architecture):
-            raise StudyError(
-                f"unknown encoder architecture {architecture!r}; known: {', '.join(get_args(Architecture))}"
-            )
+        known = get_args(Architecture)
+        if architecture not in known:
+            raise StudyError(f"unknown encoder architecture {architecture!r}; known: {', '.join(known)}")
         self.architecture = architecture
         inner = width // 4 if architecture == "released" else width
         self.first, self.second = torch.nn.Linear(width, inner), torch.nn.Linear(inner, WIDTH)
@@ -53,10 +49,8 @@ class Encoder(torch.nn.Module):
 
     def equals(self, encoder: Encoder) -> bool:
         """Whether another encoder gives the same: architecture and weights."""
-        own, others = self.state_dict(), encoder.state_dict()
-        return self.architecture == encoder.architecture and all(
-            own[name].shape == others[name].shape and torch.equal(own[name], others[name].to(own[name])) for name in own
-        )
+        pairs = zip(self.state_dict().values(), encoder.state_dict().values())
+        return self.architecture == encoder.architecture and all(torch.equal(own, its.to(own)) for own, its in pairs)
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor], architecture: Architecture) -> Encoder:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..support.artifact import read_tensors, write_tensors
+from ..support.artifact import Artifact
 from ..support.errors import StudyError
 from . import codebooks, weights  # noqa: F401  # registers their kinds
 from .applying import check_fits
@@ -18,8 +18,7 @@ from .base import Edit
 if TYPE_CHECKING:
     from ..subjects.subject import Subject
 
-FORMAT = "clme-edits"
-FORMAT_VERSION = 2
+FORMAT, FORMAT_VERSION = "clme-edits", 2
 
 
 def save_edits(path: str | os.PathLike, edits: Sequence[Edit], subject: Subject) -> None:
@@ -34,14 +33,8 @@ def save_edits(path: str | os.PathLike, edits: Sequence[Edit], subject: Subject)
             names[name] = first.setdefault(where, f"{n}.{name}") if tensor.numel() else f"{n}.{name}"
             tensors.setdefault(names[name], tensor)
         entries.append({**edit.describe(), "tensors": names})
-    header = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "subject": subject.name,
-        "fingerprint": subject.fingerprint,
-        "edits": entries,
-    }
-    write_tensors(Path(path), tensors, header)
+    header = {"format": FORMAT, "version": FORMAT_VERSION, "subject": subject.name, "fingerprint": subject.fingerprint}
+    Artifact(Path(path), header).write(tensors, edits=entries)
 
 
 def load_edits(path: str | os.PathLike, subject: Subject) -> list[Edit]:
@@ -50,7 +43,7 @@ def load_edits(path: str | os.PathLike, subject: Subject) -> list[Edit]:
     Raises:
         StudyError: not such a file, another version, or edits of another subject.
     """
-    header, tensors = read_tensors(Path(path))
+    header, tensors = Artifact(Path(path)).read()
     if header.get("format") != FORMAT or header.get("version") != FORMAT_VERSION:
         raise StudyError(f"{path}: not a {FORMAT} file of version {FORMAT_VERSION}; write it with save_edits")
     if header["fingerprint"] != subject.fingerprint:

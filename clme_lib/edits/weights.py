@@ -13,19 +13,14 @@ from .base import Change, Edit
 
 @dataclass(frozen=True, eq=False)
 class LowRankUpdate(Edit):
-    """``W_l <- W_l + left @ right`` at each layer.
-
-    Attributes:
-        factors: layer -> (left (d, r), right (r, d_f)).
-    """
+    """``W_l <- W_l + left @ right`` at each layer of ``factors``: layer -> (left (d, r), right (r, d_f))."""
 
     factors: dict[int, tuple[torch.Tensor, torch.Tensor]]
     kind: ClassVar[str] = "low-rank"
 
     def delta(self, layer: int) -> torch.Tensor:
         """The update of ``W_layer`` written out, (d, d_f)."""
-        left, right = self.factors[layer]
-        return left @ right
+        return torch.matmul(*self.factors[layer])
 
     def deltas(self):
         return {layer: self.delta(layer) for layer in self.factors}
@@ -33,21 +28,18 @@ class LowRankUpdate(Edit):
     def joined(self, later):
         if not isinstance(later, LowRankUpdate):
             return None
-        factors = dict(self.factors)
-        for layer, (left, right) in later.factors.items():
-            if layer in factors:
-                left, right = torch.cat([factors[layer][0], left], dim=1), torch.cat([factors[layer][1], right])
-            factors[layer] = (left, right)
+        factors = self.factors | later.factors
+        for layer in self.factors.keys() & later.factors.keys():
+            lefts, rights = zip(self.factors[layer], later.factors[layer])
+            factors[layer] = torch.cat(lefts, dim=1), torch.cat(rights)
         return replace(later, factors=factors)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        named = {}
-        for layer, (left, right) in self.factors.items():
-            named[f"{layer}.left"], named[f"{layer}.right"] = left, right
-        return named
+        sides = ("left", "right")
+        return {f"{n}.{side}": part for n, pair in self.factors.items() for side, part in zip(sides, pair)}
 
     @classmethod
-    def from_tensors(cls, tensors, **fields) -> LowRankUpdate:
+    def from_tensors(cls, tensors, **fields):
         layers = sorted({int(name.split(".")[0]) for name in tensors})
         return cls(**fields, factors={n: (tensors[f"{n}.left"], tensors[f"{n}.right"]) for n in layers})
 
@@ -89,7 +81,7 @@ class DenseUpdate(Edit):
         return {f"{self.layer}.delta": self.delta}
 
     @classmethod
-    def from_tensors(cls, tensors, **fields) -> DenseUpdate:
+    def from_tensors(cls, tensors, **fields):
         ((name, delta),) = tensors.items()
         return cls(**fields, layer=int(name.split(".")[0]), delta=delta)
 

@@ -1,8 +1,7 @@
 """Edit, generate, score: what one batch of cases becomes (paper section III-D).
 
-Each measure is one generation over the whole batch, row by row from differently edited models:
-effectiveness and generalization (greedy, as many tokens as the target has), specificity (greedy, 16 tokens,
-compared with the subject's own unedited answers) and fluency (top-5 sampling, 64 tokens).
+Effectiveness and generalization are greedy, with as many tokens as the target has; so is specificity, with 16 tokens, compared with
+the subject's own unedited answers; fluency is top-5 sampling of 64 tokens.
 """
 
 from __future__ import annotations
@@ -30,27 +29,16 @@ SINGLE = "single"
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What all records of an editor in a run share.
-
-    Attributes:
-        editor: its name.
-        run: the run's name; source: where its cases come from.
-        preset: ``compat`` limits generation to the target's length tokenised alone.
-        seed: of the fluency sampling, which is the same for all editors.
-        protocol: how cases are edited.
-        metrics: what to compute of each case; None leaves that to be done later (``clme score``).
-        folds: the fold of each case, by its id.
-        start, library, commit: see :class:`~clme_lib.evaluation.records.Record`.
-    """
+    """What all records of an editor in a run share, and how they are made."""
 
     editor: str
     run: str = ""
     source: str = ""
     preset: Preset = "clean"
-    seed: int = DEFAULT_SEED
+    seed: int = DEFAULT_SEED  # of the fluency sampling, which is the same for all editors
     protocol: str = SINGLE
-    metrics: tuple[str, ...] | None = PAPER_METRICS
-    folds: Mapping[int, int] = field(default_factory=dict)
+    metrics: tuple[str, ...] | None = PAPER_METRICS  # None leaves them to be computed later (``clme score``)
+    folds: Mapping[int, int] = field(default_factory=dict)  # the fold of each case, by its id
     start: str = UNKNOWN
     library: str = UNKNOWN
     commit: str = UNKNOWN
@@ -58,20 +46,13 @@ class Circumstances:
     def record(self, subject: Subject, case: Case, position: int = 1, **fields) -> Record:
         """The record of a case with these fields, or of one that could not be edited or scored: with the reason as its ``error``."""
         return Record(
-            run=self.run,
+            **{name: value for name, value in vars(self).items() if name in Record.model_fields},
             subject=subject.name,
             dataset=case.dataset,
-            source=self.source,
-            editor=self.editor,
-            preset=self.preset,
-            protocol=self.protocol,
             position=position,
             fold=self.folds.get(case.case_id, 0),
             case_id=case.case_id,
             case_sha256=case.sha256,
-            start=self.start,
-            library=self.library,
-            commit=self.commit,
             **fields,
         )
 
@@ -85,13 +66,10 @@ def evaluate(
     preset: Preset = "clean",
     metrics: Sequence[str] = PAPER_METRICS,
 ) -> pd.DataFrame:
-    """Score edits: one row per case (see :func:`clme_lib.evaluation.records.frame` for the columns).
+    """Score edits, one per case in the cases' order: a row each, as :func:`clme_lib.evaluation.records.frame` has them.
 
-    Args:
-        edits: one per case, in the cases' order.
-        seed: of the fluency sampling, which is the same for all editors.
-        preset: ``compat`` limits generation to the target's length tokenised alone.
-        metrics: what to compute; see :func:`clme_lib.metrics.base.list_metrics`.
+    ``seed`` is of the fluency sampling, which is the same for all editors; with the preset ``compat`` a target's generation is as long as
+    the target tokenised alone; :func:`clme_lib.metrics.base.list_metrics` names the ``metrics``.
     """
     if [case.case_id for case in cases] != [edit.case_id for edit in edits]:
         raise StudyError("edits and cases differ: pass one edit per case, in the cases' order")
@@ -109,20 +87,16 @@ def score(
     position: int = 1,
     logs: Mapping[int, EditLog] | None = None,
 ) -> list[Record]:
-    """Records of a batch of cases, each evaluated on the subject as its edit makes it.
+    """Records of a batch of cases, each evaluated on the subject as its edit makes it, which then holds ``position`` edits.
 
-    Args:
-        edits: one for each case.
-        position: how many edits the model holds.
-        logs: how each case was edited, by its id, where that is not its edit's own log.
+    ``logs`` say how each case was edited, by its id, where that is not its edit's own log.
     """
-    generated = _generate_all(subject, cases, edits, circumstances)
+    written_of_cases = _generate_all(subject, cases, edits, circumstances)
     answers = iter(answers_for(subject, [prompt for case in cases for prompt in case.unrelated]))
     records = []
-    for case, edit, written in zip(cases, edits, generated):
+    for case, edit, written in zip(cases, edits, written_of_cases):
         texts = {name: [text.text for text in written[name]] for name in TEXTS}
-        expected = [next(answers) for _ in case.unrelated]
-        evaluated = Evaluated(case, texts, expected)
+        evaluated = Evaluated(case, texts, [next(answers) for _ in case.unrelated])
         looked_up = [text for name in TEXTS[:-1] for text in written[name]]
         has_codebook = any(text.distance is not None for text in looked_up)
         log = edit.log if logs is None else logs.get(case.case_id, EditLog())
@@ -138,11 +112,13 @@ def score(
                 loss=finite(log.losses[-1]) if log.losses else None,
                 peak_memory_mib=finite(log.peak_memory_mib),
                 initial_sha256=log.initial_sha256,
-                distances=[_rounded(text.distance) for text in looked_up] if has_codebook else None,
+                distances=[text.distance and float(f"{text.distance:.6g}") for text in looked_up]
+                if has_codebook
+                else None,
                 fired=[bool(text.fired) for text in looked_up] if has_codebook else None,
                 texts=texts,
                 sha256={name: text_hashes(written_texts) for name, written_texts in texts.items()},
-                answers=expected,
+                answers=evaluated.answers,
             )
         )
     return records
@@ -153,7 +129,6 @@ def _generate_all(
 ) -> list[dict[str, list[Generated]]]:
     """What is written for every case, by measure."""
     requests: list[Request] = []
-    counts = []
     for n, case in enumerate(cases):
         budget = token_budget(subject.tokenizer, case.prompt, case.target, circumstances.preset)
         own = [case.prompt, *case.rephrased]
@@ -164,12 +139,11 @@ def _generate_all(
         later = -1 if edits[n].first_call_only else n
         requests += [Request(prompt, SPECIFICITY_TOKENS, later) for prompt in case.unrelated]
         requests += [Request(prompt, FLUENCY_TOKENS, later, noise[row]) for row, prompt in enumerate(own)]
-        counts.append((1, len(case.rephrased), len(case.unrelated), len(own)))
     unedited = unchanged(subject, requests, edits)
     changed = iter(generate(subject, [request for n, request in enumerate(requests) if n not in unedited], edits))
     texts = iter([unedited[n] if n in unedited else next(changed) for n in range(len(requests))])
-    return [{name: [next(texts) for _ in range(count)] for name, count in zip(TEXTS, four)} for four in counts]
-
-
-def _rounded(distance: float | None) -> float | None:
-    return None if distance is None else float(f"{distance:.6g}")
+    written = []
+    for case in cases:
+        counts = 1, len(case.rephrased), len(case.unrelated), 1 + len(case.rephrased)
+        written.append({name: [next(texts) for _ in range(count)] for name, count in zip(TEXTS, counts)})
+    return written

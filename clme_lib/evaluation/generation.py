@@ -1,21 +1,20 @@
 """Batched generation from many differently edited models (paper section III-D; protocol of the released program).
 
-Decoded text is the generated tokens only, special tokens kept. A row that emits EOS ends there, with the EOS in its
-text; what a row generates never depends on the batch it is in. The result is that of ``model.generate`` row by row (a
-test holds it to that). It is faster because every (prompt, edit) is read once however many texts continue it, prompts
-are read in batches of like length, and decoding writes keys and values into buffers made once instead of growing them.
+Decoded text is the generated tokens only, special tokens and a final EOS kept. The result is that of ``model.generate`` row by
+row (a test holds it to that), whatever batch a row is in. It is faster because every (prompt, edit) is read once however many
+texts continue it, in batches of like length, and decoding writes keys and values into buffers made once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..edits.base import Edit, PassState
+from ..edits.base import Edit
 from ..forward.blockwise import passes
 from ..forward.tokens import encode
 from ..subjects.subject import Subject
@@ -32,19 +31,12 @@ CHECK_DONE_EVERY = {"cpu": 1, "cuda": 8}
 
 @dataclass(frozen=True)
 class Request:
-    """One text to generate.
-
-    Attributes:
-        prompt: what the model reads.
-        budget: most new tokens.
-        edit: index of the edit that acts on this row, -1 for the unedited model.
-        noise: (budget, k) Gumbel noise for top-k sampling; None decodes greedily.
-    """
+    """One text to generate."""
 
     prompt: str
-    budget: int
-    edit: int = -1
-    noise: torch.Tensor | None = None
+    budget: int  # most new tokens
+    edit: int = -1  # index of the edit that acts on this row; -1: the unedited model
+    noise: torch.Tensor | None = None  # (budget, k) Gumbel noise for top-k sampling; None: greedy
 
 
 @dataclass(frozen=True)
@@ -53,8 +45,8 @@ class Generated:
 
     text: str
     ids: Sequence[int] = ()
-    distance: float | None = field(default=None)
-    fired: bool | None = field(default=None)
+    distance: float | None = None
+    fired: bool | None = None
 
 
 def gumbel(texts: int, draw: torch.Generator) -> torch.Tensor:
@@ -67,12 +59,9 @@ def gumbel(texts: int, draw: torch.Generator) -> torch.Tensor:
 def generate(
     subject: Subject, requests: Sequence[Request], edits: Sequence[Edit] = (), max_rows: int | None = None
 ) -> list[Generated]:
-    """Generate every request.
+    """Generate every request; ``Request.edit`` is an index into ``edits``.
 
-    Args:
-        edits: what ``Request.edit`` indexes.
-        max_rows: prompts worked on side by side (default: 64 on CPU, 512 on CUDA); memory grows with it, results do
-            not change.
+    Memory grows with ``max_rows``, the prompts worked on side by side (default: 64 on CPU, 512 on CUDA); results do not change.
     """
     sources: dict[tuple[str, int], list[int]] = {}
     for n, request in enumerate(requests):
@@ -86,18 +75,17 @@ def generate(
     for first in range(0, len(order), max_rows):
         keys = order[first : first + max_rows]
         read = _prefill(subject, [(encoded[key], key[1]) for key in keys], edits)
-        rows = [(prompt, n) for prompt, key in zip(read, keys) for n in sources[key]]
-        texts = _decode(subject, [prompt for prompt, _ in rows], [requests[n] for _, n in rows], edits)
-        for (prompt, n), text in zip(rows, texts):
-            results[n] = Generated(*text, prompt.distance, prompt.fired)
+        prompts = [prompt for prompt, key in zip(read, keys) for _ in sources[key]]
+        chosen = [n for key in keys for n in sources[key]]
+        results.update(zip(chosen, _decode(subject, prompts, [requests[n] for n in chosen], edits)))
     return [results[n] for n in range(len(requests))]
 
 
 @dataclass
 class _Prompt:
-    """A prompt that has been read: its row in a pass's cache, and the distribution of the next token."""
+    """A prompt that has been read: its keys and values in a pass's cache, and what the next token is drawn from."""
 
-    ids: list[int]
+    length: int
     cache: Any  # a transformers Cache
     row: int
     logits: torch.Tensor
@@ -110,44 +98,36 @@ def _prefill(subject: Subject, prompts: Sequence[tuple[list[int], int]], edits: 
     read = []
     for group in passes(subject, [ids for ids, _ in prompts]):
         batch = [prompts[n] for n in group]
-        ids = subject.tokenizer.pad({"input_ids": [ids for ids, _ in batch]}, return_tensors="pt").to(subject.device)
-        mask = ids["attention_mask"]
-        edit_rows = [edit for _, edit in batch]
-        with subject.applying(edits, rows=edit_rows) as state:
-            done = subject.decoder(
-                input_ids=ids["input_ids"],
-                attention_mask=mask,
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-                use_cache=True,
-            )
+        padded = subject.tokenizer.pad({"input_ids": [ids for ids, _ in batch]}, return_tensors="pt").to(subject.device)
+        positions = (padded["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        with subject.applying(edits, rows=[edit for _, edit in batch]) as state:
+            done = subject.decoder(**padded, position_ids=positions, use_cache=True)
         logits = subject.model.lm_head(done.last_hidden_state[:, -1]).float()
-        distances, fired = _prompt_lookups(state, len(batch))
-        for row, (tokens, _) in enumerate(batch):
-            read.append(_Prompt(tokens, done.past_key_values, row, logits[row], distances[row], fired[row]))
+        lookups: dict[int, tuple[float, bool]] = {}
+        for lookup in state.lookups:
+            lookups.update(zip(lookup.rows, zip(lookup.distances.tolist(), lookup.fired.tolist())))
+        for row, (ids, _) in enumerate(batch):
+            read.append(_Prompt(len(ids), done.past_key_values, row, logits[row], *lookups.get(row, (None, None))))
     return read
 
 
 def _decode(
     subject: Subject, prompts: Sequence[_Prompt], requests: Sequence[Request], edits: Sequence[Edit]
-) -> list[tuple[str, list[int]]]:
+) -> list[Generated]:
     """Continue prompts token by token, all rows together, each to its own budget or EOS.
 
-    Finished rows leave the batch once they are a quarter of it: budgets differ a lot (16 tokens against 64). Until then
-    they repeat EOS, which is cut off.
+    Finished rows leave the batch once they are a quarter of it (budgets differ a lot); until then they repeat EOS, which is cut off.
     """
     device, eos = subject.device, subject.tokenizer.eos_token_id
-    width = max(len(prompt.ids) for prompt in prompts)
+    lengths = torch.tensor([prompt.length for prompt in prompts], device=device)
+    width = max(prompt.length for prompt in prompts)
     steps = max(request.budget for request in requests)
-    mask = torch.zeros(len(prompts), width + steps, dtype=torch.long, device=device)
-    for row, prompt in enumerate(prompts):
-        mask[row, width - len(prompt.ids) : width] = 1
-    mask[:, width:] = 1  # A pass is given only the columns written so far.
+    mask = (torch.arange(width + steps, device=device) >= width - lengths[:, None]).long()
     cache = _joined_cache(prompts, width, steps)
-    positions = torch.tensor([len(prompt.ids) for prompt in prompts], device=device)
     budgets = torch.tensor([request.budget for request in requests], device=device)
+    sampled = torch.tensor([request.noise is not None for request in requests], device=device)
     silent = torch.zeros(FLUENCY_TOKENS, FLUENCY_TOP_K, dtype=torch.float64)
     noise = torch.stack([silent if request.noise is None else request.noise for request in requests]).to(device)
-    sampled = torch.tensor([request.noise is not None for request in requests], device=device)
     logits = torch.stack([prompt.logits for prompt in prompts])
     new = torch.full((len(prompts), steps), eos, dtype=torch.long, device=device)
     rows = torch.arange(len(prompts), device=device)  # the request of each row that is still in the batch
@@ -172,18 +152,18 @@ def _decode(
                 state.rows = [requests[n].edit for n in rows.tolist()]
             hidden = subject.decoder(
                 input_ids=new[rows, step][:, None],
-                attention_mask=mask[:, : width + step + 1],
-                position_ids=(positions[rows] + step)[:, None],
+                attention_mask=mask[:, : width + step + 1],  # the columns written so far
+                position_ids=(lengths[rows] + step)[:, None],
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
             logits = subject.model.lm_head(hidden[:, -1]).float()
     texts = []
-    for ids, request in zip(new.tolist(), requests):
+    for ids, request, prompt in zip(new.tolist(), requests, prompts):
         ids = ids[: request.budget]
         ids = ids[: ids.index(eos) + 1] if eos in ids else ids
         text: Any = subject.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        texts.append((text, ids))
+        texts.append(Generated(text, ids, prompt.distance, prompt.fired))
     return texts
 
 
@@ -222,23 +202,12 @@ class _BufferLayer(DynamicLayer):
 def _joined_cache(prompts: Sequence[_Prompt], width: int, steps: int) -> Any:
     """The rows' caches aligned at the prompts' end, with ``steps`` free columns after it."""
     layers: list[Any] = []
-    for block in range(len(prompts[0].cache.layers)):
-        sample = prompts[0].cache.layers[block].keys
-        shape = (len(prompts), sample.shape[1], width + steps, sample.shape[3])
-        buffers = (sample.new_zeros(shape), sample.new_zeros(shape))
+    for block, sample in enumerate(prompts[0].cache.layers):
+        shape = (len(prompts), sample.keys.shape[1], width + steps, sample.keys.shape[3])
+        keys, values = sample.keys.new_zeros(shape), sample.keys.new_zeros(shape)
         for row, prompt in enumerate(prompts):
-            layer, length = prompt.cache.layers[block], len(prompt.ids)
-            buffers[0][row, :, width - length : width] = layer.keys[prompt.row, :, -length:]
-            buffers[1][row, :, width - length : width] = layer.values[prompt.row, :, -length:]
-        layers.append(_BufferLayer(*buffers, filled=width))
+            read, columns = prompt.cache.layers[block], slice(width - prompt.length, width)
+            keys[row, :, columns] = read.keys[prompt.row, :, -prompt.length :]
+            values[row, :, columns] = read.values[prompt.row, :, -prompt.length :]
+        layers.append(_BufferLayer(keys, values, filled=width))
     return Cache(layers=layers)
-
-
-def _prompt_lookups(state: PassState, rows: int) -> tuple[list, list]:
-    """Distance and hit of each row's codebook lookup in a prompt pass (None for rows without a codebook)."""
-    distances: list[float | None] = [None] * rows
-    fired: list[bool | None] = [None] * rows
-    for lookup in state.lookups:
-        for n, distance, hit in zip(lookup.rows, lookup.distances.tolist(), lookup.fired.tolist()):
-            distances[n], fired[n] = distance, hit
-    return distances, fired

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from pathlib import Path
 
 import pandas as pd
@@ -21,6 +22,8 @@ from ..support.schema import Schema, parse
 SCHEMA_VERSION = 2
 UNKNOWN = "unknown"  # where a record comes from, when that cannot be proved
 SCORED, UNSCORED, FAILED = "scored", "not scored yet", "failed"
+_MAPPINGS = {"scores", "texts", "sha256"}  # fields with a value for each metric or measure
+_KEY = attrgetter("run", "subject", "dataset", "editor", "preset", "protocol", "position", "case_id")
 
 
 class Record(Schema):
@@ -71,17 +74,8 @@ class Record(Schema):
             return FAILED
         return UNSCORED if self.scores is None else SCORED
 
-    def row(self) -> dict:
-        """The record as it is written."""
-        return self.model_dump()
-
-    def without_texts(self) -> Record:
-        """The record with its texts removed and their hashes kept."""
-        return self.model_copy(update={"texts": None, "answers": None})
-
 
 def text_hashes(texts: Sequence[str]) -> list[str]:
-    """SHA-256 of each text."""
     return [hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() for text in texts]
 
 
@@ -102,36 +96,23 @@ def read_records(paths: Iterable[Path]) -> list[Record]:
                     "are converted by `python results/migrate.py FOLDER`"
                 )
             record = parse(Record, row, where)
-            key = (
-                record.run,
-                record.subject,
-                record.dataset,
-                record.editor,
-                record.preset,
-                record.protocol,
-                record.position,
-                record.case_id,
-            )
-            if key in seen:
+            if _KEY(record) in seen:
                 raise StudyError(f"{where}: a second record of case {record.case_id} by {record.editor}")
-            seen.add(key)
+            seen.add(_KEY(record))
             records.append(record)
     return records
 
 
 def frame(records: Iterable[Record]) -> pd.DataFrame:
-    """Records as a table, a row each: a column for each metric, and for the texts and hashes of each measure.
-
-    The column ``state`` says whether a record is scored; ``generated_<measure>`` and ``sha256_<measure>`` hold lists, or None.
-    """
+    """Records as a table: a column for each other field, for each metric, and ``state``; ``generated_<measure>`` and
+    ``sha256_<measure>`` hold lists, or None."""
     rows, metrics = [], dict.fromkeys(PAPER_METRICS)
     for record in records:
-        row = record.model_dump(exclude={"scores", "texts", "sha256"}) | {"state": record.state}
+        row = record.model_dump(exclude=_MAPPINGS) | {"state": record.state} | (record.scores or {})
+        for kind, by_measure in (("generated", record.texts), ("sha256", record.sha256)):
+            row |= {f"{kind}_{name}": (by_measure or {}).get(name) for name in TEXTS}
+        rows.append(row)
         metrics |= dict.fromkeys(record.scores or ())
-        for name in TEXTS:
-            row[f"generated_{name}"] = (record.texts or {}).get(name)
-            row[f"sha256_{name}"] = (record.sha256 or {}).get(name)
-        rows.append(row | (record.scores or {}))
-    fields = [name for name in Record.model_fields if name not in ("scores", "texts", "sha256")]
-    kinds = [f"{kind}_{name}" for kind in ("generated", "sha256") for name in TEXTS]
-    return pd.DataFrame(rows, columns=[*fields, "state", *metrics, *kinds])
+    fields = [name for name in Record.model_fields if name not in _MAPPINGS]
+    lists = [f"{kind}_{name}" for kind in ("generated", "sha256") for name in TEXTS]
+    return pd.DataFrame(rows, columns=[*fields, "state", *metrics, *lists])

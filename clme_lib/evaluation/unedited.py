@@ -1,9 +1,7 @@
 """What the unedited subject writes: the answers that specificity compares with, and every text that an edit cannot change.
 
-Generated once per subject, weights, dtype and kind of device, and kept in the user's cache by prompt and decoding. A
-codebook changes a text only where it fires: :func:`unchanged` finds the requests for which it does not, from the queries
-alone, so that nothing is generated again for each of several editors. The unedited row of a table never reads its texts from
-here: it generates anew, and so measures how much two generations of the same model differ.
+Generated once per subject, weights, dtype and kind of device, and kept in the user's cache by prompt and decoding. The unedited row
+of a table never reads its texts from here: it generates anew, and so measures how much two generations of the same model differ.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import torch
 import transformers
@@ -36,7 +33,14 @@ def answers_for(subject: Subject, prompts: Sequence[str]) -> list[str]:
 
 def unedited(subject: Subject, requests: Sequence[Request]) -> list[Generated]:
     """What the subject writes without any edit: from the cache, or generated now."""
-    known = _journal(_cache_file(subject))
+    identity = {
+        "fingerprint": subject.fingerprint,
+        "dtype": subject.dtype_name,
+        "device": subject.device.type,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    known = _journal(cache_dir() / "unedited" / f"{name_for(subject.name, identity)}.jsonl")
     known.refresh()
     keys = [_key(request) for request in requests]
     missing = {key: replace(request, edit=-1) for key, request in zip(keys, requests) if key not in known.rows}
@@ -51,13 +55,11 @@ def unchanged(subject: Subject, requests: Sequence[Request], edits: Sequence[Edi
     codebooks fire neither at the prompt nor, where they are asked there, at any token written."""
     codebooks = {n: edits[request.edit].lookups if request.edit >= 0 else () for n, request in enumerate(requests)}
     texts = {n: Generated("") for n, books in codebooks.items() if books is not None}
-    by_query: dict[tuple, list[tuple[int, Codebook]]] = {}
-    for n in texts:
-        for book in codebooks[n] or ():
-            by_query.setdefault((book.layer, book.asked_with), []).append((n, book))
-    for (layer, query), asked in by_query.items():
-        prompts = [requests[n].prompt for n, _ in asked]
-        for (n, book), row in zip(asked, stored_queries(subject, prompts, layer, query).to(subject.device)):
+    asked = [(n, book) for n in texts for book in codebooks[n] or ()]
+    for layer, query in dict.fromkeys((book.layer, book.asked_with) for _, book in asked):
+        asking = [(n, book) for n, book in asked if (book.layer, book.asked_with) == (layer, query)]
+        queries = stored_queries(subject, [requests[n].prompt for n, _ in asking], layer, query).to(subject.device)
+        for (n, book), row in zip(asking, queries):
             distance, fired = book.nearest(row[None])
             if fired.any():
                 texts.pop(n, None)
@@ -65,13 +67,10 @@ def unchanged(subject: Subject, requests: Sequence[Request], edits: Sequence[Edi
                 texts[n] = replace(texts[n], distance=distance.item(), fired=False)
     for n, plain in zip(texts, unedited(subject, [requests[n] for n in texts])):
         texts[n] = replace(texts[n], text=plain.text, ids=plain.ids)
-    by_layer: dict[int, list[tuple[int, Codebook]]] = {}
-    for n, text in texts.items():
-        for book in codebooks[n] or ():
-            if book.every_token and len(text.ids) > 1:
-                by_layer.setdefault(book.layer, []).append((n, book))
-    for layer, asked in by_layer.items():
-        for n in _fire_later(subject, requests, texts, layer, asked):
+    asked = [(n, book) for n, book in asked if n in texts and book.every_token and len(texts[n].ids) > 1]
+    for layer in {book.layer for _, book in asked}:
+        asking = [(n, book) for n, book in asked if n in texts and book.layer == layer]
+        for n in _fire_later(subject, requests, texts, asking, layer):
             texts.pop(n, None)
     return texts
 
@@ -81,10 +80,10 @@ def _fire_later(
     subject: Subject,
     requests: Sequence[Request],
     texts: dict[int, Generated],
-    layer: int,
     asked: Sequence[tuple[int, Codebook]],
+    layer: int,
 ) -> list[int]:
-    """Which of the ``asked`` requests' codebooks fire at a token of their texts."""
+    """Which of the ``asked`` requests' codebooks, all in ``layer``, fire at a token of their texts."""
     # The last token written is never read.
     written = [texts[n].ids[:-1] for n, _ in asked]
     rows = [encode(subject.tokenizer, requests[n].prompt) + list(ids) for (n, _), ids in zip(asked, written)]
@@ -107,14 +106,3 @@ _journal = cache(lambda file: Journal(file, lambda row: row["key"]))
 def _key(request: Request) -> str:
     noise = None if request.noise is None else hashlib.sha256(request.noise.numpy().tobytes()).hexdigest()
     return hashlib.sha256(json.dumps([request.prompt, request.budget, noise]).encode()).hexdigest()
-
-
-def _cache_file(subject: Subject) -> Path:
-    identity = {
-        "fingerprint": subject.fingerprint,
-        "dtype": subject.dtype_name,
-        "device": subject.device.type,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    return cache_dir() / "unedited" / f"{name_for(subject.name, identity)}.jsonl"

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ..edits.base import Layout, announced
 from ..subjects.subject import Subject
 from ..support.batching import of_like_length
 from .padded import Padded
@@ -21,56 +20,36 @@ PASS_TOKENS = {"cpu": 2_048, "cuda": 32_768}  # read in one pass, padding includ
 
 @dataclass(frozen=True)
 class BlockPass:
-    """One block's pass over R rows of W columns.
+    """One block's pass over R rows of W columns."""
 
-    Attributes:
-        hidden: (R, W, d) the residual stream after the block.
-        keys: (R, W, d_f) inputs of its ``down_proj``; outputs: (R, W, d) outputs of its ``down_proj``.
-    """
-
-    hidden: torch.Tensor
-    keys: torch.Tensor
-    outputs: torch.Tensor
+    hidden: torch.Tensor  # (R, W, d) the residual stream after the block
+    keys: torch.Tensor  # (R, W, d_f) inputs of its down_proj
+    outputs: torch.Tensor  # (R, W, d) outputs of its down_proj
 
 
 class Blockwise:
-    """Rows of token ids on their way through the blocks.
-
-    Args:
-        rows: the token ids.
-        written: how many of each row's last tokens the model itself has written (default: none).
+    """Rows of token ids on their way through the blocks; ``written`` of a row's last tokens are the model's own (default: none).
 
     Attributes:
-        embedded: (R, W, d) the stream before block 0.
-        mask: (R, W) True at real tokens.
+        embedded: (R, W, d) the stream before block 0; mask: (R, W) True at real tokens.
     """
 
     @torch.no_grad()
     def __init__(self, subject: Subject, rows: Sequence[Sequence[int]], written: Sequence[int] | None = None) -> None:
         self.subject = subject
         width = max(map(len, rows))
-        padded = Padded.of(subject, rows, [width - len(row) for row in rows], width)
-        self.mask, self._positions, self._attended = padded.mask, padded.positions, padded.attended()
-        self.embedded = subject.decoder.embed_tokens(padded.ids)
-        self._rotary = subject.decoder.rotary_emb(self.embedded, position_ids=self._positions)
-        self._prompt_end = width - 1 - torch.tensor(written or [0] * len(rows), device=subject.device)
+        prompt_ends = [width - 1 - count for count in written or [0] * len(rows)]
+        self._padded = Padded.of(subject, rows, [width - len(row) for row in rows], width, prompt_ends)
+        self.mask = self._padded.layout.real
+        self.embedded = subject.decoder.embed_tokens(self._padded.ids)
 
     @torch.no_grad()
     def block(self, layer: int, hidden: torch.Tensor, rows: torch.Tensor | None = None) -> BlockPass:
         """Run block ``layer`` on the stream ``hidden`` of all rows, or of the given ones."""
-
-        def of(part: torch.Tensor) -> torch.Tensor:
-            return part if rows is None or len(part) == 1 < len(self.mask) else part[rows]
-
-        block, layout = self.subject.blocks[layer], Layout(of(self.mask), of(self._prompt_end))
-        with announced(layout), recorded(block, "keys", "outputs") as values:
-            after = block(
-                hidden,
-                attention_mask=of(self._attended),
-                position_ids=of(self._positions),
-                position_embeddings=tuple(of(part) for part in self._rotary),
-            )
-        return BlockPass(after[0] if isinstance(after, tuple) else after, values["keys"], values["outputs"])
+        padded, block = self._padded if rows is None else self._padded.part(rows), self.subject.blocks[layer]
+        with recorded(block, "keys", "outputs") as values:
+            after = padded.through(block, hidden)
+        return BlockPass(after, **values)
 
     def up_to(self, layer: int) -> torch.Tensor:
         """(R, W, d) the stream before block ``layer``."""

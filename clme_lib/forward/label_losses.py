@@ -25,27 +25,37 @@ class LabelIndices(NamedTuple):
         return cls(tuple(indices.tolist()), indices)
 
 
-class _LabelLoss(torch.autograd.Function):
-    """Cross-entropy of labels under a vocabulary head, with the gradient computed in the same pass.
+class _WithGradient(torch.autograd.Function):
+    """Values (N,) that were computed from states (N, d), and their gradient (N, d), which was computed in the same pass."""
+
+    @staticmethod
+    def forward(ctx, states, values, gradient):
+        ctx.save_for_backward(gradient)
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        return upstream[:, None].to(gradient.dtype) * gradient, None, None
+
+
+def label_losses(states, head, labels, compared: LabelIndices, reference: torch.Tensor | None):
+    """Cross-entropy of labels under a vocabulary head, and how far the distributions before some of them have moved.
 
     The gradient of ``-log softmax(W h)[y]`` with respect to ``h`` is ``W^T (softmax(W h) - onehot(y))``: the softmax is
     at hand when the loss is, so the logits of a few labels at a time live only until both are taken from them. At ``compared``
     labels' columns ``KL(p || p_reference)`` is taken from the same logits; its gradient is ``W^T (p (log p - log p_reference - KL))``.
-    """
 
-    @staticmethod
-    def forward(ctx, states, head, labels, compared, reference):
-        """(N, d) normalised last-block states, the head, (N,) labels, the C to compare at and log-probabilities (C, V) or None
-        -> losses (N,), whether the label is the arg-max (N,), divergences (C,), log-probabilities (C, V); these have no gradient.
-        """
-        weight = head.weight
-        losses, greedy = torch.empty(len(states), device=states.device), torch.empty_like(labels, dtype=torch.bool)
-        gradient = torch.empty_like(states)
-        indices = compared.on_device
-        divergences = torch.zeros(len(indices), device=states.device)
-        of_divergences = states.new_zeros(len(indices), states.shape[-1])
-        log_shares = torch.empty(len(indices), len(weight), device=states.device)
-        at_once = _LABELS_AT_ONCE[states.device.type]
+    (N, d) normalised last-block states, the head, (N,) labels, the C to compare at and log-probabilities (C, V) or None
+    -> losses (N,), whether the label is the arg-max (N,), divergences (C,), log-probabilities (C, V).
+    """
+    weight, indices, device = head.weight, compared.on_device, states.device
+    losses, greedy = torch.empty(len(states), device=device), torch.empty_like(labels, dtype=torch.bool)
+    divergences = torch.zeros(len(indices), device=device)
+    gradient, of_divergences = torch.empty_like(states), states.new_zeros(len(indices), states.shape[-1])
+    log_shares = torch.empty(len(indices), len(weight), device=device)
+    at_once = _LABELS_AT_ONCE[device.type]
+    with torch.no_grad():
         for first in range(0, len(states), at_once):
             part = slice(first, first + at_once)
             inside = slice(bisect_left(compared.on_host, first), bisect_left(compared.on_host, first + at_once))
@@ -67,43 +77,22 @@ class _LabelLoss(torch.autograd.Function):
             gradient[part] = product[: len(expected)]
             if reference is not None:
                 of_divergences[inside] = product[len(expected) :]
-        ctx.save_for_backward(gradient, indices, of_divergences)
-        ctx.mark_non_differentiable(greedy, log_shares)
-        return losses, greedy, divergences, log_shares
-
-    @staticmethod
-    def backward(ctx, of_losses, _greedy, upstream, _log_shares):
-        gradient, indices, of_divergences = ctx.saved_tensors
-        whole = of_losses[:, None].to(gradient.dtype) * gradient
-        whole = whole.index_add(0, indices, upstream[:, None].to(gradient.dtype) * of_divergences)
-        return whole, None, None, None, None
+    moved = _WithGradient.apply(states.index_select(0, indices), divergences, of_divergences)
+    return _WithGradient.apply(states, losses, gradient), greedy, moved, log_shares
 
 
-class _DistributionLoss(torch.autograd.Function):
-    """``KL(p_reference || p)`` at each label column, both under the vocabulary head, and its gradient in the same pass."""
-
-    @staticmethod
-    def forward(ctx, states, head, reference):
-        """(N, d) normalised last-block states, the head, (N, d) states of the reference -> divergences (N,) in nats."""
-        divergences = torch.empty(len(states), device=states.device, dtype=torch.float32)
-        gradient = torch.empty_like(states)
-        at_once = _LABELS_AT_ONCE[states.device.type]
+def divergences(subject: Subject, states: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """``KL(p_reference || p)`` (N,) in nats between the next-token distributions of two sets of last-block states (N, d)."""
+    head = subject.model.lm_head
+    values = torch.empty(len(states), device=states.device, dtype=torch.float32)
+    gradient = torch.empty_like(states)
+    at_once = _LABELS_AT_ONCE[states.device.type]
+    with torch.no_grad():
         for first in range(0, len(states), at_once):
             part = slice(first, first + at_once)
             log_reference = torch.log_softmax(head(reference[part]).float(), dim=-1)
             log_shares = torch.log_softmax(head(states[part]).float(), dim=-1)
             probabilities = log_reference.exp()
-            divergences[part] = (probabilities * log_reference.sub_(log_shares)).sum(dim=-1)
+            values[part] = (probabilities * log_reference.sub_(log_shares)).sum(dim=-1)
             gradient[part] = log_shares.exp_().sub_(probabilities).to(head.weight.dtype) @ head.weight
-        ctx.save_for_backward(gradient)
-        return divergences
-
-    @staticmethod
-    def backward(ctx, upstream):
-        (gradient,) = ctx.saved_tensors
-        return upstream[:, None].to(gradient.dtype) * gradient, None, None
-
-
-def divergences(subject: Subject, states: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """``KL(p_reference || p)`` (N,) between the next-token distributions of two sets of last-block states (N, d)."""
-    return _DistributionLoss.apply(states, subject.model.lm_head, reference)
+    return _WithGradient.apply(states, values, gradient)

@@ -3,17 +3,14 @@
 While an edit at block ``l`` is optimised, three things never change: everything below the output of ``W_l``;
 the residual stream that output is added to; and, attention being causal, the keys and values of blocks above ``l``
 at columns before the first touched one. :class:`PartialForward` computes them in one ordinary forward pass and
-then runs only blocks ``l+1 .. L-1`` on the touched columns. Logits are computed on label columns only, a few at a time,
-together with the loss's gradient (:class:`_LabelLoss`).
+then runs only blocks ``l+1 .. L-1`` on the touched columns. Logits are computed on label columns only, a few at a time.
+The tests hold it to the plain forward pass, which it equals up to float rounding.
 
-Layout of a batch. Rows are aligned at their *start column* (the first touched one): what comes before is padded
-on the left, what follows on the right::
+Rows are aligned at their *start column* (the first touched one): what comes before is padded on the left, what follows on the
+right. Gradients flow through the tail only::
 
     row 0   . . p p p | s t t .          prefix (P columns)  |  tail (S columns), tail column 0 = start
     row 1   p p p p p | s t t t
-
-Gradients flow through the tail only. All quantities equal the plain forward pass up to float rounding; the tests hold
-them to it.
 """
 
 from __future__ import annotations
@@ -25,11 +22,11 @@ from typing import Any
 
 import torch
 
-from ..edits.base import Layout, announced
+from ..edits.base import announced
 from ..subjects.subject import Subject
 from ..support.batching import of_like_length
 from ..support.errors import StudyError
-from .label_losses import LabelIndices, _LabelLoss
+from .label_losses import LabelIndices, label_losses
 from .padded import Padded
 from .prefix_attention import Prefix, _attending_to
 from .recording import recorded
@@ -49,26 +46,21 @@ def longest_above(subject: Subject, layer: int) -> float:
 
 
 class PartialForward:
-    """Cached constants of one batch and the forward pass above the edited layer.
+    """Cached constants of one batch of B rows and the forward pass above the edited layer.
 
     Args:
-        subject: the model to edit.
-        rows: what each row reads and is asked for (B rows), such as tokenised prompts and targets.
-        layer: the edited block l.
         from_lookup: True when only columns from the lookup token on are touched (GRACE and the ROME family);
             False when every column is (an update of ``W_l`` itself).
         residuals: with ``from_lookup=False``, each row's ``residual`` (its length, d) when it is known already: then
             nothing below the edited MLP is computed.
 
     Attributes:
-        keys: (B, S, d_f) inputs of ``W_l`` at the tail columns.
-        outputs: (B, S, d) outputs of ``W_l`` at the tail columns.
+        keys, outputs: (B, S, d_f) inputs and (B, S, d) outputs of ``W_l`` at the tail columns.
         residual: (B, S, d) the stream that output is added to.
         attention: (B, S, d) what the block's attention added to it; None when ``residuals`` were given.
-        touched: (B,) tail column of the lookup token.
+        touched: (B,) tail column of the lookup token; label_counts: (B,) labels a row.
         labels: (N,) label ids of all rows, row after row.
         label_rows, label_columns: (N,) the row and tail column that predict each label.
-        label_counts: (B,) labels a row.
     """
 
     def __init__(
@@ -80,8 +72,7 @@ class PartialForward:
         from_lookup: bool,
         residuals: Sequence[torch.Tensor] | None = None,
     ) -> None:
-        self.subject = subject
-        self.layer = layer
+        self.subject, self.layer = subject, layer
         # A codebook above that is asked with the mean over a prompt must see all of the prompt.
         whole = not from_lookup or any(book.layer > layer and book.asked_with == "mean" for book in subject.codebooks)
         starts = [0 if whole else min(row.lookup, row.first_label) for row in rows]
@@ -89,31 +80,32 @@ class PartialForward:
         ends = [row.first_label + len(row.target_ids) for row in rows]
         prefix = max(starts)
         width = prefix + max(end - start for start, end in zip(starts, ends))
-        device = subject.device
         # Padding that a row brings along becomes padding like any other.
         inputs = [row.inputs[row.pads : end] for row, end in zip(rows, ends)]
         firsts = [prefix - start + row.pads for row, start in zip(rows, starts)]
-        padded = Padded.of(subject, inputs, firsts, width)
-
-        self.touched = torch.tensor([row.lookup - start for row, start in zip(rows, starts)], device=device)
-        columns = [row.first_label - start + t for row, start in zip(rows, starts) for t in range(len(row.target_ids))]
-        self.labels = torch.tensor([token for row in rows for token in row.target_ids], device=device)
-        self.label_rows = torch.tensor([n for n, row in enumerate(rows) for _ in row.target_ids], device=device)
-        self.label_columns = torch.tensor(columns, device=device)
-        self.label_counts = torch.tensor([len(row.target_ids) for row in rows], device=device)
-
-        attended = padded.attended()
-        self._real = padded.mask[:, prefix:]
+        lookups = [prefix - start + row.lookup for row, start in zip(rows, starts)]
+        padded = Padded.of(subject, inputs, firsts, width, lookups)
+        self._tail = padded.part(columns=slice(prefix, None))
+        self.touched = self._tail.layout.prompt_end
+        labels = [
+            (token, n, row.first_label - starts[n] + place)
+            for n, row in enumerate(rows)
+            for place, token in enumerate(row.target_ids)
+        ]
+        self.labels, self.label_rows, self.label_columns = torch.tensor(labels, device=subject.device).T.contiguous()
+        self.label_counts = torch.tensor([len(row.target_ids) for row in rows], device=subject.device)
+        self.attention: torch.Tensor | None = None
+        self._before: Prefix = {}
         if residuals is None:
-            self._prefill(padded, attended, starts, ends)
-        else:
-            self._start_from(residuals)
-        self._mask = attended[:, :, prefix:]
-        self._positions = padded.positions[:, prefix:]
-        self._rotary = subject.decoder.rotary_emb(self.outputs, position_ids=self._positions)
+            self._prefill(padded, starts, ends)
+            return
+        with torch.no_grad(), recorded(subject.blocks[layer], "keys") as read:
+            self.residual = torch.nn.utils.rnn.pad_sequence(list(residuals), batch_first=True)
+            self.outputs = self.mlp(self.residual)
+        self.keys = read["keys"]
 
     @torch.no_grad()
-    def _prefill(self, padded: Padded, attended: torch.Tensor, starts: Sequence[int], ends: Sequence[int]) -> None:
+    def _prefill(self, padded: Padded, starts: Sequence[int], ends: Sequence[int]) -> None:
         """Ordinary forward passes; keep the constants of layer l and the K/V of the blocks above.
 
         Rows of like length go together: they are read through all blocks, so padding costs more here than in a step.
@@ -121,18 +113,16 @@ class PartialForward:
         (count, width), prefix = padded.ids.shape, max(starts)
         above = range(self.layer + 1, len(self.subject.blocks)) if prefix else ()
         tails: dict[str, torch.Tensor] = {}
-        cached: Prefix = {}
         for group in of_like_length(ends, ratio=_MAX_READ_RATIO):
             first = prefix - max(starts[n] for n in group)
             last = prefix + max(ends[n] - starts[n] for n in group)
             rows, columns = torch.tensor(group, device=padded.ids.device), slice(first, last)
-            layout = Layout(padded.mask[rows, columns], self.touched[rows] + prefix - first)
-            block = self.subject.blocks[self.layer]
-            with announced(layout), recorded(block, "attention", "residual", "keys", "outputs") as read:
+            part, block = padded.part(rows, columns, columns), self.subject.blocks[self.layer]
+            with announced(part.layout), recorded(block, "attention", "residual", "keys", "outputs") as read:
                 cache = self.subject.decoder(
-                    input_ids=padded.ids[rows, columns],
-                    attention_mask=attended[rows, :, columns, columns],
-                    position_ids=padded.positions[rows, columns],
+                    input_ids=part.ids,
+                    attention_mask=part.attended,
+                    position_ids=part.positions,
                     use_cache=bool(prefix),
                 ).past_key_values
             for name, states in read.items():
@@ -140,49 +130,27 @@ class PartialForward:
                 whole[rows, : last - prefix] = states[:, prefix - first :]
             for n in above:
                 pair = cache.layers[n].keys, cache.layers[n].values
-                if n not in cached:
+                if n not in self._before:
                     _, heads, _, size = pair[0].shape
-                    cached[n] = tuple(part.new_zeros(count, heads, prefix, size) for part in pair)
-                for whole, part in zip(cached[n], pair):
-                    whole[rows, :, first:] = part[:, :, : prefix - first]
+                    self._before[n] = tuple(states.new_zeros(count, heads, prefix, size) for states in pair)
+                for whole, states in zip(self._before[n], pair):
+                    whole[rows, :, first:] = states[:, :, : prefix - first]
         self.keys, self.outputs, self.residual = tails["keys"], tails["outputs"], tails["residual"]
-        self.attention: torch.Tensor | None = tails["attention"]
-        self._before = cached
-
-    @torch.no_grad()
-    def _start_from(self, residuals: Sequence[torch.Tensor]) -> None:
-        self.residual = torch.nn.utils.rnn.pad_sequence(list(residuals), batch_first=True)
-        with recorded(self.subject.blocks[self.layer], "keys") as read:
-            self.outputs = self.mlp(self.residual)
-        self.keys, self.attention, self._before = read["keys"], None, {}
+        self.attention = tails["attention"]
 
     def mlp(self, stream: torch.Tensor) -> torch.Tensor:
         """What layer l's MLP gives, (B, S, d) or (B, d), for a stream at the tail columns or at the touched ones."""
         block = self.subject.blocks[self.layer]
-        with announced(self._layout):
+        with announced(self._tail.layout):
             return block.mlp(block.post_attention_layernorm(stream))
-
-    @property
-    def _layout(self) -> Layout:
-        return Layout(self._real, self.touched)
 
     def select(self, rows: torch.Tensor) -> PartialForward:
         """The same for some of the rows (indices in ascending order): those of cases that are still being optimised."""
         chosen = copy.copy(self)
-        for name in (
-            "keys",
-            "outputs",
-            "residual",
-            "attention",
-            "touched",
-            "label_counts",
-            "_positions",
-            "_mask",
-            "_real",
-        ):
+        for name in ("keys", "outputs", "residual", "attention", "touched", "label_counts"):
             if getattr(self, name) is not None:
                 setattr(chosen, name, getattr(self, name)[rows])
-        chosen._rotary = tuple(part[rows] if len(part) > 1 else part for part in self._rotary)
+        chosen._tail = self._tail.part(rows)
         chosen._before = {n: (keys[rows], values[rows]) for n, (keys, values) in self._before.items()}
         new_index = torch.full((len(self.touched),), -1, device=rows.device)
         new_index[rows] = torch.arange(len(rows), device=rows.device)
@@ -197,15 +165,11 @@ class PartialForward:
         return self.outputs.index_put((rows, self.touched), changed.to(self.outputs.dtype))
 
     def losses(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy over the target's tokens, one a row (B,), with ``outputs`` in place of ``W_l``'s.
-
-        Args:
-            outputs: (B, S, d) what ``W_l`` gives at the tail columns under the edit.
-        """
+        """Mean cross-entropy over the target's tokens, one a row (B,), with ``outputs`` (B, S, d) in place of ``W_l``'s."""
         return self.row_means(self.label_losses(self.states(outputs))[0])
 
     def states(self, outputs: torch.Tensor) -> torch.Tensor:
-        """What the head reads at the label columns, (N, d), with ``outputs`` in place of ``W_l``'s."""
+        """What the head reads at the label columns, (N, d), with ``outputs`` (B, S, d) in place of ``W_l``'s."""
         if outputs.shape != self.outputs.shape:
             raise StudyError(f"outputs have shape {tuple(outputs.shape)}, expected {tuple(self.outputs.shape)}")
         hidden = self.residual + outputs.to(self.residual.dtype)
@@ -215,33 +179,21 @@ class PartialForward:
 
     def through(self, block: Callable[..., Any], hidden: torch.Tensor) -> torch.Tensor:
         """The stream (B, S, d) at the tail columns after a block above the edited layer, from that before it."""
-        with _attending_to(self._before, self.subject.model.config), announced(self._layout):
-            after = block(
-                hidden,
-                attention_mask=self._mask,
-                position_ids=self._positions,
-                position_embeddings=self._rotary,
-            )
-        return after[0] if isinstance(after, tuple) else after  # older transformers return a tuple
+        with _attending_to(self._before, self.subject.model.config):
+            return self._tail.through(block, hidden)
 
-    def label_losses(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropy of each label (N,), and whether the label is the arg-max (N,), from :meth:`states`."""
-        none = LabelIndices((), self.labels.new_zeros(0))
-        return _LabelLoss.apply(states, self.subject.model.lm_head, self.labels, none, None)[:2]
-
-    def compared_losses(
-        self, states: torch.Tensor, compared: LabelIndices, reference: torch.Tensor | None
+    def label_losses(
+        self, states: torch.Tensor, compared: LabelIndices | None = None, reference: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """:meth:`label_losses`, and how far some next-token distributions have moved.
-
-        Args:
-            compared: C labels, before which the distribution is looked at.
-            reference: (C, vocabulary) log-probabilities that it is compared with; None for itself.
+        """The loss of each label from :meth:`states`, and how far the distributions before ``compared`` labels (C) have moved from
+        the log-probabilities ``reference`` (C, vocabulary), or from themselves.
 
         Returns:
-            losses (N,); arg-max hits (N,); ``KL(p || p_reference)`` in nats (C,); log-probabilities (C, vocabulary), without gradient.
+            cross-entropies (N,); whether each label is the arg-max (N,); ``KL(p || p_reference)`` in nats (C,); log-probabilities
+            (C, vocabulary), without gradient.
         """
-        return _LabelLoss.apply(states, self.subject.model.lm_head, self.labels, compared, reference)
+        compared = compared or LabelIndices((), self.labels[:0])
+        return label_losses(states, self.subject.model.lm_head, self.labels, compared, reference)
 
     def row_means(self, per_label: torch.Tensor) -> torch.Tensor:
         """Mean over each row's labels, (B,)."""

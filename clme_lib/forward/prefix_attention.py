@@ -16,23 +16,14 @@ Prefix = dict[int, tuple[torch.Tensor, torch.Tensor]]
 _PREFIX: ContextVar[Prefix] = ContextVar("prefix")
 
 
-def _attend_with_prefix(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor,
-    *,
-    scaling: float,
-    **_,
-) -> tuple[torch.Tensor, None]:
+def _attend_with_prefix(module, query, key, value, attention_mask, *, scaling, **_) -> tuple[torch.Tensor, None]:
     """Attention of the tail's columns, (B, heads, S, size), to the prefix and to the tail: (B, S, heads, size).
 
     Joining prefix and tail would copy the prefix, once for each head that shares its keys, and compute its gradient, in every step.
     Only the scores are joined.
     """
     rows, heads, columns, size = query.shape
-    before_keys, before_values = (part.flatten(0, 1) for part in _PREFIX.get()[int(module.layer_idx)])  # type: ignore[arg-type]
+    before_keys, before_values = (part.flatten(0, 1) for part in _PREFIX.get()[module.layer_idx])
     asked = (query * scaling).reshape(len(before_keys), -1, size)
     scores = torch.cat([asked @ before_keys.mT, asked @ key.flatten(0, 1).mT], dim=-1)
     scores = scores.view(rows, heads, columns, -1).masked_fill(~attention_mask, -math.inf)

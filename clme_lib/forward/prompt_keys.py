@@ -1,8 +1,7 @@
 """What a codebook can be asked with: the mean over a prompt's tokens of the inputs of ``W_l``, or the last token's.
 
-Encoders are trained on the queries of thousands of prompts. Those are computed once per subject and layer and kept in
-the user's cache, in files of a few hundred prompts each: an interrupted extraction goes on where it stopped, and data
-sets that share prompts share their queries.
+Encoders are trained on the queries of thousands of prompts. Those are kept in the user's cache, in files of a few hundred prompts
+each: an interrupted extraction goes on where it stopped, and data sets that share prompts share their queries.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from ..edits.codebooks import Query, masked_mean
 from ..subjects.subject import Subject
-from ..support.artifact import Artifact, read_rows
+from ..support.artifact import Artifact
 from ..support.cache import cache_dir, name_for
 from ..support.errors import StudyError
 from .blockwise import Blockwise, passes
@@ -41,27 +40,25 @@ def prompt_queries(subject: Subject, prompts: Sequence[str], layer: int) -> dict
 
 
 def stored_queries(subject: Subject, prompts: Sequence[str], layer: int, query: Query) -> torch.Tensor:
-    """One query of each prompt, (P, d_f) float32 on CPU: from the cache, or computed now.
-
-    Raises:
-        StudyError: a cached file is damaged or of another subject.
-    """
+    """One query of each prompt, (P, d_f) float32 on CPU: from the cache (StudyError if a file is damaged), or computed now."""
     identity = {"format": FORMAT, "version": 2, **subject.identity, "device": subject.device.type, "layer": layer}
     folder = cache_dir() / "queries" / name_for(f"{subject.name}-layer-{layer}", identity)
     hashes = [hashlib.sha256(prompt.encode()).hexdigest() for prompt in prompts]
     needed = dict(zip(hashes, prompts))
-    files = sorted(folder.glob("*.safetensors"))
-    stored = {file: Artifact(file, identity).read(with_tensors=False)[0]["prompts"] for file in files}
-    missing = sorted(needed.keys() - set().union(*stored.values()), key=lambda key: (len(needed[key]), key))
+    files = [Artifact(file, identity) for file in sorted(folder.glob("*.safetensors"))]
+    stored = [(file, file.read(with_tensors=False)[0]["prompts"]) for file in files]
+    missing = sorted(
+        needed.keys() - set().union(*(keys for _, keys in stored)), key=lambda key: (len(needed[key]), key)
+    )
     with tqdm(total=len(missing), desc=f"queries of layer {layer}", unit="prompt", disable=not missing) as bar:
         for first in range(0, len(missing), _FILE_PROMPTS):
             part = missing[first : first + _FILE_PROMPTS]
-            file = folder / f"{name_for('prompts', {'sha256': part})}.safetensors"
-            Artifact(file, identity).write(prompt_queries(subject, [needed[key] for key in part], layer), prompts=part)
-            stored[file] = part
+            file = Artifact(folder / f"{name_for('prompts', {'sha256': part})}.safetensors", identity)
+            file.write(prompt_queries(subject, [needed[key] for key in part], layer), prompts=part)
+            stored.append((file, part))
             bar.update(len(part))
     rows: dict[str, torch.Tensor] = {}
-    for file, keys in stored.items():
+    for file, keys in stored:
         if indices := [n for n, key in enumerate(keys) if key in needed]:
-            rows.update(zip([keys[n] for n in indices], read_rows(file, query, indices)))
+            rows.update(zip([keys[n] for n in indices], file.rows(query, indices)))
     return torch.stack([rows[key] for key in hashes])

@@ -14,8 +14,8 @@ Hook = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # The module of each point, and whether its input is recorded or its output.
 _POINTS = {
-    "attention": ("self_attn.o_proj", False),
-    "residual": ("post_attention_layernorm", True),
+    "attention": ("self_attn.o_proj", False),  # what attention adds to the stream
+    "residual": ("post_attention_layernorm", True),  # the stream that the MLP's output is added to
     "keys": ("mlp.down_proj", True),
     "outputs": ("mlp.down_proj", False),
 }
@@ -23,31 +23,27 @@ _POINTS = {
 
 @contextlib.contextmanager
 def recorded(block: Any, *points: str) -> Iterator[dict[str, torch.Tensor]]:
-    """What the latest pass through a block inside the ``with`` block gave at some points, by their names.
-
-    Points: ``attention`` (what attention adds to the stream), ``residual`` (the stream that the MLP's output is added to), ``keys`` and
-    ``outputs`` (inputs and outputs of ``down_proj``).
-    """
+    """What the latest pass through a block inside the ``with`` block gave at some points, by their names."""
     values: dict[str, torch.Tensor] = {}
 
     def keep(point: str, is_input: bool) -> Callable:
         return lambda _module, args, output: values.__setitem__(point, args[0] if is_input else output)
 
-    with contextlib.ExitStack() as handles:
+    with contextlib.ExitStack() as hooks:
         for point in points:
             path, is_input = _POINTS[point]
-            handle = block.get_submodule(path).register_forward_hook(keep(point, is_input))
-            handles.callback(handle.remove)
+            hooks.enter_context(block.get_submodule(path).register_forward_hook(keep(point, is_input)))
         yield values
 
 
 @contextlib.contextmanager
 def hooked(subject: Subject, hooks: dict[int, Hook]) -> Iterator[None]:
     """Inside the block, ``W_l``'s output of each named layer is ``hooks[l](input, output)``."""
-    with contextlib.ExitStack() as handles:
+
+    def applied(hook: Hook) -> Callable:
+        return lambda _module, args, output: hook(args[0], output)
+
+    with contextlib.ExitStack() as registered:
         for layer, hook in hooks.items():
-            handle = subject.down_proj(layer).register_forward_hook(
-                lambda _module, args, output, hook=hook: hook(args[0], output)
-            )
-            handles.callback(handle.remove)
+            registered.enter_context(subject.down_proj(layer).register_forward_hook(applied(hook)))
         yield

@@ -1,4 +1,4 @@
-"""Prompt templates, joining prompt and target, and which columns carry labels (paper section III-C; one template a data set).
+"""Joining prompt and target, and which columns carry labels (paper section III-C).
 
 Every prompt ends in a colon. The colon is the *lookup token*: the token at which all editors read their key
 and, because the next token is the target's first, the first column that predicts a label. With a prompt of
@@ -21,21 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenRow:
-    """What a forward pass over one row has to know; columns count from the row's first token, padding included.
+    """What a forward pass over one row has to know; columns count from the row's first token, padding included."""
 
-    Attributes:
-        inputs: token ids to read.
-        pads: how many of the first ``inputs`` are padding.
-        lookup: the first column an edit touches (the lookup token's).
-        first_label: the column that predicts the first label.
-        target_ids: the labels, predicted by the columns from ``first_label`` on.
-    """
-
-    inputs: tuple[int, ...]
-    pads: int
-    lookup: int
-    first_label: int
-    target_ids: tuple[int, ...]
+    inputs: tuple[int, ...]  # token ids to read
+    pads: int  # how many of the first are padding
+    lookup: int  # the first column an edit touches (the lookup token's)
+    first_label: int  # the column that predicts the first label
+    target_ids: tuple[int, ...]  # the labels, predicted by the columns from there on
 
     @classmethod
     def of(cls, prompt_ids: Sequence[int], target_ids: Sequence[int]) -> TokenRow:
@@ -76,10 +68,9 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> To
 
 
 def token_budget(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, preset: Preset) -> int:
-    """How many new tokens the target's generation may use.
+    """How many new tokens the target's generation may use: as many as it has in context, which is what a perfect edit emits.
 
-    ``clean`` counts the target as tokenised in context, which is what a perfect edit emits. ``compat`` counts it
-    tokenised alone, as the paper's released program does: too short or too long for some targets.
+    ``compat`` counts it tokenised alone, as the paper's released program does: too short or too long for some targets.
     """
     if preset == "compat":
         return len(encode(tokenizer, target))

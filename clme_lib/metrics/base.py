@@ -21,41 +21,25 @@ TEXTS = (*MEASURES, "fluency")  # kinds of generated text; the last is sampled
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What a metric may read of a case that was edited.
-
-    Attributes:
-        case: the case.
-        texts: what the edited subject wrote, by measure: after the edit prompt, after the rephrased ones, after the unrelated
-            ones, and sampled.
-        answers: what the unedited subject writes after the unrelated prompts, in their order.
-    """
+    """What a metric may read of a case that was edited."""
 
     case: Case
+    # what the edited subject wrote, by measure: after the edit prompt, the rephrased ones, the unrelated ones, and sampled
     texts: Mapping[str, Sequence[str]]
-    answers: Sequence[str]
+    answers: Sequence[str]  # what the unedited subject writes after the unrelated prompts, in their order
 
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """A metric.
+    """What is computed of each case."""
 
-    Attributes:
-        name: its key in a record's ``scores``.
-        title: as in a table's head.
-        measure: whose texts it reads, one of :data:`TEXTS`.
-        compute: its value for a case, None where the case has nothing to measure it on.
-        binary: whether every value is 0 or 1, so that intervals and tests are those of shares.
-        higher_is_better: None where neither end of the scale is good, so that no value is marked as best.
-        order: place in tables.
-    """
-
-    name: str
-    title: str
-    measure: str
-    compute: Callable[[Evaluated], float | None]
-    binary: bool = False
-    higher_is_better: bool | None = True
-    order: int = 100
+    name: str  # its key in a record's scores
+    title: str  # as in a table's head
+    measure: str  # whose texts it reads, one of TEXTS
+    compute: Callable[[Evaluated], float | None]  # None where the case has nothing to measure it on
+    binary: bool = False  # whether every value is 0 or 1, so that intervals and tests are those of shares
+    higher_is_better: bool | None = True  # None where neither end is good, so that no value is marked as best
+    order: int = 100  # place in tables
 
 
 _METRICS: Registry[Metric] = Registry("metric", "clme_lib.metrics", "clme_lib.metrics")

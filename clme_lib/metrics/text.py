@@ -29,27 +29,25 @@ def _rouge():
     return RougeScorer(["rougeL"], use_stemmer=False)
 
 
-def _same_length(generated: Sequence[str], references: Sequence[str]) -> None:
+def _pairs(generated: Sequence[str], references: Sequence[str]) -> list[tuple[str, str]]:
     if len(generated) != len(references) or not generated:
         raise ValueError(f"{len(generated)} generated texts meet {len(references)} references")
+    return list(zip(generated, references))
 
 
 def exact_match(generated: Sequence[str], references: Sequence[str]) -> float:
     """1 if every text equals its reference, else 0 (all or nothing over the list)."""
-    _same_length(generated, references)
-    return float(all(text == reference for text, reference in zip(generated, references)))
+    return float(all(text == reference for text, reference in _pairs(generated, references)))
 
 
 def exact_match_rate(generated: Sequence[str], references: Sequence[str]) -> float:
     """Share of texts that equal their reference."""
-    _same_length(generated, references)
-    return sum(text == reference for text, reference in zip(generated, references)) / len(generated)
+    return sum(text == reference for text, reference in _pairs(generated, references)) / len(generated)
 
 
 def bleu(generated: Sequence[str], references: Sequence[str]) -> float:
     """Corpus BLEU-4 over the list in [0, 1]: 13a tokens, case kept, no smoothing."""
-    _same_length(generated, references)
-    if not any(reference.strip() for reference in references):
+    if not any(reference.strip() for _, reference in _pairs(generated, references)):
         return 0.0
     return round(_bleu().corpus_score(list(generated), [list(references)]).score / 100, _DECIMALS)
 
@@ -59,8 +57,8 @@ def rouge_l(generated: Sequence[str], references: Sequence[str]) -> float:
 
     A target without letters or digits scores 0 even against itself.
     """
-    _same_length(generated, references)
-    scores = [_rouge().score(reference, text)["rougeL"].fmeasure for text, reference in zip(generated, references)]
+    pairs = _pairs(generated, references)
+    scores = [_rouge().score(reference, text)["rougeL"].fmeasure for text, reference in pairs]
     return round(sum(scores) / len(scores), _DECIMALS)
 
 
@@ -77,8 +75,7 @@ def fluency(texts: Sequence[str]) -> float:
 
     if not texts:
         raise ValueError("fluency of no texts")
-    total = 0.0
-    for text in texts:
-        tokens = word_tokenize(text, preserve_line=True)  # needs no punkt data; differs at sentence-final stops only
-        total += (2 / 3 * ngram_entropy(tokens, 2) + 4 / 3 * ngram_entropy(tokens, 3)) / 2
-    return total / len(texts)
+    # preserve_line needs no punkt data; it differs at sentence-final stops only
+    tokenized = [word_tokenize(text, preserve_line=True) for text in texts]
+    entropies = [(2 / 3 * ngram_entropy(tokens, 2) + 4 / 3 * ngram_entropy(tokens, 3)) / 2 for tokens in tokenized]
+    return sum(entropies) / len(texts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +13,7 @@ from ..datasets.base import get_dataset
 from ..datasets.cases import Case
 from ..datasets.construction import pipeline, relevance, rephrasing
 from ..datasets.construction.checking import lengths
-from .tables import Table, percent
+from .tables import percent, table
 
 
 def level_counts(build: Path | None = None) -> pd.DataFrame:
@@ -21,40 +21,34 @@ def level_counts(build: Path | None = None) -> pd.DataFrame:
     if build is not None:
         return pipeline.level_counts(build)
     with tempfile.TemporaryDirectory() as scratch:
-        scorer, rephraser = relevance.OFFLINE_SCORER, rephrasing.GIVEN_INTENTS
-        pipeline.build_cnle(Path(scratch), "embedded", scorer, rephraser, targets=None, seed=42)
+        offline = relevance.OFFLINE_SCORER, rephrasing.GIVEN_INTENTS
+        pipeline.build_cnle(Path(scratch), "embedded", *offline, targets=None, seed=42)
         return pipeline.level_counts(Path(scratch))
 
 
-def level_table(counts: pd.DataFrame, label: str, caption: str = "Pairs by relevance (Table II).") -> Table:
+@table
+def level_table(counts: pd.DataFrame) -> pd.DataFrame:
     """The paper's Table II: pairs by relevance level (:func:`level_counts`)."""
     shares = [f"{percent(share)} %" for share in counts["share"]]
-    shown = {"Relevance": counts["level"], "Pairs": counts["pairs"].astype(str), "Share": shares}
-    return Table(pd.DataFrame(shown), caption, label)
+    return pd.DataFrame({"Relevance": counts["level"], "Pairs": counts["pairs"].astype(str), "Share": shares})
 
 
-def length_table(
-    cases_of: dict[str, Sequence[Case]], label: str, caption: str = "Lengths in words and symbols (Table III)."
-) -> Table:
+@table
+def length_table(cases_of: dict[str, Sequence[Case]]) -> Iterator[dict[str, str]]:
     """The paper's Table III: number, mean and median length of each kind of text, for each data set by its name."""
-    rows = [
-        (name, kind.text, str(kind.number), f"{kind.mean:.1f}", f"{kind.median:.0f}")
-        for name, cases in cases_of.items()
-        for kind in lengths(cases)
-    ]
-    return Table(pd.DataFrame(rows, columns=["Data", "Text", "Number", "Mean", "Median"]), caption, label)
+    for name, cases in cases_of.items():
+        for kind in lengths(cases):
+            row = {"Data": name, "Text": kind.text, "Number": str(kind.number)}
+            yield row | {"Mean": f"{kind.mean:.1f}", "Median": f"{kind.median:.0f}"}
 
 
 def sample_cases(cases: Sequence[Case], count: int = 3) -> str:
     """The first cases as HTML tables: edit prompt, target, rephrased prompt, nearest neighbour."""
     tables = []
     for case in cases[:count]:
-        texts = {
-            "edit input": case.text,
-            "target": case.target,
-            "rephrased": get_dataset(case.dataset).text(case.rephrased[0]),
-            "nearest neighbour": get_dataset(case.dataset).text(case.unrelated[0]),
-        }
+        text = get_dataset(case.dataset).text
+        texts = {"edit input": case.text, "target": case.target}
+        texts |= {"rephrased": text(case.rephrased[0]), "nearest neighbour": text(case.unrelated[0])}
         rows = [f"<tr><td>{title}</td><td><pre>{_escaped(text)}</pre></td></tr>" for title, text in texts.items()]
         tables.append(f"<table class='table'><tbody>{''.join(rows)}</tbody></table>")
     return "\n\n".join(tables)
@@ -62,5 +56,4 @@ def sample_cases(cases: Sequence[Case], count: int = 3) -> str:
 
 def _escaped(text: str) -> str:
     """Code inside HTML inside Markdown: an empty line would end it, and braces would be substituted."""
-    shown = html.escape(text).replace("{", "&#123;").replace("}", "&#125;")
-    return shown.replace("\n\n", "\n&#8203;\n")
+    return html.escape(text).replace("{", "&#123;").replace("}", "&#125;").replace("\n\n", "\n&#8203;\n")

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ..datasets.paper import PAPER_DATASET_NAMES
 from ..metrics.paper import PAPER_METRICS
@@ -33,45 +34,27 @@ def _split(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-def _names(what: str, find: Callable[[str], str]) -> Any:
-    """The type of a list of names: each as ``find`` gives it, kept once, and at least one."""
+def _name_in(registry: str) -> Callable[[str], str]:
+    """From a name to the name of its entry; ``registry`` is ``module:function``, imported when it is used."""
+    module, function = registry.split(":")
+    return lambda name: getattr(import_module(f"clme_lib.{module}"), function)(name).name
+
+
+def _each(what: str, registry: str) -> Callable[[tuple[str, ...]], tuple[str, ...]]:
+    """Names as their registry has them, each once, and at least one."""
 
     def check(names: tuple[str, ...]) -> tuple[str, ...]:
         if not names:
             raise ValueError(f"at least one {what} is needed; `clme list` shows all")
-        return tuple(dict.fromkeys(map(find, names)))
+        return tuple(dict.fromkeys(map(_name_in(registry), names)))
 
-    return Annotated[tuple[str, ...], BeforeValidator(_split), AfterValidator(check)]
-
-
-def _dataset(given: str) -> str:
-    from ..datasets.registry import find_dataset
-
-    return find_dataset(given).name
+    return check
 
 
 def _paper_dataset(name: str) -> str:
     if name not in PAPER_DATASET_NAMES:
         raise ValueError(f"{name!r} is not one of the paper's data sets: {', '.join(PAPER_DATASET_NAMES)}")
     return name
-
-
-def _editor(name: str) -> str:
-    from ..editors.registry import get_editor
-
-    return get_editor(name).name
-
-
-def _metric(name: str) -> str:
-    from ..metrics.base import get_metric
-
-    return get_metric(name).name
-
-
-def _protocol(name: str) -> str:
-    from .protocols import get_protocol
-
-    return get_protocol(name).name
 
 
 def _all(value: Any) -> Any:
@@ -102,46 +85,57 @@ def _overrides(given: Any) -> Any:
     return overrides
 
 
-def _positive_sizes(given: Any) -> Any:
+def _sizes(given: Any) -> Any:
     sizes = _split(given)
     if any(not str(size).isdigit() or int(size) < 1 for size in sizes):
         raise ValueError("a batch has at least one case")
     return tuple(sorted({int(size) for size in sizes}))
 
 
-if TYPE_CHECKING:
-    Datasets = tuple[str, ...]
-    Editors = tuple[str, ...]
-    Metrics = tuple[str, ...]
-else:
-    Datasets, Editors, Metrics = _names("data set", _dataset), _names("editor", _editor), _names("metric", _metric)
-_Count = Annotated[int, Field(ge=1)]
-_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+def _editable(editors: tuple[str, ...]) -> tuple[str, ...]:
+    if UNEDITED in editors:
+        raise ValueError(f"there is nothing to time of {UNEDITED!r}")
+    return editors
+
+
+def _argument(description: str) -> Any:
+    """A field that the command line takes by its position."""
+    return Field(description=description, json_schema_extra={"positional": True})
+
+
+def _editors(default: tuple[str, ...] | None, description: str = "comma-separated; see clme list") -> Any:
+    return Field(default, description=description, json_schema_extra={"flags": ["--editor", "--editors"]})
+
+
+_Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Datasets = Annotated[_Names, AfterValidator(_each("data set", "datasets.registry:find_dataset"))]
+Editors = Annotated[_Names, AfterValidator(_each("editor", "editors.registry:get_editor"))]
+Metrics = Annotated[_Names, AfterValidator(_each("metric", "metrics.base:get_metric"))]
+_Protocol = Annotated[str, AfterValidator(_name_in("study.protocols:get_protocol"))]
+_PaperDataset = Annotated[str, AfterValidator(_paper_dataset)]
+_CountOrAll = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_all)]
+_FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 _SUBJECT = Field("smollm2-135m", description="registry name, Hugging Face id or folder")
 _DATASET = Field(PAPER_DATASET_NAMES, description="comma-separated: names, or JSON files that describe a data set")
 _DEVICE = Field("auto", description="auto, cpu, cuda, cuda:N")
 _DTYPE = Field("auto", description="auto (float32), float32, bfloat16, float16")
 _SEED = Field(DEFAULT_SEED, description="of every random draw")
-_EDITOR_FLAGS: Any = {"flags": ["--editor", "--editors"]}
-_POSITIONAL: Any = {"positional": True}
+_RUN = _argument("the run's folder")
 
 
 class RunConfig(Schema):
     """What to run. Lists may be given as comma-separated text.
 
-    Samples of one number are nested, of another number they are other random cases. ``within`` repeats a part of an earlier run; only
-    cases are drawn that all of the editors have there. A batch that does not fit is halved. The cases that are for choosing
-    hyper-parameters are never drawn.
+    Samples of one number are nested. ``within`` repeats a part of an earlier run: only cases are drawn that all of the editors have
+    there. A batch that does not fit is halved. The cases that are for choosing hyper-parameters are never drawn.
     """
 
     subject: str = _SUBJECT
     dataset: Datasets = _DATASET
-    editors: Editors = Field(
-        (UNEDITED, "ft-l", "grace"), description="comma-separated; see clme list", json_schema_extra=_EDITOR_FLAGS
-    )
-    cases: Annotated[_Count | None, BeforeValidator(_all)] = Field(8, description="per data set, or all")
+    editors: Editors = _editors((UNEDITED, "ft-l", "grace"))
+    cases: _CountOrAll = Field(8, description="per data set, or all")
     out: Path = Field(Path("runs/run"), description="the run's folder; the same command resumes it")
-    name: Annotated[_Name | None, BeforeValidator(_all)] = Field(
+    name: Annotated[_FileName | None, BeforeValidator(_all)] = Field(
         None, description="in its records; if not given, the folder's name"
     )
     sample: int = Field(0, description="which random sample of cases")
@@ -156,7 +150,7 @@ class RunConfig(Schema):
     set: Annotated[dict[str, dict[str, Any]], BeforeValidator(_overrides)] = Field(
         {}, description="single hyper-parameters, such as grace.radius=2.5,memit.layers=[4,5]"
     )
-    protocol: Annotated[str, AfterValidator(_protocol)] = Field("single", description="how cases are edited")
+    protocol: _Protocol = Field("single", description="how cases are edited")
     metrics: Metrics = Field(PAPER_METRICS, description="comma-separated (default: the paper's); see clme list")
     scored: bool = Field(
         True, description="keep the texts and score them later: clme score", json_schema_extra={"off": "--unscored"}
@@ -183,11 +177,9 @@ class BenchConfig(Schema):
     subject: str = _SUBJECT
     random_weights: bool = Field(False, description="of a registered subject's exact shape")
     dataset: Datasets = _DATASET
-    editors: Editors = Field(
-        PAPER_VARIANTS, description="comma-separated; see clme list", json_schema_extra=_EDITOR_FLAGS
-    )
+    editors: Annotated[Editors, AfterValidator(_editable)] = _editors(PAPER_VARIANTS)
     cases: int = Field(10, ge=1, description="edited alone, per data set and editor")
-    batches: Annotated[tuple[int, ...], BeforeValidator(_positive_sizes)] = Field(
+    batches: Annotated[tuple[int, ...], BeforeValidator(_sizes)] = Field(
         (1, 8), description="comma-separated sizes whose throughput is measured; '' for none"
     )
     threads: int = Field(0, ge=0, description="CPU threads; 0: as PyTorch chooses")
@@ -198,71 +190,51 @@ class BenchConfig(Schema):
     show: Path | None = Field(None, description="folder of finished measurements to show instead")
     plain: Path | None = Field(None, description="table of benchmarks/whole_case.py, for what a plain procedure needs")
 
-    @field_validator("editors")
-    @classmethod
-    def _edit(cls, editors: tuple[str, ...]) -> tuple[str, ...]:
-        if UNEDITED in editors:
-            raise ValueError(f"there is nothing to time of {UNEDITED!r}")
-        return editors
-
 
 class MeasureConfig(Schema):
     """Which measurement of the appendices to make. What is not given is the measurement's own default."""
 
-    measurement: str = Field(description="its name; `clme measure list` shows all", json_schema_extra=_POSITIONAL)
+    measurement: str = _argument("its name; `clme measure list` shows all")
     subject: str = _SUBJECT
-    editors: Editors | None = Field(None, description="comma-separated", json_schema_extra=_EDITOR_FLAGS)
+    editors: Editors | None = _editors(None, "comma-separated")
     dataset: Datasets | None = Field(None, description="comma-separated")
     cases: int | None = Field(None, ge=1, description="selection cases per data set, of 30")
     out: Path | None = Field(None, description="CSV to write")
     device: str = _DEVICE
 
 
-class ScoreConfig(Schema):
-    """A run whose kept texts are scored."""
+# The other verbs' (cli.py says what each is for).
 
-    run: Path = Field(description="the run's folder", json_schema_extra=_POSITIONAL)
-    target: Path = Field(description="folder of the scored run to write", json_schema_extra=_POSITIONAL)
+
+class ScoreConfig(Schema):
+    run: Path = _RUN
+    target: Path = _argument("folder of the scored run to write")
     metrics: Metrics | None = Field(
         None, description="comma-separated metrics to compute anew; if not given, all of the records not scored yet"
     )
 
 
 class CheckConfig(Schema):
-    """A run to compare with a published one."""
-
-    run: Path = Field(description="the run's folder", json_schema_extra=_POSITIONAL)
-    published: Path = Field(description="the published run's folder", json_schema_extra=_POSITIONAL)
+    run: Path = _RUN
+    published: Path = _argument("the published run's folder")
 
 
 class PublishConfig(Schema):
-    """A finished run to be kept by the repository."""
-
-    run: Path = Field(description="the run's folder", json_schema_extra=_POSITIONAL)
-    target: Path = Field(description="results/runs/NAME", json_schema_extra=_POSITIONAL)
+    run: Path = _RUN
+    target: Path = _argument("results/runs/NAME")
 
 
 class NotebookConfig(Schema):
-    """A text notebook to execute."""
-
-    source: Path = Field(description="notebooks/NAME.py", json_schema_extra=_POSITIONAL)
-    target: Path = Field(description="executed .ipynb to write", json_schema_extra=_POSITIONAL)
+    source: Path = _argument("notebooks/NAME.py")
+    target: Path = _argument("executed .ipynb to write")
     parameters: tuple[tuple[str, str], ...] = Field((), json_schema_extra={"flags": ["-p"], "pairs": True})
 
 
-class NoConfig(Schema):
-    """Nothing to choose."""
-
-
 class DataBuildConfig(Schema):
-    """How to build a data set from its source."""
-
-    dataset: Annotated[str, AfterValidator(_paper_dataset)] = Field(
-        description="which of the paper's", json_schema_extra=_POSITIONAL
-    )
+    dataset: _PaperDataset = _argument("which of the paper's")
     out: Path = Field(description="folder of the stages and of the data set")
     source: str = Field("embedded", description="embedded, hub (CoNaLa, CodeSearchNet), or a file or folder")
-    targets: Annotated[_Count | None, BeforeValidator(_all)] = Field(None, description="edit inputs at most")
+    targets: _CountOrAll = Field(None, description="edit inputs at most")
     seed: int = Field(DEFAULT_SEED, description="of the split")
     encoder: str | None = Field(None, description="Hugging Face encoder of the neighbours; if not given, TF-IDF")
     model: str | None = Field(None, description="CNLE: language model that scores and rewrites; if not given, offline")
@@ -276,19 +248,13 @@ class DataBuildConfig(Schema):
 
 
 class DataLabelsConfig(Schema):
-    """Pairs for people to label, or their agreement once they have."""
-
-    build: Path = Field(description="folder of a built CNLE", json_schema_extra=_POSITIONAL)
-    file: Path = Field(description="CSV; written when it does not exist, else read", json_schema_extra=_POSITIONAL)
+    build: Path = _argument("folder of a built CNLE")
+    file: Path = _argument("CSV; written when it does not exist, else read")
     margin: float = Field(0.05, description="of a share, at 95 % confidence")
 
 
 class DataFineTuneConfig(Schema):
-    """An encoder to fine-tune on code search, for CSNE's neighbours."""
-
-    build: Path = Field(
-        description="folder of a built CSNE: its non-targeted functions are learnt from", json_schema_extra=_POSITIONAL
-    )
+    build: Path = _argument("folder of a built CSNE: its non-targeted functions are learnt from")
     out: Path = Field(description="folder of the fine-tuned encoder")
     encoder: str = Field("microsoft/codebert-base", description="Hugging Face encoder or folder")
     epochs: int = Field(3, ge=1, description="passes over the functions")
@@ -298,9 +264,5 @@ class DataFineTuneConfig(Schema):
 
 
 class DataCheckConfig(Schema):
-    """A file in the published layout to look through."""
-
-    path: Path = Field(description="JSON file", json_schema_extra=_POSITIONAL)
-    dataset: Annotated[str, AfterValidator(_paper_dataset)] | None = Field(
-        None, description="which of the paper's; if not given, from the file's name"
-    )
+    path: Path = _argument("JSON file")
+    dataset: _PaperDataset | None = Field(None, description="which of the paper's; if not given, from the file's name")

@@ -28,12 +28,13 @@ MEASUREMENTS = {
         "appendices.statistics:compare_statistics",
         "MEMIT's writes under statistics of more and of less text",
     ),
-    "radius": ("rq3.radius:sweep_radius", "A-GRACE's measures as a function of margin and radius"),
+    "radius": ("rq3.measurements:sweep_radius", "A-GRACE's measures as a function of margin and radius"),
     "encoders": (
         "appendices.encoder_settings:compare_encoders",
         "A-GRACE's encoder by several settings, trained on more and fewer cases",
     ),
 }
+_FLAGS = {"file": "--out", "datasets": "--dataset", "editor": "--editor", "editors": "--editor", "cases": "--cases"}
 
 
 def measure(config: MeasureConfig) -> pd.DataFrame:
@@ -46,20 +47,19 @@ def measure(config: MeasureConfig) -> pd.DataFrame:
         raise StudyError(f"unknown measurement {config.measurement!r}; known: {', '.join(MEASUREMENTS)}")
     module, _, name = MEASUREMENTS[config.measurement][0].partition(":")
     function = getattr(import_module(f"clme_lib.study.{module}"), name)
-    given: dict[str, Any] = {"file": config.out, "cases": config.cases, "datasets": config.dataset}
-    parameters = inspect.signature(function).parameters
-    if "editor" in parameters and config.editors is not None and len(config.editors) == 1:
-        given["editor"] = config.editors[0]
-    else:
-        given["editors"] = config.editors
-    given = {name: value for name, value in given.items() if value is not None}
-    options = {"file": "--out", "datasets": "--dataset", "editors": "--editor"}
-    for name in given:
-        if name not in parameters:
-            raise StudyError(
-                f"measure {config.measurement}: {options.get(name, f'--{name}')} is not taken, or only one"
-            )
-    for name, parameter in parameters.items():
-        if name != "subject" and name not in given and parameter.default is inspect.Parameter.empty:
-            raise StudyError(f"measure {config.measurement}: {options.get(name, f'--{name}')} is needed")
+    taken = dict(list(inspect.signature(function).parameters.items())[1:])
+    options: dict[str, Any] = {
+        "file": config.out,
+        "cases": config.cases,
+        "datasets": config.dataset,
+        "editors": config.editors,
+    }
+    if "editor" in taken and config.editors is not None and len(config.editors) == 1:
+        options["editor"] = options.pop("editors")[0]
+    given = {name: value for name, value in options.items() if value is not None}
+    needed = [name for name, parameter in taken.items() if parameter.default is parameter.empty]
+    if unknown := [name for name in given if name not in taken]:
+        raise StudyError(f"measure {config.measurement}: {_FLAGS[unknown[0]]} is not taken, or only one")
+    if missing := [name for name in needed if name not in given]:
+        raise StudyError(f"measure {config.measurement}: {_FLAGS[missing[0]]} is needed")
     return function(load_subject(config.subject, config.device), **given)

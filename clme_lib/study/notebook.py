@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,37 +35,31 @@ def config_from_notebook(namespace: Mapping[str, Any], schema: type[Config] = Ru
         StudyError: an unknown name (the message lists the known ones) or a value of the wrong type.
     """
     known = list(schema.model_fields)
-    names = list(dict.fromkeys(name for cell in _parameter_cells(namespace) for name in _assigned(cell)))
-    names = [name for name in names or namespace.get("__annotations__", ()) if name in namespace]
-    if unknown := [name for name in names if name not in known]:
+    names = list(dict.fromkeys(_parameters(namespace))) or namespace.get("__annotations__", ())
+    given = {name: namespace[name] for name in names if name in namespace}
+    if unknown := [name for name in given if name not in known]:
         near = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise StudyError(f"unknown parameter {unknown[0]!r}{hint}; known: {', '.join(known)}")
     # papermill's -p has no way to pass None
-    values = {
-        name: None
-        if isinstance(namespace[name], str) and not namespace[name] and schema.model_fields[name].default is None
-        else namespace[name]
-        for name in names
-    }
-    return parse(schema, values, "notebook parameters")
+    empty = [name for name, value in given.items() if isinstance(value, str) and not value]
+    nothing = {name: None for name in empty if schema.model_fields[name].default is None}
+    return parse(schema, given | nothing, "notebook parameters")
 
 
-def _parameter_cells(namespace: Mapping[str, Any]) -> Iterable[ast.Module]:
-    """The executed cells of parameters: with a typed assignment at the top, or papermill's."""
+def _parameters(namespace: Mapping[str, Any]) -> Iterator[str]:
+    """Names that the executed cells of parameters assign: those with a typed assignment at the top, and papermill's."""
     for source in namespace.get("In", ()):
         try:
-            cell = ast.parse(source)
+            statements = ast.parse(source).body
         except SyntaxError:  # a cell of IPython's own syntax
             continue
-        if source.startswith(_INJECTED) or any(isinstance(statement, ast.AnnAssign) for statement in cell.body):
-            yield cell
-
-
-def _assigned(cell: ast.Module) -> Iterable[str]:
-    for statement in cell.body:
-        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
-        yield from (target.id for target in targets if isinstance(target, ast.Name))
+        if source.startswith(_INJECTED) or any(isinstance(statement, ast.AnnAssign) for statement in statements):
+            for statement in statements:
+                targets = (
+                    statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+                )
+                yield from (target.id for target in targets if isinstance(target, ast.Name))
 
 
 def execute(source: Path, target: Path, parameters: Mapping[str, Any]) -> None:
@@ -102,10 +96,7 @@ def execute(source: Path, target: Path, parameters: Mapping[str, Any]) -> None:
         cell.metadata = {k: v for k, v in cell.metadata.items() if k not in ("papermill", "execution")}
         if cell.cell_type == "code":
             # progress bars and download notices differ from run to run, and widgets load scripts from outside the site
-            cell.outputs = [
-                output
-                for output in cell.outputs
-                if output.output_type != "stream" and _WIDGET not in output.get("data", {})
-            ]
+            kept = [output for output in cell.outputs if output.output_type != "stream"]
+            cell.outputs = [output for output in kept if _WIDGET not in output.get("data", {})]
     nbformat.write(notebook, unfinished)
     os.replace(unfinished, target)

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..datasets.base import dataset_title
 from ..evaluation.records import UNKNOWN
 from ..metrics.base import MEASURES
 from ..support.journal import write_text
 from .appendices.selection import differing_values
 from .run_folder import load_manifest, load_run
-from .tables import dataset_name, editor_name, in_order, interval, percent, to_markdown
+from .tables import editor_name, in_order, interval, percent, to_markdown
 
 PUBLISHED = "smollm2-135m"
 
@@ -52,9 +53,7 @@ def provenance_table(starts: list[dict], records: pd.DataFrame) -> str:
     for start in sorted(starts, key=lambda start: start["started"]):
         hardware, versions = start["hardware"], start["versions"]
         threads = "" if hardware["device"] == "cuda" else f", {hardware['threads']} thread(s)"
-        program = (
-            f"commit `{start['commit'][:10]}`" if start["commit"] != UNKNOWN else f"library `{start['library'][:10]}`"
-        )
+        made_by = f"library `{start['library'][:10]}`" if start["commit"] == UNKNOWN else _commit(start["commit"])
         rows.append(
             {
                 "Start": start["started"][:16].replace("T", " "),
@@ -62,23 +61,25 @@ def provenance_table(starts: list[dict], records: pd.DataFrame) -> str:
                 "Records": _counted(records[records["start"] == start["id"]]),
                 "Hardware": hardware["name"] + threads,
                 "PyTorch, Transformers": f"{versions['torch']}, {versions['transformers']}",
-                "Program": program,
+                "Program": made_by,
             }
         )
     unknown = records[records["start"] == UNKNOWN]
     for editor in in_order(unknown["editor"].unique()):
         of_editor = unknown[unknown["editor"] == editor]
-        commits = set(of_editor["commit"])
-        program = f"commit `{commits.pop()[:10]}`" if len(commits) == 1 and UNKNOWN not in commits else UNKNOWN
-        rows.append(
-            {"Start": UNKNOWN, "Editors": editor_name(editor), "Records": _counted(of_editor), "Program": program}
-        )
+        commits = of_editor["commit"].unique()
+        row = {"Start": UNKNOWN, "Editors": editor_name(editor), "Records": _counted(of_editor)}
+        rows.append(row | {"Program": _commit(commits[0]) if len(commits) == 1 else UNKNOWN})
     return to_markdown(pd.DataFrame(rows).fillna(""))
+
+
+def _commit(commit: str) -> str:
+    return UNKNOWN if commit == UNKNOWN else f"commit `{commit[:10]}`"
 
 
 def _counted(records: pd.DataFrame) -> str:
     counts = records.groupby("dataset", sort=False).size()
-    return ", ".join(f"{count} {dataset_name(str(dataset))}" for dataset, count in counts.items()) or "none"
+    return ", ".join(f"{count} {dataset_title(str(dataset))}" for dataset, count in counts.items()) or "none"
 
 
 if __name__ == "__main__":

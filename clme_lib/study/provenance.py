@@ -16,7 +16,8 @@ import torch
 from ..editors.base import Editor
 from ..subjects.subject import Subject
 
-_PACKAGES = (
+_LIBRARY = Path(__file__).parents[1]
+_PACKAGES = [
     "torch",
     "transformers",
     "tokenizers",
@@ -26,7 +27,7 @@ _PACKAGES = (
     "sacrebleu",
     "rouge-score",
     "nltk",
-)
+]
 
 
 def versions() -> dict[str, str]:
@@ -44,41 +45,31 @@ def hardware(subject: Subject) -> dict[str, str | int]:
     """What the run runs on."""
     device = subject.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    return {
-        "device": device.type,
-        "name": name,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count() or 0,
-    }
+    return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "cores": os.cpu_count() or 0}
 
 
 def commit() -> str:
     """The repository's commit, with ``+changes`` when the working tree differs, or ``unknown`` outside a repository."""
-    folder = Path(__file__).parents[1]
     try:
-        head = _git(folder, "rev-parse", "HEAD")
-        return head + ("+changes" if _git(folder, "status", "--porcelain", "--", "clme_lib", ":/clme_lib") else "")
+        head = _git("rev-parse", "HEAD")
+        return head + ("+changes" if _git("status", "--porcelain", "--", "clme_lib", ":/clme_lib") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
 def library_sha256() -> str:
     """Hash of the library's own files, which says what ran even where there is no repository."""
-    folder = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*")):
+    for file in sorted(_LIBRARY.rglob("*")):
         if file.suffix in (".py", ".yaml", ".json", ".jsonl"):
-            digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
+            digest.update(file.relative_to(_LIBRARY).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
 
 def hyperparameters(editor: Editor) -> dict:
     """An editor's values and their hash."""
     values = editor.hparams.model_dump()
-    return {
-        "values": values,
-        "sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest(),
-    }
+    return {"values": values, "sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}
 
 
 def now() -> str:
@@ -86,13 +77,13 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
-def _git(folder: Path, *arguments: str) -> str:
-    return subprocess.run(
-        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
-    ).stdout.strip()
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(_LIBRARY), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def processor() -> str:
+    """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

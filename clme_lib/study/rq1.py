@@ -12,42 +12,32 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..datasets.base import dataset_title
 from ..datasets.cases import Case
 from ..datasets.paper import CNLE, CSNE, PAPER_DATASET_NAMES
 from ..metrics.base import MEASURES, get_metric
 from ..metrics.paper import COMPARISONS
 from ..support.errors import StudyError
-from .tables import (
-    Table,
-    dataset_name,
-    editor_colour,
-    editor_name,
-    inline_code,
-    interval,
-    score_rows,
-    scored,
-)
+from .figures import bars, legend, panels
+from .paper import UNEDITED
+from .tables import Interval, editor_colour, editor_name, inline_code, interval, score_rows, scored, table
+
+# the paper's Table IV
+proficiency_table = table(score_rows)
 
 
-def proficiency_table(records: pd.DataFrame, label: str, caption: str = "Scores by editor (Table IV).") -> Table:
-    """The paper's Table IV: ten scores for every editor and data set, with n and 95 % intervals, best in bold."""
-    return Table(score_rows(records), caption, label)
-
-
-def transfer_table(records: pd.DataFrame, label: str, caption: str = "Effectiveness by data set (Table V).") -> Table:
+@table
+def transfer_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
     """The paper's Table V: change of effectiveness from CSNE to CNLE, in points."""
     scores = [f"effectiveness_{name}" for name in COMPARISONS]
     means = scored(records).groupby(["editor", "dataset"], sort=False)[scores].mean() * 100
-    rows = []
     for editor in records["editor"].unique():
-        if editor == "none" or any((editor, dataset) not in means.index for dataset in PAPER_DATASET_NAMES):
-            continue
-        row = {"Editor": editor_name(editor)}
-        for score in scores:
-            csne, cnle = means.loc[(editor, CSNE.name), score], means.loc[(editor, CNLE.name), score]
-            row[get_metric(score).title.split()[-1]] = f"{csne:.2f} → {cnle:.2f} ({cnle - csne:+.2f})"
-        rows.append(row)
-    return Table(pd.DataFrame(rows), caption, label)
+        if editor != UNEDITED and all((editor, dataset) in means.index for dataset in PAPER_DATASET_NAMES):
+            row = {"Editor": editor_name(editor)}
+            for score in scores:
+                csne, cnle = means.loc[(editor, CSNE.name), score], means.loc[(editor, CNLE.name), score]
+                row[get_metric(score).title.split()[-1]] = f"{csne:.2f} → {cnle:.2f} ({cnle - csne:+.2f})"
+            yield row
 
 
 def proficiency_figure(records: pd.DataFrame):
@@ -56,45 +46,32 @@ def proficiency_figure(records: pd.DataFrame):
     Raises:
         StudyError: no record has scores.
     """
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-
-    sns.set_theme(style="whitegrid", context="paper")
     data = scored(records)
     if data.empty:
         raise StudyError("no record has scores to draw: score the run with `clme score FOLDER` first")
-    edited = data[data["editor"] != "none"]
+    edited = data[data["editor"] != UNEDITED]
     data = data if edited.empty else edited
-    datasets = list(data["dataset"].unique())
-    editors = list(data["editor"].unique())
-    figure, axes = plt.subplots(1, len(datasets), figsize=(4.2 * len(datasets), 3.1), sharey=True, squeeze=False)
-    width = 0.8 / len(editors)
-    for axis, dataset in zip(axes[0], datasets):
-        of_dataset = data[data["dataset"] == dataset]
+    editors = data["editor"].unique()
+    figure, axes = panels(1, data["dataset"].nunique(), 4.2, 3.1, sharey=True)
+    for axis, (dataset, of_dataset) in zip(axes[0], data.groupby("dataset", sort=False)):
         for place, editor in enumerate(editors):
             of_editor = of_dataset[of_dataset["editor"] == editor]
             if of_editor.empty:
                 continue
-            reached = [interval(of_editor[f"{measure}_em"], binary=True) for measure in MEASURES]
-            means, low, high = (
-                100 * np.array([getattr(share, end) for share in reached]) for end in ("mean", "low", "high")
-            )
+            shares = _exact_matches(of_editor).values()
+            means, low, high = 100 * np.array([(share.mean, share.low, share.high) for share in shares]).T
+            look = {"color": editor_colour(editor), "label": editor_name(editor)}
+            middles = bars(axis, place, len(editors), means, **look)
             # rounding can put a bound a hair inside the mean
-            errors = [np.maximum(means - low, 0), np.maximum(high - means, 0)]
-            middle = np.arange(len(MEASURES)) + (place - (len(editors) - 1) / 2) * width
-            axis.bar(middle, means, width, color=editor_colour(editor), label=editor_name(editor))
-            axis.errorbar(middle, means, yerr=errors, fmt="none", ecolor="0.2", elinewidth=0.8, capsize=2)
+            errors = np.maximum([means - low, high - means], 0)
+            axis.errorbar(middles, means, yerr=errors, fmt="none", ecolor="0.2", elinewidth=0.8, capsize=2)
         axis.set_xticks(range(len(MEASURES)), [measure.capitalize() for measure in MEASURES])
         counts = of_dataset.groupby("editor").size()
         size = " to ".join(dict.fromkeys((str(counts.min()), str(counts.max()))))
-        axis.set_title(f"{dataset_name(dataset)}, {size} cases an editor")
+        axis.set_title(f"{dataset_title(str(dataset))}, {size} cases an editor")
         axis.set_ylim(0, 105)
-        axis.grid(axis="x", visible=False)
     axes[0][0].set_ylabel("exact match (%)")
-    bars = axes[0][0].get_legend_handles_labels()
-    figure.legend(*bars, loc="upper center", bbox_to_anchor=(0.5, 1.07), ncol=len(editors))
-    figure.tight_layout()
-    return figure
+    return legend(figure, axes, top=1.07, columns=len(editors))
 
 
 def examples(records: pd.DataFrame, cases: Sequence[Case], count: int = 3) -> Iterator[tuple[Case, pd.DataFrame]]:
@@ -122,12 +99,10 @@ def findings(records: pd.DataFrame) -> dict[str, dict[str, Any]]:
         neighbours in at least half of the cases.
     """
     by_dataset = {}
-    edited = scored(records)[lambda rows: rows["editor"] != "none"]
+    edited = scored(records)[lambda rows: rows["editor"] != UNEDITED]
     for dataset, of_dataset in edited.groupby("dataset", sort=False):
-        reached = {
-            editor_name(str(editor)): {name: interval(rows[f"{name}_em"], binary=True) for name in MEASURES}
-            for editor, rows in of_dataset.groupby("editor", sort=False)
-        }
+        by_editor = of_dataset.groupby("editor", sort=False)
+        reached = {editor_name(str(editor)): _exact_matches(rows) for editor, rows in by_editor}
         best = {}
         for name in MEASURES:
             highest = max((shares[name] for shares in reached.values()), key=lambda share: share.mean)
@@ -137,5 +112,9 @@ def findings(records: pd.DataFrame) -> dict[str, dict[str, Any]]:
             for editor, shares in reached.items()
             if min(shares["effectiveness"].mean, shares["specificity"].mean) >= 0.5
         }
-        by_dataset[dataset_name(str(dataset))] = {"best": best, "careful": careful}
+        by_dataset[dataset_title(str(dataset))] = {"best": best, "careful": careful}
     return by_dataset
+
+
+def _exact_matches(records: pd.DataFrame) -> dict[str, Interval]:
+    return {measure: interval(records[f"{measure}_em"], binary=True) for measure in MEASURES}

@@ -6,13 +6,14 @@
     folds.json                    case ids of both folds, per data set
     records/<data set>.<editor>.jsonl
 
-Records are only appended. A published run (publish.py) is only read.
+Records are only appended. A published run (copies.py) is only read.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -21,9 +22,9 @@ import pandas as pd
 from ..datasets.base import list_datasets
 from ..datasets.cases import Case
 from ..editors.registry import list_editors
-from ..evaluation.records import frame, read_records
+from ..evaluation.records import Record, frame, read_records
 from ..support.errors import StudyError
-from ..support.journal import read_rows, write_text
+from ..support.journal import append_rows, read_rows, write_text
 from .config import RunConfig
 from .protocols import Step
 
@@ -40,27 +41,26 @@ def load_run(
     Raises:
         StudyError: there are none, or a file is damaged.
     """
-    folder = Path(folder)
-    table = frame(read_records(record_files(folder)))
+    table = frame(read_records(record_files(Path(folder))))
     if chosen is not None:
         keys = {(name, case.case_id) for name, cases in chosen.items() for case in cases}
         table = table[[key in keys for key in zip(table["dataset"], table["case_id"])]]
     if editors is not None:
         table = table[table["editor"].isin(editors)]
     ranks = {name: rank for names in (list_datasets(), list_editors()) for rank, name in enumerate(names)}
-    return table.sort_values(
-        ["dataset", "editor", "position", "case_id"],
-        key=lambda column: column.map(ranks) if column.name in ("dataset", "editor") else column,
-        kind="stable",
-    ).reset_index(drop=True)
+    placed = table.assign(_dataset=table["dataset"].map(ranks), _editor=table["editor"].map(ranks))
+    order = placed.sort_values(["_dataset", "_editor", "position", "case_id"], kind="stable").index
+    return table.loc[order].reset_index(drop=True)
+
+
+def shared_cases(records: pd.DataFrame, by: list[str]) -> set[int]:
+    """Ids of the cases that all groups of records have."""
+    groups = [set(case_ids) for _, case_ids in records.groupby(by)["case_id"]]
+    return set.intersection(*groups) if groups else set()
 
 
 def record_files(folder: Path) -> list[Path]:
-    """The files of a run's records, in order of their names.
-
-    Raises:
-        StudyError: there are none.
-    """
+    """The files of a run's records, in order of their names; StudyError when there are none."""
     files = sorted((folder / "records").glob("*.jsonl"))
     if not files:
         raise StudyError(f"{folder}: no records; expected {folder}/records/*.jsonl")
@@ -73,13 +73,8 @@ def records_file(config: RunConfig, dataset: str, editor: str) -> Path:
 
 
 def recorded(config: RunConfig, dataset: str, editor: str, cases: Iterable[Case]) -> set[tuple[int, int]]:
-    """Position and case id of every record that a data set and editor have.
-
-    Raises:
-        StudyError: a case has changed since it was recorded.
-    """
-    file = records_file(config, dataset, editor)
-    hashes = {case.case_id: case.sha256 for case in cases}
+    """Position and case id of every record that a data set and editor have; StudyError when a case has changed since."""
+    file, hashes = records_file(config, dataset, editor), {case.case_id: case.sha256 for case in cases}
     keys = set()
     for row in read_rows(file):
         case_id = row["case_id"]
@@ -98,11 +93,7 @@ def is_recorded(step: Step, keys: set[tuple[int, int]]) -> bool:
 
 
 def load_manifest(folder: Path | str) -> dict:
-    """The ``run.json`` of a run folder.
-
-    Raises:
-        StudyError: there is none, or it cannot be read.
-    """
+    """The ``run.json`` of a run folder; StudyError when there is none, or it cannot be read."""
     file = Path(folder) / "run.json"
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
@@ -137,11 +128,9 @@ def check_same_run(config: RunConfig) -> None:
     differing = [(name, before[name], now[name]) for name in _IDENTITY if name in before and before[name] != now[name]]
     for start in manifest["starts"]:
         for editor in set(start["hyperparameters"]) & set(config.editors):
-            overrides = start.get("set", {}).get(editor, {}), now["set"].get(editor, {})
-            if overrides[0] != overrides[1]:
-                differing.append((f"set {editor}", *overrides))
-    if differing:
-        name, old, new = differing[0]
+            old, new = start.get("set", {}).get(editor, {}), now["set"].get(editor, {})
+            differing += [(f"set {editor}", old, new)] if old != new else []
+    for name, old, new in differing:
         raise StudyError(
             f"{config.out} holds a run with {name}={old!r}, asked for is {name}={new!r}: choose another out= or move the folder away"
         )
@@ -153,12 +142,23 @@ def _described(config: RunConfig) -> dict:
 
 def write_manifest(config: RunConfig, start: dict) -> None:
     """``run.json`` with this start's provenance appended (or, when it has finished, replaced)."""
-    file = config.out / "run.json"
-    starts = load_manifest(config.out)["starts"] if file.is_file() else []
+    starts = load_manifest(config.out)["starts"] if (config.out / "run.json").is_file() else []
     starts = [earlier for earlier in starts if earlier["id"] != start["id"]] + [start]
-    content = {
-        "schema_version": MANIFEST_VERSION,
-        "config": _described(config),
-        "starts": starts,
-    }
-    write_text(file, json.dumps(content, indent=1) + "\n")
+    _write(config.out, {"schema_version": MANIFEST_VERSION, "config": _described(config), "starts": starts})
+
+
+def write_copy(run: Path, target: Path, manifest: dict, records: dict[str, list[Record]]) -> None:
+    """Write a copy of a run with another manifest and other records (by file name); it appears whole or not at all."""
+    unfinished = target.with_name(f"{target.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    for name, of_file in records.items():
+        append_rows(unfinished / "records" / name, [record.model_dump() for record in of_file])
+    _write(unfinished, manifest)
+    for file in (run / "folds.json", *run.glob("*.csv")):
+        if file.is_file():
+            shutil.copy(file, unfinished)
+    unfinished.rename(target)
+
+
+def _write(folder: Path, manifest: dict) -> None:
+    write_text(folder / "run.json", json.dumps(manifest, indent=1) + "\n")

@@ -14,31 +14,21 @@ import pandas as pd
 from tqdm import tqdm
 
 from ..datasets.base import get_dataset
-from ..datasets.cases import Case, dataset_sha256, folds, sample_cases
+from ..datasets.cases import Case, dataset_sha256, folds, sample_cases, split_cases
 from ..datasets.registry import load_cases, selection_ids
 from ..editors.base import Editor
 from ..editors.registry import get_editor, load_editor
 from ..edits.base import Edit
 from ..evaluation.evaluate import Circumstances, score
 from ..evaluation.records import Record
-from ..subjects.subject import Subject, load_subject, torch_device
+from ..subjects.subject import Subject, load_subject
 from ..support.batching import Batches
 from ..support.errors import StudyError
 from ..support.journal import append_rows, write_text
-from ..support.memory import is_out_of_memory, raising_when_full
-from . import provenance
+from ..support.memory import is_out_of_memory
+from . import provenance, run_folder
 from .config import RunConfig
 from .protocols import Step, get_protocol
-from .run_folder import (
-    check_same_run,
-    is_published,
-    is_recorded,
-    load_run,
-    recorded,
-    records_file,
-    run_name,
-    write_manifest,
-)
 
 
 def run(config: RunConfig) -> pd.DataFrame:
@@ -49,35 +39,31 @@ def run(config: RunConfig) -> pd.DataFrame:
             something else that the user can mend.
     """
     chosen = {name: sampled(config, name) for name in config.dataset}
-    if is_published(config.out):
+    run_folder.check_same_run(config)
+    if run_folder.is_published(config.out):
         return _read_published(config, chosen)
-    check_same_run(config)
     grid = [(name, editor) for name in config.dataset for editor in config.editors]
     pending = [(name, editor) for name, editor in grid if _is_missing(config, name, editor, chosen[name])]
     if pending:
-        with raising_when_full(torch_device(config.device)):
-            subject = load_subject(config.subject, config.device, config.dtype)
-            editors = {name: _load_editor(config, name, subject) for name in dict.fromkeys(name for _, name in pending)}
-            start = _start(config, subject, editors, chosen)
-            for name, editor in pending:
-                _Work(config, subject, editors[editor], name, start).complete(chosen[name])
-            write_manifest(config, {**start, "finished": provenance.now()})
-    return load_run(config.out, chosen=chosen, editors=config.editors)
+        subject = load_subject(config.subject, config.device, config.dtype)
+        editors = {name: _load_editor(config, name, subject) for name in dict.fromkeys(name for _, name in pending)}
+        start = _start(config, subject, editors, chosen)
+        for name, editor in pending:
+            _Work(config, subject, editors[editor], name, start).complete(chosen[name])
+        run_folder.write_manifest(config, {**start, "finished": provenance.now()})
+    return run_folder.load_run(config.out, chosen=chosen, editors=config.editors)
 
 
 def sampled(config: RunConfig, dataset: str) -> list[Case]:
     """The cases of a data set that a configuration asks for."""
     cases = load_cases(dataset, config.source)
     if config.within is not None:
-        earlier = load_run(config.within, editors=config.editors)
-        earlier = earlier[earlier["dataset"] == dataset]
-        by_editor = [set(records["case_id"]) for _, records in earlier.groupby("editor")]
-        shared = set.intersection(*by_editor) if by_editor else set()
+        earlier = run_folder.load_run(config.within, editors=config.editors)
+        shared = run_folder.shared_cases(earlier[earlier["dataset"] == dataset], ["editor"])
         cases = [case for case in cases if case.case_id in shared]
         if not cases:
-            raise StudyError(
-                f"within={config.within}: that run has no cases of {dataset} by {', '.join(config.editors)}"
-            )
+            who = ", ".join(config.editors)
+            raise StudyError(f"within={config.within}: that run has no cases of {dataset} by {who}")
     elif config.source == "embedded":
         cases = [case for case in cases if case.case_id not in selection_ids(dataset)]
     return sample_cases(cases, config.cases, config.sample)
@@ -90,17 +76,15 @@ def _load_editor(config: RunConfig, name: str, subject: Subject) -> Editor:
 
 def _read_published(config: RunConfig, chosen: dict[str, list[Case]]) -> pd.DataFrame:
     """What a published run has of the chosen cases; an editor may have fewer cases than another."""
-    check_same_run(config)
-    table = load_run(config.out, chosen=chosen, editors=config.editors)
-    pairs = set(zip(table["dataset"], table["editor"]))
-    if missing := [
-        f"{editor} on {name}" for name in chosen for editor in config.editors if (name, editor) not in pairs
-    ]:
+    records = run_folder.load_run(config.out, chosen=chosen, editors=config.editors)
+    pairs = set(zip(records["dataset"], records["editor"]))
+    missing = [f"{editor} on {name}" for name in chosen for editor in config.editors if (name, editor) not in pairs]
+    if missing:
         raise StudyError(
             f"{config.out} is a published run and has no records of {', '.join(missing)}: choose another out=, or copy the "
             'folder, take "published" out of its run.json and extend the copy'
         )
-    return table
+    return records
 
 
 def planned(config: RunConfig, dataset: str, editor: str, cases: Sequence[Case]) -> list[tuple[int | None, list[Step]]]:
@@ -109,14 +93,14 @@ def planned(config: RunConfig, dataset: str, editor: str, cases: Sequence[Case])
     if not get_editor(editor).needs_training:
         return [(None, plan(cases))]
     halves = folds(load_cases(dataset, config.source), config.seed)
-    parts = [(fold, [case for case in cases if case.case_id in set(ids)]) for fold, ids in enumerate(halves)]
-    return [(fold, plan(part)) for fold, part in parts if part]
+    parts = [[case for case in cases if case.case_id in set(ids)] for ids in halves]
+    return [(fold, plan(part)) for fold, part in enumerate(parts) if part]
 
 
 def _is_missing(config: RunConfig, dataset: str, editor: str, cases: Sequence[Case]) -> bool:
-    keys = recorded(config, dataset, editor, cases)
+    keys = run_folder.recorded(config, dataset, editor, cases)
     plans = planned(config, dataset, editor, cases)
-    return not all(is_recorded(step, keys) for _, steps in plans for step in steps)
+    return not all(run_folder.is_recorded(step, keys) for _, steps in plans for step in steps)
 
 
 class _Work:
@@ -124,18 +108,17 @@ class _Work:
 
     def __init__(self, config: RunConfig, subject: Subject, editor: Editor, dataset: str, start: dict) -> None:
         self.config, self.subject, self.editor, self.dataset = config, subject, editor, dataset
-        self.file = records_file(config, dataset, editor.name)
-        self.cases = load_cases(dataset, config.source)
-        self.halves = folds(self.cases, config.seed)
+        self.file = run_folder.records_file(config, dataset, editor.name)
+        self.halves = split_cases(load_cases(dataset, config.source), config.seed)
         self.circumstances = Circumstances(
             editor.name,
-            run=run_name(config),
+            run=run_folder.run_name(config),
             source=get_dataset(dataset).file or config.source,
             preset=config.preset,
             seed=config.seed,
             protocol=config.protocol,
             metrics=config.metrics if config.scored else None,
-            folds={case_id: fold for fold, ids in enumerate(self.halves) for case_id in ids},
+            folds={case.case_id: fold for fold, half in enumerate(self.halves) for case in half},
             start=start["id"],
             library=start["library"],
             commit=start["commit"],
@@ -143,7 +126,7 @@ class _Work:
 
     def complete(self, cases: Sequence[Case]) -> None:
         """Edit and score what has not been recorded yet."""
-        keys = recorded(self.config, self.dataset, self.editor.name, cases)
+        keys = run_folder.recorded(self.config, self.dataset, self.editor.name, cases)
         plans = planned(self.config, self.dataset, self.editor.name, cases)
         total = sum(len(step.evaluated) for _, steps in plans for step in steps)
         with tqdm(total=total, initial=len(keys), desc=f"{self.dataset} {self.editor.name}", unit="case") as self.bar:
@@ -154,24 +137,21 @@ class _Work:
                     step.edited[0]
                     for number, step in enumerate(steps)
                     if number not in built_upon and step.after is None and step.edited == step.evaluated
-                    and len(step.edited) == 1 and not is_recorded(step, keys)
+                    and len(step.edited) == 1 and not run_folder.is_recorded(step, keys)
                 ]  # fmt: skip
                 self._edit_alone(alone)
                 self._walk(steps, keys | {(1, case.case_id) for case in alone}, fold)
 
     def _learn(self, editor: Editor, fold: int | None) -> None:
         if fold is not None:
-            learnt, edited = (
-                [case for case in self.cases if case.case_id in set(self.halves[part])] for part in (1 - fold, fold)
-            )
-            editor.fit(learnt, edited=edited)
+            editor.fit(self.halves[1 - fold], edited=self.halves[fold])
 
     def _walk(self, steps: Sequence[Step], keys: set[tuple[int, int]], fold: int | None) -> None:
         """The steps that build on each other, or evaluate several cases, in order; those that nothing missing needs are left out."""
         needed: set[int] = set()
         for number in reversed(range(len(steps))):
             step = steps[number]
-            if number in needed or not is_recorded(step, keys):
+            if number in needed or not run_folder.is_recorded(step, keys):
                 needed |= {number} if step.after is None else {number, step.after}
         states: dict[int, list[Edit]] = {}
         for number in sorted(needed):
@@ -183,8 +163,7 @@ class _Work:
                 self._learn(editor, fold)
             edits = [*before, *editor.edit(step.edited)]
             states[number] = edits
-            missing = [case for case in step.evaluated if (step.position, case.case_id) not in keys]
-            if missing:
+            if missing := [case for case in step.evaluated if (step.position, case.case_id) not in keys]:
                 logs = {edit.case_id: edit.log for edit in edits}
                 state = [Edit.compose(edits)] * len(missing)
                 self._record(score(self.subject, missing, state, self.circumstances, position=step.position, logs=logs))
@@ -192,8 +171,7 @@ class _Work:
     def _edit_alone(self, cases: Sequence[Case]) -> None:
         """Cases that are edited and evaluated each on its own: a batch at a time, each row of it another edited model."""
         ordered = sorted(cases, key=lambda case: (self.editor.cost(case), case.case_id))
-        batches = Batches(ordered, self.config.batch_size, self.subject.device)
-        for batch in batches:
+        for batch in (batches := Batches(ordered, self.config.batch_size, self.subject.device)):
             try:
                 self._record(self._attempt(batch))
             except Exception as error:
@@ -216,7 +194,7 @@ class _Work:
             return [self.circumstances.record(self.subject, batch[0], error=f"{type(error).__name__}: {error}")]
 
     def _record(self, records: list[Record]) -> None:
-        append_rows(self.file, [record.row() for record in records])
+        append_rows(self.file, [record.model_dump() for record in records])
         self.bar.update(len(records))
 
 
@@ -240,5 +218,5 @@ def _start(config: RunConfig, subject: Subject, editors: dict[str, Editor], chos
         "hyperparameters": {name: provenance.hyperparameters(editor) for name, editor in editors.items()},
         "setup": {name: prepared for name, editor in editors.items() if (prepared := editor.setup())},
     }
-    write_manifest(config, start)
+    run_folder.write_manifest(config, start)
     return start

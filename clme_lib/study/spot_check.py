@@ -10,12 +10,12 @@ import pandas as pd
 from ..metrics.base import MEASURES, TEXTS
 from ..metrics.paper import COMPARISONS
 from ..support.errors import StudyError
-from .tables import Table
+from .paper import UNEDITED
+from .tables import table
 
 GREEDY_AGREEMENT = 0.90  # below this share for an editor, the check fails
 UNEDITED_POINTS = 1.0  # a score of the unedited row may move by this much, in points
-_GREEDY = MEASURES
-_SCORES = tuple(f"{measure}_{metric}" for measure in MEASURES for metric in COMPARISONS)
+_SCORES = [f"{measure}_{metric}" for measure in MEASURES for metric in COMPARISONS]
 
 
 @dataclass(frozen=True)
@@ -67,22 +67,18 @@ def compare(here: pd.DataFrame, published: pd.DataFrame) -> Comparison:
         raise StudyError("the run and the published records have no case and editor in common: nothing to compare")
     changed = pairs[pairs["case_sha256"] != pairs["case_sha256_published"]]
     if len(changed):
-        raise StudyError(
-            f"case {changed.iloc[0]['case_id']} of {changed.iloc[0]['dataset']} has changed since the published run; publish anew"
-        )
+        case = f"case {changed.iloc[0]['case_id']} of {changed.iloc[0]['dataset']}"
+        raise StudyError(f"{case} has changed since the published run; publish anew")
     rows, differences, moved = [], [], []
     for (dataset, editor), of_editor in pairs.groupby(["dataset", "editor"], sort=False):
-        counts = dict.fromkeys(("greedy", "greedy_same", "sampled", "sampled_same"), 0)
-        for _, pair in of_editor.iterrows():
-            for measure in TEXTS:
-                kind = "greedy" if measure in _GREEDY else "sampled"
-                for same, difference in _texts(pair, measure):
-                    counts[kind] += 1
-                    counts[f"{kind}_same"] += same
-                    if not same:
-                        differences.append(difference)
-        rows.append({"dataset": dataset, "editor": editor, "cases": len(of_editor), **counts})
-        if editor == "none":
+        texts = [text for pair in of_editor.to_dict("records") for name in TEXTS for text in _texts(pair, name)]
+        differences += [text for same, text in texts if not same]
+        row = {"dataset": dataset, "editor": editor, "cases": len(of_editor)}
+        for kind, measures in (("greedy", MEASURES), ("sampled", TEXTS[len(MEASURES) :])):
+            of_kind = [same for same, text in texts if text.measure in measures]
+            row |= {kind: len(of_kind), f"{kind}_same": sum(of_kind)}
+        rows.append(row)
+        if editor == UNEDITED:
             for score in _SCORES:
                 shift = 100 * (of_editor[score].mean() - of_editor[f"{score}_published"].mean())
                 if abs(shift) > UNEDITED_POINTS:
@@ -98,29 +94,26 @@ def describe(comparison: Comparison) -> str:
         case = f"{text.dataset} {text.editor} case {text.case_id} {text.measure}"
         lines.append(f"differs: {case}: {published} -> {text.here!r}")
     lines += [f"unedited row moved: {score}" for score in comparison.moved]
-    worst = comparison.agreement.min()
-    lines.append(
-        f"spot check {'passed' if comparison.passed else 'FAILED'}: at least {100 * worst:.1f} % of every editor's greedy "
-        f"texts are the same (needed: {100 * GREEDY_AGREEMENT:.0f} %)"
-    )
-    return "\n".join(lines)
+    verdict = "passed" if comparison.passed else "FAILED"
+    least = f"at least {100 * comparison.agreement.min():.1f} % of every editor's greedy texts are the same"
+    return "\n".join([*lines, f"spot check {verdict}: {least} (needed: {100 * GREEDY_AGREEMENT:.0f} %)"])
 
 
-def agreement_table(comparison: Comparison, label: str, caption: str = "Texts that came out the same.") -> Table:
+@table
+def agreement_table(comparison: Comparison) -> pd.DataFrame:
     """How many texts came out the same, a row for each data set and editor."""
     names = ["Data", "Editor", "cases", "greedy texts", "the same", "sampled texts", "the same"]
-    return Table(comparison.table.astype(str).set_axis(names, axis=1), caption, label)
+    return comparison.table.astype(str).set_axis(names, axis=1)
 
 
-def _texts(pair: pd.Series, measure: str) -> Iterator[tuple[bool, Difference]]:
+def _texts(pair: dict, measure: str) -> Iterator[tuple[bool, Difference]]:
     """Each text of a measure: whether it is the same, by its hash, and what differs."""
-    hashes = pair[f"sha256_{measure}_published"], pair[f"sha256_{measure}"]
+    hashes, texts = (
+        (pair[f"{kind}_{measure}_published"], pair[f"{kind}_{measure}"]) for kind in ("sha256", "generated")
+    )
+    case = pair["dataset"], pair["editor"], pair["case_id"]
     if not all(isinstance(of_run, list) for of_run in hashes) or len(hashes[0]) != len(hashes[1]):
-        raise StudyError(
-            f"case {pair['case_id']} of {pair['dataset']} by {pair['editor']}: {measure} was not recorded twice"
-        )
-    texts = pair[f"generated_{measure}_published"], pair[f"generated_{measure}"]
-    case = pair["dataset"], pair["editor"], pair["case_id"], measure
+        raise StudyError(f"case {case[2]} of {case[0]} by {case[1]}: {measure} was not recorded twice")
     for number, (published, here) in enumerate(zip(*hashes)):
         shown = (of_run[number] if isinstance(of_run, list) else None for of_run in texts)
-        yield published == here, Difference(*case, *shown)
+        yield published == here, Difference(*case, measure, *shown)

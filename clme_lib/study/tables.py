@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,15 +20,16 @@ from ..editors.registry import list_editors
 from ..evaluation.records import SCORED
 from ..metrics.base import get_metric
 from ..metrics.paper import PAPER_METRICS, PAPER_SCORES
+from .paper import UNEDITED
 
-LEVEL = 0.95
-RESAMPLES = 2_000
+_LEVEL = 0.95
+_RESAMPLES = 2_000
 _GREY = 7  # of the palette, for editors of which only records are known here
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % interval, on the scale of the values."""
+    """A mean and its 95 % interval, on the scale of the values; the bounds are NaN of a single value that is not 0 or 1."""
 
     mean: float
     low: float
@@ -37,24 +40,17 @@ class Interval:
         return f"{percent(self.mean)} % ({percent(self.low)}–{percent(self.high)})"
 
 
-def interval(values: Sequence[float], binary: bool) -> Interval:
+def interval(values: Sequence[float] | np.ndarray, binary: bool) -> Interval:
     """Mean of per-case values: Wilson's interval for 0/1 values, else percentile bootstrap over cases."""
     data = np.asarray(values, dtype=float)
-    mean, n = float(data.mean()), len(data)
+    low, high = float("nan"), float("nan")
     if binary:
-        bounds = stats.binomtest(round(data.sum()), n).proportion_ci(LEVEL, method="wilson")
-        return Interval(mean, float(bounds.low), float(bounds.high), n)
-    if n < 2:
-        return Interval(mean, float("nan"), float("nan"), n)
-    drawn = stats.bootstrap(
-        (data,),
-        np.mean,
-        confidence_level=LEVEL,
-        n_resamples=RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return Interval(mean, float(drawn.low), float(drawn.high), n)
+        low, high = stats.binomtest(round(data.sum()), len(data)).proportion_ci(_LEVEL, method="wilson")
+    elif len(data) > 1:
+        seeded = {"n_resamples": _RESAMPLES, "rng": np.random.default_rng(0)}
+        drawn = stats.bootstrap((data,), np.mean, confidence_level=_LEVEL, method="percentile", **seeded)
+        low, high = drawn.confidence_interval
+    return Interval(float(data.mean()), float(low), float(high), len(data))
 
 
 def scored(records: pd.DataFrame) -> pd.DataFrame:
@@ -65,9 +61,9 @@ def scored(records: pd.DataFrame) -> pd.DataFrame:
 def summary(records: pd.DataFrame) -> pd.DataFrame:
     """Mean scores times 100 and the number of cases, a row per data set and editor."""
     groups = scored(records).groupby(["dataset", "editor"], sort=False)
-    table = (groups[list(PAPER_SCORES)].mean() * 100).round(2)
-    table.insert(0, "n", groups.size())
-    return table
+    means = (groups[list(PAPER_SCORES)].mean() * 100).round(2)
+    means.insert(0, "n", groups.size())
+    return means
 
 
 class Table:
@@ -93,6 +89,19 @@ class Table:
         return f"```{{table}} {self.caption}\n:name: {self.label}\n\n{to_markdown(self.data)}\n```"
 
 
+def table(rows: Callable[..., Any]) -> Callable[..., Table]:
+    """Make a function that gives rows (a dictionary each, by column title) one that shows them.
+
+    It is then called with the table's ``label`` and ``caption`` as well. A cell that a row lacks is empty.
+    """
+
+    @functools.wraps(rows)
+    def shown(*arguments: Any, label: str, caption: str = "", **options: Any) -> Table:
+        return Table(pd.DataFrame(rows(*arguments, **options)).fillna(""), caption, label)
+
+    return shown
+
+
 def to_markdown(data: pd.DataFrame) -> str:
     """A Markdown table of cells that are text."""
     rows = [list(data.columns), ["---"] * data.shape[1], *data.to_numpy().tolist()]
@@ -106,40 +115,41 @@ def inline_code(text: str) -> str:
     return f"<code>{shown}</code>"
 
 
-def write_csv(table: pd.DataFrame, file: Path, digits: int = 4) -> pd.DataFrame:
+def write_csv(measured: pd.DataFrame, file: Path, digits: int = 4) -> pd.DataFrame:
     """Write a measurement, rounded, and return it as it is."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    table.round(digits).to_csv(file, index=False)
-    return table
+    measured.round(digits).to_csv(file, index=False)
+    return measured
 
 
-def score_rows(records: pd.DataFrame, metrics: Sequence[str] = PAPER_METRICS) -> pd.DataFrame:
-    """Cells of a table of metrics, by default the paper's ten scores and the share of unchanged neighbours.
+def score_rows(records: pd.DataFrame, metrics: Sequence[str] = PAPER_METRICS) -> Iterator[dict[str, str]]:
+    """Rows of a table of metrics, by default the paper's ten scores and the share of unchanged neighbours.
 
     A row for each data set and editor; of each metric that has a better end, the best edited row is in bold.
     """
-    rows = []
+    described = {name: get_metric(name) for name in metrics}
     for dataset, of_dataset in scored(records).groupby("dataset", sort=False):
-        intervals = {
-            editor: {name: interval(of_editor[name], get_metric(name).binary) for name in metrics}
+        reached = {
+            editor: {name: interval(of_editor[name], metric.binary) for name, metric in described.items()}
             for editor, of_editor in of_dataset.groupby("editor", sort=False)
         }
-        edited = [by_score for editor, by_score in intervals.items() if editor != "none"]
         best = {
-            name: (max if get_metric(name).higher_is_better else min)(
-                (by_score[name].mean for by_score in edited), default=None
+            name: (max if metric.higher_is_better else min)(
+                (by_metric[name].mean for editor, by_metric in reached.items() if editor != UNEDITED), default=None
             )
-            for name in metrics
-            if get_metric(name).higher_is_better is not None
+            for name, metric in described.items()
+            if metric.higher_is_better is not None
         }
-        for editor, by_score in intervals.items():
-            count = by_score[metrics[0]].n
-            row = {"Data": dataset_name(str(dataset)), "Editor": editor_name(str(editor)), "n": str(count)}
-            for score, reached in by_score.items():
-                bold = editor != "none" and reached.mean == best.get(score)
-                row[column_name(score)] = _cell(reached, bold)
-            rows.append(row)
-    return pd.DataFrame(rows)
+        for editor, by_metric in reached.items():
+            row = {"Data": dataset_title(str(dataset)), "Editor": editor_name(str(editor))}
+            row["n"] = str(by_metric[metrics[0]].n)
+            for name, score in by_metric.items():
+                mean = f"{100 * score.mean:.2f}"
+                if editor != UNEDITED and score.mean == best.get(name):
+                    mean = f"<strong>{mean}</strong>"
+                bounds = f"<br><small>{percent(score.low)}–{percent(score.high)}</small>"
+                row[described[name].title] = mean + ("" if np.isnan(score.low) else bounds)
+            yield row
 
 
 def in_order(editors: Iterable[str]) -> list[str]:
@@ -164,23 +174,6 @@ def editor_colour(name: str) -> tuple[float, float, float]:
     return sns.color_palette("colorblind", 10)[_GREY if place is None else place]
 
 
-def dataset_name(name: str) -> str:
-    """A data set's name as the paper writes it."""
-    return dataset_title(name)
-
-
-def column_name(score: str) -> str:
-    """A score's name in a table's head."""
-    return get_metric(score).title
-
-
 def percent(share: float) -> str:
     """A share times 100, with one decimal."""
     return f"{100 * share:.1f}"
-
-
-def _cell(reached: Interval, bold: bool) -> str:
-    mean = f"<strong>{100 * reached.mean:.2f}</strong>" if bold else f"{100 * reached.mean:.2f}"
-    if np.isnan(reached.low):
-        return mean
-    return f"{mean}<br><small>{percent(reached.low)}–{percent(reached.high)}</small>"

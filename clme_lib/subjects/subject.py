@@ -20,7 +20,7 @@ from ..edits.base import Edit, PassState
 from ..support.errors import StudyError, first_line
 from ..support.memory import free_memory_bytes, is_out_of_memory
 from . import embedded as embedded_subject
-from .settings import SubjectSettings, load_settings, registered_subjects
+from .settings import SubjectSettings, list_subjects, load_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,32 +28,27 @@ if TYPE_CHECKING:
     from ..edits.codebooks import Codebook
 
 
+# In a fingerprint, what follows this says how the loaded model was edited.
+_EDITED = "+edit-sha256:"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
 def is_cached(model_id: str) -> bool:
     """True when the model's configuration is in the Hugging Face cache; does not use the network."""
     return isinstance(try_to_load_from_cache(model_id, "config.json"), str)
 
 
-# In a fingerprint, what follows this says how the loaded model was edited.
-_EDITED = "+edit-sha256:"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A loaded model, its tokenizer and its settings.
+    """A loaded model and what belongs to it."""
 
-    Attributes:
-        name: registry name, Hugging Face id or folder it was loaded by.
-        fingerprint: what the weights are (a file hash or a hub commit) and what edited them; part of every cache key and record.
-        edit: what was made of the loaded model by :meth:`edited`; None for the loaded model itself.
-    """
-
-    name: str
+    name: str  # registry name, Hugging Face id or folder it was loaded by
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     settings: SubjectSettings
+    # what the weights are (a file hash or a hub commit) and what edited them; part of every cache key and record
     fingerprint: str
-    edit: Edit | None = None
+    edit: Edit | None = None  # what edited() made of the loaded model; None for the loaded model itself
 
     @property
     def device(self) -> torch.device:
@@ -104,15 +99,11 @@ class Subject:
         return applying(self.decoder, self.down_proj, edits, rows)
 
     def edited(self, edit: Edit) -> Subject:
-        """The subject that ``edit`` makes of this one, which stays as it is.
+        """The subject that ``edit`` makes of this one, which stays as it is; StudyError if it does not fit.
 
-        Its model is a copy of the modules that shares all tensors and carries the edit's hooks for good. Whoever runs the copy or
-        any module of it sees the edited model; hooks that are registered later, to apply further edits or to record,
-        come after the edit's. In 16-bit precision this keeps what merging into the weights would round away. Editing twice is
-        editing once with the composed edit.
-
-        Raises:
-            StudyError: the edit does not fit the subject.
+        Its model is a copy of the modules that shares all tensors and carries the edit's hooks for good; hooks that are registered
+        later, to apply further edits or to record, come after the edit's. In 16-bit precision this keeps what merging into the
+        weights would round away. Editing twice is editing once with the composed edit.
         """
         whole = edit if self.edit is None else Edit.compose([self.edit, edit])
         shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
@@ -133,38 +124,29 @@ class Subject:
         return [book for part in (self.edit.parts if self.edit else ()) for book in part.lookups or ()]
 
 
-def list_subjects() -> list[str]:
-    """Names in the registry (one YAML each)."""
-    return registered_subjects()
-
-
 def load_subject(name: str, device: str = "auto", dtype: str = "auto") -> Subject:
-    """Load a model by registry name, Hugging Face id, or local folder.
+    """Load a model.
 
     Args:
-        name: ``smollm2-135m`` (embedded, no account needed), ``codellama-7b``, ``codeqwen1.5-7b``,
-            ``stablecode-3b``, any hub id such as ``owner/model``, a folder with safetensors weights, or a YAML that names one of
-            these as its ``id`` and has hyper-parameters for it.
+        name: a registered one (:func:`list_subjects`; ``smollm2-135m`` needs no account), any hub id such as ``owner/model``, a
+            folder with safetensors weights, or a YAML that names one of these as its ``id`` and has hyper-parameters for it.
         device: ``auto`` (CUDA when there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto`` (float32 on every device), ``float32``, ``bfloat16`` or ``float16``.
 
     Raises:
         StudyError: unknown name, failed download, unsupported architecture, no such device or dtype, or too little memory.
     """
-    target = torch_device(device)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise StudyError(f"dtype={dtype!r} is not one of auto, {', '.join(DTYPES)}")
-    precision = DTYPES["float32" if dtype == "auto" else dtype]
+    target, precision = torch_device(device), torch_dtype(dtype)
     settings = load_settings(name)
     if settings.subject.source == "embedded":
         location: str = str(embedded_subject.ensure())
     elif Path(name).is_dir():
         location = name
-    elif name in registered_subjects() or name.endswith(".yaml") or ("/" in name and not name.startswith((".", "/"))):
+    elif name in list_subjects() or name.endswith(".yaml") or ("/" in name and not name.startswith((".", "/"))):
         location = settings.subject.id or name
     else:
         raise StudyError(
-            f"unknown subject {name!r}: neither a registered one ({', '.join(registered_subjects())}), nor a folder, "
+            f"unknown subject {name!r}: neither a registered one ({', '.join(list_subjects())}), nor a folder, "
             "nor a Hugging Face id of the form owner/model"
         )
     options = {"trust_remote_code": False, "revision": settings.subject.revision}
@@ -191,11 +173,7 @@ def load_subject(name: str, device: str = "auto", dtype: str = "auto") -> Subjec
 
 
 def prepare(
-    name: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: SubjectSettings,
-    fingerprint: str,
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: SubjectSettings, fingerprint: str
 ) -> Subject:
     """Put model and tokenizer into the study's fixed state: frozen weights, greedy decoding, left padding with EOS."""
     model.eval().requires_grad_(False)
@@ -213,11 +191,7 @@ def prepare(
 
 
 def torch_device(name: str) -> torch.device:
-    """The device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` names.
-
-    Raises:
-        StudyError: another name, or CUDA where there is none.
-    """
+    """The device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` names; StudyError for another name, or CUDA where there is none."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name != "cpu" and not name.startswith("cuda"):
@@ -227,14 +201,17 @@ def torch_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """The type of weights that ``auto`` (float32), ``float32``, ``bfloat16`` or ``float16`` names; StudyError for another name."""
+    if name != "auto" and name not in _DTYPES:
+        raise StudyError(f"dtype={name!r} is not one of auto, {', '.join(_DTYPES)}")
+    return _DTYPES["float32" if name == "auto" else name]
+
+
 def _require_layout(name: str, model: PreTrainedModel) -> None:
-    try:
-        block = model.model.layers[0]
-        supported = isinstance(block.mlp.down_proj, torch.nn.Linear) and model.lm_head is not None
-        supported = supported and block.post_attention_layernorm is not None and model.model.norm is not None
-    except AttributeError:
-        supported = False
-    if not supported:
+    modules = dict(model.named_modules())
+    needed = {"model.norm", "lm_head", "model.layers.0.post_attention_layernorm"}
+    if not needed <= set(modules) or not isinstance(modules.get("model.layers.0.mlp.down_proj"), torch.nn.Linear):
         raise StudyError(
             f"subject {name!r} is a {type(model).__name__}; the editors need blocks laid out like Llama, Qwen2 or "
             "StableLM (model.layers[i].mlp.down_proj on a sequential residual stream, model.norm, lm_head)"
@@ -244,12 +221,11 @@ def _require_layout(name: str, model: PreTrainedModel) -> None:
 def _fingerprint(location: str, settings: SubjectSettings) -> str:
     if settings.subject.source == "embedded":
         return f"gguf-sha256:{embedded_subject.GGUF_SHA256}"
-    folder = Path(location)
-    if folder.is_dir():
+    if Path(location).is_dir():
         digest = hashlib.sha256()
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in sorted(Path(location).glob("*.safetensors")):
             with file.open("rb") as stream:
-                for chunk in iter(lambda: stream.read(1 << 24), b""):
+                while chunk := stream.read(1 << 24):
                     digest.update(chunk)
         return f"safetensors-sha256:{digest.hexdigest()}"
     # The Hub's cache keeps the files of a commit in a folder of its name.

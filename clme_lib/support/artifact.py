@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,11 @@ from .errors import StudyError
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file of tensors that is refused when it is not of what it should be.
-
-    Attributes:
-        identity: all that decides the content, as JSON values; the file's header begins with it.
-    """
+    """A file of tensors that is refused when it is not of what it should be."""
 
     file: Path
-    identity: dict[str, Any]
+    # all that decides the content, as JSON values; the file's header begins with it
+    identity: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def cached(cls, folder: str, prefix: str, identity: dict[str, Any]) -> Artifact:
@@ -39,16 +36,19 @@ class Artifact:
         return self.file.is_file()
 
     def write(self, tensors: Mapping[str, torch.Tensor], **more: Any) -> None:
-        """Write it, with ``more`` in its header beside the identity."""
-        write_tensors(self.file, tensors, {**self.identity, **more})
+        """Write it, with ``more`` in its header beside the identity; a killed process leaves the old file or the new one."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.file.parent, prefix=".unfinished-") as scratch:
+            unfinished = Path(scratch) / "part"
+            on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+            save_file(on_cpu, unfinished, metadata={"clme": json.dumps({**self.identity, **more})})
+            os.replace(unfinished, self.file)
 
     def read(self, with_tensors: bool = True) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Header and, unless only that is needed, tensors.
-
-        Raises:
-            StudyError: the file is not readable, or of something else; the message says what to do.
-        """
-        header, tensors = read_tensors(self.file, with_tensors)
+        """Header ({} if the file has none of ours) and, unless only that is needed, tensors; StudyError if it is of something else."""
+        with self._opened() as content:
+            header = json.loads((content.metadata() or {}).get("clme", "{}"))
+            tensors = {name: content.get_tensor(name) for name in (content.keys() if with_tensors else ())}
         for name, value in json.loads(json.dumps(self.identity)).items():
             if header.get(name) != value:
                 raise StudyError(
@@ -56,43 +56,17 @@ class Artifact:
                 )
         return header, tensors
 
+    def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
+        """Some rows of one tensor, without reading the others or checking the identity."""
+        with self._opened() as content:
+            whole = content.get_slice(name)
+            return torch.cat([whole[row : row + 1] for row in rows])
 
-def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], header: dict) -> None:
-    """Write ``tensors`` and ``header``; a killed process leaves the old file or the new one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".unfinished-") as scratch:
-        unfinished = Path(scratch) / "part"
-        on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-        save_file(on_cpu, unfinished, metadata={"clme": json.dumps(header)})
-        os.replace(unfinished, file)
-
-
-def read_tensors(file: Path | str, with_tensors: bool = True) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Header ({} if the file has none of ours) and, unless only that is needed, tensors.
-
-    Raises:
-        StudyError: not a readable safetensors file.
-    """
-    with _opened(file) as content:
-        header = json.loads((content.metadata() or {}).get("clme", "{}"))
-        return header, {name: content.get_tensor(name) for name in (content.keys() if with_tensors else ())}
-
-
-def read_rows(file: Path | str, name: str, rows: Sequence[int]) -> torch.Tensor:
-    """Some rows of one tensor, without reading the others.
-
-    Raises:
-        StudyError: not a readable safetensors file, or it lacks the tensor.
-    """
-    with _opened(file) as content:
-        whole = content.get_slice(name)
-        return torch.cat([whole[row : row + 1] for row in rows])
-
-
-@contextlib.contextmanager
-def _opened(file: Path | str) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as content:
-            yield content
-    except Exception as error:  # the format's errors have no common type
-        raise StudyError(f"{file}: cannot be read as a safetensors file: {error}; remove it to make it anew") from error
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Any]:
+        try:
+            with safe_open(self.file, framework="pt") as content:
+                yield content
+        except Exception as error:  # the format's errors have no common type
+            reason = f"cannot be read as a safetensors file: {error}; remove it to make it anew"
+            raise StudyError(f"{self.file}: {reason}") from error

@@ -30,11 +30,9 @@ def of_like_length(
     """Indices in groups of neighbours by length, each padded to its longest member.
 
     Args:
-        ratio: largest of a group's longest member to its shortest.
-        most: members of a group.
+        ratio: largest of a group's longest member to its shortest; most: members of a group.
         tokens: of a group, padding included (a longer member makes a group of its own).
         filled: smallest share of a group that is not padding.
-        longest_first: whether the longest go first.
     """
     groups: list[list[int]] = []
     total = 0
@@ -61,9 +59,7 @@ class Batches(Generic[Item]):
     """
 
     def __init__(self, items: Sequence[Item], size: int | Literal["auto"], device: torch.device) -> None:
-        self._left = list(items)
-        self._device = device
-        self._grows = size == "auto"
+        self._left, self._device, self._grows = list(items), device, size == "auto"
         self.size = _FIRST_SIZE if size == "auto" else size
 
     def __iter__(self) -> Iterator[list[Item]]:
@@ -73,7 +69,10 @@ class Batches(Generic[Item]):
             reset_peak_memory(self._device)
             yield batch
             if self._grows and len(batch) == self.size:
-                self._grow(base)
+                used = peak_memory_mib(self._device) - base
+                # where the system tells no peak, ``used`` is NaN and the size stays
+                if used < _LARGEST_SHARE * (used + free_memory_bytes(self._device) / 2**20):
+                    self.size = min(2 * self.size, _LARGEST_SIZE[self._device.type])
 
     def did_not_fit(self, batch: list[Item]) -> None:
         """Put a batch back, to be given out again in halves; no batch will be as large from now on."""
@@ -81,9 +80,3 @@ class Batches(Generic[Item]):
         self._left = batch + self._left
         self.size = max(1, len(batch) // 2)
         self._grows = False
-
-    def _grow(self, base: float) -> None:
-        used = peak_memory_mib(self._device) - base
-        room = used + free_memory_bytes(self._device) / 2**20
-        if used == used and used < _LARGEST_SHARE * room:
-            self.size = min(2 * self.size, _LARGEST_SIZE[self._device.type])

@@ -9,14 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import StudyError
-
 
 def cache_dir() -> Path:
     """The study's cache: ``$CLME_CACHE``, else ``$XDG_CACHE_HOME/clme``, else ``~/.cache/clme``."""
     if configured := os.environ.get("CLME_CACHE"):
         return Path(configured).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "clme"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clme"
 
 
 def file_name(text: str) -> str:
@@ -30,11 +28,7 @@ def name_for(prefix: str, identity: Mapping[str, Any]) -> str:
     return f"{file_name(prefix)}-{digest[:16]}"
 
 
-def check_sha256(file: Path, expected: str) -> None:
-    """Raise StudyError unless ``file`` has the expected SHA-256."""
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes."""
     with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if digest != expected:
-        raise StudyError(
-            f"{file.name} has SHA-256 {digest}, expected {expected}: not the published file; try again later"
-        )
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,8 +1,7 @@
 """Append-only JSON Lines files that survive being killed.
 
 Rows are appended in one write and synced. A process killed in the middle can leave at most one torn last line; reading
-ignores it, and the next append cuts it off first. Nothing that was complete is ever rewritten. (Small files that are written
-whole go through :func:`write_text`.)
+ignores it, and the next append cuts it off first. Nothing that was complete is ever rewritten.
 """
 
 from __future__ import annotations
@@ -17,19 +16,14 @@ from .errors import StudyError
 
 
 class Journal:
-    """The rows of a file by their keys, so that work goes on where it stopped.
+    """The rows of a file by what ``key`` gives for them, so that work goes on where it stopped.
 
-    Args:
-        key: gives a row's key; a later row takes the place of an earlier one with the same key.
-
-    Attributes:
-        rows: by key, in the order in which keys first appeared.
+    ``rows`` are in the order in which keys first appeared; a later row takes the place of an earlier one with the same key.
     """
 
     def __init__(self, path: Path, key: Callable[[dict], Hashable]) -> None:
-        self.path, self._key = path, key
+        self.path, self._key, self._read_size = path, key, 0
         self.rows: dict[Hashable, dict[str, Any]] = {}
-        self._read_size = -1
         self.refresh()
 
     def __contains__(self, row: dict) -> bool:
@@ -40,7 +34,8 @@ class Journal:
 
     def refresh(self) -> None:
         """Read the file again if another process has made it grow."""
-        if (size := self._size()) != self._read_size:
+        size = self.path.stat().st_size if self.path.is_file() else 0
+        if size != self._read_size:
             self.rows = {self._key(row): row for row in read_rows(self.path)}
             self._read_size = size
 
@@ -48,18 +43,11 @@ class Journal:
         """Keep rows, in the file too; see :func:`append_rows`. What another process appended meanwhile stays unread."""
         append_rows(self.path, rows)
         self.rows.update((self._key(row), row) for row in rows)
-        self._read_size = self._size()
-
-    def _size(self) -> int:
-        return self.path.stat().st_size if self.path.is_file() else 0
+        self._read_size = self.path.stat().st_size
 
 
 def read_rows(path: Path) -> list[dict]:
-    """All complete rows; an absent file has none.
-
-    Raises:
-        StudyError: a line other than a torn last one is not JSON.
-    """
+    """All complete rows; an absent file has none. StudyError if a line other than a torn last one is not JSON."""
     if not path.is_file():
         return []
     lines = path.read_bytes().split(b"\n")
@@ -68,9 +56,8 @@ def read_rows(path: Path) -> list[dict]:
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            raise StudyError(
-                f"{path}, line {number}: not JSON ({error}); move the file away and start again"
-            ) from error
+            reason = f"not JSON ({error}); move the file away and start again"
+            raise StudyError(f"{path}, line {number}: {reason}") from error
     return rows
 
 
@@ -97,12 +84,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _cut_torn_line(file) -> None:
-    end = file.seek(0, os.SEEK_END)
-    if end == 0:
-        return
-    file.seek(end - 1)
-    if file.read(1) == b"\n":
-        return
-    file.seek(0)
-    file.truncate(file.read().rfind(b"\n") + 1)
-    file.seek(0, os.SEEK_END)
+    if end := file.seek(0, os.SEEK_END):
+        file.seek(end - 1)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)

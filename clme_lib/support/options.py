@@ -22,16 +22,14 @@ def add_options(parser: argparse.ArgumentParser, schema: type[Schema]) -> None:
         if extra.get("positional"):
             parser.add_argument(name, nargs=None if field.is_required() else "?", default=argparse.SUPPRESS, help=shown)
             continue
-        keywords: dict[str, Any] = {"dest": name, "help": shown, "default": argparse.SUPPRESS}
         flags = extra.get("flags", (f"--{name.replace('_', '-')}",))
+        keywords: dict[str, Any] = {"required": field.is_required(), "metavar": name.upper()}
         if field.annotation is bool:
             flags = (extra["off"],) if field.default else flags
-            keywords["action"] = "store_false" if field.default else "store_true"
-        else:
-            keywords |= {"required": field.is_required(), "metavar": name.upper()}
-            if extra.get("pairs"):
-                keywords |= {"nargs": 2, "action": "append", "metavar": ("NAME", "VALUE")}
-        parser.add_argument(*flags, **keywords)
+            keywords = {"action": "store_false" if field.default else "store_true"}
+        elif extra.get("pairs"):
+            keywords = {"nargs": 2, "action": "append", "metavar": ("NAME", "VALUE")}
+        parser.add_argument(*flags, dest=name, help=shown, default=argparse.SUPPRESS, **keywords)
 
 
 def _help(field: FieldInfo) -> str:

@@ -6,31 +6,22 @@ from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pkgutil import walk_packages
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from .errors import StudyError, first_line
 
-_LAST = 1_000_000
-
-
-class Entry(Protocol):
-    """What a registry keeps."""
-
-    name: str
-
-
 T = TypeVar("T")
+_LAST = 1_000_000
 
 
 class Registry(Generic[T]):
     """Entries by name, ordered by their ``order`` and then by name; those without an order come last.
 
-    The library's own modules register what they define when they are imported, which happens when the registry is first asked; so
-    does what other packages name under the entry-point group, whose values are entries or modules that register some.
+    Modules register what they define when they are imported, which happens when the registry is first asked: the library's own, and
+    those that other packages name under the entry-point group, whose values are entries or modules that register some.
 
     Args:
-        what: a kind of entry, for messages.
-        group: of entry points.
+        what: a kind of entry, for messages; group: of entry points.
         package: import path of the library's own entries: a module, or a package each module of which may register some.
     """
 
@@ -42,10 +33,9 @@ class Registry(Generic[T]):
         self._loading = self._loaded = False
 
     def register(self, entry: T) -> T:
-        """Add an entry. It replaces an earlier one of its name and module, as when a notebook's cell is run again.
+        """Add an entry; StudyError if the library itself, or another module, has one of this name.
 
-        Raises:
-            StudyError: the library itself, or another module, has an entry of this name.
+        It replaces an earlier one of its name and module, as when a notebook's cell is run again.
         """
         name = entry.name  # type: ignore[attr-defined]
         known = self._entries.get(name, entry)
@@ -69,11 +59,7 @@ class Registry(Generic[T]):
         return name in self._entries
 
     def __getitem__(self, name: str) -> T:
-        """The entry of a name.
-
-        Raises:
-            StudyError: there is none, or the package that adds it could not be loaded.
-        """
+        """The entry of a name; StudyError if there is none, or the package that adds it could not be loaded."""
         if name in self:
             return self._entries[name]
         if name in self._broken:
@@ -99,8 +85,7 @@ class Registry(Generic[T]):
         """A package that does not load spoils nothing but what it adds."""
         package = point.dist.name if point.dist else point.value
         try:
-            entry = point.load()
-            if hasattr(entry, "name"):
+            if hasattr(entry := point.load(), "name"):
                 self.register(entry)
         except Exception as error:  # whatever another package raises
             reason = f"package {package!r} does not load ({point.value}): {first_line(error)}; mend or remove it"

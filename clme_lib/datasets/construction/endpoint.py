@@ -53,15 +53,12 @@ class Endpoint:
         key = os.environ.get("OPENAI_API_KEY") or ("none" if url else None)
         if key is None:
             raise StudyError("OPENAI_API_KEY is not set: set it, or name an endpoint of your own with --endpoint")
-        self.model, self.cache, self.concurrency, self.budget = model, cache, concurrency, budget
+        self.cache, self.concurrency, self.budget = cache, concurrency, budget
+        self.settings: dict[str, Any] = {"model": model, "temperature": 0}  # what an answer depends on
         self._client = openai.OpenAI(api_key=key, base_url=url, max_retries=retries, timeout=timeout)
         answered = read_rows(cache)
         self._known = {row["key"]: row["answer"] for row in answered}
         self.spent = sum(row["tokens"] for row in answered)
-
-    def settings(self) -> dict[str, Any]:
-        """What an answer depends on, for a stage's manifest."""
-        return {"model": self.model, "temperature": 0}
 
     def ask(self, instruction: str, questions: Sequence[str]) -> Iterator[str]:
         """The answer of each question, in the order of the questions whenever they come: what is built from them is the same each time.
@@ -69,7 +66,8 @@ class Endpoint:
         Raises:
             StudyError: the endpoint refuses or cannot be reached, or the budget is spent; what was answered is kept.
         """
-        keys = [self._key(instruction, question) for question in questions]
+        contents = [json.dumps([self.settings, instruction, question]) for question in questions]
+        keys = [hashlib.sha256(content.encode()).hexdigest() for content in contents]
         unknown = {key: question for key, question in zip(keys, questions) if key not in self._known}
         waiting = deque(unknown.items())
         answered = 0
@@ -109,9 +107,7 @@ class Endpoint:
 
         messages: Any = [{"role": "system", "content": instruction}, {"role": "user", "content": question}]
         try:
-            reply = self._client.chat.completions.create(
-                model=self.model, messages=messages, temperature=0, max_tokens=256
-            )
+            reply = self._client.chat.completions.create(messages=messages, max_tokens=256, **self.settings)
             if not reply.choices:
                 raise ValueError("the reply has no choices")
             return reply.choices[0].message.content or "", reply.usage.total_tokens if reply.usage else 0
@@ -120,6 +116,3 @@ class Endpoint:
                 f"{self._client.base_url}: {type(error).__name__}: {str(error)[:300]}; the answers so far are kept in {self.cache}, "
                 "start the same command again to go on"
             ) from error
-
-    def _key(self, instruction: str, question: str) -> str:
-        return hashlib.sha256(json.dumps([self.settings(), instruction, question]).encode()).hexdigest()

@@ -24,12 +24,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from ...support.cache import file_sha256
 from ...support.errors import StudyError
 from ...support.journal import read_rows
 from ...support.seeds import seeded_order
@@ -42,7 +44,7 @@ from .checking import Report, check_file
 from .relevance import LEVELS
 from .rephrasing import GIVEN_INTENTS
 from .sources import collect_functions, collect_pairs, source_files, too_long
-from .stages import StageRow, Stages, Step, file_sha256, kept, stage_row
+from .stages import StageRow, Stages, Step, kept, stage_row
 
 MAX_TOKENS = 256
 # a subject's name, and from prompts to what it writes after them
@@ -74,17 +76,19 @@ def build_cnle(
         StudyError: a source or endpoint fails, a stage in the folder was made with other settings, or nothing is left of the rows.
     """
     work = _Construction(folder, CNLE, source, collect_pairs, embed)
-    scores = work.stages.run("score", scorer.settings, work.collected, scorer.make)
-    levels = {row["id"]: row.get("level") for row in scores}
-    selected = work.stages.run(
-        "select", {"level": LEVELS[-1]}, kept(scores), lambda rows: _very_relevant(rows, work.rows, levels)
-    )
+    scores = work.run("score", scorer, work.collected)
+    levels = {row["id"]: row["level"] for row in scores}
+
+    def select(rows: Sequence[StageRow]) -> Iterator[StageRow]:
+        unfit = [None if levels[row["id"]] == LEVELS[-1] else "not very relevant" for row in rows]
+        return _distinct(rows, unfit, intent=[" ".join(row["intent"].split()).casefold() for row in rows])
+
+    selected = work.run("select", Step({"level": LEVELS[-1]}, select, one_by_one=False), work.source_rows(scores))
     # without a model only rows that have a second wording can be targeted
     needs_wording = rephraser is GIVEN_INTENTS
     targeted, pool = work.split(selected, {"targets": targets, "seed": seed, "second wording": needs_wording})
     near = work.neighbours(targeted, pool)
-    rephrased = work.stages.run("rephrase", rephraser.settings, targeted, rephraser.make)
-    return work.finish(near, rephrased, answers)
+    return work.finish(near, work.run("rephrase", rephraser, targeted), answers)
 
 
 def build_csne(
@@ -98,28 +102,32 @@ def build_csne(
     tokenizer: str | None = None,
     answers: Answers | None = None,
 ) -> Report:
-    """Build CSNE in ``folder``, or go on where it was stopped; returns the validation report of the file written.
+    """Build CSNE in ``folder``; see :func:`build_cnle`.
 
     Args:
         source: ``embedded``, ``hub``, or a file or folder of CodeSearchNet rows.
         rephraser: made from the pool's functions; gives each targeted function its ``rephrased`` code.
         targets: how many functions are targeted at most (None: all of the test part).
         tokenizer: counts the tokens (the paper: CodeBERT's); None: the embedded subject's.
-        answers: as in :func:`build_cnle`, and so are the errors raised.
     """
     work = _Construction(folder, CSNE, source, collect_functions, embed)
+
+    def select(rows: Sequence[StageRow]) -> Iterator[StageRow]:
+        codes = [row["code"] for row in rows]
+        unfit = ["too many tokens" if long else None for long in too_long(codes, MAX_TOKENS, tokenizer)]
+        functions = [" ".join(code.split()) for code in codes]
+        return _distinct(rows, unfit, function=functions, description=[row["doc"].casefold() for row in rows])
+
     settings = {"tokens": MAX_TOKENS, "tokenizer": tokenizer or "smollm2-135m"}
-    selected = work.stages.run("select", settings, work.collected, lambda rows: _distinct_functions(rows, tokenizer))
+    selected = work.run("select", Step(settings, select, one_by_one=False), work.collected)
     targeted, pool = work.split(selected, {"targets": targets, "seed": seed})
-    renamer = rephraser([row["code"] for row in pool])
-    variants = work.stages.run("rephrase", renamer.settings, targeted, renamer.make)
-    renamed = {row["id"] for row in kept(variants)}
-    near = work.neighbours([row for row in targeted if row["id"] in renamed], pool)
+    variants = work.run("rephrase", rephraser([row["code"] for row in pool]), targeted)
+    near = work.neighbours(work.source_rows(variants), pool)
     return work.finish(near, variants, answers)
 
 
 class _Construction:
-    """The steps that both data sets take. ``collected`` are the source's usable rows, ``rows`` all of them by their id."""
+    """The steps that both data sets take. ``collected`` are the source's usable rows, ``rows`` the same by their id."""
 
     def __init__(
         self,
@@ -129,18 +137,28 @@ class _Construction:
         collect: Callable[[str], Iterator[StageRow]],
         embed: Embedder,
     ) -> None:
-        self.stages, self.dataset, self.embed = Stages(folder), dataset, embed
+        self.dataset, self.embed, self._stages = dataset, embed, Stages(folder)
+        self.text, self.target = _FIELDS[dataset.name]
         known: Any = source  # its files with their hashes, so that another source in its place is noticed
         if source != "embedded":
             known = [[file.name, file_sha256(file)] for file in source_files(dataset, source)]
-        rows = self.stages.run("collect", {"dataset": dataset.name, "source": known}, [], lambda _: collect(source))
-        self.collected, self.rows = kept(rows), {row["id"]: row for row in rows}
+        step = Step({"dataset": dataset.name, "source": known}, lambda _: collect(source))
+        self.collected = self.run("collect", step, [])
+        self.rows = {row["id"]: row for row in self.collected}
+
+    def run(self, name: str, step: Step, todo: Sequence[StageRow]) -> list[StageRow]:
+        """The rows that a stage keeps."""
+        return kept(self._stages.run(name, step, todo))
+
+    def source_rows(self, rows: Iterable[StageRow]) -> list[StageRow]:
+        """The source's rows of the same ids."""
+        return [self.rows[row["id"]] for row in rows]
 
     def split(self, selected: Sequence[StageRow], settings: dict[str, Any]) -> tuple[list[StageRow], list[StageRow]]:
         """The targeted rows and the pool."""
-        candidates = [self.rows[row["id"]] for row in kept(selected)]
-        split = kept(self.stages.run("split", settings, candidates, lambda rows: _split(rows, settings)))
-        targeted, pool = ([self.rows[row["id"]] for row in split if row["targeted"] == side] for side in (True, False))
+        step = Step(settings, partial(_split, settings), one_by_one=False)
+        split = self.run("split", step, self.source_rows(selected))
+        targeted, pool = (self.source_rows(row for row in split if row["targeted"] == side) for side in (True, False))
         if not targeted or len(pool) < NEIGHBOURS:
             raise StudyError(
                 f"{len(targeted)} targeted rows and {len(pool)} others are left: at least 1 and {NEIGHBOURS} are needed; "
@@ -150,91 +168,66 @@ class _Construction:
 
     def neighbours(self, targeted: Sequence[StageRow], pool: Sequence[StageRow]) -> list[StageRow]:
         """Each targeted row's nearest in the pool."""
-        text, target = _FIELDS[self.dataset.name]
 
         def make(rows: Sequence[StageRow]) -> Iterator[StageRow]:
             near = nearest(
-                [row[text] for row in rows],
-                [row[text] for row in pool],
-                allowed=lambda row, entry: rows[row][target] != pool[entry][target],
+                [row[self.text] for row in rows],
+                [row[self.text] for row in pool],
+                allowed=lambda row, entry: rows[row][self.target] != pool[entry][self.target],
                 embed=self.embed,
             )
             for row, entries in zip(rows, near):
                 few = {"dropped": "fewer than five neighbours"} if len(entries) < NEIGHBOURS else {}
                 yield {"id": row["id"], "neighbours": [pool[n]["id"] for n in entries], **few}
 
-        settings = self.embed.settings() if hasattr(self.embed, "settings") else {"encoder": "tfidf"}
-        return self.stages.run("neighbours", settings, targeted, make)
+        settings = getattr(self.embed, "settings", {"encoder": "tfidf"})
+        return self.run("neighbours", Step(settings, make), targeted)
 
     def finish(self, near: Sequence[StageRow], rephrased: Sequence[StageRow], answers: Answers | None) -> Report:
         """Write the rows that have neighbours and another wording as cases, and check them."""
-        text, target = _FIELDS[self.dataset.name]
-        wordings = {row["id"]: row["rephrased"] for row in kept(rephrased)}
-        complete = [row for row in kept(near) if row["id"] in wordings]
+        wordings = {row["id"]: row["rephrased"] for row in rephrased}
+        complete = [row for row in near if row["id"] in wordings]
         if not complete:
-            raise StudyError(f"no case is left in {self.stages.folder}: see the counts of each stage")
-
-        prompt = self.dataset.prompt
+            raise StudyError(f"no case is left in {self._stages.folder}: see the counts of each stage")
+        text_of = {row_id: row[self.text] for row_id, row in self.rows.items()}
         cases = [
-            Case(
+            Case.of(
+                self.dataset,
                 n,
-                self.dataset.name,
-                prompt(self.rows[row["id"]][text]),
-                self.rows[row["id"]][target],
-                (prompt(wordings[row["id"]]),),
-                tuple(prompt(self.rows[neighbour][text]) for neighbour in row["neighbours"]),
+                text_of[row["id"]],
+                self.rows[row["id"]][self.target],
+                [wordings[row["id"]]],
+                [text_of[neighbour] for neighbour in row["neighbours"]],
             )
             for n, row in enumerate(complete)
         ]
         written = {}
         if answers is not None:
             subject, answer = answers
-            rows = self.stages.run(
-                "answers",
+            step = Step(
                 {"subject": subject},
-                [{"id": case.case_id} for case in cases],
                 lambda rows: (stage_row(row["id"], answers=answer(cases[row["id"]].unrelated)) for row in rows),
-                batch=32,
             )
+            rows = self._stages.run("answers", step, [{"id": case.case_id} for case in cases])
             written[subject] = [row["answers"] for row in sorted(rows, key=lambda row: row["id"])]
-        file = self.stages.folder / f"{published.layout_of(self.dataset).file}.json"
+        file = published.file_in(self._stages.folder, self.dataset)
         published.write(file, cases, written)
         return check_file(file)
 
 
-def _very_relevant(rows: Sequence[StageRow], pairs: dict[Any, StageRow], levels: dict) -> Iterator[StageRow]:
-    intents: set[str] = set()
-    for row in rows:
-        intent = " ".join(pairs[row["id"]]["intent"].split()).casefold()
-        reason = None
-        if levels[row["id"]] != LEVELS[-1]:
-            reason = "not very relevant"
-        elif intent in intents:
-            reason = "intent occurs again"
-        else:
-            intents.add(intent)
+def _distinct(rows: Sequence[StageRow], reasons: Iterable[str | None], **texts: Iterable[str]) -> Iterator[StageRow]:
+    """Drop rows that have a reason, and those one of whose texts, given by what they are, an earlier row has."""
+    known: set[tuple[str, str]] = set()
+    for row, reason, *of_row in zip(rows, reasons, *texts.values()):
+        named = list(zip(texts, of_row))
+        repeated = [f"{what} occurs again" for what, text in named if (what, text) in known]
+        reason = reason or next(iter(repeated), None)
+        if reason is None:
+            known.update(named)
         yield stage_row(row["id"], reason)
 
 
-def _distinct_functions(rows: Sequence[StageRow], tokenizer: str | None) -> Iterator[StageRow]:
-    codes: set[str] = set()
-    docs: set[str] = set()
-    for row, long in zip(rows, too_long([row["code"] for row in rows], MAX_TOKENS, tokenizer)):
-        code, doc = " ".join(row["code"].split()), row["doc"].casefold()
-        reason = None
-        if long:
-            reason = "too many tokens"
-        elif code in codes:
-            reason = "function occurs again"
-        elif doc in docs:
-            reason = "description occurs again"
-        else:
-            codes.add(code)
-            docs.add(doc)
-        yield stage_row(row["id"], reason)
-
-
-def _split(rows: Sequence[StageRow], settings: dict[str, Any]) -> Iterator[StageRow]:
+def _split(settings: dict[str, Any], rows: Sequence[StageRow]) -> Iterator[StageRow]:
     """Which rows are targeted: the source's test part where it has parts, else the first in seeded order."""
     by_id = {row["id"]: row for row in rows}
     order = seeded_order(by_id, "construction", settings["seed"])
@@ -275,7 +268,7 @@ def built_cases(folder: Path) -> list[Case]:
         StudyError: the folder has none, or its file is damaged.
     """
     for dataset in PAPER_DATASETS:
-        if (file := folder / f"{published.layout_of(dataset).file}.json").is_file():
+        if (file := published.file_in(folder, dataset)).is_file():
             return published.read(file, dataset)
     raise StudyError(f"{folder}: no data set there; build it first: clme data build ... --out {folder}")
 

@@ -22,6 +22,7 @@ _NUMBER = re.compile(r"(?<![\d.])([1-5])(?!\.?\d)")
 
 
 def _score_offline(rows: Sequence[StageRow]) -> Iterator[StageRow]:
+    """A level by the share of the snippet's words that the intent has."""
     for row in rows:
         in_intent = set(subtokens(row["intent"]))
         words = {word for word in subtokens(row["snippet"]) if len(word) > 1}
@@ -29,7 +30,6 @@ def _score_offline(rows: Sequence[StageRow]) -> Iterator[StageRow]:
         yield stage_row(row["id"], level=LEVELS[min(4, int(share * 10))])
 
 
-# gives each row its ``level`` by the share of the snippet's words that the intent has
 OFFLINE_SCORER = Step({"scorer": "offline"}, _score_offline)
 
 
@@ -42,7 +42,7 @@ def model_scorer(endpoint: Endpoint) -> Step:
             level = parse_level(answer)
             yield stage_row(row["id"], None if level else "unusable answer", level=level)
 
-    return Step({"scorer": "model", "instruction": INSTRUCTION, **endpoint.settings()}, score)
+    return Step({"scorer": "model", "instruction": INSTRUCTION, **endpoint.settings}, score)
 
 
 def parse_level(answer: str) -> str | None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 
 from tqdm import tqdm
 
@@ -36,7 +34,7 @@ def model_intents(endpoint: Endpoint) -> Step:
         for row, answer in zip(rows, endpoint.ask(INSTRUCTION, [row["intent"] for row in rows])):
             yield _rephrased(row, answer.strip().strip('"'))
 
-    return Step({"rephraser": "model", "instruction": INSTRUCTION, **endpoint.settings()}, rephrase)
+    return Step({"rephraser": "model", "instruction": INSTRUCTION, **endpoint.settings}, rephrase)
 
 
 def _rephrased(row: StageRow, text: str) -> StageRow:
@@ -72,7 +70,7 @@ def renamed(row: StageRow, substitute: Substitute) -> StageRow:
 
 
 def corpus_names(corpus: Sequence[str]) -> Step:
-    """Functions with names that are used alike in a corpus of functions (:class:`~clme_lib.datasets.renaming.Substitutes`), on all cores.
+    """Functions with names that are used alike in a corpus of functions (:class:`~clme_lib.datasets.renaming.Substitutes`).
 
     Of a larger corpus the first functions are taken (a pool comes in seeded order), because every name is compared with every other.
     """
@@ -81,23 +79,6 @@ def corpus_names(corpus: Sequence[str]) -> Step:
     def rephrase(rows: Sequence[StageRow]) -> Iterator[StageRow]:
         trees = map(single_function, tqdm(codes, desc="names of the corpus", unit="row"))
         substitutes = Substitutes(filter(None, trees))
-        workers = min(os.cpu_count() or 1, 1 + len(rows) // 500)
-        if workers == 1:
-            yield from (renamed(row, substitutes.substitute) for row in rows)
-            return
-        with ProcessPoolExecutor(workers, initializer=_use, initargs=(substitutes,)) as pool:
-            yield from pool.map(_by_corpus, rows, chunksize=50)
+        yield from (renamed(row, substitutes.substitute) for row in rows)
 
     return Step({"names": "corpus", "functions": len(codes)}, rephrase)
-
-
-_substitutes: Substitutes  # of a worker process, which is given them once
-
-
-def _use(substitutes: Substitutes) -> None:
-    global _substitutes
-    _substitutes = substitutes
-
-
-def _by_corpus(row: StageRow) -> StageRow:
-    return renamed(row, _substitutes.substitute)

@@ -12,15 +12,16 @@ import io
 import json
 import textwrap
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...subjects import embedded as embedded_subject
 from ...support.errors import StudyError, first_line
-from .. import embedded_cnle, embedded_csne, mining
+from .. import embedded_cnle, embedded_csne
 from ..base import DataSet
 from ..paper import CNLE, CSNE
-from ..source_code import first_sentence, parsed, single_function, without_comments, without_docstring
+from ..source_code import bare_code, first_sentence, parsed, single_function
 from .stages import StageRow, stage_row
 
 # data set -> (Hub repository, files of the part that the paper uses)
@@ -53,12 +54,12 @@ def read_table(path: Path) -> Iterator[dict[str, Any]]:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
             first = stream.peek(64)[:64].lstrip(b"\xef\xbb\xbf \r\n\t")
             if first.startswith(b"["):
-                yield from _objects(json.loads(stream.read().decode("utf-8-sig")), path)
+                yield from (_object(path, row) for row in json.loads(stream.read().decode("utf-8-sig")))
                 return
             for line in io.TextIOWrapper(stream, encoding="utf-8-sig", newline=None):
                 number += 1
                 if line.strip():
-                    yield from _objects([json.loads(line)], path)
+                    yield _object(path, json.loads(line))
     except (OSError, EOFError, zlib.error) as error:
         raise StudyError(f"{path}: cannot be read after line {number}: {error}; is the download complete?") from error
     except UnicodeDecodeError as error:
@@ -67,11 +68,10 @@ def read_table(path: Path) -> Iterator[dict[str, Any]]:
         raise StudyError(f"{path}, line {max(number, 1)}: not JSON: {error}") from error
 
 
-def _objects(rows: Any, path: Path) -> Iterator[dict[str, Any]]:
-    for row in rows:
-        if not isinstance(row, dict):
-            raise StudyError(f"{path}: a row is {type(row).__name__}, expected an object")
-        yield row
+def _object(path: Path, row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise StudyError(f"{path}: a row is {type(row).__name__}, expected an object")
+    return row
 
 
 def hub_files(dataset: DataSet) -> list[Path]:
@@ -112,11 +112,11 @@ def source_files(dataset: DataSet, source: str) -> list[Path]:
 def collect_pairs(source: str) -> Iterator[StageRow]:
     """CoNaLa's pairs: ``id``, ``intent``, ``snippet``, and ``rewritten_intent`` where there is one."""
     if source == "embedded":
-        rows: Iterator[dict] = iter([*embedded_cnle.read_rows("cnle-targets"), *embedded_cnle.read_rows("cnle-pool")])
+        rows: Iterable[dict] = [*embedded_cnle.read_rows("cnle-targets"), *embedded_cnle.read_rows("cnle-pool")]
     else:
         rows = (row for file in source_files(CNLE, source) for row in read_table(file))
     for number, row in enumerate(rows):
-        texts = {name: _clean(row.get(name)) for name in ("intent", "snippet", "rewritten_intent")}
+        texts = {name: _text(row, name) for name in ("intent", "snippet", "rewritten_intent")}
         reason = next((f"no {name}" for name in ("intent", "snippet") if not texts[name]), None)
         if reason is None and max(map(len, texts.values())) > LONGEST:
             reason = "too long"
@@ -127,33 +127,29 @@ def collect_functions(source: str) -> Iterator[StageRow]:
     """CodeSearchNet's functions: ``id``, ``code`` without docstring and comments, ``doc``, ``partition`` and ``package``."""
     if source == "embedded":
         content = embedded_csne.load_content()
-        rows = [(row, part) for key, part in (("targets", "test"), ("pool", "train")) for row in content[key]]
-        for row, part in rows:
-            yield stage_row(row["origin"], code=row["code"], doc=row["doc"], partition=part, package=row["package"])
+        for key, part in (("targets", "test"), ("pool", "train")):
+            for row in content[key]:
+                yield stage_row(row["origin"], code=row["code"], doc=row["doc"], partition=part, package=row["package"])
         return
-    number = -1
-    for file in source_files(CSNE, source):
-        parts = "train", "valid", "test"
+    rows = ((file, row) for file in source_files(CSNE, source) for row in read_table(file))
+    for number, (file, row) in enumerate(rows):
+        # the Hub's columns, then those of the jsonl files
+        code = _text(row, "func_code_string", "code")
+        doc = _text(row, "func_documentation_string", "docstring", "doc")
+        bare, sentence, reason = None, None, None
+        if not code or not doc:
+            reason = f"no {'docstring' if code else 'code'}"
+        elif len(code) > LONGEST:
+            reason = "too long"
+        elif (bare := bare_function(code)) is None:
+            reason = "not one Python 3 function"
+        elif (sentence := first_sentence(doc)) is None:
+            reason = "no describing sentence"
         # the hub's conversion has a folder for each part
-        named = next((part for part in parts if part in file.stem or part == file.parent.name), None)
-        for row in read_table(file):
-            number += 1
-            yield _function(number, row, row.get("partition") or row.get("split_name") or named)
-
-
-def _function(number: int, row: dict, partition: str | None) -> StageRow:
-    # the Hub's columns, then those of the jsonl files
-    code, doc = (next((text for name in names if (text := _clean(row.get(name)))), "")
-                 for names in (("func_code_string", "code"), ("func_documentation_string", "docstring", "doc")))  # fmt: skip
-    if not code or not doc:
-        return stage_row(number, f"no {'docstring' if code else 'code'}")
-    if len(code) > LONGEST:
-        return stage_row(number, "too long")
-    bare, sentence = bare_function(code), first_sentence(doc)
-    if bare is None or sentence is None:
-        return stage_row(number, "no describing sentence" if bare else "not one Python 3 function")
-    package = str(row.get("repository_name") or row.get("repo") or "")
-    return stage_row(number, code=bare, doc=sentence, partition=partition, package=package)
+        named = (part for part in ("train", "valid", "test") if part in file.stem or part == file.parent.name)
+        partition = row.get("partition") or row.get("split_name") or next(named, None)
+        package = str(row.get("repository_name") or row.get("repo") or "")
+        yield stage_row(number, reason, code=bare, doc=sentence, partition=partition, package=package)
 
 
 def bare_function(code: str) -> str | None:
@@ -172,31 +168,24 @@ def bare_function(code: str) -> str | None:
     # moving the lines must not have moved the text of a string
     same = len(functions) == 1 or ast.dump(functions[code]) == ast.dump(functions[outdented])
     text = outdented if same and outdented in functions else code
-    bare = without_docstring(text.split("\n"), functions[text])
-    bare = without_comments(bare) if bare else None
-    bare = "\n".join(line.rstrip() for line in bare.split("\n")).strip("\n") if bare else None
+    lines = (bare_code(text.split("\n"), functions[text]) or "").split("\n")
+    bare = "\n".join(line.rstrip() for line in lines).strip("\n")
     return bare if bare and parsed(bare) else None
 
 
-def _clean(value: Any) -> str:
-    """Text with line feeds alone, without white space around it; nothing for what is no text."""
-    return value.replace("\r\n", "\n").strip() if isinstance(value, str) else ""
+def _text(row: dict[str, Any], *names: str) -> str:
+    """The first of the fields that is a text, with line feeds alone and without white space around it; else an empty one."""
+    texts = (row[name].replace("\r\n", "\n").strip() for name in names if isinstance(row.get(name), str))
+    return next(filter(None, texts), "")
 
 
 def too_long(texts: Sequence[str], limit: int, tokenizer: str | None) -> Iterator[bool]:
     """Which texts have more than ``limit`` tokens: of a Hugging Face tokenizer (the paper: CodeBERT's), or of the embedded subject's."""
-    if tokenizer is None:
-        encoder = mining.tokenizer()
-    else:
-        from transformers import AutoTokenizer
+    from transformers import AutoTokenizer
 
-        try:
-            loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise StudyError(f"tokenizer {tokenizer!r} could not be loaded: {first_line(error)}") from error
+    try:
+        encode = AutoTokenizer.from_pretrained(tokenizer or str(embedded_subject.ensure()), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise StudyError(f"tokenizer {tokenizer!r} could not be loaded: {first_line(error)}") from error
     for first in range(0, len(texts), _TOKENIZED):  # an encoding takes many times the memory of its text
-        part = list(texts[first : first + _TOKENIZED])
-        if tokenizer is None:
-            yield from (len(encoding.ids) > limit for encoding in encoder.encode_batch(part, add_special_tokens=False))
-        else:
-            yield from (len(ids) > limit for ids in loaded(part, add_special_tokens=True)["input_ids"])
+        yield from (len(ids) > limit for ids in encode(list(texts[first : first + _TOKENIZED]))["input_ids"])

@@ -18,13 +18,8 @@ _TEXT_FILES = (".txt", ".md", ".rst", ".py")
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in a fixed random order.
-
-    Attributes:
-        name: as it was asked for.
-        identity: hash or revision of the content.
-        documents: starts over from the first document each time it is called.
-    """
+    """Documents in a fixed random order, by the ``name`` that was asked for and a hash or revision of the content; ``documents()``
+    starts over from the first."""
 
     name: str
     identity: str
@@ -32,30 +27,23 @@ class Corpus:
 
 
 def open_corpus(name: str) -> Corpus:
-    """Open a corpus.
-
-    Args:
-        name: ``embedded`` (functions of embedded CSNE that are no edit targets, each with its description);
-            ``wikipedia``; ``hub:owner/name`` or ``hub:owner/name/folder`` (a hub data set's Parquet files with a
-            ``text`` column); or the path of a text file or a folder of them (.txt, .md, .rst, .py; one document a file).
+    """A corpus by its name: ``embedded`` (functions of embedded CSNE that are no edit targets, each with its description);
+    ``wikipedia``; ``hub:owner/name`` or ``hub:owner/name/folder`` (a hub data set's Parquet files with a ``text`` column); or the
+    path of a text file or a folder of them (.txt, .md, .rst, .py; one document a file).
 
     Raises:
         StudyError: there is no such corpus, it is empty, or the hub cannot be reached.
     """
     if name == "embedded":
         return _embedded()
-    if name == "wikipedia":
-        return _hub(name, WIKIPEDIA.removeprefix("hub:"))
-    if name.startswith("hub:"):
-        return _hub(name, name.removeprefix("hub:"))
-    return _files(name)
+    place = WIKIPEDIA if name == "wikipedia" else name
+    return _hub(name, place.removeprefix("hub:")) if place.startswith("hub:") else _files(name)
 
 
 def _embedded() -> Corpus:
     from ...datasets.embedded_csne import load_content
 
-    functions = load_content()["pool"]
-    texts = [f"{function['doc']}\n{function['code']}" for function in functions]
+    texts = [f"{function['doc']}\n{function['code']}" for function in load_content()["pool"]]
     identity = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     order = seeded_order(range(len(texts)), "corpus", SEED)
     return Corpus("embedded", identity, lambda: (texts[n] for n in order))
@@ -69,9 +57,7 @@ def _files(name: str) -> Corpus:
             f"corpus {name!r} is neither embedded, wikipedia, hub:OWNER/NAME, nor a text file or a folder with any "
             f"({', '.join(_TEXT_FILES)})"
         )
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    digest = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files))
     order = seeded_order(range(len(files)), "corpus", SEED)
 
     def documents() -> Iterator[str]:
@@ -93,10 +79,8 @@ def _hub(name: str, place: str) -> Corpus:
     repo_id = f"{owner}/{repository}"
     try:
         info = HfApi().dataset_info(repo_id)
-        shards = sorted(
-            file.rfilename for file in info.siblings or []
-            if file.rfilename.endswith(".parquet") and file.rfilename.startswith(folder)
-        )  # fmt: skip
+        names = [sibling.rfilename for sibling in info.siblings or []]
+        shards = sorted(file for file in names if file.endswith(".parquet") and file.startswith(folder))
     except Exception as error:  # the client raises its own and its transport's errors
         raise StudyError(
             f"corpus {name!r}: the hub's data set {repo_id!r} cannot be listed: {error}. Check the name and the network, "

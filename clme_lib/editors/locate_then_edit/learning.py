@@ -20,7 +20,7 @@ tokenises targets alone, without the space before them. ``padding="released"`` a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -30,20 +30,20 @@ from pydantic import Field
 from ...datasets.cases import Case
 from ...edits.base import EditLog
 from ...forward.label_losses import LabelIndices
-from ...forward.partial import PartialForward, longest_above
+from ...forward.partial import PartialForward
 from ...forward.tokens import TokenRow, encode, tokenize
 from ...subjects.subject import Subject
 from ...support.errors import StudyError
-from ...support.schema import Schema
 from ..base import Editor
 from ..operations import Phase, Sizes
 from .contexts import TOKENS, context_templates
+from .second_moments import SecondMoment, StatisticsHyperparameters, second_moments
 
 # Asking which cases have stopped waits for a GPU; not asking costs steps of the rows of those that have.
 CHECK_DONE_EVERY = {"cpu": 1, "cuda": 5}
 
 
-class RewritingHyperparameters(Schema):
+class RewritingHyperparameters(StatisticsHyperparameters):
     """``clamp`` bounds delta in units of its module's output norm; ``loss_floor`` is compared with the whole loss."""
 
     steps: int = Field(default=25, gt=0)
@@ -66,22 +66,19 @@ def rewriting_rows(subject: Subject, case: Case, contexts: Sequence[str], paddin
     and what follows cannot be seen from there.
     """
     tokenizer = subject.tokenizer
+    rows = [tokenize(tokenizer, context + case.prompt, case.target) for context in contexts]
     if padding == "aligned" and targets == "in-context":
-        return [tokenize(tokenizer, context + case.prompt, case.target) for context in contexts]
-    rows = []
-    for context in contexts:
-        tokens = tokenize(tokenizer, context + case.prompt, case.target)
-        if targets == "in-context":
-            rows.append(tokens)
-            continue
+        return rows
+    if targets == "alone":
         alone = encode(tokenizer, case.target)
         written = str(tokenizer.decode(alone[:-1], clean_up_tokenization_spaces=False))
-        inputs = tuple(encode(tokenizer, context + case.prompt + " " + written))
-        rows.append(TokenRow(inputs, 0, tokens.lookup, len(inputs) - len(alone), tuple(alone)))
+        for n, context in enumerate(contexts):
+            inputs = tuple(encode(tokenizer, f"{context}{case.prompt} {written}"))
+            rows[n] = TokenRow(inputs, 0, rows[n].lookup, len(inputs) - len(alone), tuple(alone))
     bare = tuple(encode(tokenizer, case.prompt))
     # its label is never scored: only the distribution there is read
     rows.append(TokenRow(bare, 0, len(bare) - 1, len(bare) - 1, bare[-1:]))
-    return list(rows) if padding == "aligned" else misplaced(rows, subject.tokenizer.pad_token_id)
+    return rows if padding == "aligned" else misplaced(rows, tokenizer.pad_token_id)
 
 
 def misplaced(rows: Sequence[TokenRow], pad: int) -> list[TokenRow]:
@@ -98,82 +95,50 @@ def misplaced(rows: Sequence[TokenRow], pad: int) -> list[TokenRow]:
 
 
 class Rewriting:
-    """The rows of a batch of cases, ready to be read and optimised.
+    """The rows of ``cases`` (B,) of the editor's batch, as many for each, in one partial pass.
 
-    Attributes:
-        cases: (B,) which cases of the editor's batch these are.
-        forward: the partial forward pass over all their rows.
-        owner: (R,) the case of each row, as an index into ``cases``.
-        scored: (R,) True for rows whose labels enter the loss; scored_rows: their indices.
-        bare: (B,) the row from which the next-token distribution of the bare prompt is read; after_bare: the places of
-            their first labels among all.
+    The labels of the first ``contexts`` rows of a case enter its loss. The distribution after the bare prompt is read from the row
+    that follows them, or from the first where :func:`rewriting_rows` lets that stand for it.
     """
 
-    def __init__(self, forward: PartialForward, cases, owner, scored, bare) -> None:
-        self.forward, self.cases, self.owner, self.scored, self.bare = forward, cases, owner, scored, bare
-        self.scored_rows = scored.nonzero()[:, 0]
-        self.after_bare = LabelIndices.of(forward.label_counts.cumsum(0)[bare] - forward.label_counts[bare])
-
-    @classmethod
-    def of(cls, subject: Subject, rows: Sequence[Sequence[TokenRow]], contexts: int, layer: int) -> Rewriting:
-        """From each case's :func:`rewriting_rows`."""
-        flat = [row for of_case in rows for row in of_case]
-        each, device = len(rows[0]), subject.device
-        place = torch.arange(len(flat), device=device)
-        forward = PartialForward(subject, flat, layer, from_lookup=True)
-        bare = torch.arange(len(rows), device=device) * each + (contexts if each > contexts else 0)
-        cases = torch.arange(len(rows), device=device)
-        return cls(forward, cases, place // each, place % each < contexts, bare)
+    def __init__(self, forward: PartialForward, cases: torch.Tensor, contexts: int) -> None:
+        self.forward, self.cases, self.contexts = forward, cases, contexts
+        self.each = len(forward.touched) // len(cases)
+        firsts = torch.arange(len(cases), device=cases.device) * self.each
+        bare = firsts + (contexts if self.each > contexts else 0)
+        self._after_bare = LabelIndices.of(forward.label_counts.cumsum(0)[bare] - forward.label_counts[bare])
 
     def at_lookup(self, tail: torch.Tensor) -> torch.Tensor:
         """(R, x) of a tail tensor (R, S, x): what it has at each row's lookup column."""
         return tail[torch.arange(len(tail), device=tail.device), self.forward.touched]
 
-    def first_rows(self, per_row: torch.Tensor) -> torch.Tensor:
-        """(B, x) of a tensor by row: that of each case's row without a context."""
-        return per_row.view(len(self.cases), -1, *per_row.shape[1:])[:, 0]
-
-    def context_rows(self, per_row: torch.Tensor) -> torch.Tensor:
-        """(B, 6, x) of a tensor by row: those of each case's rows with a target."""
-        return per_row[self.scored_rows].view(len(self.cases), -1, *per_row.shape[1:])
+    def by_case(self, per_row: torch.Tensor) -> torch.Tensor:
+        """(B, 6, ...) of a tensor by row: those of each case's rows with a target, the one without a context first."""
+        return per_row.view(len(self.cases), self.each, *per_row.shape[1:])[:, : self.contexts]
 
     def select(self, cases: torch.Tensor) -> Rewriting:
         """The same for some of the cases (indices into ``self.cases``, ascending)."""
-        rows = torch.isin(self.owner, cases).nonzero()[:, 0]
-        each = len(self.owner) // len(self.cases)
-        place = torch.arange(len(rows), device=rows.device)
-        bare = self.bare[cases] % each + torch.arange(len(cases), device=rows.device) * each
-        return Rewriting(self.forward.select(rows), self.cases[cases], place // each, self.scored[rows], bare)
+        rows = cases[:, None] * self.each + torch.arange(self.each, device=cases.device)
+        return Rewriting(self.forward.select(rows.flatten()), self.cases[cases], self.contexts)
 
     def evaluate(
         self, changed: torch.Tensor, reference: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """With ``changed`` (R, d) as W_l's output at the lookup columns.
-
-        Args:
-            reference: (B, vocabulary) log-distribution to compare with that after the bare prompt; None for itself.
-
-        Returns:
-            mean negative log-likelihood of each case's target (B,); whether every target token of all its rows is
-            the arg-max (B,); the divergence from the reference (B,); log-distribution after the bare prompt (B, vocabulary).
-        """
+        """With ``changed`` (R, d) as W_l's output at the lookup columns, and a ``reference`` (B, vocabulary) for the log-distribution
+        after the bare prompt (None: itself), of each case (B,): mean negative log-likelihood of the target; whether every target
+        token of all rows is the arg-max; the divergence from the reference; and the log-distribution (B, vocabulary)."""
         forward = self.forward
         states = forward.states(forward.with_touched(changed))
-        losses, greedy, moved, after_bare = forward.compared_losses(states, self.after_bare, reference)
-        per_row = forward.row_means(losses)[self.scored_rows]
-        missed = torch.zeros(len(self.cases), dtype=torch.long, device=states.device)
-        labels_scored = self.scored[forward.label_rows]
-        missed = missed.index_add(0, self.owner[forward.label_rows], ((~greedy) & labels_scored).long())
-        return per_row.view(len(self.cases), -1).mean(dim=1), missed == 0, moved, after_bare
-
-
-# outputs of W_l at the lookup columns (R, d), given the rows and each case's vectors (R, d each, repeated by row)
-Place = Callable[[Rewriting, list[torch.Tensor]], torch.Tensor]
+        losses, greedy, moved, after_bare = forward.label_losses(states, self._after_bare, reference)
+        missed = torch.zeros_like(forward.label_counts).index_add(0, forward.label_rows, (~greedy).long())
+        likelihood = self.by_case(forward.row_means(losses)).mean(dim=1)
+        return likelihood, self.by_case(missed).sum(dim=1) == 0, moved, after_bare
 
 
 class RewritingEditor(Editor[Hparams]):
-    """Base of ROME, MEMIT and PMET."""
+    """What ROME, MEMIT and PMET share."""
 
+    from_lookup = True
     compat: ClassVar = {"padding": "released", "targets": "alone"}
     without_early_stop: ClassVar = {"loss_floor": 0.0}
     default_batch = 4
@@ -183,17 +148,16 @@ class RewritingEditor(Editor[Hparams]):
         """The subject's context templates, the empty one first."""
         return context_templates(self.subject, self.seed)
 
+    @cached_property
+    def moments(self) -> dict[int, SecondMoment]:
+        """The second moment of each edited layer's keys."""
+        return second_moments(self.subject, self.layers, self.hparams)
+
     def setup(self) -> dict[str, Any]:
-        return {"contexts": list(self.contexts)}
-
-    def _cost(self, tokenized):
-        return len(tokenized.target_ids)
-
-    @property
-    def learning_layer(self) -> int:
-        """The layer at whose module outputs delta is learnt: the last one written."""
-        hparams: Any = self.hparams
-        return max(getattr(hparams, "layers", None) or [hparams.layer])
+        for moment in self.moments.values():
+            _ = moment.factor  # made here, outside any case's clock
+        statistics = {layer: moment.describe() for layer, moment in self.moments.items()}
+        return {"contexts": list(self.contexts), **({"statistics": statistics} if statistics else {})}
 
     def mean_width(self, prompt: int) -> float:
         """Tokens of a row's context and prompt, on average, when the prompt has ``prompt``."""
@@ -201,49 +165,49 @@ class RewritingEditor(Editor[Hparams]):
 
     def operations(self, prompt, target, steps):
         sizes, rows, width = Sizes(self.subject), len(self.contexts), self.mean_width(prompt)
-        above = sizes.blocks - 1 - self.learning_layer
+        above = sizes.blocks - 1 - self.layers[-1]
         operations, traffic = sizes.step(rows * target, 0, above, rows * target)
         operations += 8 * sizes.hidden * above * rows * target * (width + target)  # attention within a row
         return [sizes.read(width, sizes.blocks, rows), Phase("steps", steps * operations, steps * traffic)]
 
-    def _max_cost_ratio(self):
-        return longest_above(self.subject, self.learning_layer)
+    def _outputs(self, forward: PartialForward) -> list[torch.Tensor]:
+        """What a delta is learnt for each of: (R, S, d), before the deltas; the last one's is to be written."""
+        return [forward.outputs]
 
-    def _rewriting(self, cases: Sequence[Case]) -> Rewriting:
-        hparams = self.hparams
-        rows = [rewriting_rows(self.subject, case, self.contexts, hparams.padding, hparams.targets) for case in cases]
-        return Rewriting.of(self.subject, rows, len(self.contexts), self.learning_layer)
+    def _place(self, rewriting: Rewriting, deltas: list[torch.Tensor]) -> torch.Tensor:
+        """(R, d) the output of ``W_l`` at the lookup columns under the deltas (R, d each)."""
+        return rewriting.at_lookup(rewriting.forward.outputs) + deltas[0]
 
-    def _learn(
-        self, cases: Sequence[Case], rewriting: Rewriting, initial: Sequence[torch.Tensor], place: Place
-    ) -> tuple[list[torch.Tensor], list[EditLog]]:
-        """Learn delta for each module: ``initial`` has their unedited outputs v_0, (B, d) each.
+    def _stops(
+        self, total: torch.Tensor, agreed: torch.Tensor, kl: torch.Tensor, factor: torch.Tensor, cases: torch.Tensor
+    ) -> torch.Tensor:
+        """(B,) which of ``cases`` have learnt enough; may change their NLL ``factor`` (of all cases) for the next evaluation."""
+        return total < self.hparams.loss_floor
 
-        Returns:
-            the deltas, (B, d) float32 each, and each case's log.
-
-        Raises:
-            StudyError: a case's loss is not finite before the first update.
-        """
+    def _learn(self, cases: Sequence[Case]) -> tuple[Rewriting, torch.Tensor, list[EditLog]]:
+        """Learn delta at the last edited layer: the rows it was learnt on, ``v_0 + delta`` (B, d) in float32, and each case's log;
+        StudyError if a loss is not finite before the first update."""
         hparams, count, device = self.hparams, len(cases), self.subject.device
-        sizes = [start.float().norm(dim=-1) for start in initial]
-        deltas = [torch.zeros_like(start, dtype=torch.float32, requires_grad=True) for start in initial]
+        read_as = hparams.padding, hparams.targets
+        rows = [row for case in cases for row in rewriting_rows(self.subject, case, self.contexts, *read_as)]
+        forward = PartialForward(self.subject, rows, self.layers[-1], from_lookup=True)
+        whole = rewriting = Rewriting(forward, torch.arange(count, device=device), len(self.contexts))
+        initial = [whole.by_case(whole.at_lookup(output))[:, 0].float() for output in self._outputs(forward)]
+        sizes = [start.norm(dim=-1) for start in initial]
+        deltas = [torch.zeros_like(start, requires_grad=True) for start in initial]
         last_finite = [delta.detach().clone() for delta in deltas]
         optimizer = torch.optim.Adam(deltas, lr=hparams.lr)
         factor = torch.ones(count, device=device)
         active = torch.ones(count, dtype=torch.bool, device=device)
-        updates = torch.zeros(count, dtype=torch.long, device=device)
         losses = torch.full((hparams.steps, count), math.nan, device=device)
         reference = None
         for iteration in range(hparams.steps):
             remaining = rewriting.cases
-            by_row = remaining[rewriting.owner]
-            nll, agreed, divergence, after_bare = rewriting.evaluate(
-                place(rewriting, [delta[by_row] for delta in deltas]),
-                None if reference is None else reference[remaining],
-            )
-            if reference is None:
-                reference = after_bare
+            by_row = remaining.repeat_interleave(rewriting.each)
+            changed = self._place(rewriting, [delta[by_row] for delta in deltas])
+            compared_with = None if reference is None else reference[remaining]
+            nll, agreed, divergence, after_bare = rewriting.evaluate(changed, compared_with)
+            reference = after_bare if reference is None else reference
             kl = hparams.kl_factor * divergence
             decay = sum(delta[remaining].norm(dim=-1) / size[remaining] ** 2 for delta, size in zip(deltas, sizes))
             loss = factor[remaining] * nll + kl + hparams.weight_decay * decay
@@ -254,7 +218,6 @@ class RewritingEditor(Editor[Hparams]):
             with torch.no_grad():
                 for delta, kept in zip(deltas, last_finite):
                     delta.copy_(torch.where(lost[:, None], kept, delta))
-            updates -= lost.long()
             active[remaining] = counts & ~self._stops(total, agreed, kl.detach(), factor, remaining)
             check_done = (iteration + 1) % CHECK_DONE_EVERY[device.type] == 0
             left = active[remaining].nonzero()[:, 0] if check_done else remaining
@@ -269,19 +232,12 @@ class RewritingEditor(Editor[Hparams]):
                     norm, bound = delta.norm(dim=-1), hparams.clamp * size
                     delta.mul_(torch.where(norm > bound, bound / norm, torch.ones_like(norm))[:, None])
                     delta.copy_(torch.where(active[:, None], delta, kept))
-            updates += active.long()
             if len(left) <= 0.75 * len(remaining):
                 rewriting = rewriting.select(left)
         logs = []
-        for case, steps, case_losses in zip(cases, updates.tolist(), losses.T.tolist()):
+        for case, case_losses in zip(cases, losses.T.tolist()):
             counted = tuple(loss for loss in case_losses if not math.isnan(loss))
             if not counted:
                 raise StudyError(f"case {case.case_id}: the loss of {self.name} is not finite; use float32")
-            logs.append(EditLog(steps, counted))
-        return [delta.detach() for delta in deltas], logs
-
-    def _stops(
-        self, total: torch.Tensor, agreed: torch.Tensor, kl: torch.Tensor, factor: torch.Tensor, cases: torch.Tensor
-    ) -> torch.Tensor:
-        """(B,) which of ``cases`` have learnt enough; may change their NLL ``factor`` (of all cases) for the next evaluation."""
-        return total < self.hparams.loss_floor
+            logs.append(EditLog(len(counted) - 1, counted))  # the update after the last loss was not made, or not kept
+        return whole, initial[-1] + deltas[-1].detach(), logs

@@ -7,9 +7,11 @@ as safetensors whose header says what it is. An interrupted gathering goes on wh
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
@@ -36,11 +38,9 @@ _CHUNK_DOCUMENTS = 256  # documents sorted by length together; a gathering resum
 
 
 class StatisticsHyperparameters(Schema):
-    """Where second moments come from.
-
-    ``corpus`` is what :func:`clme_lib.editors.locate_then_edit.corpora.open_corpus` takes. ``corpus_documents`` takes that many documents, however
-    long; ``corpus_tokens`` that many tokens. Neither: forty tokens per dimension of the key, or the whole corpus if that
-    is at least ten.
+    """Where second moments come from: a ``corpus`` as :func:`~clme_lib.editors.locate_then_edit.corpora.open_corpus` takes it,
+    and so many of its documents, however long, or of its tokens. Neither: forty tokens per dimension of the key, or the whole
+    corpus if that is at least ten.
     """
 
     corpus: str = "embedded"
@@ -50,13 +50,8 @@ class StatisticsHyperparameters(Schema):
 
 @dataclass(frozen=True, eq=False)
 class SecondMoment:
-    """``C_l`` of one layer.
-
-    Attributes:
-        matrix: (d_f, d_f) float32, on the CPU: only its factor is needed where edits are made.
-        header: what it was gathered from.
-        device: where its factor is.
-    """
+    """``C_l`` of one layer: its ``matrix`` (d_f, d_f) in float32, on the CPU, since edits need its factor alone, which is on
+    ``device``; ``header`` says what it was gathered from."""
 
     matrix: torch.Tensor
     header: dict
@@ -68,11 +63,7 @@ class SecondMoment:
 
     @cached_property
     def factor(self) -> torch.Tensor:
-        """Lower Cholesky factor in float64, made once.
-
-        Raises:
-            StudyError: the matrix is not positive definite.
-        """
+        """Lower Cholesky factor in float64, made once; StudyError if the matrix is not positive definite."""
         factor, failed = torch.linalg.cholesky_ex(self.matrix.to(self.device).double())
         if failed or not factor.isfinite().all():
             raise StudyError(
@@ -87,48 +78,21 @@ class SecondMoment:
 
 
 def random_moments(subject: Subject, layers: Sequence[int], seed: int) -> dict[int, SecondMoment]:
-    """Stand-ins for measurements: a well-conditioned random positive-definite matrix, factorised for each layer."""
+    """Stand-ins for measurements: one well-conditioned random positive-definite matrix, which each layer factorises for itself."""
     samples = torch.randn(subject.inner_size, 64, generator=generator(seed, "second moment")).to(subject.device)
     matrix = torch.addmm(torch.eye(subject.inner_size, device=subject.device), samples, samples.T, alpha=1 / 64).cpu()
     header = {"corpus": "random", "identity": f"seed {seed}", "documents": 0, "tokens": 0}
-    # Edits use the factors alone; each layer has a factor of its own, as it would have.
-    moments = {layer: SecondMoment(matrix, {**header, "layer": layer}, subject.device) for layer in layers}
-    for moment in moments.values():
-        _ = moment.factor
-    return moments
+    return {layer: SecondMoment(matrix, {**header, "layer": layer}, subject.device) for layer in layers}
 
 
 def second_moments(
     subject: Subject, layers: Sequence[int], hparams: StatisticsHyperparameters
 ) -> dict[int, SecondMoment]:
-    """Second moments of the given layers: from the cache, or gathered now.
-
-    Raises:
-        StudyError: the corpus is too small, or a cached file is of something else; the message says what to do.
-    """
-    corpus = open_corpus(hparams.corpus)
-    identity = _identity(subject, corpus, hparams)
-    least = identity["wanted_tokens"] or subject.inner_size
-    if not (hparams.corpus_tokens or hparams.corpus_documents):
-        least = LEAST_PER_DIMENSION * subject.inner_size
-    files = {layer: _artifact(identity, layer=layer) for layer in layers}
-    if absent := {layer: file for layer, file in sorted(files.items()) if not file.exists()}:
-        _gather(subject, absent, corpus, identity, least)
-    moments = {layer: _read(file, subject) for layer, file in files.items()}
-    for moment in moments.values():
-        _require(moment.header["tokens"], least, corpus, subject)
-    return moments
-
-
-def _artifact(identity: dict, **what: Any) -> Artifact:
-    """A file named so that a person finds it: by subject, corpus and layer, or the layers of a gathering in progress."""
-    of = "-".join(f"{name}-{value}" for name, value in what.items())
-    prefix = f"{identity['subject']}-{identity['corpus'][-60:]}-{of}"  # a corpus may be a long path
-    return Artifact.cached("statistics", prefix, {**identity, **what})
-
-
-def _identity(subject: Subject, corpus: Corpus, hparams: StatisticsHyperparameters) -> dict:
-    return {
+    """Second moments of the given layers, from the cache or gathered now; StudyError if the corpus is too small or a file is damaged."""
+    corpus, size = open_corpus(hparams.corpus), subject.inner_size
+    limited = hparams.corpus_tokens or hparams.corpus_documents
+    least = (hparams.corpus_tokens or size) if limited else LEAST_PER_DIMENSION * size
+    identity = {
         "format": FORMAT,
         "version": 1,
         **subject.identity,
@@ -136,34 +100,40 @@ def _identity(subject: Subject, corpus: Corpus, hparams: StatisticsHyperparamete
         "identity": corpus.identity,
         "sample_seed": SEED,
         "wanted_documents": hparams.corpus_documents,
-        "wanted_tokens": _token_limit(subject, hparams),
+        "wanted_tokens": hparams.corpus_tokens if limited else TOKENS_PER_DIMENSION * size,
         "document_tokens": DOCUMENT_TOKENS,
     }
+    files = {layer: _artifact(identity, layer=layer) for layer in layers}
+    if absent := {layer: file for layer, file in sorted(files.items()) if not file.exists()}:
+        _gather(subject, absent, corpus, identity, least)
+    moments = {}
+    for layer, file in files.items():
+        header, tensors = file.read()
+        matrix = tensors.get("matrix")
+        if matrix is None or matrix.shape != (size, size) or not matrix.isfinite().all():
+            raise StudyError(f"{file.file}: not a finite matrix of {size} squared; remove the file to gather it anew")
+        _require(header["tokens"], least, corpus, subject)
+        moments[layer] = SecondMoment(matrix, header, subject.device)
+    return moments
 
 
-def _token_limit(subject: Subject, hparams: StatisticsHyperparameters) -> int | None:
-    if hparams.corpus_tokens or hparams.corpus_documents:
-        return hparams.corpus_tokens
-    return TOKENS_PER_DIMENSION * subject.inner_size
+def _artifact(identity: dict, **what: Any) -> Artifact:
+    """A file named so that a person finds it: by subject, corpus and layer, or the layers of a gathering in progress."""
+    ((name, value),) = what.items()
+    prefix = f"{identity['subject']}-{identity['corpus'][-60:]}-{name}-{value}"  # a corpus may be a long path
+    return Artifact.cached("statistics", prefix, {**identity, **what})
 
 
-def _read(file: Artifact, subject: Subject) -> SecondMoment:
-    header, tensors = file.read()
-    matrix = tensors.get("matrix")
-    if matrix is None or matrix.shape != (subject.inner_size,) * 2 or not matrix.isfinite().all():
+def _require(tokens: int, least: int, corpus: Corpus, subject: Subject) -> None:
+    if tokens < least:
         raise StudyError(
-            f"{file.file}: not a finite matrix of {subject.inner_size} squared; remove the file to gather it anew"
+            f"corpus {corpus.name!r} has only {tokens} tokens for {subject.name}, needed are {least} "
+            f"(the key has {subject.inner_size} dimensions): use a larger corpus, or set corpus_tokens"
         )
-    return SecondMoment(matrix, header, subject.device)
 
 
 def _gather(subject: Subject, files: dict[int, Artifact], corpus: Corpus, identity: dict, least: int) -> None:
-    """Sum ``k k^T`` over the corpus for several layers at once; write one file a layer at the end.
-
-    Args:
-        files: by layer.
-        least: tokens that the corpus must have.
-    """
+    """Sum ``k k^T`` over the corpus for several layers at once, and write their files (by layer) if it has the ``least`` tokens."""
     unfinished = _artifact(identity, unfinished="-".join(map(str, files)))
     sums = {layer: torch.zeros(subject.inner_size, subject.inner_size, device=subject.device) for layer in files}
     documents = tokens = 0
@@ -171,13 +141,17 @@ def _gather(subject: Subject, files: dict[int, Artifact], corpus: Corpus, identi
         before, kept = unfinished.read()
         documents, tokens = before["documents"], before["tokens"]
         sums = {layer: kept[str(layer)].to(subject.device) for layer in files}
-    limit = identity["wanted_tokens"]
-    with tqdm(total=limit, initial=tokens, desc=f"statistics of {subject.name}", unit="token") as bar:
-        for count, batch in _chunks(subject, corpus, documents, identity["wanted_documents"], limit, tokens):
-            for group in of_like_length(list(map(len, batch)), tokens=_PASS_TOKENS, longest_first=True):
-                _add(subject, [batch[n] for n in group], sums)
-            documents, read = documents + count, sum(map(len, batch))
-            tokens += read
+    wanted = identity["wanted_tokens"]
+    limit = wanted or sys.maxsize
+    longest = min(DOCUMENT_TOKENS, subject.model.config.max_position_embeddings)
+    texts = islice(corpus.documents(), documents, identity["wanted_documents"])
+    with tqdm(total=wanted, initial=tokens, desc=f"statistics of {subject.name}", unit="token") as bar:
+        while rows := _next_rows(subject, texts, longest, limit - tokens):
+            full = [row for row in rows if row]
+            for group in of_like_length(list(map(len, full)), tokens=_PASS_TOKENS, longest_first=True):
+                _add(subject, [full[n] for n in group], sums)
+            read = sum(map(len, full))
+            documents, tokens = documents + len(rows), tokens + read
             bar.update(read)
             partial_sums = {str(layer): total for layer, total in sums.items()}
             unfinished.write(partial_sums, documents=documents, tokens=tokens)
@@ -191,35 +165,13 @@ def _gather(subject: Subject, files: dict[int, Artifact], corpus: Corpus, identi
     unfinished.file.unlink(missing_ok=True)  # another process may have gathered the same
 
 
-def _require(tokens: int, least: int, corpus: Corpus, subject: Subject) -> None:
-    if tokens < least:
-        raise StudyError(
-            f"corpus {corpus.name!r} has only {tokens} tokens for {subject.name}, needed are {least} "
-            f"(the key has {subject.inner_size} dimensions): use a larger corpus, or set corpus_tokens"
-        )
-
-
-def _chunks(
-    subject: Subject, corpus: Corpus, skip: int, documents: int | None, tokens: int | None, read: int
-) -> Iterator[tuple[int, list[list[int]]]]:
-    """(documents consumed, their token ids) a chunk at a time, up to the asked number of documents or tokens."""
-    most = min(DOCUMENT_TOKENS, subject.model.config.max_position_embeddings)
-    taken, chunk = 0, []
-    for number, text in enumerate(corpus.documents()):
-        if number < skip:
-            continue
-        if number == documents or read == tokens:
-            break
-        ids = encode(subject.tokenizer, text)[:most]
-        ids = ids if tokens is None else ids[: tokens - read]
-        taken, read = taken + 1, read + len(ids)
-        if ids:
-            chunk.append(ids)
-        if taken == _CHUNK_DOCUMENTS:
-            yield taken, chunk
-            taken, chunk = 0, []
-    if taken:
-        yield taken, chunk
+def _next_rows(subject: Subject, texts: Iterator[str], longest: int, left: int) -> list[list[int]]:
+    """Token ids of the next documents, ``left`` tokens at most; none when the texts or the tokens are used up."""
+    rows: list[list[int]] = []
+    while left and len(rows) < _CHUNK_DOCUMENTS and (text := next(texts, None)) is not None:
+        rows.append(encode(subject.tokenizer, text)[: min(longest, left)])
+        left -= len(rows[-1])
+    return rows
 
 
 @torch.no_grad()

@@ -14,12 +14,10 @@ alone; and it tokenises the target alone. ``cached="released"`` and ``targets="a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 
-from ...datasets.cases import Case
 from ...edits.base import EditLog
 from ...edits.weights import LowRankUpdate
 from ...forward.partial import PartialForward
@@ -44,12 +42,7 @@ class MALMEN(Editor[MALMENHyperparameters]):
     selection_grid: ClassVar = [{"meta_lr": meta_lr, "iterations": 150, "records": 150} for meta_lr in (1e-5, 3e-5)]
     network: Hypernetwork | None = None
 
-    def fit(self, cases: Sequence[Case], edited: Sequence[Case] = ()) -> None:
-        """Train the hypernetwork on cases of one data set, or load it when it has been trained on them before.
-
-        Raises:
-            StudyError: the cases are of several data sets, or have no rephrased prompts.
-        """
+    def fit(self, cases, edited=()):
         self.network = trained(self.subject, self.hparams, cases, self.seed)
 
     def stand_in(self, cases):
@@ -76,11 +69,11 @@ class MALMEN(Editor[MALMENHyperparameters]):
         factors: list[dict[int, tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in cases]
         for n, layer in enumerate(hparams.layers):
             changes = network(cached.keys[layer], cached.gradients[layer], n)
-            for case in range(len(cases)):
-                of_case = cached.owner == case
-                keys = cached.keys[layer][of_case]
-                coefficients = normal_equation(keys, changes[of_case], network.log_damping[n])
-                factors[case][layer] = (coefficients.T.contiguous(), keys)
+            for case, of_case in enumerate(factors):
+                own = cached.owner == case
+                keys = cached.keys[layer][own]
+                coefficients = normal_equation(keys, changes[own], network.log_damping[n])
+                of_case[layer] = coefficients.T.contiguous(), keys
         return [
             LowRankUpdate(case.case_id, self.name, factors=of_case, log=EditLog(steps=1, losses=(loss,)))
             for case, of_case, loss in zip(cases, factors, cached.losses.tolist())

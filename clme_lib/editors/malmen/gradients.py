@@ -29,26 +29,21 @@ def edit_row(subject: Subject, prompt: str, target: str, targets: str) -> TokenR
 
 
 class Cached:
-    """Keys and gradients at a batch's cached columns, by layer: what an update is made from.
-
-    Attributes:
-        owner: (n,) the row each cached token is of.
-        keys, gradients: layer -> (n, d_f) and (n, d), float32.
-        losses: (B,) mean cross-entropy of each row's target under the unedited subject.
-    """
+    """``keys`` and ``gradients`` at a batch's cached columns, layer -> (n, d_f) and (n, d) in float32; ``losses`` (B,) is each row's
+    mean cross-entropy of the target under the unedited subject."""
 
     def __init__(self, forward: PartialForward, layers: Sequence[int], cached: str) -> None:
-        self.owner = forward.label_rows
+        self.owner = forward.label_rows  #: (n,) the row each cached token is of
         columns = forward.label_columns
         if cached == "released":
             starts = forward.label_counts.cumsum(0) - forward.label_counts
             columns = torch.arange(len(self.owner), device=columns.device) - starts[self.owner]
         leaves = {layer: torch.zeros_like(forward.outputs, requires_grad=True) for layer in layers}
-        inputs: dict[int, torch.Tensor] = {}
+        self.keys: dict[int, torch.Tensor] = {}
 
         def hook(layer: int) -> Hook:
             def act(given: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-                inputs[layer] = given.detach()
+                self.keys[layer] = given.detach()[self.owner, columns].float()
                 return output + leaves[layer]
 
             return act
@@ -57,10 +52,6 @@ class Cached:
             states = upper_states(forward, {layer: hook(layer) for layer in layers})
             losses = forward.row_means(forward.label_losses(states)[0])
             # the sum of the rows' means: a token counts the same in training's batches as in a single edit
-            losses.sum().backward()
+            gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
         self.losses = losses.detach()
-        self.keys = {layer: inputs[layer][self.owner, columns].float() for layer in layers}
-        self.gradients = {}
-        for layer, leaf in leaves.items():
-            gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
-            self.gradients[layer] = gradient[self.owner, columns].float()
+        self.gradients = {layer: part[self.owner, columns].float() for layer, part in zip(layers, gradients)}

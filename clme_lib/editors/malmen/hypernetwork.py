@@ -46,16 +46,10 @@ def normal_equation(keys: torch.Tensor, values: torch.Tensor, log_damping: torch
 
 
 class Hypernetwork(nn.Module):
-    """From keys and gradients to wanted changes, for all edited layers.
+    """From keys and gradients (of the ``sizes`` d_f and d) to wanted changes, for all edited layers.
 
-    Args:
-        sizes: d_f and d, of a key and a gradient.
-        layers: how many layers are edited.
-        rank: inner width of the blocks; blocks: how many.
-        step_size: initial eta of every layer.
-        draw: generator of the initial weights.
-
-    The blocks start as the identity: their second factor is zero.
+    Its ``blocks`` of inner width ``rank`` start as the identity: of their two factors one is drawn, the other is zero. ``step_size``
+    is the initial eta of every layer.
     """
 
     observed: torch.Tensor
@@ -63,14 +57,7 @@ class Hypernetwork(nn.Module):
     spread: torch.Tensor
 
     def __init__(
-        self,
-        sizes: tuple[int, int],
-        *,
-        layers: int,
-        rank: int,
-        blocks: int,
-        step_size: float,
-        draw: torch.Generator,
+        self, sizes: tuple[int, int], *, layers: int, rank: int, blocks: int, step_size: float, draw: torch.Generator
     ) -> None:
         super().__init__()
         self.sizes, size = sizes, sum(sizes)
@@ -100,9 +87,8 @@ class Hypernetwork(nn.Module):
         """Wanted changes (n, d) of the outputs for keys (n, d_f) and gradients (n, d) of the ``layer``-th edited layer."""
         deviation = (self.spread / (self.observed - 1).clamp(min=1).float()).sqrt()
         rows = (torch.cat([keys, gradients], dim=-1) - self.mean) / (deviation + _EPSILON)
-        for inward, outward, offset, scale, shift in zip(
-            self.inward, self.outward, self.offset, self.scale, self.shift
-        ):
+        blocks = zip(self.inward, self.outward, self.offset, self.scale, self.shift)
+        for inward, outward, offset, scale, shift in blocks:
             # clamp passes the gradient at exactly zero, where every row starts; relu would not, and nothing would ever learn
             rows = rows + scale[layer] * (rows @ inward @ outward + offset).clamp(min=0) + shift[layer]
         transformed_key, transformed_gradient = rows.split(self.sizes, dim=-1)

@@ -15,7 +15,8 @@ epochs as far as memory allows. Training resumes at its last checkpoint; a finis
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -69,21 +70,18 @@ def trained(subject: Subject, hparams: MALMENHyperparameters, cases: Sequence[Ca
         raise StudyError("malmen learns from the cases of one data set at a time, at least one of them")
     if bare := [case for case in cases if not case.rephrased]:
         raise StudyError(f"malmen learns from rephrased prompts, and case {bare[0].case_id} has none")
+    records = _ordered(cases, seed, cases[0].dataset)[: hparams.records]
+    return Training(subject, hparams, records, seed).finish()
+
+
+def _ordered(cases: Sequence[Case], seed: int, *parts: object) -> list[Case]:
     by_id = {case.case_id: case for case in cases}
-    dataset = cases[0].dataset
-    records = [by_id[n] for n in seeded_order(by_id, "malmen", seed, dataset)[: hparams.records]]
-    training = Training(subject, hparams, records, seed)
-    return training.finish()
+    return [by_id[n] for n in seeded_order(by_id, "malmen", seed, *parts)]
 
 
 class Training:
-    """One network's training run.
-
-    Attributes:
-        iteration: updates made so far.
-        log: (generalization loss, locality loss) of each.
-        answers: the unedited subject's continuation of each neighbour's prompt.
-    """
+    """One network's training run: ``iteration`` updates so far, with (generalization loss, locality loss) of each in ``log``;
+    ``answers`` has the unedited subject's continuation of each neighbour's prompt."""
 
     def __init__(self, subject: Subject, hparams: MALMENHyperparameters, records: Sequence[Case], seed: int) -> None:
         self.subject, self.hparams, self.records, self.seed = subject, hparams, list(records), seed
@@ -111,37 +109,28 @@ class Training:
         }
         self.artifact = Artifact.cached("malmen", f"{subject.name}-{dataset}", identity)
         self.answers: dict[str, str] = {}
-        self._kept: dict[TokenRow, torch.Tensor] = {}
-        self._references: dict[TokenRow, torch.Tensor] = {}
+        self._kept: dict[tuple[str, TokenRow], torch.Tensor] = {}
         self._kept_bytes = 0
 
     def finish(self) -> Hypernetwork:
         """Load what there is, do the missing iterations, keep the result."""
         self._load()
-        last = self.hparams.iterations
+        last, size = self.hparams.iterations, min(self.hparams.batch, len(self.records))
         if self.iteration < last:
             prompts = [prompt for case in self.records for prompt in case.unrelated]
             self.answers = dict(zip(prompts, answers_for(self.subject, prompts)))
-            description = f"malmen: train on {len(self.records)} {self.records[0].dataset} cases"
-            with tqdm(total=last, initial=self.iteration, desc=description, unit="step") as bar:
-                for batch in self._batches():
-                    generalization, locality = self.step(batch)
-                    bar.set_postfix(generalization=f"{generalization:.2f}", locality=f"{locality:.3f}")
-                    bar.update()
-                    if self.iteration == last or self.iteration % _CHECKPOINT_EVERY == 0:
-                        self._save(finished=self.iteration == last)
-        self.network.requires_grad_(False)
-        return self.network
-
-    def _batches(self) -> Iterator[list[Case]]:
-        """Records in a new seeded order every epoch, from the present iteration to the last; an epoch's rest is dropped."""
-        size = min(self.hparams.batch, len(self.records))
-        by_id = {case.case_id: case for case in self.records}
-        each = len(self.records) // size
-        while self.iteration < self.hparams.iterations:
-            epoch, within = divmod(self.iteration, each)
-            order = seeded_order(by_id, "malmen", self.seed, "epoch", epoch)
-            yield [by_id[n] for n in order[within * size : (within + 1) * size]]
+        description = f"malmen: train on {len(self.records)} {self.records[0].dataset} cases"
+        left = range(self.iteration, last)
+        bar = tqdm(left, total=last, initial=self.iteration, desc=description, unit="step", disable=not left)
+        for iteration in bar:
+            # records come in a new seeded order every epoch, of which the rest is dropped
+            epoch, within = divmod(iteration, len(self.records) // size)
+            order = _ordered(self.records, self.seed, "epoch", epoch)
+            generalization, locality = self.step(order[within * size : (within + 1) * size])
+            bar.set_postfix(generalization=f"{generalization:.2f}", locality=f"{locality:.3f}")
+            if self.iteration == last or self.iteration % _CHECKPOINT_EVERY == 0:
+                self._save()
+        return self.network.requires_grad_(False)
 
     def step(self, batch: Sequence[Case]) -> tuple[float, float]:
         """One iteration; returns the two losses before its update."""
@@ -151,15 +140,11 @@ class Training:
         for layer in self.layers:
             network.observe(cached.keys[layer], cached.gradients[layer])
 
-        with torch.enable_grad():
-            coefficients = [
-                normal_equation(
-                    cached.keys[layer],
-                    network(cached.keys[layer], cached.gradients[layer], n),
-                    network.log_damping[n],
-                )
-                for n, layer in enumerate(self.layers)
-            ]
+        coefficients = []
+        for n, layer in enumerate(self.layers):
+            with torch.enable_grad():
+                changes = network(cached.keys[layer], cached.gradients[layer], n)
+                coefficients.append(normal_equation(cached.keys[layer], changes, network.log_damping[n]))
         leaves = [tensor.detach().requires_grad_(True) for tensor in coefficients]
 
         def shift(layer: int, leaf: torch.Tensor) -> Hook:
@@ -168,7 +153,7 @@ class Training:
         shifts = {layer: shift(layer, leaf) for layer, leaf in zip(self.layers, leaves)}
         rephrased = [edit_row(self.subject, case.rephrased[0], case.target, hparams.targets) for case in batch]
         unrelated = [self._answered(prompt) for case in batch for prompt in case.unrelated]
-        generalization = self._losses(rephrased, shifts, reference=False)
+        generalization = self._losses(rephrased, shifts)
         locality = self._losses(unrelated, shifts, reference=True, factor=hparams.locality_factor)
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(coefficients, [leaf.grad for leaf in leaves])
@@ -176,19 +161,17 @@ class Training:
         self.optimizer.step()
         self.iteration += 1
         self.log.append((generalization, locality))
-        if generalization + locality - (generalization + locality) != 0:
+        if not math.isfinite(generalization + locality):
             raise StudyError(
                 f"malmen: the loss is not finite at iteration {self.iteration}; lower meta_lr or step_size"
             )
         return self.log[-1]
 
     def _losses(
-        self, rows: Sequence[TokenRow], shifts: dict[int, Hook], *, reference: bool, factor: float = 1.0
+        self, rows: Sequence[TokenRow], shifts: dict[int, Hook], reference: bool = False, factor: float = 1.0
     ) -> float:
-        """Mean loss per label under the update, its gradient (times ``factor``) left in the update's coefficients.
-
-        The loss is the cross-entropy of the labels, or with ``reference`` the divergence from the unedited subject.
-        """
+        """Mean cross-entropy per label under the update, or with ``reference`` divergence from the unedited subject; its
+        gradient, times ``factor``, is left in the update's coefficients."""
         labels = sum(len(row.target_ids) for row in rows)
         total = 0.0
         # at most a fifth of a group's columns is padding
@@ -209,13 +192,11 @@ class Training:
     @torch.no_grad()
     def _reference_states(self, rows: Sequence[TokenRow], forward: PartialForward) -> torch.Tensor:
         """Last-block states (N, d) of the unedited subject at the rows' label columns."""
-        if any(row not in self._references for row in rows):
-            states = upper_states(forward, {}).split([len(row.target_ids) for row in rows])
-            if self._kept_bytes >= _KEPT_BYTES:
-                return torch.cat(states)
-            self._references.update(zip(rows, states))
-            self._kept_bytes += sum(tensor.numel() * tensor.element_size() for tensor in states)
-        return torch.cat([self._references[row] for row in rows])
+        states = self._recall("reference", rows)
+        if len(states) < len(set(rows)):
+            states = dict(zip(rows, upper_states(forward, {}).split([len(row.target_ids) for row in rows])))
+            self._keep("reference", states)
+        return torch.cat([states[row] for row in rows])
 
     def _answered(self, prompt: str) -> TokenRow:
         """A neighbour's prompt with the subject's own continuation as its target."""
@@ -229,40 +210,40 @@ class Training:
     def _forward(self, rows: Sequence[TokenRow]) -> PartialForward:
         """The pass from the first edited layer on; what lies below is computed once a sequence."""
         layer = self.layers[0]
-        fresh = {}
-        if missing := [row for row in dict.fromkeys(rows) if row not in self._kept]:
-            forward = PartialForward(self.subject, missing, layer, from_lookup=False)
+        residuals = self._recall("residual", rows)
+        if missing := [row for row in dict.fromkeys(rows) if row not in residuals]:
+            read = PartialForward(self.subject, missing, layer, from_lookup=False).residual
             lengths = [row.first_label + len(row.target_ids) for row in missing]
-            fresh = {row: forward.residual[n, :length].clone() for n, (row, length) in enumerate(zip(missing, lengths))}
-        residuals = [self._kept[row] if row in self._kept else fresh[row] for row in rows]
-        if self._kept_bytes < _KEPT_BYTES:
-            self._kept.update(fresh)
-            self._kept_bytes += sum(tensor.numel() * tensor.element_size() for tensor in fresh.values())
-        return PartialForward(self.subject, rows, layer, from_lookup=False, residuals=residuals)
+            fresh = {row: of_row[:length].clone() for row, of_row, length in zip(missing, read, lengths)}
+            residuals |= fresh
+            self._keep("residual", fresh)
+        return PartialForward(self.subject, rows, layer, from_lookup=False, residuals=[residuals[row] for row in rows])
 
-    def _save(self, finished: bool) -> None:
+    def _recall(self, what: str, rows: Sequence[TokenRow]) -> dict[TokenRow, torch.Tensor]:
+        return {row: self._kept[what, row] for row in rows if (what, row) in self._kept}
+
+    def _keep(self, what: str, constants: dict[TokenRow, torch.Tensor]) -> None:
+        """Keep the rows' constants for later epochs, as long as there is room."""
+        if self._kept_bytes < _KEPT_BYTES:
+            self._kept.update({(what, row): tensor for row, tensor in constants.items()})
+            self._kept_bytes += sum(tensor.numel() * tensor.element_size() for tensor in constants.values())
+
+    def _save(self) -> None:
         tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
-        if not finished:
+        if self.iteration < self.hparams.iterations:
             for n, state in self.optimizer.state_dict()["state"].items():
-                tensors.update({f"optimizer.{n}.{name}": tensor for name, tensor in state.items()})
+                tensors |= {f"optimizer.{n}.{name}": tensor for name, tensor in state.items()}
         self.artifact.write(tensors, iteration=self.iteration, log=self.log)
 
     def _load(self) -> None:
         if not self.artifact.exists():
             return
         header, tensors = self.artifact.read()
-        network: dict[str, torch.Tensor] = {}
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in tensors.items():
-            part, _, rest = name.partition(".")
-            if part == "network":
-                network[rest] = tensor
-            else:
-                n, what = rest.split(".")
-                state.setdefault(int(n), {})[what] = tensor
-        self.network.load_state_dict(network)
         self.iteration, self.log = header["iteration"], [tuple(losses) for losses in header["log"]]
+        self.network.load_state_dict({name: tensors[f"network.{name}"] for name in self.network.state_dict()})
         if self.iteration < self.hparams.iterations:
-            self.optimizer.load_state_dict(
-                {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
-            )
+            state: dict[int, dict[str, torch.Tensor]] = {}
+            for name in (name for name in tensors if name.startswith("optimizer.")):
+                _, n, what = name.split(".")
+                state.setdefault(int(n), {})[what] = tensors[name]
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})

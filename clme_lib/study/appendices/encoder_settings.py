@@ -11,43 +11,50 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from ...datasets.cases import folds, sample_cases
+from ...datasets.base import dataset_title
+from ...datasets.cases import sample_cases, split_cases
 from ...datasets.paper import PAPER_DATASET_NAMES
 from ...datasets.registry import load_cases
 from ...editors.contrastive_encoder import Pairs, balanced_accuracy, make_pairs
 from ...edits.encoder import Encoder
 from ...subjects.subject import Subject
 from ...support.seeds import DEFAULT_SEED
-from ..rq3.radius import MARGINS, fitted_editor
-from ..tables import Table, dataset_name, editor_name, write_csv
+from ..paper import A_GRACE
+from ..rq3.measurements import MARGINS, fitted_editor
+from ..tables import editor_name, table, write_csv
 
 SIZES = (50, 100, 200)
-_SETTINGS = ["dataset", "editor", "architecture", "selection", "patience", "margin"]
+# the released program's, but for the cases that choose the epoch
+_USUAL: dict[str, Any] = {"margin": 1.0, "architecture": "released", "selection": "training", "patience": 5}
+_SETTINGS = ["dataset", "editor", *_USUAL]
 
 
-def setting_table(measured: pd.DataFrame, label: str, caption: str = "Encoders by setting.") -> Table:
-    """Encoders by setting, trained on all of the other half; means over both halves.
+@table
+def setting_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
+    """Encoders by setting, trained on all of the other half (:func:`compare_encoders`); means over both halves."""
+    chosen_by = {"training": "held-out training cases", "edited": "the edited cases"}
+    for keys, halves in measured[_on_whole_half(measured)].groupby(_SETTINGS, sort=False):
+        dataset, editor, margin, architecture, selection, patience = keys
+        yield {
+            "Data": dataset_title(dataset),
+            "Editor": editor_name(editor),
+            "Layers": architecture,
+            "Epoch chosen by": chosen_by[selection],
+            "Patience": str(patience),
+            "Margin": f"{margin:g}",
+            **_score_cells(halves),
+        }
 
-    Args:
-        measured: what ``clme measure encoders`` writes (:func:`compare_encoders`).
-    """
-    whole = measured[_on_whole_half(measured)].groupby(_SETTINGS, sort=False)
-    return Table(
-        pd.DataFrame([{**_setting_cells(keys), **_score_cells(halves)} for keys, halves in whole]), caption, label
-    )
 
-
-def size_table(measured: pd.DataFrame, label: str, caption: str = "An encoder by training size.") -> Table:
+@table
+def size_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
     """The encoder that was trained on several numbers of cases (:func:`compared_sizes`); means over both halves."""
     grown = compared_sizes(measured)
     # the halves of a data set of odd size differ by one case
     largest = grown.groupby("dataset")["cases"].transform("max")
     grown = grown.assign(cases=grown["cases"].mask(_on_whole_half(grown), largest))
-    rows = [
-        {"Data": dataset_name(dataset), "Training cases": str(count), **_score_cells(halves)}
-        for (dataset, count), halves in grown.groupby(["dataset", "cases"])
-    ]
-    return Table(pd.DataFrame(rows), caption, label)
+    for (dataset, count), halves in grown.groupby(["dataset", "cases"]):
+        yield {"Data": dataset_title(dataset), "Training cases": str(count), **_score_cells(halves)}
 
 
 def compared_sizes(measured: pd.DataFrame) -> pd.DataFrame:
@@ -57,19 +64,6 @@ def compared_sizes(measured: pd.DataFrame) -> pd.DataFrame:
 
 def _on_whole_half(measured: pd.DataFrame) -> pd.Series:
     return measured.groupby(_SETTINGS)["cases"].transform("max") // 10 * 10 <= measured["cases"]
-
-
-def _setting_cells(keys: tuple) -> dict[str, str]:
-    dataset, editor, architecture, selection, patience, margin = keys
-    chosen_by = {"training": "held-out training cases", "edited": "the edited cases"}[selection]
-    return {
-        "Data": dataset_name(dataset),
-        "Editor": editor_name(editor),
-        "Layers": architecture,
-        "Epoch chosen by": chosen_by,
-        "Patience": str(patience),
-        "Margin": f"{margin:g}",
-    }
 
 
 def _score_cells(halves: pd.DataFrame) -> dict[str, str]:
@@ -89,16 +83,12 @@ def encoder_settings(margin: float) -> Iterator[tuple[str, dict[str, Any], int |
     Args:
         margin: of the settings that differ in something else.
     """
-    for compared in MARGINS:
-        yield "a-grace", {"margin": compared}, None
-    yield "a-grace", {"margin": 1.0, "patience": 30}, None
-    for compared in (1.0, margin):
-        yield "a-grace", {"margin": compared, "architecture": "paper"}, None
-    yield "a-grace", {"margin": margin, "selection": "edited"}, None
-    for compared in (1.0, margin):
-        yield "a-grace-wo-mean", {"margin": compared}, None
-    for size in SIZES:
-        yield "a-grace", {"margin": margin}, size
+    yield from ((A_GRACE, {"margin": compared}, None) for compared in MARGINS)
+    yield A_GRACE, {"margin": 1.0, "patience": 30}, None
+    yield from ((A_GRACE, {"margin": compared, "architecture": "paper"}, None) for compared in (1.0, margin))
+    yield A_GRACE, {"margin": margin, "selection": "edited"}, None
+    yield from (("a-grace-wo-mean", {"margin": compared}, None) for compared in (1.0, margin))
+    yield from ((A_GRACE, {"margin": margin}, size) for size in SIZES)
 
 
 def compare_encoders(subject: Subject, file: Path, margin: float = 2.0) -> pd.DataFrame:
@@ -111,22 +101,18 @@ def compare_encoders(subject: Subject, file: Path, margin: float = 2.0) -> pd.Da
 
     A finished part of the table is kept: the command resumes.
     """
-    done = pd.read_csv(file) if file.is_file() else pd.DataFrame()
-    rows = done.to_dict("records")
-    known = {_key(row) for row in rows}
+    rows = pd.read_csv(file).to_dict("records") if file.is_file() else []
+    known = set(map(_key, rows))
     settings = list(encoder_settings(margin))
     work = [(d, fold, *setting) for d in PAPER_DATASET_NAMES for fold in (0, 1) for setting in settings]
     for dataset, fold, editor, setting, size in tqdm(work, desc="encoders", unit="encoder"):
-        cases = {case.case_id: case for case in load_cases(dataset)}
-        halves = folds(list(cases.values()), DEFAULT_SEED)
-        learnt, edited = ([cases[n] for n in halves[part]] for part in (1 - fold, fold))
+        halves = split_cases(load_cases(dataset), DEFAULT_SEED)
+        edited, learnt = halves[fold], halves[1 - fold]
         learnt = sample_cases(learnt, size, 0) if size else learnt
-        row = {"dataset": dataset, "fold": fold, "editor": editor, **_shown(setting), "cases": len(learnt)}
+        row = {"dataset": dataset, "fold": fold, "editor": editor, **_USUAL, **setting, "cases": len(learnt)}
         if _key(row) in known:
             continue
-        options = {**setting, "margin": {dataset: setting["margin"]}}
-        made = fitted_editor(subject, editor, learnt, edited, **options)
-        assert made.trained is not None
+        made = fitted_editor(subject, editor, learnt, edited, **{**setting, "margin": {dataset: setting["margin"]}})
         log = made.trained.header["log"]
         pairs = make_pairs(subject, edited, made.hparams.layer, made.query)
         held_out = [epoch["accuracy"] for epoch in log]
@@ -136,11 +122,6 @@ def compare_encoders(subject: Subject, file: Path, margin: float = 2.0) -> pd.Da
         known.add(_key(row))
         write_csv(pd.DataFrame(rows), file)
     return pd.DataFrame(rows)
-
-
-def _shown(setting: dict[str, Any]) -> dict[str, Any]:
-    defaults = {"architecture": "released", "selection": "training", "patience": 5}
-    return {"margin": setting["margin"], **{name: setting.get(name, default) for name, default in defaults.items()}}
 
 
 def _key(row: dict) -> tuple:

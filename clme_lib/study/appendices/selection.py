@@ -9,7 +9,7 @@ A specificity below 0.05 counts as 0.05: among settings that all break their nei
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from typing import Any, Literal
 import pandas as pd
 from tqdm import tqdm
 
+from ...datasets.base import dataset_title
 from ...datasets.paper import PAPER_DATASET_NAMES
 from ...datasets.registry import selection_cases
 from ...editors.base import EDITORS
@@ -28,31 +29,30 @@ from ...subjects.subject import Subject
 from ...support.errors import StudyError
 from ...support.journal import Journal
 from ...support.seeds import seed_of
-from ..tables import Table, dataset_name, editor_name, in_order, percent, write_csv
+from ..tables import Table, editor_name, in_order, percent, table, write_csv
 
 
-def selection_table(measured: pd.DataFrame, label: str, caption: str = "") -> Table:
-    """An editor's grid in its order, the chosen setting in bold.
-
-    Args:
-        measured: what ``clme measure selection`` writes (:func:`select`).
-    """
+def selection_table(measured: pd.DataFrame, label: str) -> Table:
+    """An editor's grid in its order, the chosen setting in bold, from what ``clme measure selection`` writes (:func:`select`)."""
+    rows = []
+    for row in measured.itertuples():
+        cells = _score_cells(row) | {"Criterion": percent(row.criterion)}
+        rows.append({title: f"**{cell}**" if row.chosen else cell for title, cell in cells.items()})
     (editor,) = measured["editor"].unique()
-    cells = _score_cells(measured).assign(Criterion=measured["criterion"].map(percent))
-    cells[measured["chosen"]] = cells[measured["chosen"]].map(lambda cell: f"**{cell}**")
-    return Table(cells, caption or f"{editor_name(editor)} on the selection cases; the chosen setting in bold.", label)
+    return Table(
+        pd.DataFrame(rows), f"{editor_name(editor)} on the selection cases; the chosen setting in bold.", label
+    )
 
 
 def differing_values(paper: str = "codellama-7b", own: str = "smollm2-135m") -> pd.DataFrame:
     """The hyper-parameters in which two registered subjects differ, a row each."""
-    settings = {name: load_settings(name).editors for name in (paper, own)}
+    papers, owns = (load_settings(name).editors for name in (paper, own))
     rows = []
-    for editor in in_order({**settings[paper], **settings[own]}):
-        hparams = {name: resolve_hparams(editor, name).model_dump() for name in (paper, own)}
-        for name in {**settings[paper].get(editor, {}), **settings[own].get(editor, {})}:
-            papers, owns = hparams[paper][name], hparams[own][name]
-            if papers != owns:
-                values = {f"{paper} (the paper's)": _value(papers), own: _value(owns)}
+    for editor in in_order({**papers, **owns}):
+        of_paper, of_own = (resolve_hparams(editor, name).model_dump() for name in (paper, own))
+        for name in {**papers.get(editor, {}), **owns.get(editor, {})}:
+            if of_paper[name] != of_own[name]:
+                values = {f"{paper} (the paper's)": _value(of_paper[name]), own: _value(of_own[name])}
                 rows.append({"Editor": editor_name(editor), "Value": f"`{name}`", **values})
     return pd.DataFrame(rows)
 
@@ -61,41 +61,35 @@ def _value(value: object) -> str:
     if value is None:
         return "all"  # of the records there are
     if isinstance(value, dict):
-        return ", ".join(f"{dataset_name(name)} {_value(of_dataset)}" for name, of_dataset in value.items())
+        return ", ".join(f"{dataset_title(name)} {_value(of_dataset)}" for name, of_dataset in value.items())
     if isinstance(value, list | tuple):
         return f"{value[0]}–{value[-1]}"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def preset_table(
-    measured: Mapping[str, pd.DataFrame], label: str, caption: str = "What the released program's defects do."
-) -> Table:
+@table
+def preset_table(measured: Mapping[str, pd.DataFrame]) -> Iterator[dict[str, str]]:
     """What the released program's defects do, alone and together; each data set's first row has none of them.
 
     Args:
         measured: by editor, what ``clme measure presets`` writes (:func:`compare_presets`).
     """
-    parts = []
     for editor in in_order(measured):
         for dataset, rows in measured[editor].groupby("dataset", sort=False):
-            cells = _score_cells(rows).assign(**{"Eff., released budget": rows["released_budget_em"].map(percent)})
-            cells.insert(0, "Editor", editor_name(editor))
-            cells.insert(1, "Data", dataset_name(str(dataset)))
-            parts.append(cells)
-    return Table(pd.concat(parts, ignore_index=True), caption, label)
+            named = {"Editor": editor_name(editor), "Data": dataset_title(str(dataset))}
+            for row in rows.itertuples():
+                yield named | _score_cells(row) | {"Eff., released budget": percent(row.released_budget_em)}
 
 
-def _score_cells(measured: pd.DataFrame) -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            "Setting": measured["setting"],
-            "n": measured["cases"].astype(str),
-            "Eff.": measured["effectiveness_em"].map(percent),
-            "Gen.": measured["generalization_em"].map(percent),
-            "Neighbours unchanged": measured["specificity_rate"].map(percent),
-            "Loss": measured["loss"].map("{:.3f}".format),
-        }
-    )
+def _score_cells(row: Any) -> dict[str, str]:
+    return {
+        "Setting": row.setting,
+        "n": str(row.cases),
+        "Eff.": percent(row.effectiveness_em),
+        "Gen.": percent(row.generalization_em),
+        "Neighbours unchanged": percent(row.specificity_rate),
+        "Loss": f"{row.loss:.3f}",
+    }
 
 
 GOOD_ENOUGH = 0.95
@@ -106,7 +100,7 @@ SCORES = ["effectiveness_em", "generalization_em", "specificity_rate", "loss"]
 def select(
     subject: Subject, editor: str, file: Path, cases: int | None = None, datasets: Sequence[str] = PAPER_DATASET_NAMES
 ) -> pd.DataFrame:
-    """Try an editor's grid and write the table ``file`` (CSV, one row a setting, in the grid's order); returns it.
+    """Try an editor's grid; written as CSV, one row a setting, in the grid's order.
 
     Args:
         cases: of each data set's 30 selection cases, the first so many (None: all).
@@ -115,38 +109,34 @@ def select(
     Raises:
         StudyError: the editor has no grid.
     """
-    grid = get_editor(editor).selection_grid
-    if not grid:
+    if not (grid := get_editor(editor).selection_grid):
         known = [name for name in EDITORS if EDITORS[name].selection_grid]
         raise StudyError(f"no grid to select {editor!r} from; known: {', '.join(known)}")
     measured = measure(subject, editor, grid, file, values="transferred", cases=cases, datasets=datasets)
     settings = measured.groupby(["editor", "setting"], sort=False)
-    table = settings["cases"].sum().to_frame().join(settings[SCORES].mean()).reset_index()
-    reached = [criterion(*scores) for scores in zip(table["effectiveness_em"], table["specificity_rate"])]
-    return _finish(choose(table.assign(criterion=reached)), file)
+    means = settings["cases"].sum().to_frame().join(settings[SCORES].mean()).reset_index()
+    reached = list(map(criterion, means["effectiveness_em"], means["specificity_rate"]))
+    return _finish(choose(means.assign(criterion=reached)), file)
 
 
 def compare_presets(subject: Subject, editor: str, file: Path, cases: int | None = None) -> pd.DataFrame:
-    """Measure what each of the released program's defects does to an editor, alone and together, on each data set; written
-    like :func:`select`.
+    """Measure what each of the released program's defects does to an editor, alone and together; written like :func:`select`.
 
     The defects are the editor's ``compat`` values, every combination of them (of a trained editor none and all, since each
-    would train anew); ``released_budget_em`` is effectiveness
-    when a text may only be as long as its target tokenised alone (also part of ``compat``).
+    would train anew); ``released_budget_em`` is effectiveness when a text may only be as long as its target tokenised alone.
 
     Raises:
         StudyError: the editor has no defects to compare.
     """
     described = get_editor(editor)
-    defects = described.compat
-    if not defects:
+    if not (defects := described.compat):
         known = [name for name in EDITORS if EDITORS[name].compat]
         raise StudyError(f"{editor!r} has no presets to compare; known: {', '.join(known)}")
     clean = {name: described.Hyperparameters.model_fields[name].default for name in defects}
     settings = [dict(zip(defects, chosen)) for chosen in product(*((clean[name], defects[name]) for name in defects))]
     settings = [settings[0], settings[-1]] if described.needs_training else settings
-    table = measure(subject, editor, settings, file, values="subject", cases=cases, budgets=("clean", "compat"))
-    return _finish(table, file)
+    budgets: tuple[Preset, ...] = ("clean", "compat")
+    return _finish(measure(subject, editor, settings, file, values="subject", cases=cases, budgets=budgets), file)
 
 
 def measure(
@@ -160,14 +150,13 @@ def measure(
     datasets: Sequence[str] = PAPER_DATASET_NAMES,
     budgets: Sequence[Preset] = ("clean",),
 ) -> pd.DataFrame:
-    """Mean scores over a data set's selection cases, one row a setting and data set; a trained editor learns from the other
-    cases.
+    """Mean scores over selection cases, a row for each setting and data set; a trained editor learns from the other cases.
 
     Args:
         file: the table to be; what has been measured is kept beside it, so that an interrupted command goes on.
         cases: only the first so many of each data set's (None: all 30).
     """
-    done = Journal(file.with_name(f"{file.name}.part"), lambda row: (row["identity"], row["dataset"]))
+    done = Journal(_unfinished(file), lambda row: (row["identity"], row["dataset"]))
     rows = []
     for setting in tqdm(settings, desc=f"measure {editor}", unit="setting"):
         for dataset in datasets:
@@ -196,16 +185,20 @@ def _shown(value: Any) -> str:
     return format(value, "g") if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
-def _finish(table: pd.DataFrame, file: Path) -> pd.DataFrame:
-    write_csv(table, file)
-    file.with_name(f"{file.name}.part").unlink(missing_ok=True)
-    return table
+def _finish(measured: pd.DataFrame, file: Path) -> pd.DataFrame:
+    write_csv(measured, file)
+    _unfinished(file).unlink(missing_ok=True)
+    return measured
+
+
+def _unfinished(file: Path) -> Path:
+    return file.with_name(f"{file.name}.part")
 
 
 def choose(measured: pd.DataFrame) -> pd.DataFrame:
     """Mark the chosen setting of a grid in its order: the first good enough, else the best."""
-    reached = measured.index[measured["criterion"] >= GOOD_ENOUGH]
-    best = reached[0] if len(reached) else measured["criterion"].idxmax()
+    # of equal values the first counts
+    best = measured["criterion"].clip(upper=GOOD_ENOUGH).idxmax()
     return measured.assign(chosen=measured.index == best)
 
 

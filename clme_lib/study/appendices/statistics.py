@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -15,25 +16,22 @@ from ...editors.registry import load_editor
 from ...forward.blockwise import Blockwise
 from ...forward.tokens import encode
 from ...subjects.subject import Subject
-from ..tables import Table, percent, write_csv
+from ..tables import percent, table, write_csv
 
 
-def statistics_table(measured: pd.DataFrame, label: str, caption: str = "Writes under more statistics.") -> Table:
-    """MEMIT's writes under more and more statistics.
-
-    Args:
-        measured: what ``clme measure statistics`` writes (:func:`compare_statistics`).
-    """
-    cells = {
-        "Tokens": measured["tokens"].map("{:,}".format),
-        "Layer": measured["layer"].astype(str),
-        "n": measured["cases"].astype(str),
-        "Cosine": measured["cosine"].map("{:.3f}".format),
-        "Share": measured["share"].map(percent),
-        "of four times as many": measured["share_of_four"].map(percent),
-        "Difference": measured["difference"].map("{:.1%}".format).str.replace("%", " %"),
-    }
-    return Table(pd.DataFrame(cells), caption, label)
+@table
+def statistics_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
+    """MEMIT's writes under more and more statistics, from what ``clme measure statistics`` writes (:func:`compare_statistics`)."""
+    for row in measured.itertuples():
+        yield {
+            "Tokens": f"{row.tokens:,}",
+            "Layer": str(row.layer),
+            "n": str(row.cases),
+            "Cosine": f"{row.cosine:.3f}",
+            "Share": percent(row.share),
+            "of four times as many": percent(row.share_of_four),
+            "Difference": f"{percent(row.difference)} %",
+        }
 
 
 @torch.no_grad()
@@ -42,10 +40,7 @@ def compare_statistics(subject: Subject, file: Path, cases: int = 30) -> pd.Data
 
     For each layer one row with ten tokens per dimension of the key, and one with forty (the default). Columns: ``tokens``; ``cosine``
     (smallest over the cases) between the two write directions ``a``; ``share`` and ``share_of_four`` (mean) of the residual that a
-    write puts at its own key, ``k^T a``; ``difference`` (largest) between the two, relative.
-
-    Args:
-        cases: of each data set's selection cases, the first so many.
+    write puts at its own key, ``k^T a``; ``difference`` (largest) between the two, relative. ``cases``: of each data set's selection.
     """
     chosen = [case for dataset in PAPER_DATASET_NAMES for case in selection_cases(dataset, cases)[0]]
     walk = Blockwise(subject, [encode(subject.tokenizer, case.prompt) for case in chosen])

@@ -8,7 +8,7 @@ prompt's own, specificity is lost whatever else is done.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,54 +26,39 @@ from ...forward.recording import recorded
 from ...forward.tokens import encode, tokenize
 from ...subjects.subject import Subject
 from ...support.errors import StudyError
-from ..tables import Table, editor_name, write_csv
-
-_VALUES = {"transferred": "the paper's", "subject": "selected"}
+from ..tables import editor_name, table, write_csv
 
 
-def diagnosis_table(measured: pd.DataFrame, label: str, caption: str = "Updates, means over cases.") -> Table:
-    """Losses, size and reach of updates.
-
-    Args:
-        measured: what ``clme measure weight-updates`` writes (:func:`diagnose_editors`).
-    """
-    cells = {
-        "Editor": measured["editor"].map(editor_name),
-        "Values": measured["values"].map(_VALUES),
-        **_loss_cells(measured),
-        "First": _change(measured, "first"),
-        "Norm": measured["norm"].map("{:.2f}".format),
-        "Reach": measured["reach"].map("{:.0%}".format).str.replace("%", " %"),
-    }
-    return Table(pd.DataFrame(cells), caption, label)
+@table
+def diagnosis_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
+    """Losses, size and reach of updates, from what ``clme measure weight-updates`` writes (:func:`diagnose_editors`)."""
+    for row in measured.itertuples():
+        yield {
+            "Editor": editor_name(row.editor),
+            "Values": {"transferred": "the paper's", "subject": "selected"}[row.values],
+            **_loss_cells(row),
+            "First": f"{row.first_before:.2f} → {row.first_after:.2f}",
+            "Norm": f"{row.norm:.2f}",
+            "Reach": f"{100 * row.reach:.0f} %",
+        }
 
 
-def pmet_table(measured: pd.DataFrame, label: str, caption: str = "PMET's steps taken apart.") -> Table:
-    """PMET's steps taken apart.
-
-    Args:
-        measured: what ``clme measure pmet-parts`` writes (:func:`take_pmet_apart`).
-    """
-    layers = measured["layers"].astype(str)
-    cells = {
-        "Attention's vector": measured["attention learnt"].map({True: "learnt beside", False: "none"}),
-        "Written": [f"block {written}" if written.isdigit() else f"blocks {written}" for written in layers],
-        "Weight": measured["weight"].map("{:g}".format),
-        **_loss_cells(measured),
-        "First after": measured["first_after"].map("{:.2f}".format),
-        "Norm": measured["norm"].map("{:.2f}".format),
-    }
-    return Table(pd.DataFrame(cells), caption, label)
+@table
+def pmet_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
+    """PMET's steps taken apart, from what ``clme measure pmet-parts`` writes (:func:`take_pmet_apart`)."""
+    for row in measured.rename(columns={"attention learnt": "attention"}).astype({"layers": str}).itertuples():
+        yield {
+            "Attention's vector": "learnt beside" if row.attention else "none",
+            "Written": f"{'block' if row.layers.isdigit() else 'blocks'} {row.layers}",
+            "Weight": f"{row.weight:g}",
+            **_loss_cells(row),
+            "First after": f"{row.first_after:.2f}",
+            "Norm": f"{row.norm:.2f}",
+        }
 
 
-def _loss_cells(measured: pd.DataFrame) -> dict[str, pd.Series]:
-    learnt = measured["learnt"].map("{:.2f}".format)
-    return {"n": measured["cases"].astype(str), "Learnt": learnt, "NLL": _change(measured, "nll")}
-
-
-def _change(measured: pd.DataFrame, loss: str) -> pd.Series:
-    before, after = (measured[f"{loss}_{when}"].map("{:.2f}".format) for when in ("before", "after"))
-    return before + " → " + after
+def _loss_cells(row: Any) -> dict[str, str]:
+    return {"n": str(row.cases), "Learnt": f"{row.learnt:.2f}", "NLL": f"{row.nll_before:.2f} → {row.nll_after:.2f}"}
 
 
 # the subject's own weight, which writes about 60 % of a residual, and one that writes nearly all of it

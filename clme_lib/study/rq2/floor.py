@@ -1,8 +1,7 @@
 """The floor under an edit: the least time that what its algorithm cannot do without takes on a device.
 
 Each editor counts its operations and memory traffic (clme_lib/editors/operations.py). A phase takes at least the longer of
-its arithmetic at the device's rate and its traffic at the device's; the floor is the sum over phases. Rates are
-measured (:func:`measure_ceilings`): a large product, a large copy.
+its arithmetic and its traffic at the device's rates, which are measured (:func:`measure_ceilings`); the floor is the sum over phases.
 """
 
 from __future__ import annotations
@@ -47,9 +46,13 @@ def measure_ceilings(subject: Subject) -> Ceilings:
 def _best(act, device: torch.device) -> float:
     times = []
     for _ in range(6):  # the first is a warm-up
-        synchronize(device)
-        started = time.perf_counter()
+        started = clock(device)
         act()
-        synchronize(device)
-        times.append(time.perf_counter() - started)
+        times.append(clock(device) - started)
     return min(times[1:])
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done all that it was asked for."""
+    synchronize(device)
+    return time.perf_counter()

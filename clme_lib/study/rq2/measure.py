@@ -18,7 +18,6 @@ encoder for A-GRACE's. MALMEN's network is untrained for real subjects too: its 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,37 +26,35 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from ...datasets.cases import Case, folds, sample_cases
+from ...datasets.cases import Case, sample_cases, split_cases
 from ...datasets.registry import load_cases
-from ...editors.base import Editor, synchronize
+from ...editors.base import Editor
 from ...editors.registry import get_editor, load_editor
 from ...edits.base import Edit
 from ...evaluation.evaluate import Circumstances, score
 from ...evaluation.unedited import answers_for
 from ...forward.tokens import tokenize
-from ...subjects.subject import Subject, load_subject, torch_device
+from ...subjects.subject import Subject, load_subject
 from ...support.cache import file_name
 from ...support.errors import StudyError
 from ...support.journal import Journal, read_rows
-from ...support.memory import is_out_of_memory, memory_in_use_mib, raising_when_full, release_memory
+from ...support.memory import is_out_of_memory, memory_in_use_mib, release_memory
 from ...support.seeds import DEFAULT_SEED
 from .. import provenance
 from ..config import BenchConfig
-from .floor import measure_ceilings
+from .floor import clock, measure_ceilings
 from .random_weights import random_subject
+
+# what tells two measurements of a file apart
+_KEY = "kind", "subject", "random_weights", "dtype", "machine", "threads", "dataset", "editor", "case_id", "batch"
 
 
 def load_measurements(folder: Path | str) -> pd.DataFrame:
-    """All rows of a measurement folder.
-
-    Raises:
-        StudyError: there are none.
-    """
+    """All rows of a measurement folder; StudyError when there are none."""
     rows = [row for file in sorted(Path(folder).glob("*.jsonl")) for row in read_rows(file)]
     if not rows:
-        raise StudyError(
-            f"{folder}: no measurements; expected {folder}/*.jsonl, which `clme bench --out {folder}` writes"
-        )
+        made_by = f"`clme bench --out {folder}` writes"
+        raise StudyError(f"{folder}: no measurements; expected {folder}/*.jsonl, which {made_by}")
     return pd.DataFrame(rows)
 
 
@@ -72,8 +69,7 @@ def bench(config: BenchConfig) -> pd.DataFrame:
     if config.threads:
         torch.set_num_threads(config.threads)
     load = random_subject if config.random_weights else load_subject
-    with raising_when_full(torch_device(config.device)):
-        Bench(config, load(config.subject, config.device, config.dtype)).complete()
+    Bench(config, load(config.subject, config.device, config.dtype)).complete()
     return load_measurements(config.out)
 
 
@@ -92,7 +88,7 @@ class Bench:
             "threads": machine["threads"],
         }
         name = file_name(f"{subject.name}{'-random' if config.random_weights else ''}")
-        self.measured = Journal(config.out / f"{name}.jsonl", _key)
+        self.measured = Journal(config.out / f"{name}.jsonl", lambda row: tuple(map(row.get, _KEY)))
 
     def complete(self) -> None:
         """Measure what the folder does not have yet."""
@@ -102,30 +98,26 @@ class Bench:
         for dataset in self.config.dataset:
             cases = sample_cases(load_cases(dataset), None, self.config.seed)
             for name in self.config.editors:
-                self._editor(name, dataset, cases)
+                self._editor(name, cases, dataset=dataset, editor=name)
 
-    def _editor(self, name: str, dataset: str, cases: Sequence[Case]) -> None:
-        common = {"dataset": dataset, "editor": name}
+    def _editor(self, name: str, cases: Sequence[Case], **common: str) -> None:
         chosen = cases[: self.config.cases]
         alone = [case for case in chosen if self._is_missing(kind="edit", case_id=case.case_id, **common)]
         sizes = [size for size in self.config.batches if self._is_missing(kind="throughput", batch=size, **common)]
         if not alone and not sizes:
             return
-        synchronize(self.subject.device)
-        started = time.perf_counter()
+        device = self.subject.device
+        started = clock(device)
         try:
             editor = ready(self.subject, name, cases, self.config.random_weights, self.config.seed)
-            prepared = time.perf_counter()
+            prepared = clock(device)
             _warm_up(editor, cases[-1])
         except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            release_memory(self.subject.device)
-            self._add(kind="setup", error="out of memory", **common)
+            self._add(kind="setup", **_did_not_fit(error, device), **common)
             return
-        now = time.perf_counter()
-        self._add(kind="setup", seconds=prepared - started, warm_up_seconds=now - prepared, **common)
-        for case in tqdm(alone, desc=f"{dataset} {name}", unit="edit"):
+        seconds = {"seconds": prepared - started, "warm_up_seconds": clock(device) - prepared}
+        self._add(kind="setup", **seconds, **common)
+        for case in tqdm(alone, desc=" ".join(common.values()), unit="edit"):
             self._add(kind="edit", **common, **time_edit(editor, case))
         for size in sizes:
             measured = time_batch(editor, [cases[n % len(cases)] for n in range(size)])
@@ -141,11 +133,6 @@ class Bench:
         self.measured.append({**self.circumstances, **row, **made})
 
 
-def _key(row: dict) -> tuple:
-    names = "kind subject random_weights dtype machine threads dataset editor case_id batch"
-    return tuple(row.get(name) for name in names.split())
-
-
 def ready(subject: Subject, name: str, cases: Sequence[Case], random_weights: bool, seed: int = DEFAULT_SEED) -> Editor:
     """An editor whose set-up is done; with random weights with stand-ins for what is learnt or gathered, and no early stop."""
     overrides = get_editor(name).without_early_stop if random_weights else {}
@@ -153,8 +140,7 @@ def ready(subject: Subject, name: str, cases: Sequence[Case], random_weights: bo
     if random_weights or editor.timed_untrained:
         editor.stand_in(cases)
     elif editor.needs_training:
-        halves = folds(list(cases), seed)
-        learnt, edited = ([case for case in cases if case.case_id in set(half)] for half in halves)
+        learnt, edited = split_cases(cases, seed)
         editor.fit(learnt, edited=edited)
     editor.setup()
     return editor
@@ -175,14 +161,11 @@ def time_edit(editor: Editor, case: Case) -> dict[str, Any]:
     """One case edited alone: the columns of an ``edit`` row."""
     device = editor.subject.device
     base = memory_in_use_mib(device)
-    synchronize(device)
-    started = time.perf_counter()
+    started = clock(device)
     (edit,) = editor.edit([case], batch_size=1)
-    synchronize(device)
-    seconds = time.perf_counter() - started
+    seconds = clock(device) - started
     tokens = tokenize(editor.subject.tokenizer, case.prompt, case.target)
-    sizes = len(tokens.prompt_ids), len(tokens.target_ids)
-    steps = len(edit.log.losses)
+    sizes, steps = (len(tokens.prompt_ids), len(tokens.target_ids)), len(edit.log.losses)
     return {
         "case_id": case.case_id,
         "prompt_tokens": sizes[0],
@@ -205,22 +188,23 @@ def time_batch(editor: Editor, cases: Sequence[Case]) -> dict[str, Any]:
     # what all editors share is not this one's cost
     answers_for(editor.subject, [prompt for case in cases for prompt in case.unrelated])
     try:
-        synchronize(device)
-        started = time.perf_counter()
+        started = clock(device)
         edits = editor.edit(cases, batch_size=len(cases))
-        synchronize(device)
-        edited = time.perf_counter()
+        edit_seconds = clock(device) - started
         if any(edit.lookups is not None for edit in edits):
             _generate(editor.subject, cases, edits)  # texts that no edit changes are made once for all such editors
-        synchronize(device)
-        again = time.perf_counter()
+        started = clock(device)
         _generate(editor.subject, cases, edits)
-        synchronize(device)
-        finished = time.perf_counter()
+        evaluate_seconds = clock(device) - started
     except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        release_memory(device)
-        return {"error": "out of memory"}
+        return _did_not_fit(error, device)
     peak = max(edit.log.peak_memory_mib for edit in edits)
-    return {"edit_seconds": edited - started, "evaluate_seconds": finished - again, "peak_mib": peak}
+    return {"edit_seconds": edit_seconds, "evaluate_seconds": evaluate_seconds, "peak_mib": peak}
+
+
+def _did_not_fit(error: Exception, device: torch.device) -> dict[str, str]:
+    """What is recorded of a measurement that the device's memory does not suffice for; any other error is raised."""
+    if not is_out_of_memory(error):
+        raise error
+    release_memory(device)
+    return {"error": "out of memory"}

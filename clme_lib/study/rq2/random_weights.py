@@ -7,16 +7,14 @@ subject's own vocabulary size, so token counts come close to the real ones and a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ...datasets.paper import PAPER_DATASET_NAMES
 from ...datasets.registry import load_cases
-from ...subjects.settings import Shape, load_settings, registered_subjects
-from ...subjects.subject import DTYPES, Subject, prepare, torch_device
+from ...subjects.settings import Shape, list_subjects, load_settings
+from ...subjects.subject import Subject, prepare, torch_device, torch_dtype
 from ...support.errors import StudyError
 from ...support.memory import free_memory_bytes
 from ...support.seeds import DEFAULT_SEED
@@ -37,23 +35,24 @@ def random_subject(name: str, device: str = "auto", dtype: str = "auto", seed: i
     """
     settings = load_settings(name)
     shape = settings.subject.shape
-    if name not in registered_subjects() or shape is None:
-        shaped = [registered for registered in registered_subjects() if load_settings(registered).subject.shape]
+    if name not in list_subjects() or shape is None:
+        shaped = [registered for registered in list_subjects() if load_settings(registered).subject.shape]
         raise StudyError(f"{name!r} has no shape to fill with random weights; known: {', '.join(shaped)}")
-    place = torch_device(device)
-    kind = "float32" if dtype == "auto" else dtype
-    if kind not in DTYPES:
-        raise StudyError(f"dtype={dtype!r} is not one of auto, {', '.join(DTYPES)}")
-    _require_room(name, shape, place, kind)
+    place, precision = torch_device(device), torch_dtype(dtype)
+    needed = _ROOM * parameters(shape) * precision.itemsize
+    if needed > (free := free_memory_bytes(place)):
+        raise StudyError(
+            f"{name} in {str(precision).removeprefix('torch.')} needs about {needed / 2**30:.1f} GiB and {place} has "
+            f"{free / 2**30:.1f} GiB free: use a 16-bit dtype, a smaller subject or a larger device"
+        )
     config = AutoConfig.for_model(
         shape.architecture, **shape.model_dump(exclude={"architecture"}), tie_word_embeddings=False,
         bos_token_id=None, eos_token_id=0, pad_token_id=None,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), place:
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[kind], attn_implementation="sdpa")
-    tokenizer = trained_tokenizer(shape.vocab_size)
-    return prepare(name, model, tokenizer, settings, f"random-weights:{seed}")
+        model = AutoModelForCausalLM.from_config(config, dtype=precision, attn_implementation="sdpa")
+    return prepare(name, model, trained_tokenizer(shape.vocab_size), settings, f"random-weights:{seed}")
 
 
 def parameters(shape: Shape) -> int:
@@ -63,33 +62,16 @@ def parameters(shape: Shape) -> int:
     return int(shape.num_hidden_layers * block + 2 * shape.vocab_size * shape.hidden_size)
 
 
-def _require_room(name: str, shape: Shape, device: torch.device, dtype: str) -> None:
-    needed = _ROOM * parameters(shape) * torch.finfo(DTYPES[dtype]).bits / 8
-    free = free_memory_bytes(device)
-    if needed > free:
-        raise StudyError(
-            f"{name} in {dtype} needs about {needed / 2**30:.1f} GiB and {device} has {free / 2**30:.1f} GiB free: use a "
-            "16-bit dtype, a smaller subject or a larger device"
-        )
-
-
 def trained_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE of at most ``vocabulary`` tokens, trained on the embedded cases' prompts and targets."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[_EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=vocabulary, special_tokens=[_EOS], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(_texts(), trainer)
+    cases = [case for dataset in PAPER_DATASET_NAMES for case in load_cases(dataset)]
+    texts = (text for case in cases for text in (f"{case.prompt} {case.target}", *case.unrelated))
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_EOS)
-
-
-def _texts() -> Iterator[str]:
-    for dataset in PAPER_DATASET_NAMES:
-        for case in load_cases(dataset):
-            yield case.prompt + " " + case.target
-            yield from case.unrelated

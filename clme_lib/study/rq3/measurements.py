@@ -1,22 +1,38 @@
-"""What RQ3 measures beside the records, kept in the run's folder."""
+"""What RQ3 measures beside the records, made when a run's folder does not have it and kept there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from operator import eq
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
+import torch
 
-from ...datasets.registry import load_cases
-from ...subjects.subject import Subject
+from ...datasets.cases import Case, sample_cases, split_cases
+from ...datasets.paper import PAPER_DATASET_NAMES
+from ...datasets.registry import load_cases, selection_cases
+from ...editors.a_grace import AGRACE
+from ...editors.contrastive_encoder import make_pairs
+from ...editors.registry import load_editor
+from ...evaluation.evaluate import evaluate
+from ...evaluation.unedited import answers_for
+from ...forward.prompt_keys import stored_queries
+from ...subjects.subject import Subject, load_subject
 from ...support.errors import StudyError
 from ..config import RunConfig
-from ..paper import A_GRACE_VARIANTS
+from ..paper import A_GRACE, A_GRACE_VARIANTS, UNEDITED
 from ..provenance import hardware
+from ..rq2.measure import ready, time_edit
 from ..run_folder import is_published, run_name
 from ..runs import run, sampled
 from ..tables import write_csv
 
+MARGINS = (1.0, 1.5, 2.0, 3.0, 4.0)
+RADII = 61  # how many the sweep takes, from nothing to the largest distance
+_EVERYTHING = 1e9
 _TIMED = 5  # cases edited alone, per data set and variant
 
 
@@ -36,18 +52,77 @@ def compat_run(config: RunConfig) -> pd.DataFrame:
 
 
 def sweep(config: RunConfig) -> pd.DataFrame:
-    """The sweep of the radius that belongs to a run (radius.py), made when its folder does not have it."""
-    from .radius import sweep_radius
+    """The sweep of the radius that belongs to a run (:func:`sweep_radius`)."""
+    cases = min(config.cases or 30, 30)
+    return _kept(config, "radius.csv", lambda subject, file: sweep_radius(subject, file, cases))
 
-    def make(subject: Subject, file: Path) -> None:
-        sweep_radius(subject, file, min(config.cases or 30, 30))
 
-    return _kept(config, "radius.csv", make)
+def sweep_radius(subject: Subject, file: Path, cases: int = 30, margins: Sequence[float] = MARGINS) -> pd.DataFrame:
+    """Exact match of all measures as a function of the radius, on the selection cases; written as CSV.
+
+    One row for each data set, editor, margin and radius: ``effectiveness``, ``generalization``, ``specificity`` (all five
+    neighbours unchanged) and ``specificity_rate``, in [0, 1]. Encoders are trained on all cases that are not selection
+    cases. GRACE and A-GRACE without contrastive learning have no margin. What a prompt's continuation becomes *if* the codebook
+    fires does not depend on the encoder, so the texts of a few edits with an infinite radius, and the distances under each encoder,
+    give every radius at once.
+
+    Args:
+        cases: of each data set's selection cases, the first so many.
+    """
+    rows = []
+    for dataset in PAPER_DATASET_NAMES:
+        chosen, others = selection_cases(dataset, cases)
+        everything = load_editor("a-grace-wo-cl", subject, radius=_EVERYTHING).edit(chosen, progress=True)
+        if_fired = evaluate(subject, chosen, everything)
+        otherwise = evaluate(subject, chosen, load_editor(UNEDITED, subject).edit(chosen))
+        answers = [answers_for(subject, case.unrelated) for case in chosen]
+        same = [np.array(list(map(eq, *texts))) for texts in zip(if_fired["generated_specificity"], answers)]
+        general = if_fired["generalization_em"].to_numpy(), otherwise["generalization_em"].to_numpy()
+        layer = everything[0].layers[0]
+        asked: list[tuple[str, float | None, torch.Tensor]] = [
+            ("grace", None, make_pairs(subject, chosen, layer, "last").distances(None)),
+            ("a-grace-wo-cl", None, make_pairs(subject, chosen, layer, "mean").distances(None)),
+        ]
+        for name in (A_GRACE, "a-grace-wo-mean"):
+            for margin in margins:
+                fitted = fitted_editor(subject, name, others, chosen, margin={dataset: margin})
+                pairs = make_pairs(subject, chosen, fitted.hparams.layer, fitted.query)
+                asked.append((name, margin, pairs.distances(fitted.trained.encoder)))
+        for name, its_margin, of_pairs in asked:
+            # of each case the rephrased prompt's, then the neighbours'
+            distances = [part.cpu().numpy() for part in of_pairs.split([1 + len(case.unrelated) for case in chosen])]
+            # the paper's radius is always among them
+            for radius in sorted({1.0, *np.linspace(0, float(of_pairs.max()), RADII).tolist()}):
+                fired = [of_case <= radius for of_case in distances]
+                kept = [~hits[1:] | unchanged for hits, unchanged in zip(fired, same)]
+                rows.append(
+                    {
+                        "dataset": dataset,
+                        "editor": name,
+                        "margin": its_margin,
+                        "radius": radius,
+                        "cases": len(chosen),
+                        "effectiveness": if_fired["effectiveness_em"].mean(),
+                        "generalization": float(np.where([hits[0] for hits in fired], *general).mean()),
+                        "specificity": float(np.mean([neighbours.all() for neighbours in kept])),
+                        "specificity_rate": float(np.mean([neighbours.mean() for neighbours in kept])),
+                    }
+                )
+    return write_csv(pd.DataFrame(rows), file)
+
+
+def fitted_editor(
+    subject: Subject, name: str, learnt: Sequence[Case], edited: Sequence[Case], **options: Any
+) -> AGRACE:
+    """A-GRACE or its ablation with an encoder, trained on ``learnt``; ``options`` are those of ``load_editor``."""
+    editor = load_editor(name, subject, **options)
+    assert isinstance(editor, AGRACE)
+    editor.fit(learnt, edited=edited)
+    return editor
 
 
 def projection(config: RunConfig) -> pd.DataFrame:
-    """The places of one case of each data set (case_study.py), made when the run's folder does not have them."""
-    from .case_study import project
+    """The paper's case study: the places of one case of each data set (:func:`project`)."""
 
     def make(subject: Subject, file: Path) -> None:
         sets = [(load_cases(name, config.source), sampled(config, name)) for name in config.dataset]
@@ -57,35 +132,62 @@ def projection(config: RunConfig) -> pd.DataFrame:
     return _kept(config, "case_study.csv", make)
 
 
+def project(subject: Subject, everything: Sequence[Case], candidates: Sequence[Case], seed: int) -> pd.DataFrame:
+    """The prompts of the first of the sampled candidates in the plane of their queries' first two principal components.
+
+    Args:
+        everything: all cases of the data set, whose other fold the encoder learns from.
+        candidates: cases to take one from.
+
+    Returns:
+        One row for each prompt and query: ``dataset``, ``case_id``, ``query`` (``last`` token as in GRACE, encoded ``mean`` as in
+        A-GRACE), ``kind`` of the prompt, its place ``x``, ``y`` and its ``distance`` from the edit prompt in the whole space.
+    """
+    from sklearn.decomposition import PCA
+
+    (case,) = sample_cases(candidates, 1, seed)
+    (other_half,) = [half for half in split_cases(everything, seed) if case not in half]
+    editor = fitted_editor(subject, A_GRACE, other_half, [case], seed=seed)
+    prompts = [case.prompt, case.rephrased[0], *case.unrelated]
+    last, means = (stored_queries(subject, prompts, editor.hparams.layer, query) for query in ("last", "mean"))
+    tables = []
+    for query, points in (("last", last), ("mean", editor.trained.encoder(means.to(subject.device)).cpu())):
+        # the sign of a component is arbitrary: the edit prompt lies on its positive side
+        plane = PCA(2, svd_solver="full").fit_transform(points.double().numpy())
+        plane = plane * [1 if value >= 0 else -1 for value in plane[0]]
+        kinds = ["edit", "rephrased", *["neighbour"] * len(case.unrelated)]
+        distances = [float((point - points[0]).norm()) for point in points]
+        columns = {"kind": kinds, "x": plane[:, 0], "y": plane[:, 1], "distance": distances}
+        tables.append(pd.DataFrame({"dataset": case.dataset, "case_id": case.case_id, "query": query, **columns}))
+    return pd.concat(tables, ignore_index=True)
+
+
 def overhead(config: RunConfig) -> pd.DataFrame:
-    """A few edits by every variant, each made alone (time_edit), made when the run's folder does not have them.
+    """A few edits by every variant, each made alone (time_edit).
 
     The variants take turns on a case, so that a machine that slows down slows all of them.
     """
-    from ..rq2.measure import ready, time_edit
 
     def make(subject: Subject, file: Path) -> None:
         machine = hardware(subject)
-        place = {"machine": machine["name"], "threads": machine["threads"]}
         rows = []
         for dataset in config.dataset:
             cases, everything = sampled(config, dataset), load_cases(dataset, config.source)
             editors = {name: ready(subject, name, everything, False, config.seed) for name in A_GRACE_VARIANTS}
             for editor in editors.values():
                 editor.edit(cases[-1:], batch_size=1)  # the first pays for what a process does once
-            for case in cases[:_TIMED]:
-                for name, editor in editors.items():
-                    measured = time_edit(editor, case)
-                    kept = {column: measured[column] for column in ("case_id", "seconds", "peak_mib")}
-                    rows.append({"dataset": dataset, "editor": name, **kept, **place})
-        write_csv(pd.DataFrame(rows), file)
+            rows += [
+                {"dataset": dataset, "editor": name, **time_edit(editor, case)}
+                for case in cases[:_TIMED]
+                for name, editor in editors.items()
+            ]
+        timed = pd.DataFrame(rows)[["dataset", "editor", "case_id", "seconds", "peak_mib"]]
+        write_csv(timed.assign(machine=machine["name"], threads=machine["threads"]), file)
 
     return _kept(config, "overhead.csv", make)
 
 
-def _kept(config: RunConfig, name: str, make: Callable[[Subject, Path], None]) -> pd.DataFrame:
-    from ...subjects.subject import load_subject
-
+def _kept(config: RunConfig, name: str, make: Callable[[Subject, Path], object]) -> pd.DataFrame:
     file = config.out / name
     if not file.is_file():
         if is_published(config.out):

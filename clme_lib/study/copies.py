@@ -1,0 +1,151 @@
+"""Copies of a run: published, which is what the repository keeps of it, or scored anew. Records are never edited.
+
+A data set says whether texts may be published. CSNE is mined from packages whose text is not ours to publish, so its records keep
+scores and hashes only; whoever re-runs a case can still compare every string by its hash. Scoring needs the metrics' packages, and
+no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..datasets.base import get_dataset
+from ..datasets.registry import load_cases
+from ..evaluation.records import FAILED, SCORED, UNKNOWN, UNSCORED, Record, read_records
+from ..metrics.base import Evaluated, get_metric, list_metrics, scores_of
+from ..metrics.paper import PAPER_METRICS
+from ..support.errors import StudyError
+from . import provenance
+from .config import make_config
+from .paper import UNEDITED
+from .run_folder import is_recorded, load_manifest, load_run, record_files, write_copy
+from .runs import planned, sampled
+
+
+def publish(run: Path, target: Path) -> int:
+    """Copy a run to ``target`` for the repository; returns the number of records.
+
+    Of each editor and data set the largest finished sample is published: a run that was stopped while growing has more
+    cases, and not random ones. The copy is marked as published, which :func:`~clme_lib.study.runs.run` only reads.
+
+    Raises:
+        StudyError: the target exists, a case failed in the run, or a sample is not finished.
+    """
+    if target.exists():
+        raise StudyError(
+            f"{target} exists already: published records are never changed; choose another name or remove it"
+        )
+    manifest = load_manifest(run)
+    contents = {file.name: read_records([file]) for file in record_files(run)}
+    failures = [record for records in contents.values() for record in records if record.state == FAILED]
+    if failures:
+        raise StudyError(f"{run}: case {failures[0].case_id} by {failures[0].editor} failed: {failures[0].error}")
+    samples = {name: _finished_sample(run, manifest, records) for name, records in contents.items()}
+    library, commit = provenance.library_sha256(), provenance.commit()
+
+    def committed(made_by: str, library_then: str) -> str:
+        """The commit of what was made where there was no repository, by the library that this one holds."""
+        return commit if (made_by, library_then) == (UNKNOWN, library) else made_by
+
+    for start in manifest["starts"]:
+        start["commit"] = committed(start["commit"], start["library"])
+    manifest["published"] = provenance.now()
+    published: dict[str, list[Record]] = {}
+    for name, records in contents.items():
+        of_sample = [record for record in records if record.case_id in samples[name]]
+        of_sample.sort(key=lambda record: (record.position, record.case_id))
+        published[name] = [
+            record.model_copy(
+                update={
+                    "commit": committed(record.commit, record.library),
+                    **({} if get_dataset(record.dataset).publish_texts else {"texts": None, "answers": None}),
+                }
+            )
+            for record in of_sample
+        ]
+    write_copy(run, target, manifest, published)
+    draw(target)
+    return len(load_run(target))
+
+
+def _finished_sample(run: Path, manifest: dict, records: list[Record]) -> set[int]:
+    """Ids of the largest sample that the records of one editor and data set contain whole."""
+    dataset, editor = records[0].dataset, records[0].editor
+    keys = {(record.position, record.case_id) for record in records}
+    largest: set[int] = set()
+    for start in manifest["starts"]:
+        # a start that was killed counts as well, once another has completed its sample
+        if dataset in start["cases"] and editor in start["hyperparameters"]:
+            fields = {**manifest["config"], "cases": start["cases"][dataset], "sample": start["sample"], "out": run}
+            config = make_config(**fields)
+            sample = sampled(config, dataset)
+            steps = [step for _, plan in planned(config, dataset, editor, sample) for step in plan]
+            if len(sample) > len(largest) and all(is_recorded(step, keys) for step in steps):
+                largest = {case.case_id for case in sample}
+    if not largest:
+        raise StudyError(f"{run}: {editor} has not finished on {dataset}: start the run again, then publish")
+    return largest
+
+
+def draw(published: Path) -> None:
+    """Draw the headline figure of a published run beside its records, from them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from .rq1 import proficiency_figure
+
+    records = load_run(published)
+    whole = records[~records["editor"].str.contains("-wo-")]  # ablations are RQ3's
+    file = published / "proficiency.png"
+    proficiency_figure(whole).savefig(file, dpi=160, bbox_inches="tight", metadata={"Software": None})
+
+
+def score_run(run: Path, target: Path, metrics: Sequence[str] | None = None) -> int:
+    """Write a copy of ``run`` to ``target`` with scores from its texts; returns how many records were scored now.
+
+    Args:
+        metrics: computed anew in every record that has texts, other scores stay. None: the paper's, in records not scored yet.
+
+    Raises:
+        StudyError: the target exists, a case is not the one that the record was made from, or texts or answers were not kept.
+    """
+    if target.exists():
+        raise StudyError(f"{target} exists already: choose another name or remove it")
+    manifest = load_manifest(run)
+    contents = {file: read_records([file]) for file in record_files(run)}
+    unedited = {
+        (record.dataset, record.case_id): (record.texts or {}).get("specificity")
+        for records in contents.values()
+        for record in records
+        if record.editor == UNEDITED
+    }
+    scored: dict[str, list[Record]] = {}
+    count = 0
+    for file, records in contents.items():
+        scored[file.name] = []
+        for record in records:
+            if record.state == UNSCORED or (metrics and record.state == SCORED):
+                answers = record.answers or unedited.get((record.dataset, record.case_id))
+                record, count = _scored(record, file, answers, metrics or PAPER_METRICS), count + 1
+            scored[file.name].append(record)
+    names = [*manifest["config"].get("metrics", PAPER_METRICS), *(metrics or ())]
+    manifest["config"] |= {"scored": True, "metrics": [name for name in list_metrics() if name in names]}
+    write_copy(run, target, manifest, scored)
+    return count
+
+
+def _scored(record: Record, file: Path, answers: Sequence[str] | None, metrics: Sequence[str]) -> Record:
+    what = f"{file}: case {record.case_id} of {record.dataset}"
+    by_id = {case.case_id: case for case in load_cases(record.dataset, record.source)}
+    case = by_id.get(record.case_id)
+    if case is None or case.sha256 != record.case_sha256:
+        raise StudyError(f"{what} is not the one that this record was made from")
+    if record.texts is None:
+        raise StudyError(f"{what} has no texts to score: they were not published; score a run of your own")
+    if case.unrelated and answers is None and any(get_metric(name).measure == "specificity" for name in metrics):
+        raise StudyError(
+            f"{what} keeps no answers of the unedited subject: run the editor {UNEDITED!r} in the same folder first"
+        )
+    computed = scores_of(Evaluated(case, record.texts, answers or ()), metrics)
+    return record.model_copy(update={"scores": {**(record.scores or {}), **computed}})

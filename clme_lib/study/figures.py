@@ -1,0 +1,32 @@
+"""What the figures have in common: panels, bars side by side, a legend above."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def panels(rows: int, columns: int, width: float, height: float, **shared: Any) -> tuple[Any, Any]:
+    """A figure and its axes, in rows; width and height are a panel's, in inches."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    sns.set_theme(style="whitegrid", context="paper")
+    return plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, **shared)
+
+
+def bars(axis: Any, place: int, places: int, heights: Any, **look: Any) -> np.ndarray:
+    """A series of bars, the ``place``-th of ``places`` that share each tick; returns where the bars stand."""
+    width = 0.8 / places
+    middles = np.arange(len(heights)) + (place - (places - 1) / 2) * width
+    axis.bar(middles, heights, width, **look)
+    axis.grid(axis="x", visible=False)
+    return middles
+
+
+def legend(figure: Any, axes: Any, top: float, columns: int, loc: str = "upper center") -> Any:
+    """One legend above all panels, with what the first shows; returns the figure."""
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc=loc, bbox_to_anchor=(0.5, top), ncol=columns)
+    figure.tight_layout()
+    return figure
