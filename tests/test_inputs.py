@@ -62,7 +62,10 @@ def world(tmp_path_factory) -> Path:
     tiny = make_subject("llama")
     tiny.model.save_pretrained(folder / "model")
     tiny.tokenizer.save_pretrained(folder / "model")
-    settings = {"subject": {"source": "hub", "id": str(folder / "model")}, "editors": {"grace": {"layer": 2, "steps": 2}}}
+    settings = {
+        "subject": {"source": "hub", "id": str(folder / "model")},
+        "editors": {"grace": {"layer": 2, "steps": 2}},
+    }
     (folder / "subject.yaml").write_text(yaml.safe_dump(settings))
     cases = [{"case_id": n, "input": f"season {n}", "target": f"summer {n}", "rephrased": [f"time {n}"],
               "unrelated": [f"month {n} {k}" for k in range(5)]} for n in range(2)]  # fmt: skip
@@ -111,7 +114,7 @@ def _within_seconds():
 @pytest.mark.parametrize("group, spoilt", INPUTS)
 def test_a_bad_input_is_answered(group, spoilt, world, environment, tmp_path, capsys, monkeypatch):
     file = _spoil(group, spoilt, world, tmp_path)
-    known_files = {path for path in tmp_path.rglob("*")}
+    known_files = set(tmp_path.rglob("*"))
     given = spoilt.get("given", "")
     places = {"world": str(world), "here": str(tmp_path), "given": str(given)}
     monkeypatch.chdir(tmp_path)
@@ -158,11 +161,20 @@ def _spoil(group: dict, spoilt: dict, world: Path, here: Path) -> Path | None:
     if "text" in spoilt:
         target.write_text(spoilt["text"], encoding="utf-8")
     elif "python" in spoilt:
-        made = eval(spoilt["python"], {"json": json, "text": lambda: source.read_text(encoding="utf-8"), "bytes_": source.read_bytes})
+        made = eval(
+            spoilt["python"],
+            {"json": json, "text": lambda: source.read_text(encoding="utf-8"), "bytes_": source.read_bytes},
+        )
         target.write_bytes(made if isinstance(made, bytes) else made.encode("utf-8", "surrogatepass"))
     else:
         content = source.read_text(encoding="utf-8")
-        lines = [json.loads(line) for line in content.splitlines()] if source.suffix == ".jsonl" else json.loads(content) if source.suffix == ".json" else yaml.safe_load(content)
+        lines = (
+            [json.loads(line) for line in content.splitlines()]
+            if source.suffix == ".jsonl"
+            else json.loads(content)
+            if source.suffix == ".json"
+            else yaml.safe_load(content)
+        )
         changed = _changed(lines, spoilt)
         if source.suffix == ".jsonl":
             text = "".join(json.dumps(row) + "\n" for row in changed)

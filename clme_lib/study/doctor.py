@@ -52,7 +52,11 @@ def diagnose() -> Iterator[Check]:
 def _python() -> Check:
     low, high = _PYTHONS
     supported = low <= sys.version_info[:2] <= high
-    wish = "" if supported else f"; the study runs on {low[0]}.{low[1]} to {high[0]}.{high[1]}: set PYTHON= and run `make setup`"
+    wish = (
+        ""
+        if supported
+        else f"; the study runs on {low[0]}.{low[1]} to {high[0]}.{high[1]}: set PYTHON= and run `make setup`"
+    )
     return Check("Python", supported, platform.python_version() + wish)
 
 

@@ -60,7 +60,7 @@ def read_yaml(path: Path | str) -> Any:
 def parse_yaml(text: str, where: str) -> Any:
     """YAML text as a value; StudyError begins with ``where``."""
     try:
-        return yaml.load(text, _Loader)  # noqa: S506  # a SafeLoader
+        return yaml.load(text, _Loader)  # a SafeLoader
     except RecursionError:
         raise StudyError(f"{where}: cannot be read as YAML: {_TOO_DEEP}") from None
     except (yaml.YAMLError, ValueError) as error:
