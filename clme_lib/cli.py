@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 from . import __version__
-from .support.errors import StudyError
+from .support import interrupts
+from .support.errors import StudyError, first_line
 
 
 class Verb(NamedTuple):
@@ -21,7 +23,10 @@ class Verb(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status (1: a mistake the message explains; 2: wrong usage)."""
+    """Entry point; returns the exit status (1: a mistake the message explains; 2: wrong usage; 130: interrupted).
+
+    No traceback reaches a user; with ``CLME_DEBUG=1`` in the environment an error is raised as it is.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0] in _RENAMED:
         print(f"clme: `clme {arguments[0]}` is called `clme measure {_RENAMED[arguments[0]]}` now", file=sys.stderr)
@@ -30,17 +35,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb = options.pop("verb")
     status_of_mistakes = 2
     try:
-        from .support.schema import parse
+        with interrupts.remembered():
+            from .support.schema import parse
 
-        config = parse(_schema(verb), options, f"clme {verb}")
-        status_of_mistakes = 1
-        return int(VERBS[verb].act(config) is False)
-    except StudyError as error:
-        print(f"clme: {error}", file=sys.stderr)
+            config = parse(_schema(verb), options, f"clme {verb}")
+            status_of_mistakes = 1
+            return int(VERBS[verb].act(config) is False)
+    except Exception as error:
+        if os.environ.get("CLME_DEBUG"):
+            raise
+        print(f"clme: {_message(error)}", file=sys.stderr)
         return status_of_mistakes
     except KeyboardInterrupt:
         print("clme: interrupted; start the same command again to go on", file=sys.stderr)
         return 130
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, StudyError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; check that it exists, and that it may be read and written"
+    return f"unexpected {type(error).__name__}: {first_line(error)}; CLME_DEBUG=1 shows where. Please report it"
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
@@ -103,7 +119,7 @@ def _list(_config: Any) -> None:
         print(heading, *(f"  {name:22} {what}" for name, what in entries.items()), sep="\n")
 
 
-def _run(config: Any) -> None:
+def _run(config: Any) -> bool:
     from .evaluation.records import FAILED
     from .study.runs import run
     from .study.tables import summary
@@ -112,8 +128,12 @@ def _run(config: Any) -> None:
     if config.scored:
         print(summary(records).to_string())
     print(f"records: {config.out}/records, provenance: {config.out}/run.json")
-    for _, row in records[records["state"] == FAILED].iterrows():
+    failed = records[records["state"] == FAILED]
+    for _, row in failed.iterrows():
         print(f"failed: {row['dataset']} case {row['case_id']} by {row['editor']}: {row['error']}", file=sys.stderr)
+    if len(failed):
+        print(f"clme: {len(failed)} of {len(records)} cases failed; --retry-failed tries them again", file=sys.stderr)
+    return failed.empty
 
 
 def _score(config: Any) -> None:
@@ -140,9 +160,11 @@ def _bench(config: Any) -> None:
 
 
 def _check(config: Any) -> bool:
-    from .study.run_folder import load_run
+    from .study.run_folder import check_cases, load_run
     from .study.spot_check import compare, describe
 
+    for folder in (config.run, config.published):
+        check_cases(folder)
     comparison = compare(load_run(config.run), load_run(config.published))
     print(describe(comparison))
     return comparison.passed

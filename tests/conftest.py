@@ -130,5 +130,6 @@ def tiny(monkeypatch, tmp_path):
     """Runs load a tiny random Llama whatever subject they name; answers go to a cache of their own."""
     subject = make_subject("llama")
     monkeypatch.setattr(runs, "load_subject", lambda *args: subject)
+    monkeypatch.setattr(runs, "subject_fingerprint", lambda name: subject.fingerprint)
     monkeypatch.setenv("CLME_CACHE", str(tmp_path / "cache"))
     return subject

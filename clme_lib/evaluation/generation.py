@@ -18,7 +18,7 @@ from ..edits.base import Edit
 from ..forward.blockwise import passes
 from ..forward.tokens import encode
 from ..subjects.subject import Subject
-from ..support.errors import StudyError
+from ..support.errors import CaseError
 
 SPECIFICITY_TOKENS = 16
 FLUENCY_TOKENS = 64
@@ -68,7 +68,7 @@ def generate(
         sources.setdefault((request.prompt, request.edit), []).append(n)
     encoded = {key: encode(subject.tokenizer, key[0]) for key in sources}
     if any(not ids for ids in encoded.values()):
-        raise StudyError("cannot generate from an empty prompt")
+        raise CaseError("cannot generate from an empty prompt")
     order = sorted(sources, key=lambda key: (len(encoded[key]), sources[key][0]))
     results: dict[int, Generated] = {}
     max_rows = max_rows or _ROWS[subject.device.type]

@@ -35,7 +35,10 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 def is_cached(model_id: str) -> bool:
     """True when the model's configuration is in the Hugging Face cache; does not use the network."""
-    return isinstance(try_to_load_from_cache(model_id, "config.json"), str)
+    try:
+        return isinstance(try_to_load_from_cache(model_id, "config.json"), str)
+    except ValueError:  # it cannot be an id
+        return False
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,18 +140,7 @@ def load_subject(name: str, device: str = "auto", dtype: str = "auto") -> Subjec
         StudyError: unknown name, failed download, unsupported architecture, no such device or dtype, or too little memory.
     """
     target, precision = torch_device(device), torch_dtype(dtype)
-    settings = load_settings(name)
-    if settings.subject.source == "embedded":
-        location: str = str(embedded_subject.ensure())
-    elif Path(name).is_dir():
-        location = name
-    elif name in list_subjects() or name.endswith(".yaml") or ("/" in name and not name.startswith((".", "/"))):
-        location = settings.subject.id or name
-    else:
-        raise StudyError(
-            f"unknown subject {name!r}: neither a registered one ({', '.join(list_subjects())}), nor a folder, "
-            "nor a Hugging Face id of the form owner/model"
-        )
+    settings, location = load_settings(name), _location(name)
     options = {"trust_remote_code": False, "revision": settings.subject.revision}
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
@@ -170,6 +162,28 @@ def load_subject(name: str, device: str = "auto", dtype: str = "auto") -> Subjec
             "network (or log in for gated models); weights must be safetensors, code from the hub is never run."
         ) from error
     return prepare(name, model, tokenizer, settings, _fingerprint(location, settings))
+
+
+def subject_fingerprint(name: str) -> str | None:
+    """The ``fingerprint`` that :func:`load_subject` would give, from the files alone; None for a hub's model that is not here yet."""
+    settings, location = load_settings(name), _location(name)
+    is_here = settings.subject.source == "embedded" or Path(location).is_dir() or is_cached(location)
+    return _fingerprint(location, settings) if is_here else None
+
+
+def _location(name: str) -> str:
+    """The folder or hub id of a subject's files; StudyError for an unknown name."""
+    settings = load_settings(name)
+    if settings.subject.source == "embedded":
+        return str(embedded_subject.ensure())
+    if Path(name).is_dir():
+        return name
+    if name in list_subjects() or name.endswith(".yaml") or ("/" in name and not name.startswith((".", "/"))):
+        return settings.subject.id or name
+    raise StudyError(
+        f"unknown subject {name!r}: neither a registered one ({', '.join(list_subjects())}), nor a folder, "
+        "nor a Hugging Face id of the form owner/model"
+    )
 
 
 def prepare(
