@@ -205,7 +205,7 @@ def _data_build(config: Any) -> int:
         if config.names:
             from .datasets.construction.language_models import MaskedNames
 
-            masked = MaskedNames(config.names, config.device).step()
+            masked = MaskedNames(config.names, config.device).step
             renamer = lambda corpus: masked  # noqa: E731
         report = pipeline.build_csne(config.out, config.source, renamer, tokenizer=config.tokenizer, **common)
     print(pipeline.stage_counts(config.out).to_string(index=False))

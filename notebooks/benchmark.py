@@ -30,7 +30,7 @@ from pathlib import Path
 
 from IPython.display import Markdown
 
-from clme_lib.datasets import embedded_cnle, embedded_csne, mining
+from clme_lib.datasets import embedded_cnle, embedded_csne
 from clme_lib.datasets.construction import pipeline
 from clme_lib.datasets.registry import load_cases
 from clme_lib.study import benchmark
@@ -75,7 +75,7 @@ share more than 70 % of their tokens. Unrelated prompts are the five nearest poo
 # ## Embedded CSNE
 
 # %% tags=["hide-input"]
-Markdown(f"""{mining.TARGETS} targets and a pool of {mining.POOL}, mined on the reader's machine from the pinned packages that the study installs
+Markdown(f"""{embedded_csne.TARGETS} targets and a pool of {embedded_csne.POOL}, mined on the reader's machine from the pinned packages that the study installs
 anyway: functions of at most 256 tokens, docstring and comments cut out, the docstring's first sentence as the description,
 near-duplicates removed, no package above 15 %. Nothing mined is in the repository; the set's SHA-256 is, and is checked.
 The rephrased prompt is the same function with its variables renamed, chosen by how alike names are used in the corpus and
@@ -167,7 +167,7 @@ Markdown(f"""| | Paper | Embedded |
 | CSNE source | CodeSearchNet | installed Python packages |
 | CSNE renaming | ALERT, substitutes from CodeBERT | distributional substitutes, verified |
 | neighbours | Arctic-embed, fine-tuned CodeBERT | TF-IDF on split identifiers |
-| size | 21,055 and 16k | {len(targets)} and {mining.TARGETS} |""")
+| size | 21,055 and 16k | {len(targets)} and {embedded_csne.TARGETS} |""")
 
 # %% [markdown]
 # Packages like these are in the training data of every code model, and so is CodeSearchNet. The unedited row of a table shows how often a subject

@@ -522,7 +522,7 @@ def test_an_encoder_pools_as_its_card_says(tiny_bert):
     encoder = language_models.TextEncoder(str(tiny_bert / "encoder"))
     texts = ["sum the items", "drop", "keep all of the items here"]
     vectors = encoder(texts)
-    assert encoder.pooling == "cls" and encoder.settings()["pooling"] == "cls"
+    assert encoder.pooling == "cls" and encoder.settings["pooling"] == "cls"
     for text, vector in zip(texts, vectors):
         with torch.no_grad():
             hidden = encoder.model(**encoder.tokenizer(text, return_tensors="pt")).last_hidden_state[0]
@@ -546,7 +546,7 @@ def test_fine_tuning_brings_descriptions_to_their_functions(tiny_bert, code_sear
 def test_a_masked_model_renames(tiny_bert):
     names = language_models.MaskedNames(str(tiny_bert / "masked"))
     rows = [{"id": n, "code": sources.bare_function(code)} for n, code in enumerate(FUNCTIONS[:3])]
-    for row, made in zip(rows, names.step().make(rows)):
+    for row, made in zip(rows, names.step.make(rows)):
         assert made["id"] == row["id"] and set(made["names"]) <= {*VOCABULARIES[0], *VOCABULARIES[1]} and made["names"]
         taken = set(re.findall(r"\w+", row["code"]))
         assert not set(made["names"].values()) & taken

@@ -8,19 +8,50 @@ out of the code, first sentence as the description, at most 256 tokens, near-dup
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
+import importlib.metadata
 import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
+from ..subjects import embedded as embedded_subject
 from ..support.cache import cache_dir
 from ..support.errors import StudyError
 from ..support.journal import write_text
+from ..support.seeds import seed_of
 from .base import EMBEDDED, DataSet
 from .cases import Case
-from .mining import build, installed_versions
+from .neighbours import nearest
+from .paper import CSNE
+from .renaming import Substitutes, choose_names, rename, verified
+from .source_code import bare_code, description, parsed, single_function
 
 COMMITTED = EMBEDDED / "csne.json"
+# distribution -> import package; all of them are installed with clme_lib itself
+PACKAGES = {
+    "absl-py": "absl", "accelerate": "accelerate", "fonttools": "fontTools", "fsspec": "fsspec", "gguf": "gguf",
+    "huggingface-hub": "huggingface_hub", "jinja2": "jinja2", "joblib": "joblib", "matplotlib": "matplotlib",
+    "mpmath": "mpmath", "networkx": "networkx", "nltk": "nltk", "numpy": "numpy", "packaging": "packaging",
+    "pandas": "pandas", "pillow": "PIL", "pyarrow": "pyarrow", "pydantic": "pydantic", "requests": "requests",
+    "sacrebleu": "sacrebleu", "scikit-learn": "sklearn", "scipy": "scipy", "seaborn": "seaborn", "sympy": "sympy",
+    "transformers": "transformers", "urllib3": "urllib3",
+}  # fmt: skip
+TARGETS = 600
+POOL = 2_200
+PACKAGE_QUOTA = 155  # of 2,800: well under the bound of 15 % from one package
+MAX_TOKENS = 256
+_MAX_CHARACTERS = 1_500  # nothing longer has 256 tokens or fewer in practice; spares the costly checks
+
+# tests, vendored and generated files, and numpy.distutils, which wheels for Python 3.12 and later leave out
+_SKIPPED_PARTS = re.compile(
+    r"test|vendor|distutils|extern|_libs|deprecat|conftest|__config__|version|generated|benchmark", re.I
+)
 
 
 def load(dataset: DataSet) -> list[Case]:
@@ -51,11 +82,12 @@ def load_content() -> dict:
     Raises:
         StudyError: a package is missing or differs from its pin, so the set would not be the committed one.
     """
-    committed, file, installed = _committed(), cached(), installed_versions()
+    committed, file = _committed(), cached()
     with contextlib.suppress(OSError, ValueError):  # absent, damaged or edited: mined anew below
         content = json.loads(file.read_text(encoding="utf-8"))
         if content_sha256(content) == committed["sha256"]:
             return content
+    installed = installed_versions()
     different = [
         f"{name} {installed.get(name, 'not installed')} (pinned: {version})"
         for name, version in sorted(committed["packages"].items())
@@ -90,6 +122,151 @@ def commit_hash() -> str:
 
 def _committed() -> dict:
     return json.loads(COMMITTED.read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class MinedFunction:
+    """One accepted function: where it is from, its code without docstring and comments, and its description."""
+
+    origin: str  # "package path qualified.name"
+    package: str
+    code: str
+    doc: str
+
+
+def build() -> dict:
+    """Mine, rename, and find neighbours; returns the set as plain data, ``{"targets": [...], "pool": [...]}``."""
+    functions = mined_functions()
+    trees = {f.origin: tree for f in functions if (tree := single_function(f.code))}
+    substitutes = Substitutes(trees.values())
+    targets: list[tuple[MinedFunction, str]] = []
+    pool: list[MinedFunction] = []
+    for function in sorted(functions, key=lambda f: seed_of(CSNE.name, f.origin)):
+        mapping = choose_names(trees[function.origin], substitutes.substitute) if len(targets) < TARGETS else {}
+        variant = rename(function.code, mapping)
+        if len(mapping) >= 2 and verified(function.code, variant, mapping):
+            targets.append((function, variant))
+        else:
+            pool.append(function)
+    pool = pool[:POOL]
+    neighbours = nearest(
+        [f.code for f, _ in targets],
+        [f.code for f in pool],
+        allowed=lambda target, entry: targets[target][0].doc != pool[entry].doc,
+        groups=([f.package for f, _ in targets], [f.package for f in pool]),
+    )
+    return {
+        "targets": [
+            {"case_id": n, **asdict(f), "variant": variant, "neighbours": near}
+            for n, ((f, variant), near) in enumerate(zip(targets, neighbours))
+        ],
+        "pool": [asdict(f) for f in pool],
+    }
+
+
+def mined_functions() -> list[MinedFunction]:
+    """All accepted functions, package by package in name order, near-duplicates and repeated sentences removed."""
+    functions: list[MinedFunction] = []
+    for distribution, package in sorted(PACKAGES.items()):
+        functions += _distinct(_package_functions(distribution, package))[:PACKAGE_QUOTA]
+    return _distinct(functions)
+
+
+def installed_versions() -> dict[str, str]:
+    """Installed versions of the mined distributions."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def _package_functions(distribution: str, package: str) -> Iterator[MinedFunction]:
+    """Functions of one distribution, files in an order given by their paths' hashes, until there are enough."""
+    files = [
+        file
+        for file in importlib.metadata.files(distribution) or []
+        if file.suffix == ".py" and file.parts[0] == package and not _SKIPPED_PARTS.search(str(file))
+    ]
+    accepted = 0
+    for file in sorted(files, key=lambda file: seed_of(CSNE.name, file.as_posix())):
+        try:
+            source = Path(str(file.locate())).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if (tree := parsed(source)) is None:
+            continue
+        lines = source.split("\n")
+        for name, node in _definitions(tree):
+            if code_and_doc := _accept(lines, name, node):
+                accepted += 1
+                yield MinedFunction(f"{package} {file.as_posix()} {name}", package, *code_and_doc)
+        if accepted >= 1.5 * PACKAGE_QUOTA:  # some of them will prove near-duplicates
+            return
+
+
+@cache
+def _tokenizer():
+    """The embedded subject's, which counts the tokens."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(embedded_subject.ensure() / "tokenizer.json"))
+
+
+def _definitions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Functions and methods with their qualified names; functions inside functions are left out."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef):
+            yield prefix + node.name, node
+        elif isinstance(node, ast.ClassDef):
+            yield from _definitions(node, f"{prefix}{node.name}.")
+        elif isinstance(node, (ast.If, ast.Try)):
+            yield from _definitions(node, prefix)
+
+
+def _accept(lines: list[str], name: str, node: ast.FunctionDef) -> tuple[str, str] | None:
+    """(code, description) of a function that meets the rules."""
+    if "test" in name.lower() or node.name.startswith("__") or len(node.body) < 2:
+        return None
+    docstring = ast.get_docstring(node, clean=False)
+    doc = description(docstring) if docstring else None
+    code = bare_code(lines, node, longest=2 * _MAX_CHARACTERS) if doc else None
+    if doc is None or code is None or not code.isascii() or code.count("\n") < 2 or len(code) > _MAX_CHARACTERS:
+        return None
+    function = single_function(code)
+    # removing the indentation may have changed a string
+    node.decorator_list, node.body = [], node.body[1:]
+    if function is None or ast.dump(function) != ast.dump(node):
+        return None
+    return (code, doc) if len(_tokenizer().encode(code, add_special_tokens=False).ids) <= MAX_TOKENS else None
+
+
+def _distinct(candidates: Iterable[MinedFunction]) -> list[MinedFunction]:
+    """Drop functions whose tokens nearly repeat an earlier one's (set Jaccard >= 0.8, multiset >= 0.7) or whose doc does."""
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    functions = list(candidates)
+    if not functions:
+        return []
+    bags = [Counter(re.findall(r"\w+", f.code)) for f in functions]
+    incidence = CountVectorizer(analyzer=list, binary=True).fit_transform(bags)
+    shared = (incidence @ incidence.T).tocoo()
+    close: dict[int, list[int]] = {}
+    for later, earlier, common in zip(shared.row.tolist(), shared.col.tolist(), shared.data.tolist()):
+        # compared as integers: no rounding decides membership
+        if earlier < later and 10 * common >= 8 * (len(bags[later]) + len(bags[earlier]) - common):
+            close.setdefault(later, []).append(earlier)
+    kept: dict[int, MinedFunction] = {}
+    sentences: set[str] = set()
+    for n, function in enumerate(functions):
+        repeats = any(
+            earlier in kept and 10 * (bags[n] & bags[earlier]).total() >= 7 * (bags[n] | bags[earlier]).total()
+            for earlier in close.get(n, ())
+        )
+        if not repeats and function.doc not in sentences:
+            sentences.add(function.doc)
+            kept[n] = function
+    return list(kept.values())
 
 
 if __name__ == "__main__":

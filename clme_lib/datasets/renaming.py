@@ -23,6 +23,7 @@ _INTROSPECTION = {"locals", "eval", "exec", "vars", "globals", "dir"}
 _FORBIDDEN = set(keyword.kwlist) | set(keyword.softkwlist) | set(dir(builtins)) | {"self", "cls", "mcs"}
 # instructions whose argument is a variable's name (a global's or an attribute's is never renamed)
 _OF_VARIABLES = {*dis.haslocal, *dis.hasfree}
+_FACTS = ("is_local", "is_global", "is_free", "is_parameter", "is_assigned", "is_referenced")
 # (name, names that are taken) -> its new name, or None
 Substitute = Callable[[str, set[str]], str | None]
 
@@ -104,10 +105,10 @@ def verified(code: str, variant: str, mapping: dict[str, str]) -> bool:
     try:
         forth = _mapped(ast.parse(code), lambda name: mapping.get(name, name)) == ast.dump(ast.parse(variant))
         back = _mapped(ast.parse(variant), lambda name: inverse.get(name, name)) == ast.dump(ast.parse(code))
-        tables = [symtable.symtable(text, "function", "exec") for text in (code, variant)]
+        before, after = (symtable.symtable(text, "function", "exec") for text in (code, variant))
     except (SyntaxError, ValueError):
         return False
-    return forth and back and _isomorphic(tables[0], tables[1], mapping)
+    return forth and back and _facts(before, mapping) == _facts(after, {})
 
 
 def same_up_to_names(code: str, variant: str) -> bool:
@@ -150,27 +151,19 @@ def _instructions(code: types.CodeType, names: dict[str, str]) -> list[tuple]:
     cells: list[tuple] = []  # a run of instructions that make or hand over cells
     shared = {names.get(name, name) for name in (*code.co_cellvars, *code.co_freevars)}
     for step in dis.get_instructions(code):
-        value = step.argval
+        value, of_variable = step.argval, step.opcode in _OF_VARIABLES
         if isinstance(value, types.CodeType):
-            value = (
-                value.co_name,
-                value.co_argcount,
-                value.co_kwonlyargcount,
-                value.co_flags,
-                _instructions(value, names),
-            )
-        elif step.opcode in _OF_VARIABLES and isinstance(value, tuple):
-            # newer interpreters load two variables with one instruction
-            value = tuple(names.get(name, name) for name in value)
-        elif step.opcode in _OF_VARIABLES:
-            value = names.get(value, value)
+            counts = value.co_argcount, value.co_kwonlyargcount, value.co_flags
+            value = (value.co_name, *counts, _instructions(value, names))
+        elif of_variable:  # newer interpreters load two variables with one instruction
+            value = tuple(names.get(n, n) for n in value) if isinstance(value, tuple) else names.get(value, value)
         elif isinstance(value, frozenset):
             value = sorted(map(repr, value))
-        if step.opcode in _OF_VARIABLES and value in shared:
+        if of_variable and value in shared:
             cells.append((step.opname, repr(value)))
-            continue
-        steps += [*sorted(cells), (step.opname, repr(value))]
-        cells = []
+        else:
+            steps += [*sorted(cells), (step.opname, repr(value))]
+            cells = []
     return steps + sorted(cells)
 
 
@@ -198,24 +191,19 @@ class Substitutes:
         self._mass = {name: sum(self._weight[context] for context in own) for name, own in self._contexts.items()}
         self._ranked: dict[str, list[str]] = {}
 
-    def ranked(self, name: str) -> list[str]:
-        """Other names, most alike first; empty for a name the corpus hardly knows. One letter stays one letter."""
-        if name not in self._contexts:
-            return []
-        if name not in self._ranked:
+    def substitute(self, name: str, taken: set[str]) -> str | None:
+        """The name most alike that is not taken; None for a name the corpus hardly knows (a :data:`Substitute`)."""
+        if name in self._contexts and name not in self._ranked:
             own = self._contexts[name]
 
-            def likeness(candidate: str) -> int:
+            def unlikeness(candidate: str) -> tuple[int, str]:
                 shared = sum(self._weight[context] for context in own & self._contexts[candidate])
-                return 2_000_000 * shared // (self._mass[name] + self._mass[candidate] or 1)
+                return -(2_000_000 * shared // (self._mass[name] + self._mass[candidate] or 1)), candidate
 
+            # one letter stays one letter
             candidates = [n for n in self._contexts if n != name and (len(n) == 1) == (len(name) == 1)]
-            self._ranked[name] = sorted(candidates, key=lambda candidate: (-likeness(candidate), candidate))[:40]
-        return self._ranked[name]
-
-    def substitute(self, name: str, taken: set[str]) -> str | None:
-        """The name most alike that is not taken (a :data:`Substitute`)."""
-        return next((candidate for candidate in self.ranked(name) if candidate not in taken), None)
+            self._ranked[name] = sorted(candidates, key=unlikeness)[:40]
+        return next((candidate for candidate in self._ranked.get(name, ()) if candidate not in taken), None)
 
 
 def _parameters(args: ast.arguments) -> list[str]:
@@ -290,18 +278,10 @@ def _mapped(tree: ast.AST, new_name: Callable[[str], str], functions: bool = Fal
     return ast.dump(tree)
 
 
-def _isomorphic(before: symtable.SymbolTable, after: symtable.SymbolTable, mapping: dict[str, str]) -> bool:
-    def facts(table: symtable.SymbolTable, names: dict[str, str]) -> dict[str, tuple]:
-        return {
-            names.get(s.get_name(), s.get_name()): (
-                s.is_local(), s.is_global(), s.is_free(), s.is_parameter(), s.is_assigned(), s.is_referenced()
-            )
-            for s in table.get_symbols()
-        }  # fmt: skip
-
-    nested = before.get_children(), after.get_children()
-    return (
-        facts(before, mapping) == facts(after, {})
-        and len(nested[0]) == len(nested[1])
-        and all(_isomorphic(*tables, mapping) for tables in zip(*nested))
-    )
+def _facts(table: symtable.SymbolTable, names: dict[str, str]) -> tuple[dict, list]:
+    """What a symbol table says of each name, and the same of the tables nested in it."""
+    of_names = {
+        names.get(symbol.get_name(), symbol.get_name()): [getattr(symbol, fact)() for fact in _FACTS]
+        for symbol in table.get_symbols()
+    }
+    return of_names, [_facts(nested, names) for nested in table.get_children()]

@@ -15,7 +15,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 _ROLE = re.compile(r":[\w:+-]+:`~?!?([^`<]*?)(?:\s*<[^`]*>)?`")
 _POINTER = re.compile(
     r"https?:|www\.|TODO|FIXME|XXX|[Dd]eprecat|\b[Ss]ee\b|[Ss]ame as|[Ss]imilar to|[Jj]ust like|[Ll]ike `|above|below|"
-    r"[Ww]rapper for|[Aa]lias|[Oo]verrid|[Rr]eference implementation|docstring|[Nn]ot implemented|>>>|\||\.\.|^\W",
+    r"[Ww]rapper for|[Aa]lias|[Oo]verrid|[Rr]eference implementation|docstring|[Nn]ot implemented|>>>|\||\.\.|^\W"
 )
 _OPENINGS = re.compile(r"(This|These|That|We|I|Maybe|Note|It|Also|And|But|If|When|For|Please|Notes?:)\b")
 
@@ -38,12 +38,13 @@ def single_function(code: str) -> Function | None:
 
 
 def bare_code(lines: list[str], function: Function, longest: int | None = None) -> str | None:
-    """A function's text from its ``def`` on, not indented, without its docstring and comments and the lines that hold nothing else.
+    """A function's text from its ``def`` on, not indented, without its docstring, its comments and lines that hold no more.
+
+    None when its docstring shares a line with code or is all it has, when it is too long or cannot be tokenized.
 
     Args:
         lines: the source that ``function`` was parsed from.
-        longest: characters with the comments; None is returned for more, as it is for what cannot be tokenized and for a function whose
-            docstring shares a line with code or is all it has.
+        longest: most characters, counted with the comments.
     """
     kept, body = lines[function.lineno - 1 : function.end_lineno], function.body
     if ast.get_docstring(function, clean=False) is not None:

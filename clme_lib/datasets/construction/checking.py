@@ -26,9 +26,8 @@ from ..renaming import same_up_to_names
 from ..source_code import parsed
 
 _TOKEN = re.compile(r"\w+|[^\w\s]")
-
-
 Level = Literal["error", "warning"]
+_Check = tuple[Level, str, str, Callable[[Case], bool]]  # level, problem, remedy, and whether a case has the problem
 
 
 @dataclass(frozen=True)
@@ -95,10 +94,9 @@ def check_file(path: Path | str, dataset: str | None = None) -> Report:
     for number, record in enumerate(records):
         try:
             cases.append(parse_record(record, f"record {number}", kind))
+            answered.update(list(record["neighborhoods"].get("answers") or ()))
         except StudyError as error:
             malformed.append(str(error))
-            continue
-        answered.update(list(record["neighborhoods"].get("answers") or ()))
     findings = [Finding("error", "malformed records", tuple(malformed), "Mend or remove them.")] if malformed else []
     findings += [
         Finding("warning", f"answers of {model} are missing for some cases", (f"{len(cases) - count} of {len(cases)}",),
@@ -144,18 +142,14 @@ def lengths(cases: Sequence[Case]) -> tuple[Lengths, ...]:
         "targets": [case.target for case in cases],
         "rephrased inputs": [dataset.text(prompt) for case in cases for prompt in case.rephrased],
         "neighbours": unrelated,
-        "neighbours, distinct": list(dict.fromkeys(unrelated)),
-        "targets, distinct": list(dict.fromkeys(case.target for case in cases)),
+        "neighbours, distinct": set(unrelated),
+        "targets, distinct": {case.target for case in cases},
     }
-    rows = []
-    for name, texts in texts_of.items():
-        counts = [len(_TOKEN.findall(text)) for text in texts]
-        rows.append(Lengths(name, len(texts), float(np.mean(counts or [0])), float(np.median(counts or [0]))))
-    return tuple(rows)
-
-
-# level, problem, remedy, and whether a case has the problem
-_Check = tuple[Level, str, str, Callable[[Case], bool]]
+    counts_of = {name: [len(_TOKEN.findall(text)) for text in texts] for name, texts in texts_of.items()}
+    return tuple(
+        Lengths(name, len(counts), float(np.mean(counts or [0])), float(np.median(counts or [0])))
+        for name, counts in counts_of.items()
+    )
 
 
 def _checks(cases: Sequence[Case]) -> list[_Check]:
@@ -176,7 +170,7 @@ def _checks(cases: Sequence[Case]) -> list[_Check]:
         ("error", "a neighbour occurs twice in a case", "Choose another one.",
          lambda case: len(set(case.unrelated)) < len(case.unrelated)),
         ("warning", f"a neighbour is closer than {TOO_CLOSE} to the edit input (TF-IDF)", "Leaving it unchanged may be wrong.",
-         lambda case: closest[case.case_id] > TOO_CLOSE),
+         lambda case: closest.get(case.case_id, 0) > TOO_CLOSE),
         ("warning", "target is too short for BLEU", "With fewer than four tokens it scores 0 even when written exactly.",
          lambda case: bleu([case.target], [case.target]) == 0),
         ("warning", "target has no letter or digit", "ROUGE-L is 0 even when it is written exactly.",
@@ -184,33 +178,29 @@ def _checks(cases: Sequence[Case]) -> list[_Check]:
         ("warning", "target begins or ends with white space", "It can never match exactly: what is generated is stripped.",
          lambda case: case.target != case.target.strip()),
     ]  # fmt: skip
-    if "target" in dataset.code:
-        checks += [
-            ("warning", "snippet is not Python 3", "Check whether it is Python 2, or remove the case.",
-             lambda case: not parsed(case.target)),
-        ]  # fmt: skip
-    else:
-        checks += [
-            ("warning", "function is not Python 3", "Check whether it is Python 2, or remove the case.",
-             lambda case: not parsed(case.text)),
-            ("warning", "a neighbour is not Python 3", "Check whether it is Python 2.",
-             lambda case: not all(parsed(dataset.text(prompt)) for prompt in case.unrelated)),
-            ("warning", "rephrased function is not the function up to names", "Rename anew and verify.",
-             lambda case: bool(parsed(case.text)) and not all(
-                 same_up_to_names(case.text, dataset.text(prompt)) for prompt in case.rephrased)),
-        ]  # fmt: skip
-    return checks
+    of_targets: list[_Check] = [
+        ("warning", "snippet is not Python 3", "Check whether it is Python 2, or remove the case.",
+         lambda case: not parsed(case.target)),
+    ]  # fmt: skip
+    of_inputs: list[_Check] = [
+        ("warning", "function is not Python 3", "Check whether it is Python 2, or remove the case.",
+         lambda case: not parsed(case.text)),
+        ("warning", "a neighbour is not Python 3", "Check whether it is Python 2.",
+         lambda case: not all(parsed(dataset.text(prompt)) for prompt in case.unrelated)),
+        ("warning", "rephrased function is not the function up to names", "Rename anew and verify.",
+         lambda case: bool(parsed(case.text)) and not all(
+             same_up_to_names(case.text, dataset.text(prompt)) for prompt in case.rephrased)),
+    ]  # fmt: skip
+    return checks + (of_targets if "target" in dataset.code else of_inputs)
 
 
 def _closest(cases: Sequence[Case]) -> dict[int, float]:
     """The largest TF-IDF cosine between a case's edit input and one of its neighbours."""
-    rows: dict[str, int] = {}
-    for case in cases:
-        for prompt in (case.prompt, *case.unrelated):
-            rows.setdefault(prompt, len(rows))
-    vectors = tfidf([get_dataset(cases[0].dataset).text(prompt) for prompt in rows])
-
-    def cosine(case: Case) -> float:
-        return float((vectors[[rows[prompt] for prompt in case.unrelated]] @ vectors[rows[case.prompt]].T).max())
-
-    return {case.case_id: cosine(case) if case.unrelated else 0.0 for case in cases}
+    prompts = list(dict.fromkeys(prompt for case in cases for prompt in (case.prompt, *case.unrelated)))
+    vectors = tfidf([get_dataset(cases[0].dataset).text(prompt) for prompt in prompts])
+    row = {prompt: n for n, prompt in enumerate(prompts)}
+    return {
+        case.case_id: float((vectors[[row[prompt] for prompt in case.unrelated]] @ vectors[row[case.prompt]].T).max())
+        for case in cases
+        if case.unrelated
+    }

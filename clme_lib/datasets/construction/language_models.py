@@ -21,7 +21,6 @@ from ..renaming import rename
 from .rephrasing import renamed
 from .stages import Step
 
-Pooling = Literal["cls", "mean"]
 _MOST_TOKENS = 512
 _ROWS = 64
 _FEWEST_LETTERS = 2
@@ -30,14 +29,11 @@ _FEWEST_LETTERS = 2
 class TextEncoder:
     """Unit vectors of texts by a Hugging Face encoder; a :data:`~clme_lib.datasets.neighbours.Embedder`."""
 
-    def __init__(self, name: str, device: str = "cpu", pooling: Pooling | None = None) -> None:
+    def __init__(self, name: str, device: str = "cpu") -> None:
         self.name, self.device = name, torch.device(device)
         self.tokenizer, self.model = _load(name, "AutoModel", self.device)
-        self.pooling: Pooling = pooling or card_pooling(name)
-
-    def settings(self) -> dict:
-        """For the stage's manifest."""
-        return {"encoder": self.name, "pooling": self.pooling}
+        self.pooling = card_pooling(name)
+        self.settings = {"encoder": name, "pooling": self.pooling}  # for the stage's manifest
 
     def vectors(self, texts: Sequence[str]) -> torch.Tensor:
         """(N, d) unit vectors, with gradients when they are on."""
@@ -59,7 +55,7 @@ class TextEncoder:
         return matrix
 
 
-def card_pooling(name: str) -> Pooling:
+def card_pooling(name: str) -> Literal["cls", "mean"]:
     """How the model's card pools: its ``1_Pooling/config.json``, or the mean where it has none."""
     from transformers.utils import cached_file
 
@@ -121,13 +117,11 @@ class MaskedNames:
     """
 
     def __init__(self, name: str, device: str = "cpu") -> None:
-        self.name, self.device = name, torch.device(device)
+        self.device = torch.device(device)
         self.tokenizer, self.model = _load(name, "AutoModelForMaskedLM", self.device)
-
-    def step(self) -> Step:
-        """Gives each function its ``rephrased`` code."""
-        return Step(
-            {"names": self.name}, lambda rows: (renamed(row, partial(self._predicted, row["code"])) for row in rows)
+        # gives each function its ``rephrased`` code
+        self.step = Step(
+            {"names": name}, lambda rows: (renamed(row, partial(self._predicted, row["code"])) for row in rows)
         )
 
     @torch.no_grad()
