@@ -38,12 +38,13 @@ def single_function(code: str) -> Function | None:
 
 
 def bare_code(lines: list[str], function: Function, longest: int | None = None) -> str | None:
-    """A function's text from its ``def`` on, not indented, without its docstring and comments and the lines that hold nothing else.
+    """A function's text from its ``def`` on, not indented, without its docstring, its comments and lines that hold no more.
+
+    None when its docstring shares a line with code or is all it has, when it is too long or cannot be tokenized.
 
     Args:
         lines: the source that ``function`` was parsed from.
-        longest: characters with the comments; None is returned for more, as it is for what cannot be tokenized and for a function whose
-            docstring shares a line with code or is all it has.
+        longest: most characters, counted with the comments.
     """
     kept, body = lines[function.lineno - 1 : function.end_lineno], function.body
     if ast.get_docstring(function, clean=False) is not None:
