@@ -67,6 +67,8 @@ def damage(name):
                 request["snippet"] = "foo()"
             case "no letters":
                 request["snippet"] = "[] + [] + {}"
+            case "end of text":
+                request["snippet"] = "ids = encode(text + '</s>')"
             case "white space":
                 request["snippet"] += "\n"
             case "not Python":
@@ -103,7 +105,8 @@ def damage(name):
         ("repeated neighbour", "error", "a neighbour occurs twice"),
         ("close neighbour", "warning", "closer than 0.97"),
         ("short", "warning", "too short for BLEU"),
-        ("no letters", "warning", "no letter or digit"),
+        ("no letters", "warning", "no Latin letter or digit"),
+        ("end of text", "warning", "an end-of-text string (<|im_end|>, <|endoftext|>, </s>)"),
         ("white space", "warning", "begins or ends with white space"),
         ("not Python", "warning", "snippet is not Python 3"),
         ("missing field", "error", "field 'snippet' is missing"),

@@ -300,7 +300,7 @@ def test_changed_settings_and_inputs_are_refused(conala, tmp_path):
     conala.write_text(conala.read_text() + json.dumps({"intent": "new one", "snippet": "new()"}) + "\n")
     with pytest.raises(StudyError, match="01-collect.jsonl: made with other settings"):
         make(2)
-    with pytest.raises(StudyError, match="03-select.jsonl: made with other inputs"):
+    with pytest.raises(StudyError, match="02-score.jsonl: was changed after it was made; put it back, or remove it"):
         file = tmp_path / "out" / "02-score.jsonl"
         conala.write_text("".join(conala.read_text().splitlines(keepends=True)[:-1]))
         file.write_text(file.read_text().replace("very relevant", "irrelevant", 1))
@@ -374,12 +374,12 @@ def test_csne_is_built_offline(code_search_net, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"intent": "x"\n', "line 1: not JSON"),
+        ("a.jsonl", b'{"intent": "x"\n', "line 1: cannot be read as UTF-8 JSON"),
         ("a.jsonl", b'{"intent": "caf\xe9", "snippet": "x"}\n', "not UTF-8 after line 0"),
         ("a.jsonl.gz", gzip.compress(b'{"intent": "x", "snippet": "y"}\n' * 5000)[:-40], "is the download complete"),
         ("a.jsonl.gz", b"no gzip", "is the download complete"),
         ("a.parquet", b"PAR1", "cannot be read as Parquet"),
-        ("a.json", b"[1]", "a row is int, expected an object"),
+        ("a.json", b"[1]", "row 0: expected an object, found int"),
         ("a.txt", b"", "is neither hub, embedded, nor a JSON"),
     ],
 )
@@ -561,7 +561,7 @@ def test_labels_are_drawn_and_compared(conala, tmp_path, capsys):
     assert cli.main(arguments) == 0
     table = pd.read_csv(tmp_path / "labels.csv")
     assert len(table) == agreement.sample_size(24, 0.1) == 20 and "level" not in table.columns
-    assert cli.main(arguments) == 1 and "line 2, labeller 1: '' is not a level" in capsys.readouterr().err
+    assert cli.main(arguments) == 1 and "row 2, labeller 1: '' is not a level" in capsys.readouterr().err
     levels = {row["id"]: row["level"] for row in read_rows(tmp_path / "out" / "02-score.jsonl")}
     table["labeller 1"] = [levels[pair] for pair in table["id"]]
     table["labeller 2"] = [5 - n % 2 for n in range(20)]
@@ -593,7 +593,7 @@ def test_stages_say_what_is_wrong_with_their_files(tmp_path):
     step = Step({}, lambda _: [{"id": 1}])
     Stages(tmp_path).run("a", step, [])
     (tmp_path / "01-a.json").write_text("{")
-    with pytest.raises(StudyError, match="01-a.json: not JSON"):
+    with pytest.raises(StudyError, match="01-a.json: cannot be read as UTF-8 JSON.*remove it and 01-a.jsonl"):
         Stages(tmp_path).run("a", step, [])
     (tmp_path / "01-a.json").unlink()
     with pytest.raises(StudyError, match="has no 01-a.json beside it"):

@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from ...support.errors import StudyError, first_line
 from ...support.journal import write_text
+from ...support.reading import read_json
 from ..renaming import rename
-from .rephrasing import renamed
+from .rephrasing import FIELDS, renamed
 from .stages import Step
 
 _MOST_TOKENS = 512
@@ -63,7 +64,9 @@ def card_pooling(name: str) -> Literal["cls", "mean"]:
         file = cached_file(name, "1_Pooling/config.json")
     except OSError:  # no such file, or no network: loading the model has already told
         return "mean"
-    card = json.loads(Path(str(file)).read_text(encoding="utf-8"))
+    card = read_json(str(file))
+    if not isinstance(card, dict):
+        raise StudyError(f"{file}: expected an object that says how to pool; remove the file to pool by the mean")
     return "cls" if card.get("pooling_mode_cls_token") else "mean"
 
 
@@ -121,7 +124,9 @@ class MaskedNames:
         self.tokenizer, self.model = _load(name, "AutoModelForMaskedLM", self.device)
         # gives each function its ``rephrased`` code
         self.step = Step(
-            {"names": name}, lambda rows: (renamed(row, partial(self._predicted, row["code"])) for row in rows)
+            {"names": name},
+            lambda rows: (renamed(row, partial(self._predicted, row["code"])) for row in rows),
+            fields=FIELDS,
         )
 
     @torch.no_grad()
