@@ -49,7 +49,7 @@ def read(path: str | os.PathLike, dataset: DataSet) -> list[Case]:
 
 def read_records(path: str | os.PathLike) -> list:
     """The records of a file in the published layout, not looked into; StudyError when there are none."""
-    records = read_json(path)
+    records = read_json(os.fspath(path))
     if not isinstance(records, list) or not records:
         raise StudyError(
             f"{path}: expected a JSON list of records, found {type(records).__name__ if records else 'nothing'}"

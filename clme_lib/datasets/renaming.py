@@ -31,7 +31,6 @@ _SIGNATURES = {
     "__kwdefaults__",
     "__annotations__",
 }
-_RECEIVERS = {"self", "cls", "super()"}
 _EXPRESSIONS = {"eval", "query", "evaluate"}  # methods that read a text with variables in it
 _FORBIDDEN = set(keyword.kwlist) | set(keyword.softkwlist) | set(dir(builtins)) | {"self", "cls", "mcs"}
 # instructions whose argument is a variable's name (a global's or an attribute's is never renamed)
@@ -53,11 +52,14 @@ def eligible_names(function: Function) -> list[str]:
     """
     nodes = list(ast.walk(function))
     names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    names |= {part for node in nodes if isinstance(node, ast.alias) for part in node.name.split(".")}
+    strings = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     calls = [node for node in nodes if isinstance(node, ast.Call)]
-    # what is reached through f_back is a caller's
-    own_frame = _FRAMES & (names | attributes) and "f_back" not in attributes
-    if _INTROSPECTION & names or own_frame or any(map(_reads_expression, calls)):
+    # what is reached through f_back is a caller's, which may be this one where there are functions in it
+    nested = any(isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) for node in nodes[1:])
+    own_frame = _FRAMES & (names | attributes | strings) and (nested or "f_back" not in attributes)
+    if _INTROSPECTION & (names | strings) or own_frame or any(map(_reads_expression, calls)):
         return []
     if any(isinstance(node, ast.Match) for node in nodes):
         return []
@@ -71,25 +73,28 @@ def eligible_names(function: Function) -> list[str]:
             excluded |= {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             nested_parameters |= set(_parameters(node.args))
-    keywords = {word.arg for call in calls for word in call.keywords}  # None: of ``**``, known at run time alone
-    by_name = None in keywords or _SIGNATURES & (names | attributes)
-    excluded |= nested_parameters if by_name else nested_parameters & keywords
-    to_itself = [call for call in calls if _called(call) == function.name]
-    excluded |= {word.arg for call in to_itself for word in call.keywords if word.arg}
+    keywords = {word.arg for call in calls for word in call.keywords if word.arg}
+    any_keyword = any(word.arg is None for call in calls for word in call.keywords)  # ``**``: known at run time alone
+    by_name = any_keyword or _SIGNATURES & (names | attributes | strings)
+    excluded |= nested_parameters if by_name else nested_parameters & (keywords | strings)
+    to_itself = [word for call in calls if _called(call) == function.name for word in call.keywords]
+    excluded |= {word.arg for word in to_itself if word.arg}
     if function.name not in bound:
-        # of ``**`` too, but what comes from its own ``**`` is no parameter
+        itself = {f"{receiver}{function.name}" for receiver in ("", "self.", "cls.", "super().")}
+        # what comes from its own ``**`` is no parameter
         passed = {
             ast.unparse(word.value)
-            for call in to_itself
-            if isinstance(call.func, ast.Name) or ast.unparse(call.func.value) in _RECEIVERS
+            for call in calls
+            if ast.unparse(call.func) in itself
             for word in call.keywords
             if not word.arg
         }
-        excluded |= set(_parameters(function.args)) if passed - {getattr(function.args.kwarg, "arg", None)} else set()
+        if passed - {getattr(function.args.kwarg, "arg", None)}:
+            excluded |= {*_parameters(function.args)}
         # handed to what may call it, such as ``partial``
         handed_on = set(nodes) - {call.func for call in calls}
         if any(isinstance(node, ast.Name) and node.id == function.name for node in handed_on):
-            excluded |= keywords - {None}
+            excluded |= {*_parameters(function.args)} if by_name else keywords | strings
     # defaults, and annotations inside the arguments
     outside = [function.args, *filter(None, [function.returns])]
     excluded |= {node.id for part in outside for node in ast.walk(part) if isinstance(node, ast.Name)}

@@ -20,6 +20,7 @@ _POINTER = re.compile(
 )
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bvs\.)(?<!\betc\.)\s|(?<=\betc\.)\s(?=[A-Z])")
 _ABBREVIATION = re.compile(r"\b(e\.g|i\.e|etc|vs)\.(\s|$)")
+_DEEPEST = 150  # levels of a syntax tree
 _OPENINGS = re.compile(r"(This|These|That|We|I|Maybe|Note|It|Also|And|But|If|When|For|Please|Notes?:)\b")
 
 
@@ -39,13 +40,13 @@ def source_lines(code: str) -> list[str]:
 
 
 def single_function(code: str) -> Function | None:
-    """The function that ``code`` defines, or None when it is anything but one function."""
+    """The function that ``code`` defines, or None when it is anything but one function, or nested so that reading it overflows."""
     tree = parsed(code)
     node = tree.body[0] if tree and len(tree.body) == 1 else None
-    try:
-        return node if isinstance(node, Function) and ast.dump(node) else None
-    except RecursionError:  # what reads trees would fail as dump does
-        return None
+    level: list[ast.AST] = [node] if isinstance(node, Function) else []
+    for _ in range(_DEEPEST):
+        level = [child for parent in level for child in ast.iter_child_nodes(parent)]
+    return node if isinstance(node, Function) and not level else None
 
 
 def bare_code(lines: list[str], function: Function, longest: int | None = None) -> str | None:
@@ -81,7 +82,7 @@ def bare_code(lines: list[str], function: Function, longest: int | None = None) 
 
 def first_sentence(docstring: str) -> str | None:
     """The first sentence of a docstring's first paragraph; None with fewer than three words or more than sixty."""
-    paragraph = re.split(r"\n\s*\n", inspect.cleandoc(docstring))[0]
+    paragraph = re.split(r"\n\s*\n", inspect.cleandoc("\n".join(source_lines(docstring))))[0]
     sentence = _SENTENCE_END.split(" ".join(paragraph.split()))[0]
     return sentence if 3 <= len(sentence.split()) <= 60 else None
 

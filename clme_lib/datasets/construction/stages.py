@@ -120,7 +120,9 @@ def _complete(file: Path, name: str, step: Step, todo: Sequence[StageRow]) -> No
     missing = {row["id"] for row in todo}
     for number, row in enumerate(read_rows(file), 1):
         known = isinstance(row, dict) and isinstance(row.get("id"), int | str) and row["id"] in missing
-        if not known or (not row.get("dropped") and any(type(row.get(f)) is not kind for f, kind in step.fields.items())):
+        if not known or (
+            not row.get("dropped") and any(type(row.get(f)) is not kind for f, kind in step.fields.items())
+        ):
             raise StudyError(f"{file}, line {number}: no row of this stage, or a second one of its id; remove the line")
         missing.remove(row["id"])
     journal = Journal(file, lambda row: row["id"])
