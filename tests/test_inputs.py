@@ -130,7 +130,8 @@ def test_a_bad_input_is_answered(group, spoilt, world, environment, tmp_path, ca
     file = _spoil(group, spoilt, world, tmp_path)
     known_files = set(tmp_path.rglob("*"))
     given = spoilt.get("given", "")
-    places = {"world": str(world), "here": str(tmp_path), "given": str(given)}
+    places = {"world": str(world), "here": str(tmp_path), "given": ""}
+    places["given"] = _filled(str(given), places)
     monkeypatch.chdir(tmp_path)
     if "run" in group:
         words = [_filled(word, places) for word in shlex.split(group["run"])]

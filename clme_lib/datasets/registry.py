@@ -67,7 +67,11 @@ def load_cases(dataset: str | DataSet, source: str = "embedded") -> list[Case]:
 
 @lru_cache(maxsize=8)
 def _from_file(path: str) -> DataSet:
-    return register_dataset(read_dataset(path))
+    dataset = read_dataset(path)
+    try:
+        return register_dataset(dataset)
+    except StudyError as error:
+        raise StudyError(f"{path}: name: {error}") from error
 
 
 @lru_cache(maxsize=8)
