@@ -197,7 +197,10 @@ def test_names_that_are_looked_up_are_not_changed():
     assert names("def f(frame, top):\n    return frame.query('x > @top')") == []
     assert names("def f(model, top):\n    return model.eval(), top") == ["model", "top"]
     assert names("def f(a):\n    try:\n        pass\n    except E as a:\n        pass\n    return a") == []
-    assert names("def f(a, call):\n    def g(key):\n        return key\n    return call(g, {'key': a})") == ["a", "call"]
+    assert names("def f(a, call):\n    def g(key):\n        return key\n    return call(g, {'key': a})") == [
+        "a",
+        "call",
+    ]
 
 
 LINES = ["\n", "\r\n", "\r"]
@@ -245,7 +248,13 @@ def test_the_text_of_strings_stays(code):
 
 def test_what_cannot_be_bared_is_none():
     deep = "def f(a):\n    return " + "+".join(["a"] * 600)
-    for code in (deep, "def f(a):\n    return (" * 90, "def f(a):\n    return a\0", "def f(a: '''x\n'''): '''Doc.'''", ""):
+    for code in (
+        deep,
+        "def f(a):\n    return (" * 90,
+        "def f(a):\n    return a\0",
+        "def f(a: '''x\n'''): '''Doc.'''",
+        "",
+    ):
         assert bare_function(code) is None
     assert not verified("def f(a): return a", deep, {"a": "b"})
 

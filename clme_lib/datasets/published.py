@@ -58,11 +58,7 @@ def read_records(path: str | os.PathLike) -> list:
 
 
 def layout_of(dataset: DataSet) -> Layout:
-    """The authors' layout of a data set.
-
-    Raises:
-        StudyError: it is not one of theirs.
-    """
+    """The authors' layout of a data set; StudyError when it is not one of theirs."""
     if dataset.layout is None:
         raise StudyError(
             f"data set {dataset.name!r} has no layout of the paper's authors; give it a file that describes itself"

@@ -50,12 +50,14 @@ def single_function(code: str) -> Function | None:
 
 
 def bare_code(lines: list[str], function: Function, longest: int | None = None) -> str | None:
-    """A function's text from its ``def`` on, not indented, without its docstring and comments and the lines that hold nothing else.
+    """A function's text from its ``def`` on, not indented, without its docstring, its comments and lines that hold no more.
+
+    None when its docstring shares a line with code or is all it has, when it is too long or cannot be tokenized, and when moving
+    its lines would change anything else, such as a string.
 
     Args:
         lines: the source that ``function`` was parsed from, by :func:`source_lines`.
-        longest: characters with the comments; None is returned for more, as it is for what cannot be tokenized, for a function whose
-            docstring shares a line with code or is all it has, and where moving lines would change anything else, such as a string.
+        longest: most characters, counted with the comments.
     """
     kept, body = lines[function.lineno - 1 : function.end_lineno], function.body
     expected = copy.copy(function)

@@ -1,23 +1,17 @@
 """Both data sets from their sources, stage by stage (paper section III-C).
 
-CNLE::
+::
 
-    collect      intent and snippet of each mined pair; unusable ones dropped with a reason
+                 CNLE                                            CSNE
+    collect      intent and snippet of each mined pair           code without docstring and comments, first sentence
     score        relevance in five levels
-    select       very relevant ones; intents that occur again dropped
-    split        targeted and not, in seeded order
-    neighbours   five non-targeted intents nearest to each targeted one
-    rephrase     each targeted intent in other words
+    select       very relevant ones, each intent once            at most 256 tokens, each function and description once
+    split        targeted and not, in seeded order               the test part targeted (without parts: as CNLE)
+    neighbours   the five nearest that are not targeted          the same, after rephrasing
+    rephrase     targeted intents in other words                 targeted functions with other names, verified
     answers      the subject's own continuations of the neighbours (only when a subject is named)
-    write        EditConala.json in the published layout, and what ``clme data check`` finds in it
 
-CSNE::
-
-    collect      code without docstring and comments, and the docstring's first sentence
-    select       at most 256 tokens; functions and descriptions that occur again dropped
-    split        the test part targeted, train and validation not (without parts: seeded)
-    rephrase     each targeted function with other names, verified
-    neighbours, answers, write
+What comes out is a file in the published layout and what ``clme data check`` finds in it.
 """
 
 from __future__ import annotations
@@ -184,17 +178,16 @@ class _Construction:
             raise StudyError(
                 f"no case is left in {self._stages.folder} ({self._stages.account()}): take a larger source"
             )
-        text_of = {row_id: row[self.text] for row_id, row in self.rows.items()}
         cases = [
             Case.of(
                 self.dataset,
                 n,
-                text_of[row["id"]],
-                self.rows[row["id"]][self.target],
-                [wordings[row["id"]]],
-                [text_of[neighbour] for neighbour in row["neighbours"]],
+                source[self.text],
+                source[self.target],
+                [wordings[source["id"]]],
+                [self.rows[neighbour][self.text] for neighbour in row["neighbours"]],
             )
-            for n, row in enumerate(complete)
+            for n, (row, source) in enumerate(zip(complete, self.source_rows(complete)))
         ]
         written = {}
         if answers is not None:
@@ -256,11 +249,7 @@ def _split(settings: dict[str, Any], account: str, rows: Sequence[StageRow]) -> 
 
 
 def stage_rows(folder: Path, name: str, *fields: str) -> list[StageRow]:
-    """The rows of a stage that was built before.
-
-    Raises:
-        StudyError: the folder has none, or rows without these fields, because they are of another data set.
-    """
+    """The rows of a stage that was built before; StudyError when the folder has none, or they lack a field: another data set's do."""
     files = sorted(folder.glob(f"[0-9][0-9]-{name}.jsonl"))
     rows = read_stage(files[0]) if files else []
     if not rows:
@@ -274,11 +263,7 @@ def stage_rows(folder: Path, name: str, *fields: str) -> list[StageRow]:
 
 
 def built_cases(folder: Path) -> list[Case]:
-    """The cases of a data set that was built in ``folder``.
-
-    Raises:
-        StudyError: the folder has none, or its file is damaged.
-    """
+    """The cases of a data set that was built in ``folder``; StudyError when it has none or the file is damaged."""
     for dataset in PAPER_DATASETS:
         if (file := published.file_in(folder, dataset)).is_file():
             return published.read(file, dataset)

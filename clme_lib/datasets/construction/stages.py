@@ -38,7 +38,7 @@ class Step:
     Attributes:
         settings: whatever decides the result besides the rows it is made from, as JSON values.
         make: from rows to one row each of the same ``id``, in any order.
-        one_by_one: whether a row's result depends on no other row, so that a stage that was stopped makes the missing ones alone.
+        one_by_one: whether a row's result depends on no other row; a stage that was stopped then makes only the missing ones.
         fields: what a row has that was not dropped, with the types.
     """
 
