@@ -189,6 +189,43 @@ def test_a_reply_that_is_none_is_no_answer(tmp_path, server, reply):
     assert list(asking.ask("", ["q0", "q1", "q2"])) == ["5", "", "5"]
 
 
+def reply(content, **usage):
+    """A reply with this content and these token counts."""
+    choices = [{"index": 0, "message": {"role": "assistant", "content": content}}]
+    return json.dumps({"choices": choices, "usage": usage}).encode()
+
+
+@pytest.mark.parametrize("content", [["5"], {"level": 5}, 5, True, 0.5])
+def test_an_answer_of_another_type_is_not_kept(tmp_path, server, content):
+    server.answers = lambda question, count: reply(content, total_tokens=10)
+    cache = tmp_path / "answers.jsonl"
+    with pytest.raises(StudyError, match=f"the answer is {type(content).__name__}, expected a text.*{cache}"):
+        list(endpoint.Endpoint("fake", server.url, cache, retries=0).ask("", ["q"]))
+    assert read_rows(cache) == [], "it would be given for ever"
+    server.answers = sensible
+    assert list(endpoint.Endpoint("fake", server.url, cache, retries=0).ask("", ["q"])) == ["Please q"]
+
+
+@pytest.mark.parametrize("tokens", [-1000, 0, 10**30, "many", True, None, 2.5, [1]])
+def test_impossible_token_counts_lift_no_budget(tmp_path, server, tokens):
+    server.answers = lambda question, count: reply("5", total_tokens=tokens)
+    asking = endpoint.Endpoint("fake", server.url, tmp_path / "answers.jsonl", budget=60, concurrency=1, retries=0)
+    with pytest.raises(StudyError, match="the budget of 60 tokens is spent"):
+        list(asking.ask("an instruction", [f"question {n}" for n in range(9)]))
+    # 25 bytes are counted for each
+    assert [row["tokens"] for row in read_rows(asking.cache)] == [25] * 3 and asking.spent == 75
+
+
+def test_an_answer_that_is_no_line_of_text_drops_its_row(tmp_path, server):
+    odd = {"alpha": "\ud800", "beta": "a\u2028b", "gamma": "a\x1b[2Jb"}
+    row = {"id": 0, "intent": "sort them"}
+    for name, text in odd.items():
+        server.answers = lambda question, count, text=text: reply(text, total_tokens=5)
+        asking = endpoint.Endpoint("fake", server.url, tmp_path / f"{name}.jsonl", retries=0)
+        (made,) = rephrasing.model_intents(asking).make([row])
+        assert made == {"id": 0, "dropped": "unusable answer"}
+
+
 def test_a_silent_endpoint_times_out(tmp_path, server, monkeypatch):
     server.answers = lambda question, count: time.sleep(0.5) or "5"
     asking = endpoint.Endpoint("fake", server.url, tmp_path / "answers.jsonl", retries=0, timeout=0.1)
@@ -224,6 +261,12 @@ def test_the_offline_scorer_prefers_true_pairs():
         for part in (rows, shuffled)
     )
     assert sum(a > b for a, b in zip(true, false)) > 5 * sum(a < b for a, b in zip(true, false))
+
+
+def offline(source, folder):
+    return pipeline.build_cnle(
+        folder, str(source), relevance.OFFLINE_SCORER, rephrasing.GIVEN_INTENTS, targets=4, seed=1
+    )
 
 
 def slow_build(source, folder):
@@ -587,6 +630,74 @@ def test_what_has_not_been_built_is_named(tmp_path, capsys):
         assert cli.main(["data", *arguments]) == 1
         assert "build the data set first" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_too_many_targets_are_answered_with_a_number(conala, tmp_path, capsys):
+    arguments = ["data", "build", "cnle", "--source", str(conala), "--out", str(tmp_path / "out")]
+    assert cli.main([*arguments, "--targets", "100"]) == 1
+    error = capsys.readouterr().err
+    assert (
+        "100 of the rows were asked for as targets; of the 24 that are left, 24 can be targeted and 0 would be" in error
+    )
+    assert "collect: 28 rows, 2 dropped: no intent, 1 dropped: no snippet" in error and "select: 24 rows" in error
+    assert cli.main([*arguments, "--targets", re.search("give --targets ([0-9]+) or fewer", error)[1]]) == 0
+    assert len(pipeline.built_cases(tmp_path / "out")) == 19
+    capsys.readouterr()
+    conala.write_text("".join(json.dumps({"intent": f"do {n}", "snippet": f"do({n})"}) + "\n" for n in range(9)))
+    assert cli.main([*arguments[:-1], str(tmp_path / "other")]) == 1
+    assert "take a larger source, or name a --model: no row has a second wording" in capsys.readouterr().err
+
+
+def test_a_source_that_is_mended_is_read_again(conala, tmp_path):
+    whole = conala.read_text()
+    conala.write_text(whole + "{\n")
+    with pytest.raises(StudyError, match="line 29"):
+        offline(conala, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+    conala.write_text(whole)
+    offline(conala, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "line", ["3", "{}", '{"id": "a"}', '{"id": [1]}', '{"id": 1, "level": 5}', '{"id": 0, "level": "x"}']
+)
+def test_rows_of_an_unfinished_stage_that_are_not_its_own_are_refused(conala, tmp_path, line):
+    offline(conala, tmp_path)
+    for file in tmp_path.glob("0[3-9]*"):
+        file.unlink()
+    manifest = json.loads((tmp_path / "02-score.json").read_text())
+    (tmp_path / "02-score.json").write_text(json.dumps({**manifest, "finished": False}))
+    rows = (tmp_path / "02-score.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "02-score.jsonl").write_text(rows[0] + line + "\n")
+    with pytest.raises(StudyError, match="02-score.jsonl, line 2: "):
+        offline(conala, tmp_path)
+    (tmp_path / "02-score.jsonl").write_text(rows[0])
+    offline(conala, tmp_path)
+
+
+def test_texts_without_latin_words_have_neighbours():
+    chinese = ["排序 列表", "排序 字典", "打开 文件", "?!"]
+    assert nearest(chinese[:1], chinese[1:], allowed=lambda target, entry: True) == [[0, 1, 2]]
+    assert nearest(["?"], ["!", "."], allowed=lambda target, entry: True) == [[0, 1]]
+
+
+def test_odd_fields_of_functions_are_left_out(tmp_path):
+    file = tmp_path / "rows.json"
+    row = {
+        "code": "def f(a):\r    return a",
+        "docstring": "Give it back again.",
+        "partition": ["test"],
+        "repo": {"a": 1},
+    }
+    file.write_text(json.dumps([row]))
+    (made,) = sources.collect_functions(str(file))
+    assert made == {
+        "id": 0,
+        "code": "def f(a):\n    return a",
+        "doc": "Give it back again.",
+        "partition": None,
+        "package": "",
+    }
 
 
 def test_stages_say_what_is_wrong_with_their_files(tmp_path):
