@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from ...metrics.text import bleu, rouge_l
+from ...support.display import printable
 from ...support.errors import StudyError
 from ..base import DataSet, get_dataset, list_datasets
 from ..cases import Case
@@ -43,7 +44,7 @@ class Finding:
 
     def __str__(self) -> str:
         shown = ", ".join(map(str, self.cases[:8])) + (", ..." if len(self.cases) > 8 else "")
-        return f"{self.level}: {self.problem}: {len(self.cases)} ({shown}). {self.remedy}"
+        return printable(f"{self.level}: {self.problem}: {len(self.cases)} ({shown}). {self.remedy}")
 
 
 @dataclass(frozen=True)
