@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -214,7 +215,7 @@ def _data_labels(config: Any) -> None:
     from .datasets.construction.pipeline import stage_rows
 
     levels = {str(row["id"]): row["level"] for row in stage_rows(config.build, "score") if "level" in row}
-    if config.file.exists():
+    if os.path.exists(config.file):  # unlike Path's, False for a name that is too long
         print(agreement(config.file, levels).to_string(index=False))
         return
     pairs = [row for row in stage_rows(config.build, "collect") if str(row["id"]) in levels]

@@ -575,6 +575,30 @@ def test_an_encoder_pools_as_its_card_says(tiny_bert):
         language_models.TextEncoder(str(tiny_bert))
 
 
+def test_an_encoder_that_cannot_encode_is_refused(tiny_bert):
+    def spoilt(name, change):
+        file = tiny_bert / "encoder" / name
+        before = file.read_bytes()
+        content = json.loads(before) if name.endswith("json") else None
+        file.write_bytes(change(before) if content is None else json.dumps(change(content)).encode())
+        try:
+            with pytest.raises(StudyError) as raised:
+                language_models.TextEncoder(str(tiny_bert / "encoder"))
+        finally:
+            file.write_bytes(before)
+        return str(raised.value)
+
+    assert "could not be loaded" in spoilt("model.safetensors", lambda content: b"version https://git-lfs")
+    assert "could not be loaded" in spoilt("config.json", lambda content: [])
+    assert "no pad token" in spoilt("tokenizer_config.json", lambda content: {**content, "pad_token": None})
+    assert "expected an object" in spoilt("1_Pooling/config.json", lambda content: [])
+    encoder = language_models.TextEncoder(str(tiny_bert / "encoder"))
+    encoder.tokenizer.add_tokens(["more", "than", "it", "embeds"])
+    encoder.tokenizer.save_pretrained(tiny_bert / "encoder")
+    with pytest.raises(StudyError, match="the two do not belong together"):
+        language_models.TextEncoder(str(tiny_bert / "encoder"))
+
+
 def test_fine_tuning_brings_descriptions_to_their_functions(tiny_bert, code_search_net, tmp_path, capsys):
     assert cli.main(["data", "build", "csne", "--source", str(code_search_net), "--out", str(tmp_path / "out")]) == 0
     arguments = ["data", "fine-tune", str(tmp_path / "out"), "--encoder", str(tiny_bert / "encoder"), "--out", str(tmp_path / "tuned"),
