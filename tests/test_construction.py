@@ -33,6 +33,7 @@ from clme_lib.datasets.registry import load_cases
 from clme_lib.datasets.renaming import rename, same_bytecode
 from clme_lib.support.errors import StudyError
 from clme_lib.support.journal import read_rows
+from clme_lib.support.locks import only_writer
 
 NAMES = ("alpha", "beta", "gamma", "delta", "omega", "sigma", "kappa", "theta", "zeta", "lambda_", "iota", "rho")
 
@@ -224,6 +225,7 @@ def test_an_answer_that_is_no_line_of_text_drops_its_row(tmp_path, server):
         asking = endpoint.Endpoint("fake", server.url, tmp_path / f"{name}.jsonl", retries=0)
         (made,) = rephrasing.model_intents(asking).make([row])
         assert made == {"id": 0, "dropped": "unusable answer"}
+        assert read_rows(asking.cache)[0]["answer"].encode(), "the cache can be read"
 
 
 def test_a_silent_endpoint_times_out(tmp_path, server, monkeypatch):
@@ -334,7 +336,7 @@ def test_changed_settings_and_inputs_are_refused(conala, tmp_path):
     make(1)
     with pytest.raises(
         StudyError,
-        match=r"04-split.jsonl: made with other settings \(seed 1, now 2\); remove the file and those after it",
+        match=r"04-split.jsonl: made with other settings \(seed 1, now 2\); remove 04-split.\* and those after it",
     ):
         make(2)
     for file in (tmp_path / "out").glob("0[4-9]*"):
@@ -343,7 +345,9 @@ def test_changed_settings_and_inputs_are_refused(conala, tmp_path):
     conala.write_text(conala.read_text() + json.dumps({"intent": "new one", "snippet": "new()"}) + "\n")
     with pytest.raises(StudyError, match="01-collect.jsonl: made with other settings"):
         make(2)
-    with pytest.raises(StudyError, match="02-score.jsonl: was changed after it was made; put it back, or remove it"):
+    with pytest.raises(
+        StudyError, match="02-score.jsonl: was changed after it was made; put it back, or remove 02-score"
+    ):
         file = tmp_path / "out" / "02-score.jsonl"
         conala.write_text("".join(conala.read_text().splitlines(keepends=True)[:-1]))
         file.write_text(file.read_text().replace("very relevant", "irrelevant", 1))
@@ -670,6 +674,12 @@ def test_too_many_targets_are_answered_with_a_number(conala, tmp_path, capsys):
     conala.write_text("".join(json.dumps({"intent": f"do {n}", "snippet": f"do({n})"}) + "\n" for n in range(9)))
     assert cli.main([*arguments[:-1], str(tmp_path / "other")]) == 1
     assert "take a larger source, or name a --model: no row has a second wording" in capsys.readouterr().err
+
+
+def test_two_builds_of_one_folder_do_not_mix(conala, tmp_path, capsys):
+    with only_writer(tmp_path / "out"):
+        assert cli.main(["data", "build", "cnle", "--source", str(conala), "--out", str(tmp_path / "out")]) == 1
+    assert f"{tmp_path}/out: process " in (error := capsys.readouterr().err) and "writing there" in error
 
 
 def test_a_source_that_is_mended_is_read_again(conala, tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -18,6 +19,7 @@ from typing import Any
 from ...support.errors import StudyError
 from ...support.journal import append_rows, read_rows
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _LONGEST_ANSWER = 256  # tokens
 _FRAME = 1_000  # tokens that an endpoint may put around a question
 
@@ -128,7 +130,8 @@ class Endpoint:
             answer: Any = reply.choices[0].message.content  # the client does not check types
             if not isinstance(answer, str | None):
                 raise ValueError(f"the answer is {type(answer).__name__}, expected a text")
-            return answer or "", _tokens(reply.usage, instruction + question + (answer or ""))
+            answer = _SURROGATE.sub("\ufffd", answer or "")  # no file could be read that has one
+            return answer, _tokens(reply.usage, instruction + question + answer)
         except (openai.OpenAIError, ValueError, AttributeError, TypeError, LookupError) as error:
             raise StudyError(
                 f"{self._client.base_url}: {type(error).__name__}: {str(error)[:300]}; the answers so far are kept in {self.cache}, "
@@ -138,5 +141,5 @@ class Endpoint:
 
 def _tokens(usage: Any, text: str) -> int:
     """The tokens that an endpoint says it used; the bytes of the text, which are more, where it says nothing that can be true."""
-    said, most = getattr(usage, "total_tokens", None), len(text.encode("utf-8", "surrogatepass"))
+    said, most = getattr(usage, "total_tokens", None), len(text.encode())
     return said if type(said) is int and 0 < said <= most + _LONGEST_ANSWER + _FRAME else most

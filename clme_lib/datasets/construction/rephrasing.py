@@ -19,8 +19,8 @@ INSTRUCTION = (
 FIELDS = {"rephrased": str}
 _CORPUS = 20_000  # functions
 _NOT_A_LINE = re.compile(
-    r"[\x00-\x08\x0a-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]"
-)  # line ends, control characters, surrogates
+    r"[\x00-\x08\x0a-\x1f\x7f\x85\u2028\u2029\ufffd]"
+)  # line ends, control characters, what was no character
 
 
 def _rephrase_as_given(rows: Sequence[StageRow]) -> Iterator[StageRow]:

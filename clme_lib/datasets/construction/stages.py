@@ -69,7 +69,7 @@ class Stages:
         for part, now in identity.items() if before and (before["finished"] or goes_on) else ():
             if before.get(part) != now:
                 raise StudyError(
-                    f"{file}: made with other {part} ({_difference(before.get(part), now)}); remove the file and "
+                    f"{file}: made with other {part} ({_difference(before.get(part), now)}); remove {file.stem}.* and "
                     "those after it to make them anew, or choose another folder"
                 )
         if not before or not before["finished"]:
@@ -110,7 +110,7 @@ def read_stage(file: Path) -> list[StageRow]:
     manifest = manifest_of(file)
     if manifest.get("finished") and not (file.is_file() and file_sha256(file) == manifest["sha256"]):
         raise StudyError(
-            f"{file}: was changed after it was made; put it back, or remove it, {file.stem}.json and the files of later stages"
+            f"{file}: was changed after it was made; put it back, or remove {file.stem}.* and those after it"
         )
     return read_rows(file)
 
