@@ -194,6 +194,13 @@ def _prepare(_config: Any) -> None:
 
 
 def _data_build(config: Any) -> bool:
+    from .support.locks import only_writer
+
+    with only_writer(config.out):
+        return _built(config)
+
+
+def _built(config: Any) -> bool:
     from .datasets.construction import pipeline, relevance, rephrasing
     from .datasets.construction.endpoint import Endpoint
     from .datasets.construction.language_models import MaskedNames, TextEncoder
@@ -229,7 +236,7 @@ def _data_labels(config: Any) -> None:
     from .datasets.construction.pipeline import stage_rows
 
     levels = {str(row["id"]): row["level"] for row in stage_rows(config.build, "score") if "level" in row}
-    if config.file.exists():
+    if os.path.exists(config.file):  # unlike Path's, False for a name that is too long
         print(agreement(config.file, levels).to_string(index=False))
         return
     pairs = [row for row in stage_rows(config.build, "collect") if str(row["id"]) in levels]
@@ -240,7 +247,7 @@ def _data_fine_tune(config: Any) -> None:
     from .datasets.construction.language_models import TextEncoder, fine_tune
     from .datasets.construction.pipeline import stage_rows
 
-    functions = {row["id"]: row for row in stage_rows(config.build, "collect")}
+    functions = {row["id"]: row for row in stage_rows(config.build, "collect", "doc")}
     split = stage_rows(config.build, "split")
     pairs = [(functions[row["id"]]["doc"], functions[row["id"]]["code"]) for row in split if not row["targeted"]]
     encoder = TextEncoder(config.encoder, config.device)

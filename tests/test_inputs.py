@@ -33,6 +33,7 @@ import clme_lib as clme
 from clme_lib import cli
 from clme_lib.datasets import published
 from clme_lib.datasets.cases import Case
+from clme_lib.datasets.construction.endpoint import Endpoint
 from clme_lib.datasets.paper import CNLE, CSNE
 from clme_lib.support.errors import StudyError
 
@@ -79,6 +80,18 @@ def world(tmp_path_factory) -> Path:
             for n in range(3)
         ]  # fmt: skip
         published.write(folder / f"{dataset.name}.json", made)
+    sources = {
+        "conala.jsonl": [{"intent": f"sort list {n}", "snippet": f"list{n}.sort({n})", "rewritten_intent": f"order {n}"}
+                         for n in range(24)],
+        "functions.jsonl": [{"code": FUNCTION.format(f"x{n}", "y"), "docstring": f"Give item {n} back again."} for n in range(9)],
+        "answers.jsonl": [{"key": "a", "answer": "5", "tokens": 3}],
+    }  # fmt: skip
+    for name, rows in sources.items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["data", "build", CNLE.name, "--source", f"{folder}/conala.jsonl", "--out", f"{folder}/built"]) == 0
+    assert cli.main(["data", "labels", f"{folder}/built", f"{folder}/labels.csv"]) == 0
+    labels = (folder / "labels.csv").read_text(encoding="utf-8").replace(",,", ",5,5")
+    (folder / "labels.csv").write_text(labels, encoding="utf-8")
     return folder
 
 
@@ -93,7 +106,8 @@ def environment(world):
         cases = clme.load_cases("cnle", f"{world}/cnle.json")
         editor = clme.load_editor("grace", subject)
         clme.save_edits(world / "edits.safetensors", editor.edit(cases[:1]), subject)
-        yield {"clme": clme, "subject": subject, "cases": cases, "editor": editor, "torch": torch, "Path": Path}
+        yield {"clme": clme, "subject": subject, "cases": cases, "editor": editor, "torch": torch, "Path": Path,
+               "Endpoint": Endpoint}  # fmt: skip
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """Batched generation from many differently edited models (paper section III-D; protocol of the released program).
 
-Decoded text is the generated tokens only, special tokens and a final EOS kept. The result is that of ``model.generate`` row by
+Decoded text is the generated tokens only, special tokens and a final EOS kept. A row ends at the subject's EOS, so that of a target
+that contains its string (code about tokenizers may) no more than the part up to it is ever written; it is compared as any other,
+and ``clme data check`` names such targets. The result is that of ``model.generate`` row by
 row (a test holds it to that), whatever batch a row is in. It is faster because every (prompt, edit) is read once however many
 texts continue it, in batches of like length, and decoding writes keys and values into buffers made once.
 """
