@@ -20,8 +20,9 @@ from ..editors.base import Editor
 from ..editors.registry import get_editor, load_editor
 from ..edits.base import Edit
 from ..evaluation.evaluate import Circumstances, score
+from ..evaluation.loading import check_lengths, load_subject
 from ..evaluation.records import Record
-from ..subjects.subject import Subject, load_subject
+from ..subjects.subject import Subject
 from ..support.batching import Batches
 from ..support.errors import StudyError
 from ..support.journal import append_rows, write_text
@@ -46,6 +47,8 @@ def run(config: RunConfig) -> pd.DataFrame:
     pending = [(name, editor) for name, editor in grid if _is_missing(config, name, editor, chosen[name])]
     if pending:
         subject = load_subject(config.subject, config.device, config.dtype)
+        for cases in chosen.values():
+            check_lengths(subject, cases)
         editors = {name: _load_editor(config, name, subject) for name in dict.fromkeys(name for _, name in pending)}
         start = _start(config, subject, editors, chosen)
         for name, editor in pending:
