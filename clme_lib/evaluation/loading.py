@@ -73,7 +73,9 @@ def check_behaviour(subject: Subject) -> None:
     )
     prompts = [text for text in _PROMPTS if len(encode(subject.tokenizer, text)) + _WRITTEN <= subject.positions]
     if not prompts:
-        raise StudyError(f"subject {subject.name!r} reads {subject.positions} tokens, too few for any case")
+        raise StudyError(
+            f"subject {subject.name!r} reads {subject.positions} tokens (max_position_embeddings or sliding_window in its config.json), too few for any case"
+        )
     try:
         differences = _differences(subject, prompts)
     except (StudyError, MemoryError):

@@ -28,7 +28,7 @@ from .subject import Subject, prepare, torch_device, torch_dtype
 # what decides how a model computes and reads text; only files directly in its folder
 _FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
 _GIT_LFS = b"version https://git-lfs"
-_SAMPLE = "def double(x):\n    return x * 2  # twice"
+_SAMPLE = "def twoCafés(x):\n    return x * 2  # Twice"
 _NAMED = 4  # tensors that a message names at most
 _Size = Annotated[int, Field(ge=1, le=10_000_000)] | None
 _Factor = Annotated[float, Field(gt=0, le=1e12)] | None
@@ -58,7 +58,7 @@ class _Configuration(_Described):
     head_dim: _Size = None
     vocab_size: _Size = None
     max_position_embeddings: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
-    sliding_window: Annotated[int, Field(ge=1)] | None = None
+    sliding_window: Annotated[int, Field(ge=0)] | None = None  # Some write 0 for none.
     rms_norm_eps: Annotated[float, Field(ge=0, le=0.1)] | None = None
     layer_norm_eps: Annotated[float, Field(ge=0, le=0.1)] | None = None
     partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] | None = None
