@@ -1,6 +1,8 @@
 """Subjects that look right and are not, caches that are not what they say, and prompts that are too long."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +10,14 @@ import transformers
 from conftest import make_tokenizer
 from safetensors.torch import load_file, save_file
 
+from clme_lib import cli
 from clme_lib.datasets.cases import Case
+from clme_lib.datasets.construction import language_models
 from clme_lib.evaluation import loading, unedited
 from clme_lib.evaluation.generation import Request, generate
 from clme_lib.evaluation.loading import check_behaviour, check_lengths, load_subject
 from clme_lib.forward.prompt_keys import stored_queries
+from clme_lib.study import doctor
 from clme_lib.subjects import embedded
 from clme_lib.support.artifact import Artifact
 from clme_lib.support.errors import StudyError
@@ -320,3 +325,91 @@ def test_a_conversion_without_manifest_is_known_or_refused(converted, monkeypatc
     digest = embedded.hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
     monkeypatch.setattr(embedded, "_CONVERTED_SHA256", digest)
     assert embedded.ensure() == converted and (converted / embedded.MANIFEST).is_file()
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    """A tiny BERT with the tests' tokenizer."""
+    sizes = dict(vocab_size=320, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    torch.manual_seed(0)
+    model = transformers.BertModel(transformers.BertConfig(**sizes, max_position_embeddings=32))
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = tokenizer.mask_token = tokenizer.eos_token
+
+    def save_as(model=model, **changes):
+        model.save_pretrained(tmp_path / "encoder")
+        tokenizer.save_pretrained(tmp_path / "encoder")
+        file = tmp_path / "encoder" / "tokenizer_config.json"
+        written = {
+            name: value for name, value in {**json.loads(file.read_text()), **changes}.items() if value is not None
+        }
+        file.write_text(json.dumps(written))
+        return str(tmp_path / "encoder")
+
+    return save_as
+
+
+def test_an_encoder_whose_tokenizer_gives_no_mask_has_one(encoder):
+    texts = ["a", "sort the list `xs` in place and " * 9]
+    whole = language_models.TextEncoder(encoder()).vectors(texts)
+    plain = language_models.TextEncoder(encoder(model_input_names=["input_ids"])).vectors(texts)
+    assert torch.equal(plain, whole)
+    alone = language_models.TextEncoder(encoder()).vectors(texts[:1])
+    assert torch.allclose(plain[:1], alone, atol=1e-5)
+
+
+def test_unfit_encoders_are_refused(encoder):
+    with pytest.raises(StudyError, match="no pad_token"):
+        language_models.TextEncoder(encoder(pad_token=None))
+    with pytest.raises(StudyError, match="lack cls.predictions"):
+        language_models.MaskedNames(encoder())
+    fnet = transformers.FNetModel(
+        transformers.FNetConfig(vocab_size=320, hidden_size=16, num_hidden_layers=1, intermediate_size=16)
+    )
+    with pytest.raises(StudyError, match="FNetModel, which takes no attention_mask"):
+        language_models.TextEncoder(encoder(fnet))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "3"])
+def test_a_card_that_is_none_is_refused(encoder, content):
+    folder = encoder()
+    (Path(folder) / "1_Pooling").mkdir()
+    (Path(folder) / "1_Pooling" / "config.json").write_text(content)
+    with pytest.raises(StudyError, match="config.json: "):
+        language_models.card_pooling(folder)
+
+
+def _doctor(capsys):
+    status = cli.main(["doctor"])
+    return status, capsys.readouterr().out
+
+
+def test_the_doctor_tells_what_is_wrong(converted, capsys, monkeypatch):
+    status, report = _doctor(capsys)
+    assert status == 0 and "WRONG" not in report
+    for what in ("Python", "torch", "memory", "cache", "embedded model", "CNLE", "CSNE", "packages", "browser"):
+        assert f"ok    {what}: " in report
+    (converted / "config.json").write_text("[]")
+    status, report = _doctor(capsys)
+    assert status == 1 and re.search("WRONG embedded model: .*config.json.*remove the folder", report)
+    embedded.shutil.rmtree(converted)
+    status, report = _doctor(capsys)
+    assert status == 0 and "ok    embedded model: not there yet" in report
+
+
+def test_the_doctor_compares_packages(capsys, monkeypatch):
+    version = doctor.importlib.metadata.version
+    monkeypatch.setattr(
+        doctor.importlib.metadata, "version", lambda name: "0.1" if name == "pydantic" else version(name)
+    )
+    status, report = _doctor(capsys)
+    assert status == 1 and re.search(
+        r"WRONG packages: pydantic 0\.1 \(pinned: .*pip install -c constraints.txt", report
+    )
+
+
+def test_the_doctor_finds_a_cache_that_cannot_be_written(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CLME_CACHE", str(tmp_path / "file" / "cache"))
+    status, report = _doctor(capsys)
+    assert status == 1 and re.search("WRONG cache: .*file/cache cannot be written to .*set CLME_CACHE", report)
