@@ -19,6 +19,7 @@ from clme_lib.evaluation.loading import check_behaviour, check_lengths, load_sub
 from clme_lib.forward.prompt_keys import stored_queries
 from clme_lib.study import doctor
 from clme_lib.subjects import embedded
+from clme_lib.subjects.settings import list_subjects, load_settings
 from clme_lib.support.artifact import Artifact
 from clme_lib.support.errors import StudyError
 
@@ -103,6 +104,14 @@ def test_a_subject_is_compared_once(tmp_path, monkeypatch):
     _configure(tmp_path / "model", rms_norm_eps=1e-4)
     load_subject(folder, "cpu")
     assert len(compared) == 3
+
+
+def test_a_long_path_is_a_subject_like_any_other(tmp_path):
+    folder = tmp_path / ("ü" * 120) / ("x y" * 40)
+    folder.mkdir(parents=True)
+    subject = load_subject(save(folder, "Llama"), "cpu")
+    assert unedited.answers_for(subject, ["Code:"]) == unedited.answers_for(subject, ["Code:"])
+    assert stored_queries(subject, ["Code:"], 2, "mean").shape == (1, 48)
 
 
 def test_no_number_is_no_agreement(llama, monkeypatch):
@@ -413,3 +422,13 @@ def test_the_doctor_finds_a_cache_that_cannot_be_written(tmp_path, capsys, monke
     monkeypatch.setenv("CLME_CACHE", str(tmp_path / "file" / "cache"))
     status, report = _doctor(capsys)
     assert status == 1 and re.search("WRONG cache: .*file/cache cannot be written to .*set CLME_CACHE", report)
+
+
+def test_the_page_says_which_revisions_are_pinned():
+    page = (Path(__file__).parents[1] / "book" / "reproducing.md").read_text(encoding="utf-8")
+    for name in list_subjects():
+        source = load_settings(name).subject
+        if source.source == "hub":
+            (row,) = [line for line in page.splitlines() if line.startswith("|") and f"`{source.id}`" in line]
+            pinned = re.fullmatch("[0-9a-f]{40}", source.revision)
+            assert f"commit `{source.revision[:12]}`" in row if pinned else "not pinned" in row
