@@ -11,6 +11,7 @@ from conftest import make_tokenizer
 from safetensors.torch import load_file, save_file
 
 from clme_lib import cli
+from clme_lib.datasets import registry
 from clme_lib.datasets.cases import Case
 from clme_lib.datasets.construction import language_models
 from clme_lib.evaluation import loading, unedited
@@ -418,6 +419,7 @@ def test_the_doctor_compares_packages(capsys, monkeypatch):
 
 
 def test_the_doctor_finds_a_cache_that_cannot_be_written(tmp_path, capsys, monkeypatch):
+    registry._load.cache_clear()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CLME_CACHE", str(tmp_path / "file" / "cache"))
     status, report = _doctor(capsys)
@@ -432,3 +434,29 @@ def test_the_page_says_which_revisions_are_pinned():
             (row,) = [line for line in page.splitlines() if line.startswith("|") and f"`{source.id}`" in line]
             pinned = re.fullmatch("[0-9a-f]{40}", source.revision)
             assert f"commit `{source.revision[:12]}`" in row if pinned else "not pinned" in row
+
+
+def _index(folder, content):
+    (folder / "model.safetensors.index.json").write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: sorted(folder.glob("*.safetensors"))[1].unlink(), r"index\.json: its weight_map must name"),
+        (lambda folder: _index(folder, "{"), r"index\.json: .*JSON"),
+        (lambda folder: _index(folder, "[]"), r"index\.json: not a JSON object"),
+        (lambda folder: _index(folder, "{}"), r"index\.json: its weight_map"),
+        (lambda folder: _index(folder, '{"weight_map": {"lm_head.weight": "other.safetensors"}}'), r"its weight_map"),
+        (lambda folder: (folder / "special_tokens_map.json").write_text('{"eos_token": "<nope>"}'), "has token 320"),
+        (lambda folder: (folder / "config.json").unlink(), r"config\.json: cannot be read"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer_config.json: "),
+    ],
+)
+def test_a_folder_that_lacks_a_part_is_refused(tmp_path, llama, spoil, message):
+    llama.model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    llama.tokenizer.save_pretrained(tmp_path / "model")
+    load_subject(str(tmp_path / "model"), "cpu")
+    spoil(tmp_path / "model")
+    with pytest.raises(StudyError, match=message):
+        load_subject(str(tmp_path / "model"), "cpu")

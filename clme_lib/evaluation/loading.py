@@ -55,7 +55,7 @@ def load_subject(name: str, device: str = "auto", dtype: str = "auto") -> Subjec
     compared = cache_dir() / "compared" / f"{name_for(subject.name, identity)}.txt"
     if not compared.is_file():
         check_behaviour(subject)
-        with contextlib.suppress(OSError):  # It is compared again next time.
+        with contextlib.suppress(OSError, StudyError):  # It is compared again next time.
             write_text(compared, "")
     return subject
 

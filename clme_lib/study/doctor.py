@@ -89,7 +89,7 @@ def _embedded_subject() -> Check:
         return Check(what, True, "not there yet: fetched on first use (98 MB), or now by `clme prepare`")
     try:
         embedded.verify(whole=True)
-    except StudyError as error:
+    except (OSError, StudyError) as error:
         return Check(what, False, str(error))
     return Check(what, True, f"{embedded.location()}, every file as it was converted")
 
@@ -101,7 +101,7 @@ def _datasets() -> Iterator[Check]:
             continue
         try:
             yield Check(dataset.title, True, f"{len(load_cases(dataset))} embedded cases, as committed")
-        except StudyError as error:
+        except (OSError, StudyError) as error:
             yield Check(dataset.title, False, str(error))
 
 

@@ -122,7 +122,7 @@ def _adopt(folder: Path, remedy: str) -> None:
     hashes = [[file.name, file_sha256(file)] for file in sorted(folder.iterdir()) if file.is_file()]
     if hashlib.sha256(json.dumps(hashes).encode()).hexdigest() != _CONVERTED_SHA256:
         raise StudyError(f"{folder}: it cannot be told that its files are as they were converted; {remedy}")
-    with contextlib.suppress(OSError):  # in a cache that others filled: it is read whole each time
+    with contextlib.suppress(OSError, StudyError):  # in a cache that others filled: it is read whole each time
         _describe(folder)
 
 

@@ -27,6 +27,7 @@ from .subject import Subject, prepare, torch_device, torch_dtype
 
 # what decides how a model computes and reads text; only files directly in its folder
 _FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
+_INDEX = "model.safetensors.index.json"
 _GIT_LFS = b"version https://git-lfs"
 _SAMPLE = "def twoCafés(x):\n    return x * 2  # Twice"
 _NAMED = 4  # tensors that a message names at most
@@ -58,7 +59,7 @@ class _Configuration(_Described):
     head_dim: _Size = None
     vocab_size: _Size = None
     max_position_embeddings: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
-    sliding_window: Annotated[int, Field(ge=0)] | None = None  # Some write 0 for none.
+    sliding_window: Annotated[int, Field(ge=0, le=1_000_000_000)] | None = None  # Some write 0 for none.
     rms_norm_eps: Annotated[float, Field(ge=0, le=0.1)] | None = None
     layer_norm_eps: Annotated[float, Field(ge=0, le=0.1)] | None = None
     partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -178,7 +179,7 @@ def _check_files(name: str, folder: Path) -> _Configuration:
         with contextlib.suppress(OSError), file.open("rb") as stream:  # What cannot be read is told of below.
             if stream.read(len(_GIT_LFS)) == _GIT_LFS:
                 raise StudyError(f"{file}: a pointer of Git LFS, not the file itself: run `git lfs pull` in {folder}")
-    for part in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
+    for part in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", _INDEX):
         if (file := folder / part).is_file() and not isinstance(read_json(file), dict):
             raise StudyError(f"{file}: not a JSON object")
     configuration = parse(_Configuration, read_json(folder / "config.json"), str(folder / "config.json"))
@@ -187,6 +188,12 @@ def _check_files(name: str, folder: Path) -> _Configuration:
         raise StudyError(
             f"subject {name!r} could not be loaded: {folder} has no *.safetensors file; weights must be safetensors, others can run code"
         )
+    if (index := folder / _INDEX).is_file():
+        listed = read_json(index).get("weight_map")
+        if not isinstance(listed, dict) or {str(part) for part in listed.values()} - {file.name for file in weights}:
+            raise StudyError(
+                f"{index}: its weight_map must name the files of the weights, which are {_names(weights)}; fetch it anew"
+            )
     shapes: dict[str, list[int]] = {}
     for file in weights:
         try:
@@ -262,7 +269,9 @@ def _is_of_these_files(tokenizer: Any, rows: int, files: list[Path]) -> bool:
     """Whether a token beyond the embeddings is the files' own; some classes of transformers add one of theirs, which no text has."""
     beyond = {token: n for token, n in tokenizer.get_vocab().items() if n >= rows}
     written = "".join(file.read_text(encoding="utf-8") for file in files if file.suffix == ".json")
-    return any(n < tokenizer.vocab_size or json.dumps(token) in written for token, n in beyond.items())
+    return tokenizer.eos_token in beyond or any(
+        n < tokenizer.vocab_size or json.dumps(token) in written for token, n in beyond.items()
+    )
 
 
 @contextlib.contextmanager
