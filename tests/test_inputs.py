@@ -28,6 +28,7 @@ import pytest
 import torch
 import yaml
 from conftest import make_subject
+from safetensors.torch import load, save
 
 import clme_lib as clme
 from clme_lib import cli
@@ -178,7 +179,18 @@ def _spoil(group: dict, spoilt: dict, world: Path, here: Path) -> Path | None:
     elif "python" in spoilt:
         made = eval(
             spoilt["python"],
-            {"json": json, "text": lambda: source.read_text(encoding="utf-8"), "bytes_": source.read_bytes},
+            {
+                "json": json,
+                "text": lambda: source.read_text(encoding="utf-8"),
+                "bytes_": source.read_bytes,
+                "weights": lambda change: save(
+                    {
+                        name: tensor.clone(memory_format=torch.contiguous_format)
+                        for name, tensor in change(load(source.read_bytes())).items()
+                    },
+                    metadata={"format": "pt"},
+                ),
+            },
         )
         target.write_bytes(made if isinstance(made, bytes) else made.encode("utf-8", "surrogatepass"))
     else:

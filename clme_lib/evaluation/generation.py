@@ -71,6 +71,12 @@ def generate(
     encoded = {key: encode(subject.tokenizer, key[0]) for key in sources}
     if any(not ids for ids in encoded.values()):
         raise CaseError("cannot generate from an empty prompt")
+    for request in requests:
+        if (needed := len(encoded[request.prompt, request.edit]) + request.budget) > subject.positions:
+            raise CaseError(
+                f"prompt {request.prompt[-60:]!r} needs {needed:,} tokens with what is to be written; {subject.name} reads "
+                f"{subject.positions:,}"
+            )
     order = sorted(sources, key=lambda key: (len(encoded[key]), sources[key][0]))
     results: dict[int, Generated] = {}
     max_rows = max_rows or _ROWS[subject.device.type]

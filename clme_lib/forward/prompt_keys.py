@@ -46,7 +46,7 @@ def stored_queries(subject: Subject, prompts: Sequence[str], layer: int, query: 
     hashes = [hashlib.sha256(prompt.encode()).hexdigest() for prompt in prompts]
     needed = dict(zip(hashes, prompts))
     files = [Artifact(file, identity) for file in sorted(folder.glob("*.safetensors"))]
-    stored = [(file, file.read(with_tensors=False)[0]["prompts"]) for file in files]
+    stored = [(file, file.read(with_tensors=False)[0].get("prompts", [])) for file in files]
     missing = sorted(
         needed.keys() - set().union(*(keys for _, keys in stored)), key=lambda key: (len(needed[key]), key)
     )

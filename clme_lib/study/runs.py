@@ -21,8 +21,10 @@ from ..editors.base import Editor
 from ..editors.registry import get_editor, load_editor
 from ..edits.base import Edit
 from ..evaluation.evaluate import Circumstances, score
+from ..evaluation.loading import check_lengths, load_subject
 from ..evaluation.records import Record
-from ..subjects.subject import Subject, load_subject, subject_fingerprint, torch_device
+from ..subjects.files import subject_fingerprint
+from ..subjects.subject import Subject, torch_device
 from ..support.batching import Batches
 from ..support.errors import CaseError, StudyError
 from ..support.journal import append_rows, write_text
@@ -60,6 +62,8 @@ def _complete(config: RunConfig, chosen: dict[str, list[Case]], data: dict[str, 
     if pending:
         subject = load_subject(config.subject, config.device, config.dtype)
         run_folder.check_same_run(config, data, subject.fingerprint)
+        for cases in chosen.values():
+            check_lengths(subject, cases)
         editors = {name: _load_editor(config, name, subject) for name in dict.fromkeys(name for _, name in pending)}
         start = _start(config, subject, editors, chosen)
         for name, editor in pending:
