@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from . import __version__
 from .support import interrupts
+from .support.display import printable
 from .support.errors import StudyError, first_line
 
 
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("CLME_DEBUG"):
             raise
-        print(f"clme: {_message(error)}", file=sys.stderr)
+        print(f"clme: {printable(_message(error))}", file=sys.stderr)
         return status_of_mistakes
     except KeyboardInterrupt:
         print("clme: interrupted; start the same command again to go on", file=sys.stderr)
@@ -130,7 +131,8 @@ def _run(config: Any) -> bool:
     print(f"records: {config.out}/records, provenance: {config.out}/run.json")
     failed = records[records["state"] == FAILED]
     for _, row in failed.iterrows():
-        print(f"failed: {row['dataset']} case {row['case_id']} by {row['editor']}: {row['error']}", file=sys.stderr)
+        failure = f"failed: {row['dataset']} case {row['case_id']} by {row['editor']}: {row['error']}"
+        print(printable(failure), file=sys.stderr)
     if len(failed):
         print(f"clme: {len(failed)} of {len(records)} cases failed; --retry-failed tries them again", file=sys.stderr)
     return failed.empty

@@ -135,20 +135,20 @@ def test_texts_inside_a_sliding_window_are_the_models_own(tmp_path):
 
 @pytest.mark.parametrize("part", ["prompt", "target", "rephrased", "unrelated"])
 def test_what_is_longer_than_the_model_is_refused_before_anything_runs(llama, cases, part):
-    check_lengths(llama, cases)
+    check_lengths(llama, cases, "a.json")
     long = "word " * 60_000 + "\nCode:"
     texts = {"prompt": long, "target": long, "rephrased": (long,), "unrelated": (long,)}
     first = cases[0]
     texts = {name: texts[name] if name == part else getattr(first, name) for name in texts}
     case = Case(7, first.dataset, *texts.values())
     with pytest.raises(StudyError, match="case 7 of cnle: .* tokens and needs .* reads 512"):
-        check_lengths(llama, [*cases, case])
+        check_lengths(llama, [*cases, case], "a.json")
 
 
 def test_a_token_the_model_does_not_know_is_refused(llama, cases, monkeypatch):
     monkeypatch.setattr(llama.decoder.embed_tokens, "num_embeddings", 100)
     with pytest.raises(StudyError, match="case 0 of cnle: .* has a token that tiny-llama does not know"):
-        check_lengths(llama, cases)
+        check_lengths(llama, cases, "a.json")
 
 
 def _configure(folder, **fields):
@@ -200,8 +200,6 @@ def answers(llama):
         lambda row: {**row, "text": "forged"},
         lambda row: {**row, "ids": [1]},
         lambda row: {"key": row["key"], "text": "forged", "ids": [1]},
-        lambda row: [],
-        lambda row: 3,
         lambda row: {},
     ],
 )
@@ -210,6 +208,14 @@ def test_a_changed_answer_is_made_anew(answers, spoil):
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     file.write_text("".join(json.dumps(spoil(row)) + "\n" for row in rows))
     assert again() == texts
+
+
+@pytest.mark.parametrize("damage", ["[]\n", "3\n", "x\n"])
+def test_a_damaged_file_of_answers_is_refused_with_the_remedy(answers, damage):
+    file, _, again = answers
+    file.write_text(damage)
+    with pytest.raises(StudyError, match=rf"{file.name}, line 1: .*"):
+        again()
 
 
 def test_answers_of_another_subject_are_not_read(answers, tmp_path):

@@ -136,8 +136,8 @@ def _differences(subject: Subject, prompts: Sequence[str]) -> dict[str, tuple[fl
     return differences
 
 
-def check_lengths(subject: Subject, cases: Sequence[Case]) -> None:
-    """Refuse cases that the subject has too few positions for: every prompt with what is written after it.
+def check_lengths(subject: Subject, cases: Sequence[Case], source: str) -> None:
+    """Refuse cases, from ``source``, that the subject has too few positions for: every prompt with what is written after it.
 
     Raises:
         StudyError: naming the case, its longest text and the subject's positions.
@@ -151,7 +151,7 @@ def check_lengths(subject: Subject, cases: Sequence[Case]) -> None:
         if unknown := strange.intersection((*_prompts(case), f"{case.prompt} {case.target}")):
             text = min(unknown)[:60]
             raise StudyError(
-                f"case {case.case_id} of {case.dataset}: {text!r}... has a token that {subject.name} does not know"
+                f"{source}: case {case.case_id} of {case.dataset}: {text!r}... has a token that {subject.name} does not know"
             )
         budget = lengths[f"{case.prompt} {case.target}"] - lengths[case.prompt]
         needed = {text: lengths[text] + max(budget, FLUENCY_TOKENS) for text in (case.prompt, *case.rephrased)}
@@ -159,7 +159,7 @@ def check_lengths(subject: Subject, cases: Sequence[Case]) -> None:
         longest = max(needed, key=needed.__getitem__)
         if needed[longest] > subject.positions:
             raise StudyError(
-                f"case {case.case_id} of {case.dataset}: {longest[:60]!r}... has {lengths[longest]:,} tokens and needs "
+                f"{source}: case {case.case_id} of {case.dataset}: {longest[:60]!r}... has {lengths[longest]:,} tokens and needs "
                 f"{needed[longest]:,} with what is written after it; {subject.name} reads {subject.positions:,} (max_position_embeddings "
                 "or sliding_window in its config.json): leave the case out, or choose another subject"
             )

@@ -62,8 +62,8 @@ def _complete(config: RunConfig, chosen: dict[str, list[Case]], data: dict[str, 
     if pending:
         subject = load_subject(config.subject, config.device, config.dtype)
         run_folder.check_same_run(config, data, subject.fingerprint)
-        for cases in chosen.values():
-            check_lengths(subject, cases)
+        for name, cases in chosen.items():
+            check_lengths(subject, cases, get_dataset(name).file or config.source)
         editors = {name: _load_editor(config, name, subject) for name in dict.fromkeys(name for _, name in pending)}
         start = _start(config, subject, editors, chosen)
         for name, editor in pending:
