@@ -343,7 +343,7 @@ def test_a_run_goes_on_in_smaller_batches(tiny, source, monkeypatch, tmp_path):
     assert sorted(records["case_id"]) == list(range(5)) and max(tried) == 5
     failed = records[records["error"].notna()]
     assert list(failed["case_id"]) == [3] and "does not suffice" in failed["error"].iloc[0]
-    with pytest.raises(StudyError, match="batch_size: .*at least 1 is needed, or auto"):
+    with pytest.raises(StudyError, match="batch_size: .*from 1 to 65536 is needed, or auto"):
         study_config.make_config(batch_size="many")
 
 
