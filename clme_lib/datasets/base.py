@@ -1,7 +1,7 @@
 """What a data set is: a name, a prompt template, what may be published of it, and how its cases are loaded.
 
 A new one is an object of :class:`DataSet` in a file of its own, registered by :func:`register_dataset` or by the entry-point group
-``clme_lib.datasets`` of an installed package; or a JSON file that says its own name and template (:mod:`.registry`).
+``clme_lib.datasets`` of an installed package; or a JSON file that says its own name and template (:mod:`clme_lib.datasets.registry`).
 """
 
 from __future__ import annotations
