@@ -30,6 +30,16 @@ _DEFINITION = re.compile(
 # where it refers to one: {role}`label`, {role}`text <label>`, [text](#label)
 _REFERENCE = re.compile(r"\{\w+\}`(?:[^`<]*<)?(?P<role>[^`<>]+)>?`|\]\(#(?P<link>[^\s()]+)\)")
 
+# what no output of a notebook needs: what runs, loads or reads something, as HTML and as MyST
+_ACTIVE = {
+    "text/html": re.compile(
+        r"<(?:script|iframe|object|embed|link|meta|base|form)\b|<[^>]*\s(?:on\w+\s*=|(?:href|src)\s*=[\s\"']*javascript:)",
+        re.I,
+    ),
+    "text/markdown": re.compile(r"\{(?:raw|eval-rst|include|literalinclude|code-cell)\}"),
+    "application/javascript": re.compile(""),
+}
+
 
 def pages() -> list[str]:
     """The pages of the table of contents, in its order, without their suffix."""
@@ -50,6 +60,7 @@ def stage(replacements: dict[str, Path]) -> None:
     (STAGE / "book" / "_static" / "layers.svg").write_text(layers.draw(ROOT / "clme_lib"), encoding="utf-8")
     used: set[str] = set()
     for page in pages():
+        _refuse_active_outputs(page)
         used |= _make_labels_unique(page, used)
 
 
@@ -114,6 +125,23 @@ def _make_labels_unique(page: str, used: set[str]) -> set[str]:
     if renamed:
         _rewrite(file, lambda text: _REFERENCE.sub(rename, _DEFINITION.sub(rename, text)))
     return {renamed.get(label, label) for label in own}
+
+
+def _refuse_active_outputs(page: str) -> None:
+    """What data sets and models wrote is shown as text; an output that does more was not made by this library."""
+    if (file := _file(page)).suffix == ".md":
+        return
+    for number, cell in enumerate(json.loads(file.read_text(encoding="utf-8"))["cells"]):
+        for output in cell.get("outputs", []):
+            shown = {
+                kind: "".join(text) for kind, text in output.get("data", {}).items() if isinstance(text, str | list)
+            }
+            shown["text/html"] = shown.get("text/html", "") + shown.get("text/markdown", "")  # HTML is Markdown as well
+            for kind, active in _ACTIVE.items():
+                if kind in shown and (part := active.search(shown[kind])):
+                    sys.exit(
+                        f"{page}: an output of cell {number} holds {part[0] or kind!r}: show it as text or as an image"
+                    )
 
 
 def render() -> None:

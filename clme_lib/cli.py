@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from . import __version__
+from .support.display import on_terminal, printable
 from .support.errors import StudyError
 
 
@@ -20,6 +21,7 @@ class Verb(NamedTuple):
     help: str
 
 
+@on_terminal
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status (1: a mistake the message explains; 2: wrong usage)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -36,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status_of_mistakes = 1
         return int(VERBS[verb].act(config) is False)
     except StudyError as error:
-        print(f"clme: {error}", file=sys.stderr)
+        print(f"clme: {printable(str(error))}", file=sys.stderr)
         return status_of_mistakes
     except KeyboardInterrupt:
         print("clme: interrupted; start the same command again to go on", file=sys.stderr)
@@ -113,7 +115,8 @@ def _run(config: Any) -> None:
         print(summary(records).to_string())
     print(f"records: {config.out}/records, provenance: {config.out}/run.json")
     for _, row in records[records["state"] == FAILED].iterrows():
-        print(f"failed: {row['dataset']} case {row['case_id']} by {row['editor']}: {row['error']}", file=sys.stderr)
+        failed = f"failed: {row['dataset']} case {row['case_id']} by {row['editor']}: {row['error']}"
+        print(printable(failed), file=sys.stderr)
 
 
 def _score(config: Any) -> None:
