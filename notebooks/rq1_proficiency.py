@@ -127,7 +127,7 @@ if config.within:
     agreement = spot_check.agreement_table(compared, label="tab-spot-check", caption="Texts generated again on this machine.")
     differences = [
         f"Case {text.case_id} of {inline(text.dataset)}, {inline(text.editor)}, {text.measure}; published, then here:\n\n"
-        + code_block(f"{'(only its hash is published)' if text.published is None else text.published}\n────\n{text.here}")
+        f"{code_block('(only its hash is published)' if text.published is None else text.published)}\n\n────\n\n{code_block(text.here)}"
         for text in compared.differences
     ] or ["Every text came out the same, character by character."]
     display(Markdown("\n\n".join(["## The same cases, published and here", agreement.to_myst(), *differences])))

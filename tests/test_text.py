@@ -2,7 +2,6 @@
 
 import html
 import io
-import json
 import os
 import re
 import subprocess
@@ -15,7 +14,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from markdown_it.renderer import RendererHTML
 from myst_parser.config.main import MdParserConfig
 from myst_parser.parsers.mdit import create_md_parser
@@ -41,14 +40,15 @@ PIECES = [
     *("\u2028", "\u2029", "\x85", "\x00", "\x1b[31m", "\x1b]0;t\x07", "\x9b", "\x7f", "\u202e", "\u200f", "\u2066", "\ufeff", "\ufffe"),
     *("https://example.org", "www.example.org", "a@example.org", "\n:name: x", "+++", "^", "~", "'", '"', "=", "#", "@", ">", "é", "日"),
 ]  # fmt: skip
-HOSTILE = st.lists(st.sampled_from(PIECES) | st.text(max_size=3), min_size=1, max_size=6).map("".join)
+HOSTILE = st.lists(st.sampled_from(PIECES) | st.text(min_size=1, max_size=3), min_size=1, max_size=6).map("".join)
 # what the library's own markup consists of, as HTML and as markdown-it's tokens
 OUR_TAGS = {"code", "pre", "strong", "small", "br", "table", "tbody", "tr", "td"}
 OUR_TOKENS = {"text", "inline", "html_inline", "html_block", "paragraph_open", "paragraph_close", "strong_open", "strong_close"} | {
     f"{part}_{end}" for part in ("table", "thead", "tbody", "tr", "th", "td") for end in ("open", "close")
 }  # fmt: skip
 PARSER = create_md_parser(MdParserConfig(enable_extensions=EXTENSIONS), RendererHTML)
-many = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+# what fails is short already
+many = settings(max_examples=40, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 
 
 def literal(text: str, line_break: str = "⏎") -> str:
@@ -131,6 +131,7 @@ UPDATES = {"values": "subject", "cases": 1, "learnt": 1.0, "nll_before": 1.0, "n
            "norm": 1.0, "reach": 1.0, "attention learnt": True, "weight": 1.0}  # fmt: skip
 SETTING = {"cases": 1, "effectiveness_em": 1.0, "generalization_em": 1.0, "specificity_rate": 1.0, "loss": 1.0, "criterion": 1.0,
            "chosen": True, "dataset": "cnle", "released_budget_em": 1.0}  # fmt: skip
+COUNTS = {"tokens": 1, "layer": 1, "cases": 1, "cosine": 1.0, "share": 1.0, "share_of_four": 1.0, "difference": 1.0}
 START = {
     "started": "2026-11-23T08:26:00",
     "id": "0",
@@ -200,7 +201,7 @@ def tables_of(text: str, records: pd.DataFrame) -> dict[str, tuple[Table, list[s
         "PMET": (weight_updates.pmet_table(updates, **options), [f"{'block' if text.isdigit() else 'blocks'} {text}"]),
         "grid": (selection.selection_table(grid, label="tab"), []),
         "defects": (selection.preset_table({text: grid}, **options), [text, upper]),
-        "statistics": (statistics.statistics_table(pd.DataFrame(), **options), []),
+        "statistics": (statistics.statistics_table(pd.DataFrame([COUNTS]), **options), []),
     }  # fmt: skip
 
 
@@ -211,7 +212,7 @@ def test_every_table_is_among_them(records):
     assert made == len(tables_of("x", records)) - 1, "the table of scores is RQ1's as well"
 
 
-@many
+@settings(many, max_examples=15)
 @given(text=HOSTILE)
 def test_every_table_shows_text_literally(text, records):
     for name, (shown, texts) in tables_of(text, records).items():
@@ -243,10 +244,9 @@ def test_examples_cases_and_provenance_show_text_literally(text, records):
     start = {**START, "hardware": {"device": "cuda", "name": text}, "commit": text, "library": "0"}
     row = visible(numbers.provenance_table([start], records))
     assert literal(text) in row and f"commit {literal(text[:10].strip() or EMPTY)}" in row
-    changed = rows.assign(**{f"sha256_{MEASURES[0]}": [["0"]] * len(rows)}, editor=text)
-    differing = spot_check.compare(changed, rows.assign(editor=text))
-    said = printable(spot_check.describe(differing))
-    assert f"{text!r} -> {text!r}" in said or differing.differences[0].published is None
+    greedy = records[records["dataset"] == "cnle"].head(1).assign(editor=text, **{f"generated_{MEASURES[0]}": [[text]]})
+    compared = spot_check.compare(greedy.assign(**{f"sha256_{MEASURES[0]}": [["0"]]}), greedy)
+    assert f"{text!r} -> {text!r}" in printable(spot_check.describe(compared))
 
 
 @pytest.mark.parametrize("name", ["$x^2$ and $y$", "a$b", "\x1b[31m\x00", "\\frac{$1$}{2}", "a_b^c"])
@@ -267,44 +267,23 @@ class _Terminal(io.TextIOWrapper):
         return self.buffer.getvalue().decode(self.encoding)
 
 
-def clme(*words: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "clme_lib.cli", *words], cwd=ROOT, capture_output=True, **options)
-
-
-def _run_with(text: str, folder: Path) -> Path:
-    """A copy of a published run's CNLE by GRACE in which one text is another."""
-    (folder / "records").mkdir(parents=True)
-    (folder / "run.json").write_bytes((RUN / "run.json").read_bytes())
-    lines = (RUN / "records" / "cnle.grace.jsonl").read_text(encoding="utf-8").splitlines()
-    row = json.loads(lines[0])
-    row["texts"]["effectiveness"], row["hashes"]["effectiveness"] = [text], ["0" * 64]
-    (folder / "records" / "cnle.grace.jsonl").write_text(
-        "\n".join([json.dumps(row), *lines[1:]]) + "\n", encoding="utf-8"
-    )
-    return folder
-
-
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_any_terminal_shows_any_text(encoding, tmp_path, monkeypatch):
     outputs = {name: _Terminal(encoding) for name in ("stdout", "stderr")}
     for name, stream in outputs.items():
         monkeypatch.setattr(sys, name, stream)
-    comparison = spot_check.Comparison(pd.DataFrame([{"editor": "é\x1b[31m", "greedy": 10, "greedy_same": 10}]), [], [])
+    agreement = pd.DataFrame([{"editor": "é\x1b[31m", "greedy": 10, "greedy_same": 10}])
+    difference = spot_check.Difference("a\x1b]0;b\x07", "grace", 1, "effectiveness", None, "日")
+    comparison = spot_check.Comparison(agreement, [difference], [])
     monkeypatch.setattr(spot_check, "compare", lambda *_: comparison)
     monkeypatch.setattr(run_folder, "load_run", lambda _: None)
     assert cli.main(["check", str(RUN), str(RUN)]) == 0
     assert cli.main(["data", "check", str(tmp_path / "日\x1b[31m\u202e.json")]) == 1
     shown = {name: stream.text() for name, stream in outputs.items()}
     assert ("é" if encoding != "ascii" else "\\xe9") + "\\x1b[31m" in shown["stdout"] and "passed" in shown["stdout"]
+    assert "differs: a\\x1b]0;b\\x07 grace case 1 effectiveness: (text not published) -> '" in shown["stdout"]
     assert ("日" if encoding == "utf-8" else "\\u65e5") + "\\x1b[31m\\u202e.json" in shown["stderr"]
     assert "\x1b" not in "".join(shown.values())
-
-
-def test_the_check_prints_on_an_ascii_terminal(tmp_path):
-    run = _run_with("é → \x1b[31m\u202e", tmp_path / "run")
-    done = clme("check", str(run), str(RUN), env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)})
-    assert b"Traceback" not in done.stderr and b"differs: cnle grace case" in done.stdout, done.stderr
-    assert b"\\u2192 " in done.stdout and b"\\x1b[31m\\u202e" in done.stdout and b"\x1b" not in done.stdout
 
 
 @pytest.mark.parametrize("words", ["list", "run --help", "measure list", "--help"])
