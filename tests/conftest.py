@@ -16,9 +16,10 @@ from transformers import (
 from clme_lib.datasets import published
 from clme_lib.datasets.cases import Case
 from clme_lib.datasets.paper import CNLE
+from clme_lib.evaluation.loading import load_subject
 from clme_lib.study import runs
 from clme_lib.subjects.settings import load_settings
-from clme_lib.subjects.subject import Subject, load_subject, prepare
+from clme_lib.subjects.subject import Subject, prepare
 
 # `make gpu-tests` sets this; every test then runs on that device
 DEVICE = os.environ.get("CLME_TEST_DEVICE", "cpu")
@@ -130,5 +131,6 @@ def tiny(monkeypatch, tmp_path):
     """Runs load a tiny random Llama whatever subject they name; answers go to a cache of their own."""
     subject = make_subject("llama")
     monkeypatch.setattr(runs, "load_subject", lambda *args: subject)
+    monkeypatch.setattr(runs, "subject_fingerprint", lambda name: subject.fingerprint)
     monkeypatch.setenv("CLME_CACHE", str(tmp_path / "cache"))
     return subject

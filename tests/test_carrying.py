@@ -29,7 +29,9 @@ def carried(tmp_path):
     filled = tmp_path / "filled"
     (filled / "datasets").mkdir(parents=True)
     shutil.copy(embedded_csne.cached(), filled / "datasets")
-    (filled / "subjects" / embedded_subject.location().name).mkdir(parents=True)
+    weights = filled / "subjects" / embedded_subject.location().name
+    weights.mkdir(parents=True)
+    (weights / embedded_subject.MANIFEST).write_text('{"files": {}}')
     own = {**os.environ, "CLME_CACHE": str(filled)}
     subprocess.run([sys.executable, "-m", "clme_lib.cli", "prepare"], env=own, check=True, capture_output=True)
     shutil.copytree(filled, tmp_path / "carried")
@@ -73,6 +75,7 @@ def test_damaged_neighbours_are_found_anew(tmp_path, monkeypatch):
 
 def test_a_bare_machine_runs_and_measures(carried, bare_packages, tmp_path, capsys):
     folder, llama = tmp_path / "tiny", make_subject("llama", blocks=6)
+    llama.model.config.max_position_embeddings = 2048  # CSNE has prompts of 650 of its small tokens
     llama.model.save_pretrained(folder)
     llama.tokenizer.save_pretrained(folder)
     code = f"""

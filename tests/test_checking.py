@@ -4,12 +4,17 @@ import copy
 import json
 
 import pytest
+import torch
+from conftest import make_subject
 
 from clme_lib import cli
 from clme_lib.datasets import published
 from clme_lib.datasets.construction.checking import check_cases, check_file
 from clme_lib.datasets.registry import load_cases
 from clme_lib.datasets.renaming import same_up_to_names
+from clme_lib.evaluation.generation import Request, generate
+from clme_lib.forward.tokens import token_budget, tokenize
+from clme_lib.metrics.text import exact_match, rouge_l
 from clme_lib.support.errors import StudyError
 
 
@@ -67,6 +72,8 @@ def damage(name):
                 request["snippet"] = "foo()"
             case "no letters":
                 request["snippet"] = "[] + [] + {}"
+            case "end of text":
+                request["snippet"] = "ids = encode(text + '</s>')"
             case "white space":
                 request["snippet"] += "\n"
             case "not Python":
@@ -103,7 +110,8 @@ def damage(name):
         ("repeated neighbour", "error", "a neighbour occurs twice"),
         ("close neighbour", "warning", "closer than 0.97"),
         ("short", "warning", "too short for BLEU"),
-        ("no letters", "warning", "no letter or digit"),
+        ("no letters", "warning", "no Latin letter or digit"),
+        ("end of text", "warning", "an end-of-text string (<|im_end|>, <|endoftext|>, </s>)"),
         ("white space", "warning", "begins or ends with white space"),
         ("not Python", "warning", "snippet is not Python 3"),
         ("missing field", "error", "field 'snippet' is missing"),
@@ -123,6 +131,27 @@ def test_damage_is_found(records, tmp_path, capsys, kind, level, message):
         assert findings[0].cases[0] in (1, 2)
     assert cli.main(["data", "check", str(tmp_path / "EditConala.json")]) == (level == "error")
     assert message in capsys.readouterr().out
+
+
+def test_a_target_with_the_end_of_text_is_written_up_to_it(monkeypatch):
+    subject = make_subject("llama")
+    end = subject.tokenizer.eos_token
+    prompt, target = "Intent: stop\nCode:", f"ids = [x for x in y if x != {end} and x]"
+    ids = list(tokenize(subject.tokenizer, prompt, target).target_ids)
+    assert subject.tokenizer.eos_token_id in ids[:-1], "the target is learnt with the token that ends a text"
+    steps = iter(ids)
+    # a model that knows the target by heart
+    monkeypatch.setattr(
+        subject.model.lm_head, "forward", lambda hidden: torch.eye(len(subject.tokenizer))[[next(steps)] * len(hidden)]
+    )
+    (made,) = generate(subject, [Request(prompt, token_budget(subject.tokenizer, prompt, target, "clean"))])
+    assert made.text.strip() == target[: target.index(end) + len(end)]
+    assert exact_match([made.text.strip()], [target]) == 0 < rouge_l([made.text], [target])
+
+
+def test_a_model_name_cannot_command_a_terminal(records, tmp_path):
+    records[0]["neighborhoods"]["answers"] = {"\x1b[2Jmodel": ["a"] * 5}
+    assert "\\x1b[2Jmodel" in (shown := str(report_of(records, tmp_path))) and "\x1b" not in shown
 
 
 def test_the_embedded_sets_have_no_errors(monkeypatch):

@@ -33,6 +33,7 @@ from clme_lib.datasets.registry import load_cases
 from clme_lib.datasets.renaming import rename, same_bytecode
 from clme_lib.support.errors import StudyError
 from clme_lib.support.journal import read_rows
+from clme_lib.support.locks import only_writer
 
 NAMES = ("alpha", "beta", "gamma", "delta", "omega", "sigma", "kappa", "theta", "zeta", "lambda_", "iota", "rho")
 
@@ -189,6 +190,44 @@ def test_a_reply_that_is_none_is_no_answer(tmp_path, server, reply):
     assert list(asking.ask("", ["q0", "q1", "q2"])) == ["5", "", "5"]
 
 
+def reply(content, **usage):
+    """A reply with this content and these token counts."""
+    choices = [{"index": 0, "message": {"role": "assistant", "content": content}}]
+    return json.dumps({"choices": choices, "usage": usage}).encode()
+
+
+@pytest.mark.parametrize("content", [["5"], {"level": 5}, 5, True, 0.5])
+def test_an_answer_of_another_type_is_not_kept(tmp_path, server, content):
+    server.answers = lambda question, count: reply(content, total_tokens=10)
+    cache = tmp_path / "answers.jsonl"
+    with pytest.raises(StudyError, match=f"the answer is {type(content).__name__}, expected a text.*{cache}"):
+        list(endpoint.Endpoint("fake", server.url, cache, retries=0).ask("", ["q"]))
+    assert read_rows(cache) == [], "it would be given for ever"
+    server.answers = sensible
+    assert list(endpoint.Endpoint("fake", server.url, cache, retries=0).ask("", ["q"])) == ["Please q"]
+
+
+@pytest.mark.parametrize("tokens", [-1000, 0, 10**30, "many", True, None, 2.5, [1]])
+def test_impossible_token_counts_lift_no_budget(tmp_path, server, tokens):
+    server.answers = lambda question, count: reply("5", total_tokens=tokens)
+    asking = endpoint.Endpoint("fake", server.url, tmp_path / "answers.jsonl", budget=60, concurrency=1, retries=0)
+    with pytest.raises(StudyError, match="the budget of 60 tokens is spent"):
+        list(asking.ask("an instruction", [f"question {n}" for n in range(9)]))
+    # 25 bytes are counted for each
+    assert [row["tokens"] for row in read_rows(asking.cache)] == [25] * 3 and asking.spent == 75
+
+
+def test_an_answer_that_is_no_line_of_text_drops_its_row(tmp_path, server):
+    odd = {"alpha": "\ud800", "beta": "a\u2028b", "gamma": "a\x1b[2Jb"}
+    row = {"id": 0, "intent": "sort them"}
+    for name, text in odd.items():
+        server.answers = lambda question, count, text=text: reply(text, total_tokens=5)
+        asking = endpoint.Endpoint("fake", server.url, tmp_path / f"{name}.jsonl", retries=0)
+        (made,) = rephrasing.model_intents(asking).make([row])
+        assert made == {"id": 0, "dropped": "unusable answer"}
+        assert read_rows(asking.cache)[0]["answer"].encode(), "the cache can be read"
+
+
 def test_a_silent_endpoint_times_out(tmp_path, server, monkeypatch):
     server.answers = lambda question, count: time.sleep(0.5) or "5"
     asking = endpoint.Endpoint("fake", server.url, tmp_path / "answers.jsonl", retries=0, timeout=0.1)
@@ -224,6 +263,12 @@ def test_the_offline_scorer_prefers_true_pairs():
         for part in (rows, shuffled)
     )
     assert sum(a > b for a, b in zip(true, false)) > 5 * sum(a < b for a, b in zip(true, false))
+
+
+def offline(source, folder):
+    return pipeline.build_cnle(
+        folder, str(source), relevance.OFFLINE_SCORER, rephrasing.GIVEN_INTENTS, targets=4, seed=1
+    )
 
 
 def slow_build(source, folder):
@@ -291,7 +336,7 @@ def test_changed_settings_and_inputs_are_refused(conala, tmp_path):
     make(1)
     with pytest.raises(
         StudyError,
-        match=r"04-split.jsonl: made with other settings \(seed 1, now 2\); remove the file and those after it",
+        match=r"04-split.jsonl: made with other settings \(seed 1, now 2\); remove 04-split.\* and those after it",
     ):
         make(2)
     for file in (tmp_path / "out").glob("0[4-9]*"):
@@ -300,7 +345,9 @@ def test_changed_settings_and_inputs_are_refused(conala, tmp_path):
     conala.write_text(conala.read_text() + json.dumps({"intent": "new one", "snippet": "new()"}) + "\n")
     with pytest.raises(StudyError, match="01-collect.jsonl: made with other settings"):
         make(2)
-    with pytest.raises(StudyError, match="03-select.jsonl: made with other inputs"):
+    with pytest.raises(
+        StudyError, match="02-score.jsonl: was changed after it was made; put it back, or remove 02-score"
+    ):
         file = tmp_path / "out" / "02-score.jsonl"
         conala.write_text("".join(conala.read_text().splitlines(keepends=True)[:-1]))
         file.write_text(file.read_text().replace("very relevant", "irrelevant", 1))
@@ -374,12 +421,12 @@ def test_csne_is_built_offline(code_search_net, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"intent": "x"\n', "line 1: not JSON"),
+        ("a.jsonl", b'{"intent": "x"\n', "line 1: cannot be read as UTF-8 JSON"),
         ("a.jsonl", b'{"intent": "caf\xe9", "snippet": "x"}\n', "not UTF-8 after line 0"),
         ("a.jsonl.gz", gzip.compress(b'{"intent": "x", "snippet": "y"}\n' * 5000)[:-40], "is the download complete"),
         ("a.jsonl.gz", b"no gzip", "is the download complete"),
         ("a.parquet", b"PAR1", "cannot be read as Parquet"),
-        ("a.json", b"[1]", "a row is int, expected an object"),
+        ("a.json", b"[1]", "row 0: expected an object, found int"),
         ("a.txt", b"", "is neither hub, embedded, nor a JSON"),
     ],
 )
@@ -532,6 +579,30 @@ def test_an_encoder_pools_as_its_card_says(tiny_bert):
         language_models.TextEncoder(str(tiny_bert))
 
 
+def test_an_encoder_that_cannot_encode_is_refused(tiny_bert):
+    def spoilt(name, change):
+        file = tiny_bert / "encoder" / name
+        before = file.read_bytes()
+        content = json.loads(before) if name.endswith("json") else None
+        file.write_bytes(change(before) if content is None else json.dumps(change(content)).encode())
+        try:
+            with pytest.raises(StudyError) as raised:
+                language_models.TextEncoder(str(tiny_bert / "encoder"))
+        finally:
+            file.write_bytes(before)
+        return str(raised.value)
+
+    assert "could not be loaded" in spoilt("model.safetensors", lambda content: b"version https://git-lfs")
+    assert "could not be loaded" in spoilt("config.json", lambda content: [])
+    assert "no pad token" in spoilt("tokenizer_config.json", lambda content: {**content, "pad_token": None})
+    assert "expected an object" in spoilt("1_Pooling/config.json", lambda content: [])
+    encoder = language_models.TextEncoder(str(tiny_bert / "encoder"))
+    encoder.tokenizer.add_tokens(["more", "than", "it", "embeds"])
+    encoder.tokenizer.save_pretrained(tiny_bert / "encoder")
+    with pytest.raises(StudyError, match="the two do not belong together"):
+        language_models.TextEncoder(str(tiny_bert / "encoder"))
+
+
 def test_fine_tuning_brings_descriptions_to_their_functions(tiny_bert, code_search_net, tmp_path, capsys):
     assert cli.main(["data", "build", "csne", "--source", str(code_search_net), "--out", str(tmp_path / "out")]) == 0
     arguments = ["data", "fine-tune", str(tmp_path / "out"), "--encoder", str(tiny_bert / "encoder"), "--out", str(tmp_path / "tuned"),
@@ -561,7 +632,7 @@ def test_labels_are_drawn_and_compared(conala, tmp_path, capsys):
     assert cli.main(arguments) == 0
     table = pd.read_csv(tmp_path / "labels.csv")
     assert len(table) == agreement.sample_size(24, 0.1) == 20 and "level" not in table.columns
-    assert cli.main(arguments) == 1 and "line 2, labeller 1: '' is not a level" in capsys.readouterr().err
+    assert cli.main(arguments) == 1 and "row 2, labeller 1: '' is not a level" in capsys.readouterr().err
     levels = {row["id"]: row["level"] for row in read_rows(tmp_path / "out" / "02-score.jsonl")}
     table["labeller 1"] = [levels[pair] for pair in table["id"]]
     table["labeller 2"] = [5 - n % 2 for n in range(20)]
@@ -589,11 +660,85 @@ def test_what_has_not_been_built_is_named(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_too_many_targets_are_answered_with_a_number(conala, tmp_path, capsys):
+    arguments = ["data", "build", "cnle", "--source", str(conala), "--out", str(tmp_path / "out")]
+    assert cli.main([*arguments, "--targets", "100"]) == 1
+    error = capsys.readouterr().err
+    assert (
+        "100 of the rows were asked for as targets; of the 24 that are left, 24 can be targeted and 0 would be" in error
+    )
+    assert "collect: 28 rows, 2 dropped: no intent, 1 dropped: no snippet" in error and "select: 24 rows" in error
+    assert cli.main([*arguments, "--targets", re.search("give --targets ([0-9]+) or fewer", error)[1]]) == 0
+    assert len(pipeline.built_cases(tmp_path / "out")) == 19
+    capsys.readouterr()
+    conala.write_text("".join(json.dumps({"intent": f"do {n}", "snippet": f"do({n})"}) + "\n" for n in range(9)))
+    assert cli.main([*arguments[:-1], str(tmp_path / "other")]) == 1
+    assert "take a larger source, or name a --model: no row has a second wording" in capsys.readouterr().err
+
+
+def test_two_builds_of_one_folder_do_not_mix(conala, tmp_path, capsys):
+    with only_writer(tmp_path / "out"):
+        assert cli.main(["data", "build", "cnle", "--source", str(conala), "--out", str(tmp_path / "out")]) == 1
+    assert f"{tmp_path}/out: process " in (error := capsys.readouterr().err) and "writing there" in error
+
+
+def test_a_source_that_is_mended_is_read_again(conala, tmp_path):
+    whole = conala.read_text()
+    conala.write_text(whole + "{\n")
+    with pytest.raises(StudyError, match="line 29"):
+        offline(conala, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+    conala.write_text(whole)
+    offline(conala, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "line", ["3", "{}", '{"id": "a"}', '{"id": [1]}', '{"id": 1, "level": 5}', '{"id": 0, "level": "x"}']
+)
+def test_rows_of_an_unfinished_stage_that_are_not_its_own_are_refused(conala, tmp_path, line):
+    offline(conala, tmp_path)
+    for file in tmp_path.glob("0[3-9]*"):
+        file.unlink()
+    manifest = json.loads((tmp_path / "02-score.json").read_text())
+    (tmp_path / "02-score.json").write_text(json.dumps({**manifest, "finished": False}))
+    rows = (tmp_path / "02-score.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "02-score.jsonl").write_text(rows[0] + line + "\n")
+    with pytest.raises(StudyError, match="02-score.jsonl, line 2: "):
+        offline(conala, tmp_path)
+    (tmp_path / "02-score.jsonl").write_text(rows[0])
+    offline(conala, tmp_path)
+
+
+def test_texts_without_latin_words_have_neighbours():
+    chinese = ["排序 列表", "排序 字典", "打开 文件", "?!"]
+    assert nearest(chinese[:1], chinese[1:], allowed=lambda target, entry: True) == [[0, 1, 2]]
+    assert nearest(["?"], ["!", "."], allowed=lambda target, entry: True) == [[0, 1]]
+
+
+def test_odd_fields_of_functions_are_left_out(tmp_path):
+    file = tmp_path / "rows.json"
+    row = {
+        "code": "def f(a):\r    return a",
+        "docstring": "Give it back again.",
+        "partition": ["test"],
+        "repo": {"a": 1},
+    }
+    file.write_text(json.dumps([row]))
+    (made,) = sources.collect_functions(str(file))
+    assert made == {
+        "id": 0,
+        "code": "def f(a):\n    return a",
+        "doc": "Give it back again.",
+        "partition": None,
+        "package": "",
+    }
+
+
 def test_stages_say_what_is_wrong_with_their_files(tmp_path):
     step = Step({}, lambda _: [{"id": 1}])
     Stages(tmp_path).run("a", step, [])
     (tmp_path / "01-a.json").write_text("{")
-    with pytest.raises(StudyError, match="01-a.json: not JSON"):
+    with pytest.raises(StudyError, match="01-a.json: cannot be read as UTF-8 JSON.*remove it and 01-a.jsonl"):
         Stages(tmp_path).run("a", step, [])
     (tmp_path / "01-a.json").unlink()
     with pytest.raises(StudyError, match="has no 01-a.json beside it"):

@@ -200,6 +200,7 @@ def test_published_layout_round_trip(tmp_path, cases):
             "items.2.: field 'intent' is missing; found 'code'",
         ),
         (lambda r: r["neighborhoods"]["answers"].update(m=["a"]), "answers must map each model to 5"),
+        (lambda r: r["neighborhoods"]["answers"].update(m=None), "answers must map each model to 5"),
     ],
 )
 def test_malformed_records_are_named(tmp_path, damage, message):

@@ -244,7 +244,7 @@ def test_the_papers_orderings_are_counted_where_all_of_them_were_measured():
     ("values", "message"),
     [
         ({"editors": "none"}, "editors: .*nothing to time of 'none'"),
-        ({"batches": "0,2"}, "batches: .*a batch has at least one case"),
+        ({"batches": "0,2"}, "batches: .*a batch has from 1 to 65536 cases"),
         ({"dataset": "conala"}, "unknown data set 'conala'; known: cnle, csne"),
         ({"casess": 3}, "casess: unknown key .*known: subject, random_weights"),
     ],
@@ -337,13 +337,13 @@ def test_a_run_goes_on_in_smaller_batches(tiny, source, monkeypatch, tmp_path):
         return edit(self, cases, batch_size, progress)
 
     monkeypatch.setattr(EDITORS["grace"], "edit", small_device)
-    config = study_config.make_config(subject="tiny", dataset="cnle", editors="grace", cases=5, source=str(source), batch_size="auto",
+    config = study_config.make_config(subject="tiny-llama", dataset="cnle", editors="grace", cases=5, source=str(source), batch_size="auto",
                               values="transferred", out=tmp_path / "run")  # fmt: skip
     records = runs.run(config)
     assert sorted(records["case_id"]) == list(range(5)) and max(tried) == 5
     failed = records[records["error"].notna()]
     assert list(failed["case_id"]) == [3] and "does not suffice" in failed["error"].iloc[0]
-    with pytest.raises(StudyError, match="batch_size: .*at least 1 is needed, or auto"):
+    with pytest.raises(StudyError, match="batch_size: .*from 1 to 65536 is needed, or auto"):
         study_config.make_config(batch_size="many")
 
 

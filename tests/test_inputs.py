@@ -28,11 +28,13 @@ import pytest
 import torch
 import yaml
 from conftest import make_subject
+from safetensors.torch import load, save
 
 import clme_lib as clme
 from clme_lib import cli
 from clme_lib.datasets import published
 from clme_lib.datasets.cases import Case
+from clme_lib.datasets.construction.endpoint import Endpoint
 from clme_lib.datasets.paper import CNLE, CSNE
 from clme_lib.support.errors import StudyError
 
@@ -79,6 +81,18 @@ def world(tmp_path_factory) -> Path:
             for n in range(3)
         ]  # fmt: skip
         published.write(folder / f"{dataset.name}.json", made)
+    sources = {
+        "conala.jsonl": [{"intent": f"sort list {n}", "snippet": f"list{n}.sort({n})", "rewritten_intent": f"order {n}"}
+                         for n in range(24)],
+        "functions.jsonl": [{"code": FUNCTION.format(f"x{n}", "y"), "docstring": f"Give item {n} back again."} for n in range(9)],
+        "answers.jsonl": [{"key": "a", "answer": "5", "tokens": 3}],
+    }  # fmt: skip
+    for name, rows in sources.items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["data", "build", CNLE.name, "--source", f"{folder}/conala.jsonl", "--out", f"{folder}/built"]) == 0
+    assert cli.main(["data", "labels", f"{folder}/built", f"{folder}/labels.csv"]) == 0
+    labels = (folder / "labels.csv").read_text(encoding="utf-8").replace(",,", ",5,5")
+    (folder / "labels.csv").write_text(labels, encoding="utf-8")
     return folder
 
 
@@ -93,7 +107,8 @@ def environment(world):
         cases = clme.load_cases("cnle", f"{world}/cnle.json")
         editor = clme.load_editor("grace", subject)
         clme.save_edits(world / "edits.safetensors", editor.edit(cases[:1]), subject)
-        yield {"clme": clme, "subject": subject, "cases": cases, "editor": editor, "torch": torch, "Path": Path}
+        yield {"clme": clme, "subject": subject, "cases": cases, "editor": editor, "torch": torch, "Path": Path,
+               "Endpoint": Endpoint}  # fmt: skip
 
 
 @pytest.fixture
@@ -116,7 +131,8 @@ def test_a_bad_input_is_answered(group, spoilt, world, environment, tmp_path, ca
     file = _spoil(group, spoilt, world, tmp_path)
     known_files = set(tmp_path.rglob("*"))
     given = spoilt.get("given", "")
-    places = {"world": str(world), "here": str(tmp_path), "given": str(given)}
+    places = {"world": str(world), "here": str(tmp_path)}
+    places["given"] = _filled(str(given), places)
     monkeypatch.chdir(tmp_path)
     if "run" in group:
         words = [_filled(word, places) for word in shlex.split(group["run"])]
@@ -136,7 +152,7 @@ def test_a_bad_input_is_answered(group, spoilt, world, environment, tmp_path, ca
     assert re.search(str(spoilt["says"]), message), message
     if file is not None:
         assert file.name in message, f"{file.name} is not named: {message}"
-    left = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()} - {
+    left = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"} - {
         path.relative_to(tmp_path) for path in known_files
     }
     assert not left, f"left behind: {left}"
@@ -163,7 +179,18 @@ def _spoil(group: dict, spoilt: dict, world: Path, here: Path) -> Path | None:
     elif "python" in spoilt:
         made = eval(
             spoilt["python"],
-            {"json": json, "text": lambda: source.read_text(encoding="utf-8"), "bytes_": source.read_bytes},
+            {
+                "json": json,
+                "text": lambda: source.read_text(encoding="utf-8"),
+                "bytes_": source.read_bytes,
+                "weights": lambda change: save(
+                    {
+                        name: tensor.clone(memory_format=torch.contiguous_format)
+                        for name, tensor in change(load(source.read_bytes())).items()
+                    },
+                    metadata={"format": "pt"},
+                ),
+            },
         )
         target.write_bytes(made if isinstance(made, bytes) else made.encode("utf-8", "surrogatepass"))
     else:

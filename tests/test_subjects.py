@@ -13,10 +13,10 @@ from conftest import make_subject
 
 from clme_lib.editors.base import EDITORS
 from clme_lib.editors.registry import list_editors, load_editor, resolve_hparams
+from clme_lib.evaluation.loading import load_subject
 from clme_lib.subjects import embedded as embedded_subject
 from clme_lib.subjects import settings as hyperparameters
 from clme_lib.subjects.settings import list_subjects, load_settings, transfer_layers
-from clme_lib.subjects.subject import load_subject
 from clme_lib.support.errors import StudyError
 
 
@@ -25,7 +25,7 @@ def test_a_local_folder_is_a_subject(tmp_path, subject, monkeypatch):
     subject.model.save_pretrained(folder)
     subject.tokenizer.save_pretrained(folder)
     loaded = load_subject(str(folder), "cpu")
-    assert loaded.fingerprint.startswith("safetensors-sha256:")
+    assert loaded.fingerprint.startswith("folder-sha256:")
     ids = torch.tensor([[1, 2, 3]])
     assert torch.allclose(loaded.model(ids).logits, subject.model(ids.to(subject.device)).logits.cpu(), atol=1e-5)
     assert loaded.tokenizer.padding_side == "left" and loaded.tokenizer.pad_token_id == loaded.tokenizer.eos_token_id
@@ -35,7 +35,7 @@ def test_a_local_folder_is_a_subject(tmp_path, subject, monkeypatch):
     def full(*_args, **_options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("clme_lib.subjects.subject.AutoModelForCausalLM.from_pretrained", full)
+    monkeypatch.setattr("clme_lib.subjects.files.AutoModelForCausalLM.from_pretrained", full)
     with pytest.raises(
         StudyError, match=r"in bfloat16 does not fit into the memory of cpu \(.* GiB are free\): use a 16-bit"
     ):

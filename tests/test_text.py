@@ -294,3 +294,11 @@ def test_a_reader_that_has_gone_ends_a_command_in_silence(words):
     done = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)
     assert done.stderr == b"" and done.returncode in (0, 141)
+
+
+def test_a_full_disk_behind_the_output_is_told():
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "clme_lib.cli", "measure", "list"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE
+        )
+    assert done.returncode == 1 and done.stderr == b"clme: what is printed cannot be written: No space left on device\n"

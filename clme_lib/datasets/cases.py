@@ -10,6 +10,17 @@ from dataclasses import dataclass
 from ..support.seeds import seeded_order
 from .base import DataSet, get_dataset
 
+MOST_CASE_ID = 2**63 - 1  # tables of records hold ids in 64 bits
+
+
+def checked_text(text: str) -> str:
+    """``text``, if a prompt or target can be made of it; ValueError says why not."""
+    if not text.strip():
+        raise ValueError("is empty")
+    if "\0" in text:
+        raise ValueError("has a NUL character: remove it")
+    return text
+
 
 @dataclass(frozen=True)
 class Case:

@@ -17,6 +17,7 @@ from pathlib import Path
 from ..support.cache import cache_dir
 from ..support.errors import StudyError
 from ..support.journal import write_text
+from ..support.reading import parse_json
 from . import neighbours
 from .base import EMBEDDED, DataSet
 from .cases import Case
@@ -33,10 +34,7 @@ def read_rows(name: str) -> list[dict]:
     file = EMBEDDED / f"{name}.jsonl"
     rows = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise StudyError(f"{file}, line {number}: not JSON: {error}") from error
+        row = parse_json(line, f"{file}, line {number}")
         if tuple(row) != FIELDS[name]:
             raise StudyError(f"{file}, line {number}: fields {list(row)}, expected {list(FIELDS[name])}")
         rows.append(row)

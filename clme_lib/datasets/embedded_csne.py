@@ -30,7 +30,7 @@ from .cases import Case
 from .neighbours import nearest
 from .paper import CSNE
 from .renaming import Substitutes, choose_names, rename, verified
-from .source_code import bare_code, description, parsed, single_function
+from .source_code import bare_code, description, parsed, single_function, source_lines
 
 COMMITTED = EMBEDDED / "csne.json"
 # distribution -> import package; all of them are installed with clme_lib itself
@@ -196,7 +196,7 @@ def _package_functions(distribution: str, package: str) -> Iterator[MinedFunctio
             continue
         if (tree := parsed(source)) is None:
             continue
-        lines = source.split("\n")
+        lines = source_lines(source)
         for name, node in _definitions(tree):
             if code_and_doc := _accept(lines, name, node):
                 accepted += 1
@@ -232,11 +232,6 @@ def _accept(lines: list[str], name: str, node: ast.FunctionDef) -> tuple[str, st
     doc = description(docstring) if docstring else None
     code = bare_code(lines, node, longest=2 * _MAX_CHARACTERS) if doc else None
     if doc is None or code is None or not code.isascii() or code.count("\n") < 2 or len(code) > _MAX_CHARACTERS:
-        return None
-    function = single_function(code)
-    # removing the indentation may have changed a string
-    node.decorator_list, node.body = [], node.body[1:]
-    if function is None or ast.dump(function) != ast.dump(node):
         return None
     return (code, doc) if len(_tokenizer().encode(code, add_special_tokens=False).ids) <= MAX_TOKENS else None
 

@@ -20,7 +20,7 @@ _HELD = 2**24  # similarities kept at one time
 _PART_MIB = 128  # of all similarities, that are computed before the best are kept
 Embedder = Callable[[Sequence[str]], Any]  # a dense array or a sparse matrix
 
-_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_A-Za-z]+")  # the last: other scripts
 
 
 def subtokens(text: str) -> list[str]:
@@ -29,9 +29,12 @@ def subtokens(text: str) -> list[str]:
 
 
 def tfidf(texts: Sequence[str]):
-    """Unit TF-IDF rows over split identifiers (sparse, one row per text)."""
+    """Unit TF-IDF rows over split identifiers (sparse, one row per text); a text without words has none but zeros."""
+    from scipy.sparse import csr_matrix
     from sklearn.feature_extraction.text import TfidfVectorizer
 
+    if not any(map(subtokens, texts)):
+        return csr_matrix((len(texts), 1))
     return TfidfVectorizer(analyzer=subtokens, sublinear_tf=True).fit_transform(texts)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..support.errors import StudyError
@@ -24,7 +24,7 @@ def _load(name: str, embedded: str, source: str) -> Sequence[Case]:
         return import_module(f"clme_lib.datasets.{embedded}").load(dataset)
     if source == "published":
         return published.read(published.fetch(dataset), dataset)
-    if Path(source).is_file():
+    if os.path.isfile(source):
         return published.read(source, dataset)
     raise StudyError(f"source {source!r} is neither 'embedded', 'published', nor the path of a JSON file")
 

@@ -24,8 +24,9 @@ from typing import Any
 from ..support.cache import cache_dir
 from ..support.errors import StudyError
 from ..support.journal import write_text
+from ..support.reading import read_json
 from .base import DataSet, Layout, get_dataset
-from .cases import Case
+from .cases import MOST_CASE_ID, Case, checked_text
 from .neighbours import NEIGHBOURS
 
 ZENODO_RECORD = "12818365"
@@ -48,26 +49,16 @@ def read(path: str | os.PathLike, dataset: DataSet) -> list[Case]:
 
 def read_records(path: str | os.PathLike) -> list:
     """The records of a file in the published layout, not looked into; StudyError when there are none."""
-    records = read_json(path)
+    records = read_json(os.fspath(path))
     if not isinstance(records, list) or not records:
-        raise StudyError(f"{path}: expected a JSON list of records, found {type(records).__name__} of no records")
+        raise StudyError(
+            f"{path}: expected a JSON list of records, found {type(records).__name__ if records else 'nothing'}"
+        )
     return records
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """The content of a JSON file; StudyError when it cannot be read."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise StudyError(f"{path}: cannot be read as UTF-8 JSON: {error}") from error
-
-
 def layout_of(dataset: DataSet) -> Layout:
-    """The authors' layout of a data set.
-
-    Raises:
-        StudyError: it is not one of theirs.
-    """
+    """The authors' layout of a data set; StudyError when it is not one of theirs."""
     if dataset.layout is None:
         raise StudyError(
             f"data set {dataset.name!r} has no layout of the paper's authors; give it a file that describes itself"
@@ -83,34 +74,51 @@ def file_in(folder: Path, dataset: DataSet) -> Path:
 def parse_record(record: object, where: str, dataset: DataSet) -> Case:
     """A record of the published layout as a case; StudyError names the field that is wrong."""
     layout = layout_of(dataset)
-    case_id = _field(record, "case_id", int, where)
-    request = _field(record, "edit_request", dict, where)
-    where_request = f"{where}, edit_request"
+    content = _object(record, where, ("case_id", "edit_request", "neighborhoods"))
+    case_id = _field(content, "case_id", int, where)
+    if not 0 <= case_id <= MOST_CASE_ID:
+        raise StudyError(f"{where}: case_id {case_id} is not between 0 and {MOST_CASE_ID}")
     names = layout.text, layout.target, layout.rephrased
-    text, target, rephrased = (_field(request, name, str, where_request) for name in names)
-    for name, given in zip(names, (text, target, rephrased)):
-        if not given.strip():
-            raise StudyError(f"{where_request}: {name} is empty")
-    neighbourhood, where = _field(record, "neighborhoods", dict, where), f"{where}, neighborhoods"
+    request = _object(content["edit_request"], f"{where}, edit_request", names)
+    text, target, rephrased = (_text(request, name, f"{where}, edit_request") for name in names)
+    where = f"{where}, neighborhoods"
+    neighbourhood = _object(content["neighborhoods"], where, ("items",), optional="answers")
     items = _field(neighbourhood, "items", list, where)
     if len(items) != NEIGHBOURS:
         raise StudyError(f"{where}: items has {len(items)} entries, expected {NEIGHBOURS}")
+    places = [f"{where}, items[{n}]" for n in range(NEIGHBOURS)]
+    unrelated = [_text(_object(item, place, (layout.text,)), layout.text, place) for item, place in zip(items, places)]
     answers = neighbourhood.get("answers") or {}
     lists = list(answers.values()) if isinstance(answers, dict) else [None]
-    if not all(isinstance(texts, list) and len(texts) == NEIGHBOURS for texts in lists):
+    if not all(isinstance(texts, list) and [*map(type, texts)] == [str] * NEIGHBOURS for texts in lists):
         raise StudyError(f"{where}: answers must map each model to {NEIGHBOURS} strings")
-    unrelated = [_field(item, layout.text, str, f"{where}, items[{n}]") for n, item in enumerate(items)]
     return Case.of(dataset, case_id, text, target, [rephrased], unrelated)
 
 
-def _field(record: object, name: str, kind: type, where: str):
-    if not isinstance(record, dict):
-        raise StudyError(f"{where}: expected an object, found {type(record).__name__}")
-    if name not in record:
-        raise StudyError(f"{where}: field {name!r} is missing; found {', '.join(map(repr, record)) or 'none'}")
-    if not isinstance(record[name], kind) or isinstance(record[name], bool):
-        raise StudyError(f"{where}: field {name!r} is {type(record[name]).__name__}, expected {kind.__name__}")
-    return record[name]
+def _object(content: object, where: str, fields: tuple[str, ...], optional: str = "") -> dict[str, Any]:
+    """An object that has these fields and no others, of which a misspelt one would be."""
+    if not isinstance(content, dict):
+        raise StudyError(f"{where}: expected an object, found {type(content).__name__}")
+    for name in fields:
+        if name not in content:
+            raise StudyError(f"{where}: field {name!r} is missing; found {', '.join(map(repr, content)) or 'none'}")
+    if unknown := [name for name in content if name not in (*fields, optional)]:
+        raise StudyError(f"{where}: unknown field {unknown[0]!r}; known: {', '.join(fields)}; remove or rename it")
+    return content
+
+
+def _field(content: dict[str, Any], name: str, kind: type, where: str) -> Any:
+    if type(content[name]) is not kind:
+        raise StudyError(f"{where}: field {name!r} is {type(content[name]).__name__}, expected {kind.__name__}")
+    return content[name]
+
+
+def _text(content: dict[str, Any], name: str, where: str) -> str:
+    text = _field(content, name, str, where)
+    try:
+        return checked_text(text)
+    except ValueError as error:
+        raise StudyError(f"{where}: {name} {error}") from None
 
 
 def write(path: str | os.PathLike, cases: list[Case], answers: dict[str, list[list[str]]] | None = None) -> None:

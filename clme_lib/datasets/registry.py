@@ -16,17 +16,18 @@ A data set in one JSON file that says its own name and template; no code is need
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from ..support.errors import StudyError
+from ..support.reading import read_json
 from ..support.schema import Schema, parse
 from .base import DataSet, get_dataset, list_datasets, register_dataset
-from .cases import Case
-from .published import read_json
+from .cases import MOST_CASE_ID, Case, checked_text
 
 
 def find_dataset(given: str | DataSet) -> DataSet:
@@ -66,7 +67,11 @@ def load_cases(dataset: str | DataSet, source: str = "embedded") -> list[Case]:
 
 @lru_cache(maxsize=8)
 def _from_file(path: str) -> DataSet:
-    return register_dataset(read_dataset(path))
+    dataset = read_dataset(path)
+    try:
+        return register_dataset(dataset)
+    except StudyError as error:
+        raise StudyError(f"{path}: name: {error}") from error
 
 
 @lru_cache(maxsize=8)
@@ -106,30 +111,35 @@ class _Template(Schema):
         return after
 
 
+_Text = Annotated[str, AfterValidator(checked_text)]
+
+
 class _CaseRow(Schema):
-    case_id: int
-    input: str = Field(min_length=1)
-    target: str = Field(min_length=1)
-    rephrased: tuple[str, ...] = ()
-    unrelated: tuple[str, ...] = ()
+    case_id: int = Field(strict=True, ge=0, le=MOST_CASE_ID)
+    input: _Text
+    target: _Text
+    rephrased: tuple[_Text, ...] = ()
+    unrelated: tuple[_Text, ...] = ()
 
 
 class _File(Schema):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
-    title: str | None = None
+    title: _Text | None = None
     template: _Template
-    publish_texts: bool = True
+    publish_texts: bool = Field(True, strict=True)
     code: tuple[Literal["input", "target"], ...] = ()
     cases: tuple[_CaseRow, ...] = Field(min_length=1)
 
 
 def describes_itself(path: str | Path) -> bool:
     """Whether a path is a JSON file of this layout, and not the list of records that the paper's authors publish."""
-    file = Path(path)
-    if file.suffix != ".json" or not file.is_file():
+    if Path(path).suffix != ".json" or not os.path.isfile(path):  # unlike Path's, False for a name that is too long
         return False
-    with file.open("rb") as stream:
-        return stream.read(64).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{")
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(64).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{")
+    except OSError as error:
+        raise StudyError(f"{path}: cannot be read: {error}") from error
 
 
 def read_dataset(path: str | Path) -> DataSet:

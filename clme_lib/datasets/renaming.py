@@ -16,10 +16,22 @@ import types
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 
-from .source_code import Function, parsed
+from .source_code import Function, parsed, source_lines
 
 MIN_OCCURRENCES = 12
-_INTROSPECTION = {"locals", "eval", "exec", "vars", "globals", "dir"}
+# what reaches any variable of a function by its name, and what reaches the parameters of a function in it
+_INTROSPECTION = {"locals", "eval", "exec", "vars", "globals", "dir", "builtins", "__builtins__"}
+_FRAMES = {"f_locals", "currentframe", "_getframe"}
+_SIGNATURES = {
+    "signature",
+    "getfullargspec",
+    "getcallargs",
+    "get_type_hints",
+    "__code__",
+    "__kwdefaults__",
+    "__annotations__",
+}
+_EXPRESSIONS = {"eval", "query", "evaluate"}  # methods that read a text with variables in it
 _FORBIDDEN = set(keyword.kwlist) | set(keyword.softkwlist) | set(dir(builtins)) | {"self", "cls", "mcs"}
 # instructions whose argument is a variable's name (a global's or an attribute's is never renamed)
 _OF_VARIABLES = {*dis.haslocal, *dis.hasfree}
@@ -33,40 +45,73 @@ def eligible_names(function: Function) -> list[str]:
 
     A name qualifies when the function's own scope binds it (parameter or assignment): every occurrence in nested
     scopes then refers to it or rebinds it, and one uniform renaming is alpha-conversion. Everything that is reached by its
-    spelling from elsewhere is excluded: imports, ``global``/``nonlocal``, ``except ... as``, ``match`` captures,
-    class bodies, keyword calls of local functions and of the function itself, names inside f-strings (their positions
-    are wrong before Python 3.12) and names that default values or annotations share.
+    spelling from elsewhere is excluded: what is bound without a position of its own (:func:`_spelt`: imports, ``global``,
+    ``except ... as``), class bodies, keyword calls of local functions and of the function itself, names inside f-strings (their
+    positions are wrong before Python 3.12) and names that default values or annotations share. A function that looks names
+    up at run time has none.
     """
     nodes = list(ast.walk(function))
-    used_names = [node.id for node in nodes if isinstance(node, ast.Name)]
-    if _INTROSPECTION & set(used_names) or any(isinstance(node, ast.Match) for node in nodes):
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    names |= {part for node in nodes if isinstance(node, ast.alias) for part in node.name.split(".")}
+    strings = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    # what is reached through f_back is a caller's, which may be this one where there are functions in it
+    nested = any(isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) for node in nodes[1:])
+    own_frame = _FRAMES & (names | attributes | strings) and (nested or "f_back" not in attributes)
+    if _INTROSPECTION & (names | strings) or own_frame or any(map(_reads_expression, calls)):
+        return []
+    if any(isinstance(node, ast.Match) for node in nodes):
         return []
     bound = dict.fromkeys([*_parameters(function.args), *_bound_in_scope(function.body)])
-    excluded = set(_FORBIDDEN)
+    excluded = _FORBIDDEN.union(*map(_spelt, nodes[1:]))
     nested_parameters: set[str] = set()
-    for node in nodes:
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            excluded |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
-        elif isinstance(node, (ast.Global, ast.Nonlocal)):
-            excluded |= set(node.names)
-        elif isinstance(node, ast.ExceptHandler) and node.name:
-            excluded.add(node.name)
-        elif isinstance(node, ast.ClassDef):
-            excluded |= {node.name, *_bound_in_scope(node.body)}
+    for node in nodes[1:]:
+        if isinstance(node, ast.ClassDef):
+            excluded |= {*_bound_in_scope(node.body)}
         elif isinstance(node, ast.JoinedStr):
             excluded |= {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}
-        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) and node is not function:
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             nested_parameters |= set(_parameters(node.args))
-            if not isinstance(node, ast.Lambda):
-                excluded.add(node.name)
-        elif isinstance(node, ast.Call) and _called(node) == function.name:
-            excluded |= {word.arg for word in node.keywords if word.arg}
-    keywords = {word.arg for node in nodes if isinstance(node, ast.Call) for word in node.keywords}
-    excluded |= nested_parameters & keywords
+    keywords = {word.arg for call in calls for word in call.keywords if word.arg}
+    any_keyword = any(word.arg is None for call in calls for word in call.keywords)  # ``**``: known at run time alone
+    by_name = any_keyword or _SIGNATURES & (names | attributes | strings)
+    excluded |= nested_parameters if by_name else nested_parameters & (keywords | strings)
+    to_itself = [word for call in calls if _called(call) == function.name for word in call.keywords]
+    excluded |= {word.arg for word in to_itself if word.arg}
+    if function.name not in bound:
+        itself = {f"{receiver}{function.name}" for receiver in ("", "self.", "cls.", "super().")}
+        # what comes from its own ``**`` is no parameter
+        passed = {
+            ast.unparse(word.value)
+            for call in calls
+            if ast.unparse(call.func) in itself
+            for word in call.keywords
+            if not word.arg
+        }
+        if passed - {getattr(function.args.kwarg, "arg", None)}:
+            excluded |= {*_parameters(function.args)}
+        # handed to what may call it, such as ``partial``
+        handed_on = set(nodes) - {call.func for call in calls}
+        if any(isinstance(node, ast.Name) and node.id == function.name for node in handed_on):
+            excluded |= {*_parameters(function.args)} if by_name else keywords | strings
     # defaults, and annotations inside the arguments
     outside = [function.args, *filter(None, [function.returns])]
     excluded |= {node.id for part in outside for node in ast.walk(part) if isinstance(node, ast.Name)}
     return [name for name in bound if name not in excluded and not name.startswith("_")]
+
+
+def _spelt(node: ast.AST) -> set[str]:
+    """Names that a node binds or declares by a string of its own: imports, ``global``, captures, functions, type parameters, ..."""
+    if isinstance(node, ast.alias):
+        return {(node.asname or node.name).split(".")[0]}
+    names = [getattr(node, "name", None), getattr(node, "rest", None), *getattr(node, "names", ())]
+    return {name for name in names if isinstance(name, str)}
+
+
+def _reads_expression(call: ast.Call) -> bool:
+    return _called(call) in _EXPRESSIONS and any(isinstance(text, ast.JoinedStr) or (isinstance(text, ast.Constant)
+                                                 and isinstance(text.value, str)) for text in call.args)  # fmt: skip
 
 
 def choose_names(function: Function, substitute: Substitute) -> dict[str, str]:
@@ -75,6 +120,7 @@ def choose_names(function: Function, substitute: Substitute) -> dict[str, str]:
     taken = {node.id for node in nodes if isinstance(node, ast.Name)} | set(keyword.kwlist) | set(dir(builtins))
     taken |= {node.arg for node in nodes if isinstance(node, ast.arg | ast.keyword) and node.arg}
     taken |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    taken = taken.union(*map(_spelt, nodes[1:]))
     mapping = {}
     for name in eligible_names(function):
         if new := substitute(name, taken):
@@ -90,7 +136,7 @@ def rename(code: str, mapping: dict[str, str]) -> str:
         name = node.id if isinstance(node, ast.Name) else node.arg if isinstance(node, ast.arg) else None
         if name in mapping:
             occurrences.append((node.lineno, node.col_offset, name))  # type: ignore[attr-defined]
-    lines = code.split("\n")
+    lines = source_lines(code)
     for line, column, name in sorted(occurrences, reverse=True):
         text = lines[line - 1]
         lines[line - 1] = text[:column] + mapping[name] + text[column + len(name) :]
@@ -106,7 +152,7 @@ def verified(code: str, variant: str, mapping: dict[str, str]) -> bool:
         forth = _mapped(ast.parse(code), lambda name: mapping.get(name, name)) == ast.dump(ast.parse(variant))
         back = _mapped(ast.parse(variant), lambda name: inverse.get(name, name)) == ast.dump(ast.parse(code))
         before, after = (symtable.symtable(text, "function", "exec") for text in (code, variant))
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError):
         return False
     return forth and back and _facts(before, mapping) == _facts(after, {})
 
@@ -119,7 +165,10 @@ def same_up_to_names(code: str, variant: str) -> bool:
         tree = parsed(text)
         return _mapped(tree, numbers.__getitem__, functions=True) if tree else None
 
-    before, after = numbered(code), numbered(variant)
+    try:
+        before, after = numbered(code), numbered(variant)
+    except RecursionError:
+        return False
     return before is not None and before == after
 
 
@@ -131,7 +180,7 @@ def same_bytecode(code: str, variant: str, mapping: dict[str, str]) -> bool:
     """
     try:
         before, after = (compile(_unannotated(text), "function", "exec", dont_inherit=True) for text in (code, variant))
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError):
         return False
     return _instructions(before, mapping) == _instructions(after, {})
 
@@ -278,10 +327,10 @@ def _mapped(tree: ast.AST, new_name: Callable[[str], str], functions: bool = Fal
     return ast.dump(tree)
 
 
-def _facts(table: symtable.SymbolTable, names: dict[str, str]) -> tuple[dict, list]:
-    """What a symbol table says of each name, and the same of the tables nested in it."""
-    of_names = {
-        names.get(symbol.get_name(), symbol.get_name()): [getattr(symbol, fact)() for fact in _FACTS]
+def _facts(table: symtable.SymbolTable, names: dict[str, str]) -> tuple[list, list]:
+    """What a symbol table says of each name (two that become one stay two), and the same of the tables nested in it."""
+    of_names = [
+        (names.get(symbol.get_name(), symbol.get_name()), [getattr(symbol, fact)() for fact in _FACTS])
         for symbol in table.get_symbols()
-    }
-    return of_names, [_facts(nested, names) for nested in table.get_children()]
+    ]
+    return sorted(of_names), [_facts(nested, names) for nested in table.get_children()]

@@ -22,7 +22,7 @@ from ..forward.partial import longest_above
 from ..forward.tokens import TokenRow, tokenize
 from ..subjects.subject import Subject
 from ..support.batching import of_like_length
-from ..support.errors import StudyError
+from ..support.errors import CaseError
 from ..support.memory import peak_memory_mib, reset_peak_memory
 from ..support.registry import Registry
 from ..support.schema import Schema
@@ -117,7 +117,7 @@ class Editor(ABC, Generic[Hparams]):
         Cases of similar length are optimised together. Each has its own loss, stop and random draws: its batch does not matter.
 
         Raises:
-            StudyError: a case cannot be edited (empty target, loss not finite); the message names it.
+            CaseError: a case cannot be edited (empty target, loss not finite); the message names it.
         """
         self.setup()
         tokenized = [self._tokenize(case) for case in cases]
@@ -148,8 +148,8 @@ class Editor(ABC, Generic[Hparams]):
     def _tokenize(self, case: Case) -> TokenRow:
         try:
             return tokenize(self.subject.tokenizer, case.prompt, case.target)
-        except StudyError as error:
-            raise StudyError(f"case {case.case_id} of {case.dataset}: {error}") from error
+        except CaseError as error:
+            raise CaseError(f"case {case.case_id} of {case.dataset}: {error}") from error
 
     def _timed(self, cases: Sequence[Case], tokenized: Sequence[TokenRow]) -> list[Edit]:
         device = self.subject.device
@@ -163,7 +163,7 @@ class Editor(ABC, Generic[Hparams]):
         measured: dict[str, Any] = {"seconds": seconds, "batch": len(cases), "peak_memory_mib": peak_memory_mib(device)}
         for edit in edits:
             if not all(map(math.isfinite, edit.log.losses)):
-                raise StudyError(
+                raise CaseError(
                     f"case {edit.case_id}: the loss of {self.name} is not finite; lower its learning rate or use float32"
                 )
         return [replace(edit, log=replace(edit.log, **measured)) for edit in edits]

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from ..subjects.settings import Preset, load_settings, transfer_layers
 from ..subjects.subject import Subject
+from ..support.errors import StudyError
 from ..support.schema import Schema, parse
 from ..support.seeds import DEFAULT_SEED
 from .base import EDITORS, Editor
@@ -40,12 +41,12 @@ def resolve_hparams(
     fields = editor.Hyperparameters.model_fields.items()
     paper = {field: about.get_default(call_default_factory=True) for field, about in fields if not about.is_required()}
     settings = load_settings(subject).editors if values == "subject" else {}
-    chosen = {
-        **(paper if blocks is None else transfer_layers(paper, blocks)),
-        **settings.get(name, {}),
-        **(editor.compat if preset == "compat" else {}),
-        **overrides,
-    }
+    own = {**settings.get(name, {}), **(editor.compat if preset == "compat" else {}), **overrides}
+    paper = {field: value for field, value in paper.items() if field not in own}
+    try:
+        chosen = {**(paper if blocks is None else transfer_layers(paper, blocks)), **own}
+    except ValueError as error:
+        raise StudyError(f"{subject}: editors.{name}: {error}") from error
     return parse(editor.Hyperparameters, chosen, f"{subject}: editors.{name}")
 
 

@@ -21,7 +21,7 @@ from pydantic import Field
 from ..edits.weights import LowRankUpdate
 from ..forward.blockwise import Blockwise
 from ..forward.tokens import encode
-from ..support.errors import StudyError
+from ..support.errors import CaseError
 from .locate_then_edit.learning import RewritingEditor, RewritingHyperparameters
 
 
@@ -58,7 +58,7 @@ class ROME(RewritingEditor[ROMEHyperparameters]):
         edits = []
         for n, (case, log) in enumerate(zip(cases, logs)):
             if along[n].abs() <= 1e-6 * own_keys[n].norm():
-                raise StudyError(f"case {case.case_id}: rome cannot write: its key has no part along the mean key")
+                raise CaseError(f"case {case.case_id}: rome cannot write: its key has no part along the mean key")
             factors = {layer: (changes[n][:, None], directions[n][None])}
             edits.append(LowRankUpdate(case.case_id, self.name, factors=factors, log=log))
         return edits

@@ -1,6 +1,8 @@
 """Batched generation from many differently edited models (paper section III-D; protocol of the released program).
 
-Decoded text is the generated tokens only, special tokens and a final EOS kept. The result is that of ``model.generate`` row by
+Decoded text is the generated tokens only, special tokens and a final EOS kept. A row ends at the subject's EOS, so that of a target
+that contains its string (code about tokenizers may) no more than the part up to it is ever written; it is compared as any other,
+and ``clme data check`` names such targets. The result is that of ``model.generate`` row by
 row (a test holds it to that), whatever batch a row is in. It is faster because every (prompt, edit) is read once however many
 texts continue it, in batches of like length, and decoding writes keys and values into buffers made once.
 """
@@ -18,7 +20,7 @@ from ..edits.base import Edit
 from ..forward.blockwise import passes
 from ..forward.tokens import encode
 from ..subjects.subject import Subject
-from ..support.errors import StudyError
+from ..support.errors import CaseError
 
 SPECIFICITY_TOKENS = 16
 FLUENCY_TOKENS = 64
@@ -68,7 +70,13 @@ def generate(
         sources.setdefault((request.prompt, request.edit), []).append(n)
     encoded = {key: encode(subject.tokenizer, key[0]) for key in sources}
     if any(not ids for ids in encoded.values()):
-        raise StudyError("cannot generate from an empty prompt")
+        raise CaseError("cannot generate from an empty prompt")
+    for request in requests:
+        if (needed := len(encoded[request.prompt, request.edit]) + request.budget) > subject.positions:
+            raise CaseError(
+                f"prompt {request.prompt[-60:]!r} needs {needed:,} tokens with what is to be written; {subject.name} reads "
+                f"{subject.positions:,}"
+            )
     order = sorted(sources, key=lambda key: (len(encoded[key]), sources[key][0]))
     results: dict[int, Generated] = {}
     max_rows = max_rows or _ROWS[subject.device.type]

@@ -10,11 +10,14 @@ import math
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import pandas as pd
+from pydantic import AfterValidator, Field, model_validator
 
-from ..metrics.base import TEXTS
+from ..metrics.base import TEXTS, get_metric, list_metrics
 from ..metrics.paper import PAPER_METRICS
+from ..subjects.settings import Preset
 from ..support.errors import StudyError
 from ..support.journal import read_rows
 from ..support.schema import Schema, parse
@@ -24,6 +27,28 @@ UNKNOWN = "unknown"  # where a record comes from, when that cannot be proved
 SCORED, UNSCORED, FAILED = "scored", "not scored yet", "failed"
 _MAPPINGS = {"scores", "texts", "sha256"}  # fields with a value for each metric or measure
 _KEY = attrgetter("run", "subject", "dataset", "editor", "preset", "protocol", "position", "case_id")
+
+
+def _of_each_measure(by_measure: dict[str, Any] | None) -> dict[str, Any] | None:
+    if by_measure is not None and set(by_measure) != set(TEXTS):
+        raise ValueError(f"there has to be an entry for each of {', '.join(TEXTS)}, and no other")
+    return by_measure
+
+
+def _in_range(scores: dict[str, float | None] | None) -> dict[str, float | None] | None:
+    for name, score in (scores or {}).items():
+        if score is None or name not in list_metrics():  # a metric that is not installed here
+            continue
+        metric = get_metric(name)
+        if not 0 <= score <= metric.highest or (metric.binary and score not in (0, 1)):
+            allowed = "0 or 1" if metric.binary else f"from 0 to {metric.highest:g}"
+            raise ValueError(f"{name} is {score}, and can only be {allowed}")
+    return scores
+
+
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]*$")]
+_Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_Measured = Annotated[float | None, Field(ge=0)]
 
 
 class Record(Schema):
@@ -38,34 +63,52 @@ class Record(Schema):
     unedited subject's, with which specificity is compared (None in published records and in those of the first schema).
     """
 
-    schema_version: int = SCHEMA_VERSION
-    run: str
+    schema_version: Literal[2] = 2
+    run: _Name
     subject: str
-    dataset: str
+    dataset: _Name
     source: str
-    editor: str
-    preset: str
-    protocol: str
-    position: int
-    fold: int
-    case_id: int
-    case_sha256: str
+    editor: _Name
+    preset: Preset
+    protocol: _Name
+    position: int = Field(ge=1)
+    fold: int = Field(ge=0, le=1)
+    case_id: int = Field(ge=0, lt=2**53)  # what every reader of JSON holds exactly
+    case_sha256: _Hash
     start: str = UNKNOWN
     library: str = UNKNOWN
     commit: str = UNKNOWN
-    scores: dict[str, float | None] | None = None
-    edit_seconds: float | None = None
-    edit_batch: int | None = None
-    steps: int | None = None
+    scores: Annotated[dict[str, float | None] | None, AfterValidator(_in_range)] = None
+    edit_seconds: _Measured = None
+    edit_batch: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=0)
     loss: float | None = None
-    peak_memory_mib: float | None = None
+    peak_memory_mib: _Measured = None
     initial_sha256: str = ""
-    distances: list[float | None] | None = None
+    distances: list[_Measured] | None = None
     fired: list[bool] | None = None
-    texts: dict[str, list[str]] | None = None
-    sha256: dict[str, list[str]] | None = None
+    texts: Annotated[dict[str, list[str]] | None, AfterValidator(_of_each_measure)] = None
+    sha256: Annotated[dict[str, list[_Hash]] | None, AfterValidator(_of_each_measure)] = None
     answers: list[str] | None = None
     error: str | None = None
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Record:
+        if self.error is not None:
+            if self.scores or self.texts:
+                raise ValueError("error: a case that failed has neither scores nor texts")
+            return self
+        if self.sha256 is None:
+            raise ValueError("sha256: the hashes of the texts are missing")
+        for measure, texts in (self.texts or {}).items():
+            if text_hashes(texts) != self.sha256[measure]:
+                raise ValueError(f"texts.{measure}: not the texts whose SHA-256 is kept beside them")
+        for name, per_text in (("distances", self.distances), ("fired", self.fired), ("answers", self.answers)):
+            measures = ("specificity",) if name == "answers" else TEXTS[:-1]
+            expected = sum(len(self.sha256[measure]) for measure in measures)
+            if per_text is not None and len(per_text) != expected:
+                raise ValueError(f"{name}: {len(per_text)} values for {expected} texts")
+        return self
 
     @property
     def state(self) -> str:
@@ -85,9 +128,11 @@ def finite(value: float | None) -> float | None:
 
 
 def read_records(paths: Iterable[Path]) -> list[Record]:
-    """Records of JSON Lines files, checked; StudyError names the file and field of a malformed one."""
-    records, seen = [], set()
+    """Records of JSON Lines files named ``<data set>.<editor>.jsonl``, checked: types, ranges, hashes of the texts, and the file they
+    are in. A failed case that was tried again has its later record. StudyError names the file, line and field of a wrong one."""
+    records: dict[tuple, Record] = {}
     for path in paths:
+        place = path.name.removesuffix(".jsonl")
         for number, row in enumerate(read_rows(path), 1):
             where = f"{path}, line {number}"
             if row.get("schema_version") != SCHEMA_VERSION:
@@ -95,12 +140,16 @@ def read_records(paths: Iterable[Path]) -> list[Record]:
                     f"{where}: schema_version {row.get('schema_version')!r}, expected {SCHEMA_VERSION}; records of version 1 "
                     "are converted by `python results/migrate.py FOLDER`"
                 )
-            record = parse(Record, row, where)
-            if _KEY(record) in seen:
+            record = parse(Record, row, where, strict=True)
+            if f"{record.dataset}.{record.editor}" != place:
+                raise StudyError(
+                    f"{where}: a record of {record.editor} on {record.dataset} does not belong in this file"
+                )
+            earlier = records.pop(_KEY(record), None)
+            if earlier is not None and earlier.state != FAILED:
                 raise StudyError(f"{where}: a second record of case {record.case_id} by {record.editor}")
-            seen.add(_KEY(record))
-            records.append(record)
-    return records
+            records[_KEY(record)] = record
+    return list(records.values())
 
 
 def frame(records: Iterable[Record]) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """What the unedited subject writes: the answers that specificity compares with, and every text that an edit cannot change.
 
-Generated once per subject, weights, dtype and kind of device, and kept in the user's cache by prompt and decoding. The unedited row
+Generated once per subject, weights, dtype and kind of device, and kept in the user's cache by prompt and decoding. A row of the cache
+that was changed, or is another subject's, is not read: its text is generated again. The unedited row
 of a table never reads its texts from here: it generates anew, and so measures how much two generations of the same model differ.
 """
 
@@ -10,7 +11,8 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import torch
 import transformers
@@ -40,13 +42,15 @@ def unedited(subject: Subject, requests: Sequence[Request]) -> list[Generated]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    known = _journal(cache_dir() / "unedited" / f"{name_for(subject.name, identity)}.jsonl")
+    name = name_for(subject.name, identity)
+    known = _journal(cache_dir() / "unedited" / f"{name}.jsonl")
     known.refresh()
     keys = [_key(request) for request in requests]
     missing = {key: replace(request, edit=-1) for key, request in zip(keys, requests) if key not in known.rows}
     if missing:
         generated = generate(subject, list(missing.values()))
-        known.append(*({"key": key, "text": made.text, "ids": made.ids} for key, made in zip(missing, generated)))
+        rows = [{"key": key, "text": made.text, "ids": made.ids} for key, made in zip(missing, generated)]
+        known.append(*({**row, "sha256": _row_sha256(name, row)} for row in rows))
     return [Generated(known.rows[key]["text"], known.rows[key]["ids"]) for key in keys]
 
 
@@ -100,7 +104,17 @@ def _fire_later(
 
 
 # A file is read once in a process, and again when another process has made it grow.
-_journal = cache(lambda file: Journal(file, lambda row: row["key"]))
+_journal = cache(lambda file: Journal(file, partial(_key_of, file.stem)))
+
+
+def _key_of(name: str, row: Any) -> str | None:
+    """The key of a row of the file of this name; None where the row was not written there, or was changed."""
+    return row["key"] if isinstance(row, dict) and row.get("sha256") == _row_sha256(name, row) else None
+
+
+def _row_sha256(name: str, row: dict[str, Any]) -> str:
+    content = [name, *(row.get(field) for field in ("key", "text", "ids"))]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _key(request: Request) -> str:

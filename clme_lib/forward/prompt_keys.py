@@ -16,7 +16,7 @@ from ..edits.codebooks import Query, masked_mean
 from ..subjects.subject import Subject
 from ..support.artifact import Artifact
 from ..support.cache import cache_dir, name_for
-from ..support.errors import StudyError
+from ..support.errors import CaseError
 from .blockwise import Blockwise, passes
 from .tokens import encode
 
@@ -29,7 +29,7 @@ def prompt_queries(subject: Subject, prompts: Sequence[str], layer: int) -> dict
     """Both queries of each prompt: (P, d_f) float32 each, on the subject's device."""
     rows = [encode(subject.tokenizer, prompt) for prompt in prompts]
     if any(not row for row in rows):
-        raise StudyError("an empty prompt has no query")
+        raise CaseError("an empty prompt has no query")
     queries = {name: torch.empty(len(rows), subject.inner_size, device=subject.device) for name in ("mean", "last")}
     for group in passes(subject, rows):
         walk = Blockwise(subject, [rows[n] for n in group])
@@ -46,7 +46,7 @@ def stored_queries(subject: Subject, prompts: Sequence[str], layer: int, query: 
     hashes = [hashlib.sha256(prompt.encode()).hexdigest() for prompt in prompts]
     needed = dict(zip(hashes, prompts))
     files = [Artifact(file, identity) for file in sorted(folder.glob("*.safetensors"))]
-    stored = [(file, file.read(with_tensors=False)[0]["prompts"]) for file in files]
+    stored = [(file, file.read(with_tensors=False)[0].get("prompts", [])) for file in files]
     missing = sorted(
         needed.keys() - set().union(*(keys for _, keys in stored)), key=lambda key: (len(needed[key]), key)
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..subjects.settings import Preset
-from ..support.errors import StudyError
+from ..support.errors import CaseError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,14 +56,14 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> To
     prompt_ids = encode(tokenizer, prompt)
     joined = encode(tokenizer, prompt + " " + target)
     if not target.strip() or len(joined) <= len(prompt_ids):
-        raise StudyError(f"the target of prompt {prompt[-60:]!r} is empty: an edit needs at least one target token")
+        raise CaseError(f"the target of prompt {prompt[-60:]!r} is empty: an edit needs at least one target token")
     if joined[: len(prompt_ids)] != prompt_ids:
-        raise StudyError(
+        raise CaseError(
             f"the tokenizer merges the end of the prompt {prompt[-60:]!r} with the target {target[:30]!r}: "
             "no column separates the two. Use a tokenizer that splits at the space after a colon."
         )
     if not str(tokenizer.decode(prompt_ids[-1:])).endswith(":"):
-        raise StudyError(f"the last token of the prompt {prompt[-60:]!r} does not decode to a colon")
+        raise CaseError(f"the last token of the prompt {prompt[-60:]!r} does not decode to a colon")
     return TokenRow.of(prompt_ids, joined[len(prompt_ids) :])
 
 

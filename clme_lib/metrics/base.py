@@ -38,6 +38,7 @@ class Metric:
     measure: str  # whose texts it reads, one of TEXTS
     compute: Callable[[Evaluated], float | None]  # None where the case has nothing to measure it on
     binary: bool = False  # whether every value is 0 or 1, so that intervals and tests are those of shares
+    highest: float = 1.0  # no value is above it, and none below 0
     higher_is_better: bool | None = True  # None where neither end is good, so that no value is marked as best
     order: int = 100  # place in tables
 

@@ -41,7 +41,7 @@ _METRICS = [
 _METRICS += [
     Metric("specificity_rate", "Spec. kept", "specificity", partial(_with_answers, exact_match_rate, "specificity")),
     # entropy tells broken text (too low), not better text, apart
-    Metric("fluency", "FL.", "fluency", lambda case: fluency(case.texts["fluency"]), higher_is_better=None),
+    Metric("fluency", "FL.", "fluency", lambda case: fluency(case.texts["fluency"]), highest=32, higher_is_better=None),
 ]
 PAPER_METRICS = tuple(register_metric(replace(metric, order=n)).name for n, metric in enumerate(_METRICS))
 COMPARISONS = tuple(_COMPARISONS)

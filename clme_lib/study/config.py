@@ -11,12 +11,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ..datasets.paper import PAPER_DATASET_NAMES
 from ..metrics.paper import PAPER_METRICS
 from ..subjects.settings import Preset
+from ..support.errors import StudyError
+from ..support.reading import parse_yaml
 from ..support.schema import Schema, parse
 from ..support.seeds import DEFAULT_SEED
 from .paper import PAPER_VARIANTS, UNEDITED
@@ -63,9 +64,13 @@ def _all(value: Any) -> Any:
 
 
 def _batch_size(value: Any) -> Any:
-    if value != "auto" and not (str(value).isdigit() and int(value) >= 1):
-        raise ValueError("a whole number of at least 1 is needed, or auto")
+    if value != "auto" and not _is_count(value):
+        raise ValueError(f"a whole number from 1 to {_LARGEST_BATCH} is needed, or auto")
     return value
+
+
+def _is_count(value: Any) -> bool:
+    return re.fullmatch(r"[0-9]{1,9}", str(value)) is not None and 1 <= int(value) <= _LARGEST_BATCH
 
 
 def _overrides(given: Any) -> Any:
@@ -79,16 +84,22 @@ def _overrides(given: Any) -> Any:
         if match is None:
             raise ValueError(f"{part.strip()!r} is not of the form editor.hyperparameter=value")
         try:
-            overrides.setdefault(match[1], {})[match[2]] = yaml.safe_load(match[3])
-        except yaml.YAMLError as error:
-            raise ValueError(f"the value of {match[1]}.{match[2]} cannot be read: {match[3]!r}") from error
+            overrides.setdefault(match[1], {})[match[2]] = parse_yaml(match[3], f"{match[1]}.{match[2]}")
+        except StudyError as error:
+            raise ValueError(str(error)) from error
     return overrides
+
+
+def _given(value: Any) -> Any:
+    if value == "":
+        raise ValueError("a name is needed")
+    return value
 
 
 def _sizes(given: Any) -> Any:
     sizes = _split(given)
-    if any(not str(size).isdigit() or int(size) < 1 for size in sizes):
-        raise ValueError("a batch has at least one case")
+    if not all(map(_is_count, sizes)):
+        raise ValueError(f"a batch has from 1 to {_LARGEST_BATCH} cases")
     return tuple(sorted({int(size) for size in sizes}))
 
 
@@ -114,11 +125,16 @@ Metrics = Annotated[_Names, AfterValidator(_each("metric", "metrics.base:get_met
 _Protocol = Annotated[str, AfterValidator(_name_in("study.protocols:get_protocol"))]
 _PaperDataset = Annotated[str, AfterValidator(_paper_dataset)]
 _CountOrAll = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_all)]
-_FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
-_SUBJECT = Field("smollm2-135m", description="registry name, Hugging Face id or folder")
+_FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=100)]
+_LARGEST_BATCH = 65_536
+_Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")]
+_Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+_Folder = Annotated[Path, BeforeValidator(_given)]
+_Seed = Annotated[int, Field(gt=-(2**53), lt=2**53)]  # what every reader of JSON holds exactly
+_SUBJECT = Field("smollm2-135m", min_length=1, description="registry name, Hugging Face id or folder")
 _DATASET = Field(PAPER_DATASET_NAMES, description="comma-separated: names, or JSON files that describe a data set")
 _DEVICE = Field("auto", description="auto, cpu, cuda, cuda:N")
-_DTYPE = Field("auto", description="auto (float32), float32, bfloat16, float16")
+_DTYPE: Any = Field("auto", description="auto (float32), float32, bfloat16, float16")
 _SEED = Field(DEFAULT_SEED, description="of every random draw")
 _RUN = _argument("the run's folder")
 
@@ -134,11 +150,11 @@ class RunConfig(Schema):
     dataset: Datasets = _DATASET
     editors: Editors = _editors((UNEDITED, "ft-l", "grace"))
     cases: _CountOrAll = Field(8, description="per data set, or all")
-    out: Path = Field(Path("runs/run"), description="the run's folder; the same command resumes it")
+    out: _Folder = Field(Path("runs/run"), description="the run's folder; the same command resumes it")
     name: Annotated[_FileName | None, BeforeValidator(_all)] = Field(
         None, description="in its records; if not given, the folder's name"
     )
-    sample: int = Field(0, description="which random sample of cases")
+    sample: _Seed = Field(0, description="which random sample of cases")
     within: Path | None = Field(None, description="draw the cases from this earlier run's")
     source: str = Field("embedded", description="embedded, published, or a JSON file in the published layout")
     preset: Preset = Field("clean", description="clean, or compat: with the released program's defects")
@@ -155,9 +171,13 @@ class RunConfig(Schema):
     scored: bool = Field(
         True, description="keep the texts and score them later: clme score", json_schema_extra={"off": "--unscored"}
     )
-    seed: int = _SEED
-    device: str = _DEVICE
-    dtype: str = _DTYPE
+    retry_failed: bool = Field(False, description="try failed cases again (a changed library does so anyway)")
+    accept: Annotated[Literal["library"] | None, BeforeValidator(_all)] = Field(
+        None, description="library: go on with a run that another version of the library began"
+    )
+    seed: _Seed = _SEED
+    device: _Device = _DEVICE
+    dtype: _Dtype = _DTYPE
     batch_size: Annotated[int | Literal["auto"], BeforeValidator(_batch_size)] = Field(
         8, description="cases edited and scored together, or auto: what memory allows"
     )
@@ -182,11 +202,11 @@ class BenchConfig(Schema):
     batches: Annotated[tuple[int, ...], BeforeValidator(_sizes)] = Field(
         (1, 8), description="comma-separated sizes whose throughput is measured; '' for none"
     )
-    threads: int = Field(0, ge=0, description="CPU threads; 0: as PyTorch chooses")
-    seed: int = _SEED
-    device: str = _DEVICE
-    dtype: str = _DTYPE
-    out: Path = Field(Path("runs/bench"), description="folder of measurements; the same command resumes them")
+    threads: int = Field(0, ge=0, le=4096, description="CPU threads; 0: as PyTorch chooses")
+    seed: _Seed = _SEED
+    device: _Device = _DEVICE
+    dtype: _Dtype = _DTYPE
+    out: _Folder = Field(Path("runs/bench"), description="folder of measurements; the same command resumes them")
     show: Path | None = Field(None, description="folder of finished measurements to show instead")
     plain: Path | None = Field(None, description="table of benchmarks/whole_case.py, for what a plain procedure needs")
 
@@ -200,7 +220,7 @@ class MeasureConfig(Schema):
     dataset: Datasets | None = Field(None, description="comma-separated")
     cases: int | None = Field(None, ge=1, description="selection cases per data set, of 30")
     out: Path | None = Field(None, description="CSV to write")
-    device: str = _DEVICE
+    device: _Device = _DEVICE
 
 
 # The other verbs' (cli.py says what each is for).
@@ -232,7 +252,7 @@ class NotebookConfig(Schema):
 
 class DataBuildConfig(Schema):
     dataset: _PaperDataset = _argument("which of the paper's")
-    out: Path = Field(description="folder of the stages and of the data set")
+    out: _Folder = Field(description="folder of the stages and of the data set")
     source: str = Field("embedded", description="embedded, hub (CoNaLa, CodeSearchNet), or a file or folder")
     targets: _CountOrAll = Field(None, description="edit inputs at most")
     seed: int = Field(DEFAULT_SEED, description="of the split")
@@ -255,7 +275,7 @@ class DataLabelsConfig(Schema):
 
 class DataFineTuneConfig(Schema):
     build: Path = _argument("folder of a built CSNE: its non-targeted functions are learnt from")
-    out: Path = Field(description="folder of the fine-tuned encoder")
+    out: _Folder = Field(description="folder of the fine-tuned encoder")
     encoder: str = Field("microsoft/codebert-base", description="Hugging Face encoder or folder")
     epochs: int = Field(3, ge=1, description="passes over the functions")
     batch: int = Field(32, ge=1, description="functions in a step")

@@ -19,7 +19,7 @@ from ..support.errors import StudyError
 from . import provenance
 from .config import make_config
 from .paper import UNEDITED
-from .run_folder import is_recorded, load_manifest, load_run, record_files, write_copy
+from .run_folder import check_cases, is_recorded, load_manifest, load_run, record_files, write_copy
 from .runs import planned, sampled
 
 
@@ -37,6 +37,8 @@ def publish(run: Path, target: Path) -> int:
             f"{target} exists already: published records are never changed; choose another name or remove it"
         )
     manifest = load_manifest(run)
+    load_run(run)
+    check_cases(run)
     contents = {file.name: read_records([file]) for file in record_files(run)}
     failures = [record for records in contents.values() for record in records if record.state == FAILED]
     if failures:
@@ -113,6 +115,7 @@ def score_run(run: Path, target: Path, metrics: Sequence[str] | None = None) -> 
     if target.exists():
         raise StudyError(f"{target} exists already: choose another name or remove it")
     manifest = load_manifest(run)
+    load_run(run)
     contents = {file: read_records([file]) for file in record_files(run)}
     unedited = {
         (record.dataset, record.case_id): (record.texts or {}).get("specificity")

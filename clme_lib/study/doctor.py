@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..datasets.paper import PAPER_DATASETS
+from ..datasets import embedded_csne
+from ..datasets.paper import CSNE, PAPER_DATASETS
 from ..datasets.registry import load_cases
 from ..subjects import embedded
 from ..support.cache import cache_dir
@@ -88,16 +89,19 @@ def _embedded_subject() -> Check:
         return Check(what, True, "not there yet: fetched on first use (98 MB), or now by `clme prepare`")
     try:
         embedded.verify(whole=True)
-    except StudyError as error:
+    except (OSError, StudyError) as error:
         return Check(what, False, str(error))
     return Check(what, True, f"{embedded.location()}, every file as it was converted")
 
 
 def _datasets() -> Iterator[Check]:
     for dataset in PAPER_DATASETS:
+        if dataset is CSNE and not embedded_csne.is_mined():
+            yield Check(dataset.title, True, "not mined yet: done on first use, or now by `clme prepare`")
+            continue
         try:
             yield Check(dataset.title, True, f"{len(load_cases(dataset))} embedded cases, as committed")
-        except StudyError as error:
+        except (OSError, StudyError) as error:
             yield Check(dataset.title, False, str(error))
 
 

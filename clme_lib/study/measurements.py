@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..subjects.subject import load_subject
+from ..evaluation.loading import load_subject
 from ..support.errors import StudyError
 from .config import MeasureConfig
 

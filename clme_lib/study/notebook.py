@@ -81,7 +81,10 @@ def execute(source: Path, target: Path, parameters: Mapping[str, Any]) -> None:
     unfinished = target.with_name(target.name + ".part")
     with tempfile.TemporaryDirectory() as scratch:
         ipynb = Path(scratch) / f"{source.stem}.ipynb"
-        jupytext.write(jupytext.read(source), ipynb)
+        try:
+            jupytext.write(jupytext.read(source), ipynb)
+        except (OSError, ValueError) as error:  # jupytext's own errors are ValueErrors
+            raise StudyError(f"{source}: cannot be read as a text notebook: {error}") from error
         try:
             # the cells' progress bars go to the console; they are not kept in the notebook
             notebook = papermill.execute_notebook(

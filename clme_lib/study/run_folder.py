@@ -14,23 +14,50 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import Any, Literal
 
 import pandas as pd
 
 from ..datasets.base import list_datasets
 from ..datasets.cases import Case
-from ..editors.registry import list_editors
-from ..evaluation.records import Record, frame, read_records
+from ..datasets.registry import load_cases
+from ..editors.registry import list_editors, resolve_hparams
+from ..evaluation.records import FAILED, Record, frame, read_records
+from ..subjects.settings import load_settings
+from ..subjects.subject import torch_dtype
 from ..support.errors import StudyError
-from ..support.journal import append_rows, read_rows, write_text
+from ..support.journal import append_rows, write_text
+from ..support.reading import read_json
+from ..support.schema import Schema, parse
+from . import provenance
 from .config import RunConfig
 from .protocols import Step
 
 MANIFEST_VERSION = 2
 # what two starts of one run must agree on; the number of cases may grow, batching is free
 _IDENTITY = ("name", "subject", "source", "preset", "values", "seed", "dtype", "protocol", "metrics")
+
+
+class _Start(Schema, extra="allow"):
+    """What of a start's provenance is relied on."""
+
+    id: str
+    library: str
+    commit: str
+    dtype: str
+    model: str
+    data: dict[str, str]
+    cases: dict[str, int]
+    hyperparameters: dict[str, dict[str, Any]]
+
+
+class _Manifest(Schema, extra="allow"):
+    schema_version: Literal[2]
+    config: dict[str, Any]
+    starts: list[_Start]
 
 
 def load_run(
@@ -41,7 +68,17 @@ def load_run(
     Raises:
         StudyError: there are none, or a file is damaged.
     """
-    table = frame(read_records(record_files(Path(folder))))
+    folder = Path(folder)
+    table = frame(read_records(record_files(folder)))
+    if (folder / "run.json").is_file():
+        config = load_manifest(folder)["config"]
+        for name, field in (("run", "name"), ("subject", "subject")):
+            if len(strange := table[table[name] != config[field]]):
+                row = strange.iloc[0]
+                file = f"{row['dataset']}.{row['editor']}.jsonl"
+                raise StudyError(
+                    f"{folder}: {file} has records of {name} {row[name]!r}, run.json is of {config[field]!r}"
+                )
     if chosen is not None:
         keys = {(name, case.case_id) for name, cases in chosen.items() for case in cases}
         table = table[[key in keys for key in zip(table["dataset"], table["case_id"])]]
@@ -51,6 +88,21 @@ def load_run(
     placed = table.assign(_dataset=table["dataset"].map(ranks), _editor=table["editor"].map(ranks))
     order = placed.sort_values(["_dataset", "_editor", "position", "case_id"], kind="stable").index
     return table.loc[order].reset_index(drop=True)
+
+
+def check_cases(folder: Path) -> None:
+    """Raise StudyError when a run has a record of a case that its data set does not have, or not as it was recorded."""
+    for file in record_files(folder):
+        for record in read_records([file]):
+            hashes = _case_hashes(record.dataset, record.source)
+            if hashes.get(record.case_id) != record.case_sha256:
+                what = f"case {record.case_id} of {record.dataset} ({record.source})"
+                raise StudyError(f"{file}: {what} is not there, or not the case that was recorded")
+
+
+@lru_cache(maxsize=8)
+def _case_hashes(dataset: str, source: str) -> dict[int, str]:
+    return {case.case_id: case.sha256 for case in load_cases(dataset, source)}
 
 
 def shared_cases(records: pd.DataFrame, by: list[str]) -> set[int]:
@@ -73,17 +125,27 @@ def records_file(config: RunConfig, dataset: str, editor: str) -> Path:
 
 
 def recorded(config: RunConfig, dataset: str, editor: str, cases: Iterable[Case]) -> set[tuple[int, int]]:
-    """Position and case id of every record that a data set and editor have; StudyError when a case has changed since."""
+    """Position and case id of every record of a data set and editor that need not be made again: a failed case is tried again
+    when that is asked for, or when the library has changed.
+
+    Args:
+        cases: all of the data set.
+
+    Raises:
+        StudyError: a record is wrong, of another run, or of a case that is not there or has changed since.
+    """
     file, hashes = records_file(config, dataset, editor), {case.case_id: case.sha256 for case in cases}
-    keys = set()
-    for row in read_rows(file):
-        case_id = row["case_id"]
-        if hashes.get(case_id, row["case_sha256"]) != row["case_sha256"]:
+    library, keys = provenance.library_sha256(), set()
+    for record in read_records([file]):
+        what = f"{file}: case {record.case_id} of {dataset}"
+        if (record.run, record.subject) != (run_name(config), config.subject):
+            raise StudyError(f"{what} is of the run {record.run!r} of {record.subject!r}; move the file away")
+        if hashes.get(record.case_id) != record.case_sha256:
             raise StudyError(
-                f"{file}: case {case_id} of {dataset} has changed since it was recorded; move the run folder away or "
-                "choose another out="
+                f"{what} is not there, or has changed since it was recorded; move the run folder away or choose another out="
             )
-        keys.add((row.get("position", 1), case_id))
+        if record.state != FAILED or not (config.retry_failed or record.library != library):
+            keys.add((record.position, record.case_id))
     return keys
 
 
@@ -95,15 +157,19 @@ def is_recorded(step: Step, keys: set[tuple[int, int]]) -> bool:
 def load_manifest(folder: Path | str) -> dict:
     """The ``run.json`` of a run folder; StudyError when there is none, or it cannot be read."""
     file = Path(folder) / "run.json"
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StudyError(f"{file}: cannot be read: {error}; is {folder} a run folder?") from error
-    if manifest.get("schema_version") != MANIFEST_VERSION:
+    if not file.is_file():
+        raise StudyError(f"{file}: there is none; is {folder} a run folder?")
+    manifest = read_json(file)
+    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    if version != MANIFEST_VERSION:
         raise StudyError(
-            f"{file}: schema_version {manifest.get('schema_version')!r}, expected {MANIFEST_VERSION}; older runs are converted "
+            f"{file}: schema_version {version!r}, expected {MANIFEST_VERSION}; older runs are converted "
             "by `python results/migrate.py FOLDER NEW_FOLDER`"
         )
+    parse(_Manifest, manifest, str(file), strict=True)
+    for field in ("name", "subject"):
+        if not isinstance(value := manifest["config"].get(field), str):
+            raise StudyError(f"{file}: config.{field}: expected a text, not {value!r}")
     return manifest
 
 
@@ -119,21 +185,54 @@ def run_name(config: RunConfig) -> str:
     return config.name or re.sub(r"[^A-Za-z0-9._-]", "-", config.out.resolve().name)
 
 
-def check_same_run(config: RunConfig) -> None:
-    """Raise StudyError when the folder holds a run of another configuration; the message names what differs."""
-    if not (config.out / "run.json").is_file():
+def check_same_run(config: RunConfig, data: Mapping[str, str] | None = None, model: str | None = None) -> None:
+    """Raise StudyError when the folder holds records that something else made than would be used now; the message names it. A
+    published run is only read: there the configuration is compared alone.
+
+    Args:
+        data: SHA-256 of the cases, by data set.
+        model: the subject's fingerprint, where it is known.
+    """
+    file = config.out / "run.json"
+    if not file.is_file():
+        if any((config.out / "records").glob("*.jsonl")):
+            raise StudyError(
+                f"{config.out}: there are records, but no run.json that says what made them: put it back, or choose another out="
+            )
         return
     manifest = load_manifest(config.out)
     before, now = manifest["config"], _described(config)
     differing = [(name, before[name], now[name]) for name in _IDENTITY if name in before and before[name] != now[name]]
-    for start in manifest["starts"]:
+    for start in () if "published" in manifest else manifest["starts"]:
+        differing += [
+            (f"the cases of {name}", start["data"].get(name, digest), digest) for name, digest in (data or {}).items()
+        ]
+        differing.append(("dtype", start["dtype"], str(torch_dtype(config.dtype)).removeprefix("torch.")))
+        differing.append(("model", start["model"], model or start["model"]))
         for editor in set(start["hyperparameters"]) & set(config.editors):
-            old, new = start.get("set", {}).get(editor, {}), now["set"].get(editor, {})
-            differing += [(f"set {editor}", old, new)] if old != new else []
+            differing.append((f"set {editor}", start.get("set", {}).get(editor, {}), now["set"].get(editor, {})))
+            hparams = _comparable_hparams(config, editor)
+            made_with = start["hyperparameters"][editor].get("values", {})
+            differing += [(f"{editor}.{name}", made_with.get(name), value) for name, value in hparams.items()]
+    remedy = "choose another out= or move the folder away"
+    if "published" not in manifest and config.accept != "library":
+        differing += [("library", start["library"], provenance.library_sha256()) for start in manifest["starts"][-1:]]
     for name, old, new in differing:
-        raise StudyError(
-            f"{config.out} holds a run with {name}={old!r}, asked for is {name}={new!r}: choose another out= or move the folder away"
-        )
+        if json.dumps(old) != json.dumps(new):
+            if name == "library":
+                remedy += ", or pass --accept library if its changes cannot change results"
+            raise StudyError(
+                f"{file}: {config.out} holds a run with {name}={old!r}, asked for is {name}={new!r}: {remedy}"
+            )
+
+
+def _comparable_hparams(config: RunConfig, editor: str) -> dict[str, Any]:
+    """An editor's hyper-parameters as they would be now, without layers that are the paper's (they move with the subject's depth)."""
+    options = {"values": config.values, "preset": config.preset, **config.set.get(editor, {})}
+    hparams = resolve_hparams(editor, config.subject, **options).model_dump(mode="json")
+    own = load_settings(config.subject).editors.get(editor, {}) if config.values == "subject" else {}
+    moved = {"layer", "layers"} - set(own) - set(config.set.get(editor, {}))
+    return {name: value for name, value in hparams.items() if name not in moved}
 
 
 def _described(config: RunConfig) -> dict:

@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Sequence
 
 import pandas as pd
+import torch
 from tqdm import tqdm
 
 from ..datasets.base import get_dataset
@@ -20,11 +21,14 @@ from ..editors.base import Editor
 from ..editors.registry import get_editor, load_editor
 from ..edits.base import Edit
 from ..evaluation.evaluate import Circumstances, score
+from ..evaluation.loading import check_lengths, load_subject
 from ..evaluation.records import Record
-from ..subjects.subject import Subject, load_subject
+from ..subjects.files import subject_fingerprint
+from ..subjects.subject import Subject, torch_device
 from ..support.batching import Batches
-from ..support.errors import StudyError
+from ..support.errors import CaseError, StudyError
 from ..support.journal import append_rows, write_text
+from ..support.locks import only_writer
 from ..support.memory import is_out_of_memory
 from . import provenance, run_folder
 from .config import RunConfig
@@ -38,25 +42,40 @@ def run(config: RunConfig) -> pd.DataFrame:
         StudyError: the folder holds a run of another configuration, or a published one that lacks what is asked for, or
             something else that the user can mend.
     """
-    chosen = {name: sampled(config, name) for name in config.dataset}
-    run_folder.check_same_run(config)
     if run_folder.is_published(config.out):
-        return _read_published(config, chosen)
+        run_folder.check_same_run(config)
+        return _read_published(config, {name: sampled(config, name) for name in config.dataset})
+    # what is quickly said comes first: a wrong subject or device, then the cases, then what the folder holds
+    torch_device(config.device)
+    model = subject_fingerprint(config.subject)
+    chosen = {name: sampled(config, name) for name in config.dataset}
+    data = {name: dataset_sha256(load_cases(name, config.source)) for name in config.dataset}
+    with only_writer(config.out):
+        run_folder.check_same_run(config, data, model)
+        _complete(config, chosen, data)
+    return run_folder.load_run(config.out, chosen=chosen, editors=config.editors)
+
+
+def _complete(config: RunConfig, chosen: dict[str, list[Case]], data: dict[str, str]) -> None:
     grid = [(name, editor) for name in config.dataset for editor in config.editors]
     pending = [(name, editor) for name, editor in grid if _is_missing(config, name, editor, chosen[name])]
     if pending:
         subject = load_subject(config.subject, config.device, config.dtype)
+        run_folder.check_same_run(config, data, subject.fingerprint)
+        for name, cases in chosen.items():
+            check_lengths(subject, cases, get_dataset(name).file or config.source)
         editors = {name: _load_editor(config, name, subject) for name in dict.fromkeys(name for _, name in pending)}
         start = _start(config, subject, editors, chosen)
         for name, editor in pending:
             _Work(config, subject, editors[editor], name, start).complete(chosen[name])
         run_folder.write_manifest(config, {**start, "finished": provenance.now()})
-    return run_folder.load_run(config.out, chosen=chosen, editors=config.editors)
 
 
 def sampled(config: RunConfig, dataset: str) -> list[Case]:
     """The cases of a data set that a configuration asks for."""
     cases = load_cases(dataset, config.source)
+    if (file := get_dataset(dataset).file) and config.source not in ("embedded", file):
+        raise StudyError(f"source={config.source}: {dataset} has its cases in {file}; leave the source out")
     if config.within is not None:
         earlier = run_folder.load_run(config.within, editors=config.editors)
         shared = run_folder.shared_cases(earlier[earlier["dataset"] == dataset], ["editor"])
@@ -66,6 +85,11 @@ def sampled(config: RunConfig, dataset: str) -> list[Case]:
             raise StudyError(f"within={config.within}: that run has no cases of {dataset} by {who}")
     elif config.source == "embedded":
         cases = [case for case in cases if case.case_id not in selection_ids(dataset)]
+    # the default is a few, or all where there are fewer
+    if config.cases is not None and config.cases > len(cases) and "cases" in config.model_fields_set:
+        raise StudyError(
+            f"cases={config.cases}: {dataset} has {len(cases)} to draw from; ask for at most so many, or for all of them"
+        )
     return sample_cases(cases, config.cases, config.sample)
 
 
@@ -98,7 +122,7 @@ def planned(config: RunConfig, dataset: str, editor: str, cases: Sequence[Case])
 
 
 def _is_missing(config: RunConfig, dataset: str, editor: str, cases: Sequence[Case]) -> bool:
-    keys = run_folder.recorded(config, dataset, editor, cases)
+    keys = run_folder.recorded(config, dataset, editor, load_cases(dataset, config.source))
     plans = planned(config, dataset, editor, cases)
     return not all(run_folder.is_recorded(step, keys) for _, steps in plans for step in steps)
 
@@ -126,7 +150,7 @@ class _Work:
 
     def complete(self, cases: Sequence[Case]) -> None:
         """Edit and score what has not been recorded yet."""
-        keys = run_folder.recorded(self.config, self.dataset, self.editor.name, cases)
+        keys = run_folder.recorded(self.config, self.dataset, self.editor.name, [*self.halves[0], *self.halves[1]])
         plans = planned(self.config, self.dataset, self.editor.name, cases)
         total = sum(len(step.evaluated) for _, steps in plans for step in steps)
         with tqdm(total=total, initial=len(keys), desc=f"{self.dataset} {self.editor.name}", unit="case") as self.bar:
@@ -170,7 +194,7 @@ class _Work:
 
     def _edit_alone(self, cases: Sequence[Case]) -> None:
         """Cases that are edited and evaluated each on its own: a batch at a time, each row of it another edited model."""
-        ordered = sorted(cases, key=lambda case: (self.editor.cost(case), case.case_id))
+        ordered = sorted(cases, key=lambda case: (self._cost(case), case.case_id))
         for batch in (batches := Batches(ordered, self.config.batch_size, self.subject.device)):
             try:
                 self._record(self._attempt(batch))
@@ -183,12 +207,19 @@ class _Work:
                 reason = "the device's memory does not suffice for this case alone"
                 self._record([self.circumstances.record(self.subject, batch[0], error=reason)])
 
+    def _cost(self, case: Case) -> int:
+        try:
+            return self.editor.cost(case)
+        except CaseError:
+            return 0  # it fails when it is edited, and is recorded as failed
+
     def _attempt(self, batch: list[Case]) -> list[Record]:
-        """Records of a batch. If it fails, its cases are tried alone, so that a bad case spoils no other's result."""
+        """Records of a batch. If it fails, its cases are tried alone, so that a bad case spoils no other's result. A fault of the
+        environment (a damaged file, a full disk) is no case's fault, and ends the run."""
         try:
             edits = self.editor.edit(batch, batch_size=len(batch))
             return score(self.subject, batch, edits, self.circumstances)
-        except (StudyError, ValueError, ArithmeticError) as error:
+        except (CaseError, ValueError, ArithmeticError, torch.linalg.LinAlgError) as error:
             if len(batch) > 1:
                 return [record for case in batch for record in self._attempt([case])]
             return [self.circumstances.record(self.subject, batch[0], error=f"{type(error).__name__}: {error}")]

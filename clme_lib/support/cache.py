@@ -25,7 +25,8 @@ def file_name(text: str) -> str:
 def name_for(prefix: str, identity: Mapping[str, Any]) -> str:
     """A file's name: what a person recognises, and a hash of all that decides its content (JSON values)."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return f"{file_name(prefix)}-{digest[:16]}"
+    # A subject's name may be a long path, of which a file's name has no room for more.
+    return f"{file_name(prefix)[-100:]}-{digest[:16]}"
 
 
 def file_sha256(file: Path) -> str:

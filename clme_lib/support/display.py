@@ -67,13 +67,18 @@ def on_terminal(main: Callable[..., int]) -> Callable[..., int]:
                     return main(*arguments)
                 finally:
                     print(end="", flush=True)
-        except BrokenPipeError:
+        except OSError as error:
+            if error.filename is not None:  # of a file, not of what is printed
+                raise
             for stream in (sys.stdout, sys.stderr):
                 try:
                     stream.flush()
-                except BrokenPipeError:  # nor shall Python try once more at its end
+                except OSError:  # Python shall not try once more at its end
                     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            return 128 + signal.SIGPIPE
+            if isinstance(error, BrokenPipeError):
+                return 128 + signal.SIGPIPE
+            print(f"clme: what is printed cannot be written: {error.strerror}", file=sys.stderr)
+            return 1
 
     return shown
 

@@ -1,7 +1,7 @@
 """Append-only JSON Lines files that survive being killed.
 
-Rows are appended in one write and synced. A process killed in the middle can leave at most one torn last line; reading
-ignores it, and the next append cuts it off first. Nothing that was complete is ever rewritten.
+Rows are appended in one write and synced, by one process at a time. A process killed in the middle can leave at most one torn
+last line; reading ignores it, and the next append cuts it off first. Nothing that was complete is ever rewritten.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
+from . import interrupts
 from .errors import StudyError
+from .locks import wait_for_lock
+from .reading import parse_json
 
 
 class Journal:
@@ -47,40 +50,47 @@ class Journal:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """All complete rows; an absent file has none. StudyError if a line other than a torn last one is not JSON."""
+    """All complete rows; an absent file has none. StudyError if a line other than a torn last one is no JSON object."""
     if not path.is_file():
         return []
-    lines = path.read_bytes().split(b"\n")
     rows = []
+    lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1], 1):  # What follows the last newline is torn or empty.
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            reason = f"not JSON ({error}); move the file away and start again"
-            raise StudyError(f"{path}, line {number}: {reason}") from error
+        row = parse_json(line, where := f"{path}, line {number}")
+        if not isinstance(row, dict):
+            raise StudyError(f"{where}: expected an object, not {line[:40]!r}; move the file away and start again")
+        rows.append(row)
     return rows
 
 
 def append_rows(path: Path, rows: Iterable[dict]) -> None:
     """Append rows durably; StudyError when the disk does not take them (what was there stays readable)."""
     text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file:
+            wait_for_lock(file)
             _cut_torn_line(file)
             file.write(text.encode("utf-8", "surrogatepass"))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise StudyError(f"{path}: could not append {len(text)} characters: {error}. Is the disk full?") from error
+    interrupts.check()
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole: a process killed in the middle leaves the old one, or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise StudyError(
+            f"{path}: could not be written: {error}. Is the disk full, or the folder read-only?"
+        ) from error
 
 
 def _cut_torn_line(file) -> None:

@@ -1,4 +1,4 @@
-"""One writer at a time, over processes; the lock of a process that died is free."""
+"""One writer at a time, over processes. A lock belongs to its open file: that of a process that died is free."""
 
 from __future__ import annotations
 
@@ -6,28 +6,44 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
-from filelock import FileLock, Timeout
+try:
+    import fcntl
+except ImportError:  # a system without them: two processes must not write the same file there
+    fcntl = None  # type: ignore[assignment]
 
 from .errors import StudyError
 
 
+def wait_for_lock(file: IO) -> None:
+    """Hold an open file alone until it is closed; waits for others that hold it."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder alone inside the block.
+    """Hold a folder alone inside the block; it is made if it does not exist.
 
     Raises:
         StudyError: another process holds it (the message has its id), or the folder cannot be written to.
     """
-    holder = folder / ".writer"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock").acquire(timeout=0):
-            holder.write_text(str(os.getpid()), encoding="utf-8")
-            yield
-    except Timeout:
-        with contextlib.suppress(OSError):
+        file = (folder / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise StudyError(f"{folder}: cannot be written to: {error}; choose another folder") from error
+    with file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
             raise StudyError(
-                f"{folder}: process {holder.read_text(encoding='utf-8')} is writing there; wait for it, or choose another out="
+                f"{folder}: process {file.read().strip()} is writing there; wait for it, or choose another folder"
             ) from None
-        raise StudyError(f"{folder}: another process is writing there; wait for it, or choose another out=") from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield

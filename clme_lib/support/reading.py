@@ -69,6 +69,8 @@ def parse_yaml(text: str, where: str) -> Any:
 
 def _read(path: Path | str, what: str) -> bytes:
     try:
+        if not Path(path).is_file() and Path(path).exists():
+            raise ValueError("it is a folder or a device")
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:
         raise StudyError(f"{path}: cannot be read as {what}: {error}") from error

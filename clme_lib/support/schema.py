@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import StudyError
 
 
 class Schema(BaseModel):
-    """Base of every typed piece of configuration: frozen, and an unknown key is an error."""
+    """Base of every typed piece of configuration: frozen; an unknown key is an error, and so is ``true`` for a number."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _true_is_no_number(cls, content: Any) -> Any:
+        for name, field in cls.model_fields.items() if isinstance(content, dict) else ():
+            is_number = re.search(r"\b(int|float)\b", str(field.annotation)) and "bool" not in str(field.annotation)
+            if is_number and _holds_truth(content.get(name)):
+                raise ValueError(f"{name} is a number, not true or false")
+        return content
+
+
+def _holds_truth(value: Any) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return isinstance(value, bool) or any(map(_holds_truth, parts))
 
 
 def _ascending(layers: tuple[int, ...]) -> tuple[int, ...]:
@@ -25,10 +41,15 @@ Layers = Annotated[tuple[int, ...], Field(min_length=1), AfterValidator(_ascendi
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
-def parse(schema: type[Parsed], content: Any, where: str) -> Parsed:
-    """Validate ``content`` against ``schema``; on failure name the place, the field and the known fields."""
+def parse(schema: type[Parsed], content: Any, where: str, *, strict: bool = False) -> Parsed:
+    """Validate ``content`` against ``schema``; on failure name the place, the field and the known fields.
+
+    ``strict`` is for JSON that a program wrote: no text or fraction is taken for a whole number.
+    """
     try:
-        return schema.model_validate(content)
+        return (
+            schema.model_validate_json(json.dumps(content), strict=True) if strict else schema.model_validate(content)
+        )
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "(top level)"

@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from ...metrics.text import bleu, rouge_l
+from ...support.display import printable
 from ...support.errors import StudyError
 from ..base import DataSet, get_dataset, list_datasets
 from ..cases import Case
@@ -25,6 +26,8 @@ from ..published import parse_record, read_records
 from ..renaming import same_up_to_names
 from ..source_code import parsed
 
+# of the embedded and the paper's subjects; each ends what its subject writes
+END_OF_TEXT = ("<|im_end|>", "<|endoftext|>", "</s>")
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 Level = Literal["error", "warning"]
 _Check = tuple[Level, str, str, Callable[[Case], bool]]  # level, problem, remedy, and whether a case has the problem
@@ -41,7 +44,7 @@ class Finding:
 
     def __str__(self) -> str:
         shown = ", ".join(map(str, self.cases[:8])) + (", ..." if len(self.cases) > 8 else "")
-        return f"{self.level}: {self.problem}: {len(self.cases)} ({shown}). {self.remedy}"
+        return printable(f"{self.level}: {self.problem}: {len(self.cases)} ({shown}). {self.remedy}")
 
 
 @dataclass(frozen=True)
@@ -173,8 +176,11 @@ def _checks(cases: Sequence[Case]) -> list[_Check]:
          lambda case: closest.get(case.case_id, 0) > TOO_CLOSE),
         ("warning", "target is too short for BLEU", "With fewer than four tokens it scores 0 even when written exactly.",
          lambda case: bleu([case.target], [case.target]) == 0),
-        ("warning", "target has no letter or digit", "ROUGE-L is 0 even when it is written exactly.",
+        ("warning", "target has no Latin letter or digit", "ROUGE-L is 0 even when it is written exactly.",
          lambda case: rouge_l([case.target], [case.target]) == 0),
+        ("warning", f"target contains an end-of-text string ({', '.join(END_OF_TEXT)})",
+         "A subject whose string it is stops writing there, and what follows can never be written: choose another target.",
+         lambda case: any(string in case.target for string in END_OF_TEXT)),
         ("warning", "target begins or ends with white space", "It can never match exactly: what is generated is stripped.",
          lambda case: case.target != case.target.strip()),
     ]  # fmt: skip

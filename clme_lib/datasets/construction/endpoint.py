@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -17,6 +18,10 @@ from typing import Any
 
 from ...support.errors import StudyError
 from ...support.journal import append_rows, read_rows
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_LONGEST_ANSWER = 256  # tokens
+_FRAME = 1_000  # tokens that an endpoint may put around a question
 
 
 class Endpoint:
@@ -56,9 +61,21 @@ class Endpoint:
         self.cache, self.concurrency, self.budget = cache, concurrency, budget
         self.settings: dict[str, Any] = {"model": model, "temperature": 0}  # what an answer depends on
         self._client = openai.OpenAI(api_key=key, base_url=url, max_retries=retries, timeout=timeout)
-        answered = read_rows(cache)
-        self._known = {row["key"]: row["answer"] for row in answered}
-        self.spent = sum(row["tokens"] for row in answered)
+        self._known: dict[str, str] = {}
+        self.spent = 0
+        for number, row in enumerate(read_rows(cache), 1):
+            answer, tokens = row.get("answer"), row.get("tokens")
+            if (
+                not isinstance(row.get("key"), str)
+                or not isinstance(answer, str)
+                or type(tokens) is not int
+                or tokens < 0
+            ):
+                raise StudyError(
+                    f"{cache}, line {number}: no answer with its key and tokens; remove the line to ask again"
+                )
+            self._known[row["key"]] = answer
+            self.spent += tokens
 
     def ask(self, instruction: str, questions: Sequence[str]) -> Iterator[str]:
         """The answer of each question, in the order of the questions whenever they come: what is built from them is the same each time.
@@ -107,12 +124,22 @@ class Endpoint:
 
         messages: Any = [{"role": "system", "content": instruction}, {"role": "user", "content": question}]
         try:
-            reply = self._client.chat.completions.create(messages=messages, max_tokens=256, **self.settings)
+            reply = self._client.chat.completions.create(messages=messages, max_tokens=_LONGEST_ANSWER, **self.settings)
             if not reply.choices:
                 raise ValueError("the reply has no choices")
-            return reply.choices[0].message.content or "", reply.usage.total_tokens if reply.usage else 0
-        except (openai.OpenAIError, ValueError, AttributeError, TypeError) as error:
+            answer: Any = reply.choices[0].message.content  # the client does not check types
+            if not isinstance(answer, str | None):
+                raise ValueError(f"the answer is {type(answer).__name__}, expected a text")
+            answer = _SURROGATE.sub("\ufffd", answer or "")  # no file could be read that has one
+            return answer, _tokens(reply.usage, instruction + question + answer)
+        except (openai.OpenAIError, ValueError, AttributeError, TypeError, LookupError) as error:
             raise StudyError(
                 f"{self._client.base_url}: {type(error).__name__}: {str(error)[:300]}; the answers so far are kept in {self.cache}, "
                 "start the same command again to go on"
             ) from error
+
+
+def _tokens(usage: Any, text: str) -> int:
+    """The tokens that an endpoint says it used; the bytes of the text, which are more, where it says nothing that can be true."""
+    said, most = getattr(usage, "total_tokens", None), len(text.encode())
+    return said if type(said) is int and 0 < said <= most + _LONGEST_ANSWER + _FRAME else most

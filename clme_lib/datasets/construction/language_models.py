@@ -5,6 +5,7 @@ Any Hugging Face encoder or folder works. Vectors are pooled as the model's own 
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -17,8 +18,9 @@ from tqdm import tqdm
 
 from ...support.errors import StudyError, first_line
 from ...support.journal import write_text
+from ...support.reading import read_json
 from ..renaming import rename
-from .rephrasing import renamed
+from .rephrasing import FIELDS, renamed
 from .stages import Step
 
 _MOST_TOKENS = 512
@@ -31,14 +33,24 @@ class TextEncoder:
 
     def __init__(self, name: str, device: str = "cpu") -> None:
         self.name, self.device = name, torch.device(device)
-        self.tokenizer, self.model = _load(name, "AutoModel", self.device)
+        self.tokenizer, self.model = _load(name, "AutoModel", self.device, "pad_token")
+        if "attention_mask" not in inspect.signature(self.model.forward).parameters:
+            raise StudyError(
+                f"{name!r} is a {type(self.model).__name__}, which takes no attention_mask: a text's vector would depend on the texts "
+                "beside it; choose another encoder"
+            )
         self.pooling = card_pooling(name)
         self.settings = {"encoder": name, "pooling": self.pooling}  # for the stage's manifest
 
     def vectors(self, texts: Sequence[str]) -> torch.Tensor:
         """(N, d) unit vectors, with gradients when they are on."""
         batch = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=_MOST_TOKENS, return_tensors="pt"
+            list(texts),
+            padding=True,
+            truncation=True,
+            max_length=_most_tokens(self.tokenizer, self.model),
+            return_attention_mask=True,
+            return_tensors="pt",
         ).to(self.device)
         hidden = self.model(**batch).last_hidden_state
         mask = batch["attention_mask"][..., None].to(hidden.dtype)
@@ -63,7 +75,9 @@ def card_pooling(name: str) -> Literal["cls", "mean"]:
         file = cached_file(name, "1_Pooling/config.json")
     except OSError:  # no such file, or no network: loading the model has already told
         return "mean"
-    card = json.loads(Path(str(file)).read_text(encoding="utf-8"))
+    card = read_json(str(file))
+    if not isinstance(card, dict):
+        raise StudyError(f"{file}: expected an object that says how to pool; remove the file to pool by the mean")
     return "cls" if card.get("pooling_mode_cls_token") else "mean"
 
 
@@ -118,16 +132,19 @@ class MaskedNames:
 
     def __init__(self, name: str, device: str = "cpu") -> None:
         self.device = torch.device(device)
-        self.tokenizer, self.model = _load(name, "AutoModelForMaskedLM", self.device)
+        self.tokenizer, self.model = _load(name, "AutoModelForMaskedLM", self.device, "mask_token")
         # gives each function its ``rephrased`` code
         self.step = Step(
-            {"names": name}, lambda rows: (renamed(row, partial(self._predicted, row["code"])) for row in rows)
+            {"names": name},
+            lambda rows: (renamed(row, partial(self._predicted, row["code"])) for row in rows),
+            fields=FIELDS,
         )
 
     @torch.no_grad()
     def _predicted(self, code: str, name: str, taken: set[str]) -> str | None:
         masked = rename(code, {name: self.tokenizer.mask_token})
-        batch = self.tokenizer(masked, truncation=True, max_length=_MOST_TOKENS, return_tensors="pt").to(self.device)
+        most = _most_tokens(self.tokenizer, self.model)
+        batch = self.tokenizer(masked, truncation=True, max_length=most, return_tensors="pt").to(self.device)
         masks = (batch["input_ids"][0] == self.tokenizer.mask_token_id).nonzero()[:, 0]
         if not len(masks):  # beyond what the model reads
             return None
@@ -141,14 +158,32 @@ class MaskedNames:
         return None
 
 
-def _load(name: str, kind: str, device: torch.device) -> tuple[Any, Any]:
+def _load(name: str, kind: str, device: torch.device, token: str) -> tuple[Any, Any]:
+    """Tokenizer, which has to have the special ``token``, and model."""
     import transformers
 
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = getattr(transformers, kind).from_pretrained(name, use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
+        model, loaded = getattr(transformers, kind).from_pretrained(
+            name, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # the libraries' errors have no common type
         raise StudyError(
             f"{name!r} could not be loaded as an encoder: {first_line(error)}. Weights must be safetensors, from the Hub or a folder"
         ) from error
+    if getattr(tokenizer, token) is None:
+        raise StudyError(f"{name!r}: its tokenizer has no {token.replace('_', ' ')}: choose another encoder")
+    if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
+        raise StudyError(
+            f"{name!r}: its tokenizer has {len(tokenizer)} tokens, the model embeds {rows}: the two do not belong together"
+        )
+    # what transformers draws at random where the file has nothing; a pooler's output is not used here
+    if missing := sorted(key for key in loaded["missing_keys"] if "pooler" not in key):
+        raise StudyError(
+            f"{name!r}: its weights lack {missing[0]} (of {len(missing)} tensors): not a whole {type(model).__name__}"
+        )
     return tokenizer, model.eval().to(device)
+
+
+def _most_tokens(tokenizer: Any, model: Any) -> int:
+    return min(_MOST_TOKENS, tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", _MOST_TOKENS))

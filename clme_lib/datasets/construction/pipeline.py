@@ -1,28 +1,21 @@
 """Both data sets from their sources, stage by stage (paper section III-C).
 
-CNLE::
+::
 
-    collect      intent and snippet of each mined pair; unusable ones dropped with a reason
+                 CNLE                                            CSNE
+    collect      intent and snippet of each mined pair           code without docstring and comments, first sentence
     score        relevance in five levels
-    select       very relevant ones; intents that occur again dropped
-    split        targeted and not, in seeded order
-    neighbours   five non-targeted intents nearest to each targeted one
-    rephrase     each targeted intent in other words
+    select       very relevant ones, each intent once            at most 256 tokens, each function and description once
+    split        targeted and not, in seeded order               the test part targeted (without parts: as CNLE)
+    neighbours   the five nearest that are not targeted          the same, after rephrasing
+    rephrase     targeted intents in other words                 targeted functions with other names, verified
     answers      the subject's own continuations of the neighbours (only when a subject is named)
-    write        EditConala.json in the published layout, and what ``clme data check`` finds in it
 
-CSNE::
-
-    collect      code without docstring and comments, and the docstring's first sentence
-    select       at most 256 tokens; functions and descriptions that occur again dropped
-    split        the test part targeted, train and validation not (without parts: seeded)
-    rephrase     each targeted function with other names, verified
-    neighbours, answers, write
+What comes out is a file in the published layout and what ``clme data check`` finds in it.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -33,7 +26,6 @@ import pandas as pd
 
 from ...support.cache import file_sha256
 from ...support.errors import StudyError
-from ...support.journal import read_rows
 from ...support.seeds import seeded_order
 from .. import published
 from ..base import DataSet
@@ -44,7 +36,7 @@ from .checking import Report, check_file
 from .relevance import LEVELS
 from .rephrasing import GIVEN_INTENTS
 from .sources import collect_functions, collect_pairs, source_files, too_long
-from .stages import StageRow, Stages, Step, kept, stage_row
+from .stages import StageRow, Stages, Step, kept, manifest_of, read_stage, stage_row
 
 MAX_TOKENS = 256
 # a subject's name, and from prompts to what it writes after them
@@ -156,14 +148,9 @@ class _Construction:
 
     def split(self, selected: Sequence[StageRow], settings: dict[str, Any]) -> tuple[list[StageRow], list[StageRow]]:
         """The targeted rows and the pool."""
-        step = Step(settings, partial(_split, settings), one_by_one=False)
+        step = Step(settings, partial(_split, settings, self._stages.account()), one_by_one=False)
         split = self.run("split", step, self.source_rows(selected))
         targeted, pool = (self.source_rows(row for row in split if row["targeted"] == side) for side in (True, False))
-        if not targeted or len(pool) < NEIGHBOURS:
-            raise StudyError(
-                f"{len(targeted)} targeted rows and {len(pool)} others are left: at least 1 and {NEIGHBOURS} are needed; "
-                "see the counts of each stage"
-            )
         return targeted, pool
 
     def neighbours(self, targeted: Sequence[StageRow], pool: Sequence[StageRow]) -> list[StageRow]:
@@ -181,25 +168,26 @@ class _Construction:
                 yield {"id": row["id"], "neighbours": [pool[n]["id"] for n in entries], **few}
 
         settings = getattr(self.embed, "settings", {"encoder": "tfidf"})
-        return self.run("neighbours", Step(settings, make), targeted)
+        return self.run("neighbours", Step(settings, make, fields={"neighbours": list}), targeted)
 
     def finish(self, near: Sequence[StageRow], rephrased: Sequence[StageRow], answers: Answers | None) -> Report:
         """Write the rows that have neighbours and another wording as cases, and check them."""
         wordings = {row["id"]: row["rephrased"] for row in rephrased}
         complete = [row for row in near if row["id"] in wordings]
         if not complete:
-            raise StudyError(f"no case is left in {self._stages.folder}: see the counts of each stage")
-        text_of = {row_id: row[self.text] for row_id, row in self.rows.items()}
+            raise StudyError(
+                f"no case is left in {self._stages.folder} ({self._stages.account()}): take a larger source"
+            )
         cases = [
             Case.of(
                 self.dataset,
                 n,
-                text_of[row["id"]],
-                self.rows[row["id"]][self.target],
-                [wordings[row["id"]]],
-                [text_of[neighbour] for neighbour in row["neighbours"]],
+                source[self.text],
+                source[self.target],
+                [wordings[source["id"]]],
+                [self.rows[neighbour][self.text] for neighbour in row["neighbours"]],
             )
-            for n, row in enumerate(complete)
+            for n, (row, source) in enumerate(zip(complete, self.source_rows(complete)))
         ]
         written = {}
         if answers is not None:
@@ -207,6 +195,7 @@ class _Construction:
             step = Step(
                 {"subject": subject},
                 lambda rows: (stage_row(row["id"], answers=answer(cases[row["id"]].unrelated)) for row in rows),
+                fields={"answers": list},
             )
             rows = self._stages.run("answers", step, [{"id": case.case_id} for case in cases])
             written[subject] = [row["answers"] for row in sorted(rows, key=lambda row: row["id"])]
@@ -227,8 +216,12 @@ def _distinct(rows: Sequence[StageRow], reasons: Iterable[str | None], **texts: 
         yield stage_row(row["id"], reason)
 
 
-def _split(settings: dict[str, Any], rows: Sequence[StageRow]) -> Iterator[StageRow]:
-    """Which rows are targeted: the source's test part where it has parts, else the first in seeded order."""
+def _split(settings: dict[str, Any], account: str, rows: Sequence[StageRow]) -> Iterator[StageRow]:
+    """Which rows are targeted: the source's test part where it has parts, else the first in seeded order.
+
+    Raises:
+        StudyError: too few rows are left on a side; the message has the ``account`` of the stages before.
+    """
     by_id = {row["id"]: row for row in rows}
     order = seeded_order(by_id, "construction", settings["seed"])
     parts = {row.get("partition") for row in rows}
@@ -241,32 +234,36 @@ def _split(settings: dict[str, Any], rows: Sequence[StageRow]) -> Iterator[Stage
     limit = settings["targets"] if by_part or settings["targets"] is not None else len(rows) // 2
     targeted = set(candidates[:limit])
     unused = set(candidates) - targeted if by_part else set()
+    others = len(rows) - len(targeted) - len(unused)
+    if not targeted or others < NEIGHBOURS:
+        most = 0 if by_part else min(len(candidates), len(rows) - NEIGHBOURS)
+        raise StudyError(
+            f"{settings['targets'] or 'half'} of the rows were asked for as targets; of the {len(rows)} that are left, {len(candidates)} can be "
+            f"targeted and {others} would be the others, of which {NEIGHBOURS} are needed ({account}): "
+            + (f"give --targets {most} or fewer" if most > 0 else "take a larger source")
+            + ("" if candidates or by_part else ", or name a --model: no row has a second wording (rewritten_intent)")
+        )
     for row_id in order:
         dropped = {"dropped": "of the test part, not needed"} if row_id in unused else {}
         yield {"id": row_id, "targeted": row_id in targeted, **dropped}
 
 
-def stage_rows(folder: Path, name: str) -> list[StageRow]:
-    """The rows of a stage that was built before.
-
-    Raises:
-        StudyError: the folder has none.
-    """
+def stage_rows(folder: Path, name: str, *fields: str) -> list[StageRow]:
+    """The rows of a stage that was built before; StudyError when the folder has none, or they lack a field: another data set's do."""
     files = sorted(folder.glob(f"[0-9][0-9]-{name}.jsonl"))
-    rows = read_rows(files[0]) if files else []
+    rows = read_stage(files[0]) if files else []
     if not rows:
         raise StudyError(
             f"{folder}: no stage {name!r} there; build the data set first: clme data build ... --out {folder}"
         )
+    for what in fields:
+        if any(what not in row for row in kept(rows)):
+            raise StudyError(f"{files[0]}: rows have no {what!r}: is it of another data set?")
     return rows
 
 
 def built_cases(folder: Path) -> list[Case]:
-    """The cases of a data set that was built in ``folder``.
-
-    Raises:
-        StudyError: the folder has none, or its file is damaged.
-    """
+    """The cases of a data set that was built in ``folder``; StudyError when it has none or the file is damaged."""
     for dataset in PAPER_DATASETS:
         if (file := published.file_in(folder, dataset)).is_file():
             return published.read(file, dataset)
@@ -283,6 +280,6 @@ def level_counts(folder: Path) -> pd.DataFrame:
 
 def stage_counts(folder: Path) -> pd.DataFrame:
     """What each stage of a construction kept, and dropped for which reason."""
-    manifests = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("[0-9][0-9]-*.json"))]
-    counts = [(made["stage"], what, count) for made in manifests for what, count in made.get("counts", {}).items()]
+    manifests = map(manifest_of, sorted(folder.glob("[0-9][0-9]-*.json")))
+    counts = [(made["stage"], what, count) for made in manifests for what, count in made["counts"].items()]
     return pd.DataFrame(counts, columns=["stage", "what", "count"])

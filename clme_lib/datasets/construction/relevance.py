@@ -18,6 +18,7 @@ INSTRUCTION = (
     "You judge pairs of a natural-language intent and a Python snippet. Say how well the snippet does what the intent asks, with one of these "
     "levels and nothing else: " + "; ".join(f"{n} = {level}" for n, level in enumerate(LEVELS, 1)) + "."
 )
+_FIELDS = {"level": str}
 _NUMBER = re.compile(r"(?<![\d.])([1-5])(?!\.?\d)")
 
 
@@ -30,7 +31,7 @@ def _score_offline(rows: Sequence[StageRow]) -> Iterator[StageRow]:
         yield stage_row(row["id"], level=LEVELS[min(4, int(share * 10))])
 
 
-OFFLINE_SCORER = Step({"scorer": "offline"}, _score_offline)
+OFFLINE_SCORER = Step({"scorer": "offline"}, _score_offline, fields=_FIELDS)
 
 
 def model_scorer(endpoint: Endpoint) -> Step:
@@ -42,7 +43,7 @@ def model_scorer(endpoint: Endpoint) -> Step:
             level = parse_level(answer)
             yield stage_row(row["id"], None if level else "unusable answer", level=level)
 
-    return Step({"scorer": "model", "instruction": INSTRUCTION, **endpoint.settings}, score)
+    return Step({"scorer": "model", "instruction": INSTRUCTION, **endpoint.settings}, score, fields=_FIELDS)
 
 
 def parse_level(answer: str) -> str | None:

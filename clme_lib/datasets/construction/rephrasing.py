@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
@@ -15,7 +16,11 @@ INSTRUCTION = (
     "Rewrite the programming request so that another person could have asked it: other words, the same meaning, one sentence. Keep every "
     "name, number and string of the request exactly as it is. Answer with the rewritten request alone."
 )
+FIELDS = {"rephrased": str}
 _CORPUS = 20_000  # functions
+_NOT_A_LINE = re.compile(
+    r"[\x00-\x08\x0a-\x1f\x7f\x85\u2028\u2029\ufffd]"
+)  # line ends, control characters, what was no character
 
 
 def _rephrase_as_given(rows: Sequence[StageRow]) -> Iterator[StageRow]:
@@ -24,7 +29,7 @@ def _rephrase_as_given(rows: Sequence[StageRow]) -> Iterator[StageRow]:
 
 
 # the source's own second wording, as CoNaLa's annotated part and the embedded set have one; a row without it is dropped
-GIVEN_INTENTS = Step({"rephraser": "given"}, _rephrase_as_given)
+GIVEN_INTENTS = Step({"rephraser": "given"}, _rephrase_as_given, fields=FIELDS)
 
 
 def model_intents(endpoint: Endpoint) -> Step:
@@ -34,7 +39,7 @@ def model_intents(endpoint: Endpoint) -> Step:
         for row, answer in zip(rows, endpoint.ask(INSTRUCTION, [row["intent"] for row in rows])):
             yield _rephrased(row, answer.strip().strip('"'))
 
-    return Step({"rephraser": "model", "instruction": INSTRUCTION, **endpoint.settings}, rephrase)
+    return Step({"rephraser": "model", "instruction": INSTRUCTION, **endpoint.settings}, rephrase, fields=FIELDS)
 
 
 def _rephrased(row: StageRow, text: str) -> StageRow:
@@ -44,7 +49,7 @@ def _rephrased(row: StageRow, text: str) -> StageRow:
         reason = "no other wording"
     elif " ".join(text.split()).casefold() == " ".join(intent.split()).casefold():
         reason = "the other wording repeats the intent"
-    elif "\n" in text or len(text) > 5 * len(intent) + 100:
+    elif _NOT_A_LINE.search(text) or len(text) > 5 * len(intent) + 100:
         reason = "unusable answer"
     return stage_row(row["id"], reason, rephrased=text)
 
@@ -81,4 +86,4 @@ def corpus_names(corpus: Sequence[str]) -> Step:
         substitutes = Substitutes(filter(None, trees))
         yield from (renamed(row, substitutes.substitute) for row in rows)
 
-    return Step({"names": "corpus", "functions": len(codes)}, rephrase)
+    return Step({"names": "corpus", "functions": len(codes)}, rephrase, fields=FIELDS)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import ast
 import gzip
 import io
-import json
-import textwrap
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,10 +17,11 @@ from typing import Any
 
 from ...subjects import embedded as embedded_subject
 from ...support.errors import StudyError, first_line
+from ...support.reading import parse_json
 from .. import embedded_cnle, embedded_csne
 from ..base import DataSet
 from ..paper import CNLE, CSNE
-from ..source_code import bare_code, first_sentence, parsed, single_function
+from ..source_code import bare_code, first_sentence, single_function, source_lines
 from .stages import StageRow, stage_row
 
 # data set -> (Hub repository, files of the part that the paper uses)
@@ -46,31 +46,32 @@ def read_table(path: Path) -> Iterator[dict[str, Any]]:
         try:
             for batch in parquet.ParquetFile(path).iter_batches():
                 yield from batch.to_pylist()
-        except (OSError, ArrowException) as error:
-            raise StudyError(f"{path}: cannot be read as Parquet: {error}") from error
+        except (OSError, ArrowException, ValueError, OverflowError) as error:
+            raise StudyError(
+                f"{path}: cannot be read as Parquet: {first_line(error)}; is the download complete?"
+            ) from error
         return
     number = 0  # of the last line that was read
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
             first = stream.peek(64)[:64].lstrip(b"\xef\xbb\xbf \r\n\t")
             if first.startswith(b"["):
-                yield from (_object(path, row) for row in json.loads(stream.read().decode("utf-8-sig")))
+                for place, row in enumerate(parse_json(stream.read(), str(path))):
+                    yield _object(f"{path}, row {place}", row)
                 return
             for line in io.TextIOWrapper(stream, encoding="utf-8-sig", newline=None):
                 number += 1
                 if line.strip():
-                    yield _object(path, json.loads(line))
+                    yield _object(where := f"{path}, line {number}", parse_json(line, where))
     except (OSError, EOFError, zlib.error) as error:
         raise StudyError(f"{path}: cannot be read after line {number}: {error}; is the download complete?") from error
     except UnicodeDecodeError as error:
         raise StudyError(f"{path}: not UTF-8 after line {number} ({error.reason}); convert it") from error
-    except ValueError as error:
-        raise StudyError(f"{path}, line {max(number, 1)}: not JSON: {error}") from error
 
 
-def _object(path: Path, row: Any) -> dict[str, Any]:
+def _object(where: str, row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise StudyError(f"{path}: a row is {type(row).__name__}, expected an object")
+        raise StudyError(f"{where}: expected an object, found {type(row).__name__}")
     return row
 
 
@@ -100,9 +101,12 @@ def source_files(dataset: DataSet, source: str) -> list[Path]:
     if source == "hub":
         return hub_files(dataset)
     path = Path(source)
-    files = sorted(path.glob("*")) if path.is_dir() else [path]
+    try:
+        files = [path / name for name in sorted(os.listdir(path))] if os.path.isdir(path) else [path]
+    except OSError as error:
+        raise StudyError(f"source {source!r} cannot be read: {error}") from error
     files = [file for file in files if file.suffix in (".json", ".jsonl", ".gz", ".parquet")]
-    if not files or not all(file.is_file() for file in files):
+    if not files or not all(map(os.path.isfile, files)):
         raise StudyError(
             f"source {source!r} is neither hub, embedded, nor a JSON, JSON Lines, gzip or Parquet file or a folder of them"
         )
@@ -115,12 +119,15 @@ def collect_pairs(source: str) -> Iterator[StageRow]:
         rows: Iterable[dict] = [*embedded_cnle.read_rows("cnle-targets"), *embedded_cnle.read_rows("cnle-pool")]
     else:
         rows = (row for file in source_files(CNLE, source) for row in read_table(file))
+    number = -1
     for number, row in enumerate(rows):
         texts = {name: _text(row, name) for name in ("intent", "snippet", "rewritten_intent")}
         reason = next((f"no {name}" for name in ("intent", "snippet") if not texts[name]), None)
         if reason is None and max(map(len, texts.values())) > LONGEST:
             reason = "too long"
         yield stage_row(number, reason, **texts)
+    if number < 0:
+        raise StudyError(f"source {source!r} has no rows")
 
 
 def collect_functions(source: str) -> Iterator[StageRow]:
@@ -132,6 +139,7 @@ def collect_functions(source: str) -> Iterator[StageRow]:
                 yield stage_row(row["origin"], code=row["code"], doc=row["doc"], partition=part, package=row["package"])
         return
     rows = ((file, row) for file in source_files(CSNE, source) for row in read_table(file))
+    number = -1
     for number, (file, row) in enumerate(rows):
         # the Hub's columns, then those of the jsonl files
         code = _text(row, "func_code_string", "code")
@@ -147,30 +155,26 @@ def collect_functions(source: str) -> Iterator[StageRow]:
             reason = "no describing sentence"
         # the hub's conversion has a folder for each part
         named = (part for part in ("train", "valid", "test") if part in file.stem or part == file.parent.name)
-        partition = row.get("partition") or row.get("split_name") or next(named, None)
-        package = str(row.get("repository_name") or row.get("repo") or "")
+        partition = _text(row, "partition", "split_name") or next(named, None)
+        package = _text(row, "repository_name", "repo")
         yield stage_row(number, reason, code=bare, doc=sentence, partition=partition, package=package)
+    if number < 0:
+        raise StudyError(f"source {source!r} has no rows")
 
 
 def bare_function(code: str) -> str | None:
     """A function's source without docstring, comments and decorators; None when it is not one function of Python 3."""
-    code = textwrap.dedent(code.replace("\r\n", "\n").expandtabs(4))
-    if not code.startswith(("def ", "async def ", "@")):
-        code = code.lstrip()
+    code = "\n".join(source_lines(code)).strip()
     # CodeSearchNet strips a method's first line of its indentation and leaves the rest theirs
-    first, _, rest = code.partition("\n")
-    lines = rest.split("\n")
-    least = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=4)
-    outdented = "\n".join([first, *(line[max(0, least - 4) :] for line in lines)])
-    functions = {text: function for text in (code, outdented) if (function := single_function(text))}
-    if not functions:
+    first, *rest = code.split("\n")
+    least = min((len(line) - len(line.lstrip()) for line in rest if line.strip()), default=4)
+    outdented = "\n".join([first, *(line[max(0, least - 4) :] for line in rest)])
+    function, moved = single_function(code), single_function(outdented)
+    if function is None:
         return None
-    # moving the lines must not have moved the text of a string
-    same = len(functions) == 1 or ast.dump(functions[code]) == ast.dump(functions[outdented])
-    text = outdented if same and outdented in functions else code
-    lines = (bare_code(text.split("\n"), functions[text]) or "").split("\n")
-    bare = "\n".join(line.rstrip() for line in lines).strip("\n")
-    return bare if bare and parsed(bare) else None
+    if moved is None or ast.dump(moved) != ast.dump(function):  # the text of a string has moved
+        moved, outdented = function, code
+    return bare_code(source_lines(outdented), moved)
 
 
 def _text(row: dict[str, Any], *names: str) -> str:

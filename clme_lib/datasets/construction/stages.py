@@ -5,7 +5,7 @@ Stage ``neighbours`` of a folder is ``05-neighbours.jsonl``, its rows, and ``05-
     {"stage": ..., "settings": {...}, "inputs": {stage: sha256 of its rows}, "counts": {...}, "finished": true}
 
 A finished stage is read, an unfinished one completed: rows are appended as they are made and known by their ``id``. A stage
-whose settings or inputs have changed since it was made is refused rather than mixed or silently made anew.
+whose settings, inputs or rows have changed since it was made is refused rather than mixed or silently made anew.
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
 from tqdm import tqdm
 
 from ...support.cache import file_sha256
 from ...support.errors import StudyError
 from ...support.journal import Journal, read_rows, write_text
+from ...support.reading import read_json
+from ...support.schema import Schema, parse
 
 StageRow = dict[str, Any]
 _MOST_AT_ONCE = 256  # rows in one append, which is a disk write
@@ -35,12 +38,14 @@ class Step:
     Attributes:
         settings: whatever decides the result besides the rows it is made from, as JSON values.
         make: from rows to one row each of the same ``id``, in any order.
-        one_by_one: whether a row's result depends on no other row, so that a stage that was stopped makes the missing ones alone.
+        one_by_one: whether a row's result depends on no other row; a stage that was stopped then makes only the missing ones.
+        fields: what a row has that was not dropped, with the types.
     """
 
     settings: dict[str, Any]
     make: Callable[[Sequence[StageRow]], Iterable[StageRow]]
     one_by_one: bool = True
+    fields: Mapping[str, type] = field(default_factory=dict)
 
 
 class Stages:
@@ -49,6 +54,7 @@ class Stages:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._made: dict[str, str] = {}  # SHA-256 of each stage's rows
+        self.counts: dict[str, dict[str, int]] = {}  # of each stage, by what they are of
 
     def run(self, name: str, step: Step, todo: Sequence[StageRow]) -> list[StageRow]:
         """The rows of stage ``name``: read, or made from those of the stage before (the first stage is given none).
@@ -58,36 +64,74 @@ class Stages:
         """
         file = self.folder / f"{len(self._made) + 1:02d}-{name}.jsonl"
         identity = {"stage": name, "settings": step.settings, "inputs": dict(self._made)}
-        before = _manifest_of(file)
-        for part, now in identity.items() if before else ():
+        before = manifest_of(file)
+        goes_on = step.one_by_one and bool(todo)  # else what an unfinished stage has is made anew, and decides nothing
+        for part, now in identity.items() if before and (before["finished"] or goes_on) else ():
             if before.get(part) != now:
                 raise StudyError(
-                    f"{file}: made with other {part} ({_difference(before.get(part), now)}); remove the file and "
+                    f"{file}: made with other {part} ({_difference(before.get(part), now)}); remove {file.stem}.* and "
                     "those after it to make them anew, or choose another folder"
                 )
         if not before or not before["finished"]:
             if not before and file.exists():
                 raise StudyError(f"{file}: has no {file.stem}.json beside it that says how it was made; move it away")
+            if not goes_on:
+                file.unlink(missing_ok=True)
             _write_manifest(file, {**identity, "finished": False})
-            _complete(file, name, step, todo)
-        rows = read_rows(file)
+            try:
+                _complete(file, name, step, todo)
+            except StudyError:
+                if not goes_on:
+                    file.unlink(missing_ok=True)
+                    file.with_suffix(".json").unlink()
+                raise
+        rows = read_stage(file)
         self._made[name] = file_sha256(file)
-        counts = {"rows": len(rows), **Counter(f"dropped: {row['dropped']}" for row in rows if row.get("dropped"))}
-        _write_manifest(file, {**identity, "counts": counts, "sha256": self._made[name], "finished": True})
+        dropped = Counter(f"dropped: {row['dropped']}" for row in rows if row.get("dropped"))
+        self.counts[name] = {"rows": len(rows), **dropped}
+        content = {**identity, "counts": self.counts[name], "sha256": self._made[name], "finished": True}
+        _write_manifest(file, content)
         return rows
+
+    def account(self) -> str:
+        """What each stage had and dropped, in one line."""
+        return "; ".join(
+            f"{name}: " + ", ".join(f"{count} {what}" for what, count in counts.items())
+            for name, counts in self.counts.items()
+        )
+
+
+def read_stage(file: Path) -> list[StageRow]:
+    """The rows of a stage's file.
+
+    Raises:
+        StudyError: the stage is finished and its file is not as it was then.
+    """
+    manifest = manifest_of(file)
+    if manifest.get("finished") and not (file.is_file() and file_sha256(file) == manifest["sha256"]):
+        raise StudyError(
+            f"{file}: was changed after it was made; put it back, or remove {file.stem}.* and those after it"
+        )
+    return read_rows(file)
 
 
 def _complete(file: Path, name: str, step: Step, todo: Sequence[StageRow]) -> None:
     """Append the rows that are missing, as they come: a kill loses what was made in the last second."""
+    missing = {row["id"] for row in todo}
+    for number, row in enumerate(read_rows(file), 1):
+        known = isinstance(row, dict) and isinstance(row.get("id"), int | str) and row["id"] in missing
+        if not known or (
+            not row.get("dropped") and any(type(row.get(f)) is not kind for f, kind in step.fields.items())
+        ):
+            raise StudyError(f"{file}, line {number}: no row of this stage, or a second one of its id; remove the line")
+        missing.remove(row["id"])
     journal = Journal(file, lambda row: row["id"])
     left = [row for row in todo if row not in journal]
     made: list[StageRow] = []
     kept_at = time.monotonic()
     try:
         with tqdm(total=len(todo) or None, initial=len(todo) - len(left), desc=name, unit="row") as bar:
-            for row in step.make(left if step.one_by_one else todo) if left or not todo else ():
-                if row in journal:
-                    continue
+            for row in step.make(left) if left or not todo else ():
                 made.append(row)
                 bar.update()
                 if len(made) == _MOST_AT_ONCE or time.monotonic() - kept_at > 1:
@@ -101,13 +145,24 @@ def _write_manifest(file: Path, content: dict) -> None:
     write_text(file.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
 
 
-def _manifest_of(file: Path) -> dict:
-    """What a stage's rows were made from; nothing when there is no such stage yet."""
+class _Manifest(Schema):
+    stage: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    counts: dict[str, int] = {}
+    sha256: str = ""
+    finished: bool = Field(strict=True)
+
+
+def manifest_of(file: Path) -> dict[str, Any]:
+    """What a stage's rows were made from; nothing when there is no such stage yet. StudyError when it cannot be told."""
     manifest = file.with_suffix(".json")
+    if not manifest.exists():
+        return {}
     try:
-        return json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
-    except ValueError as error:
-        raise StudyError(f"{manifest}: not JSON ({error}); remove it and {file.name}") from error
+        return parse(_Manifest, read_json(manifest), str(manifest)).model_dump()
+    except StudyError as error:
+        raise StudyError(f"{error}; remove it and {file.name}") from error
 
 
 def _difference(before: Any, now: Any) -> str:

@@ -33,7 +33,7 @@ from ...forward.label_losses import LabelIndices
 from ...forward.partial import PartialForward
 from ...forward.tokens import TokenRow, encode, tokenize
 from ...subjects.subject import Subject
-from ...support.errors import StudyError
+from ...support.errors import CaseError
 from ..base import Editor
 from ..operations import Phase, Sizes
 from .contexts import TOKENS, context_templates
@@ -238,6 +238,6 @@ class RewritingEditor(Editor[Hparams]):
         for case, case_losses in zip(cases, losses.T.tolist()):
             counted = tuple(loss for loss in case_losses if not math.isnan(loss))
             if not counted:
-                raise StudyError(f"case {case.case_id}: the loss of {self.name} is not finite; use float32")
+                raise CaseError(f"case {case.case_id}: the loss of {self.name} is not finite; use float32")
             logs.append(EditLog(len(counted) - 1, counted))  # the update after the last loss was not made, or not kept
         return whole, initial[-1] + deltas[-1].detach(), logs

@@ -141,11 +141,11 @@ def _gather(subject: Subject, files: dict[int, Artifact], corpus: Corpus, identi
         before, kept = unfinished.read()
         documents, tokens = before["documents"], before["tokens"]
         sums = {layer: kept[str(layer)].to(subject.device) for layer in files}
-    wanted = identity["wanted_tokens"]
-    limit = wanted or sys.maxsize
+    token_count = identity["wanted_tokens"]
+    limit = token_count or sys.maxsize
     longest = min(DOCUMENT_TOKENS, subject.model.config.max_position_embeddings)
     texts = islice(corpus.documents(), documents, identity["wanted_documents"])
-    with tqdm(total=wanted, initial=tokens, desc=f"statistics of {subject.name}", unit="token") as bar:
+    with tqdm(total=token_count, initial=tokens, desc=f"statistics of {subject.name}", unit="token") as bar:
         while rows := _next_rows(subject, texts, longest, limit - tokens):
             full = [row for row in rows if row]
             for group in of_like_length(list(map(len, full)), tokens=_PASS_TOKENS, longest_first=True):

@@ -32,9 +32,10 @@ from ...editors.base import Editor
 from ...editors.registry import get_editor, load_editor
 from ...edits.base import Edit
 from ...evaluation.evaluate import Circumstances, score
+from ...evaluation.loading import load_subject
 from ...evaluation.unedited import answers_for
 from ...forward.tokens import tokenize
-from ...subjects.subject import Subject, load_subject
+from ...subjects.subject import Subject
 from ...support.cache import file_name
 from ...support.errors import StudyError
 from ...support.journal import Journal, read_rows

@@ -28,7 +28,7 @@ def random_subject(name: str, device: str = "auto", dtype: str = "auto", seed: i
 
     Args:
         name: a registered subject whose YAML has a ``shape``.
-        device, dtype: as in :func:`clme_lib.subjects.subject.load_subject`.
+        device, dtype: as in :func:`clme_lib.evaluation.loading.load_subject`.
 
     Raises:
         StudyError: the subject has no shape, or the device has not enough free memory for it.

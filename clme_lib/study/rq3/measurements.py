@@ -18,9 +18,10 @@ from ...editors.a_grace import AGRACE
 from ...editors.contrastive_encoder import make_pairs
 from ...editors.registry import load_editor
 from ...evaluation.evaluate import evaluate
+from ...evaluation.loading import load_subject
 from ...evaluation.unedited import answers_for
 from ...forward.prompt_keys import stored_queries
-from ...subjects.subject import Subject, load_subject
+from ...subjects.subject import Subject
 from ...support.errors import StudyError
 from ..config import RunConfig
 from ..paper import A_GRACE, A_GRACE_VARIANTS, UNEDITED
