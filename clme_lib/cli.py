@@ -43,8 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = parse(_schema(verb), options, f"clme {verb}")
             status_of_mistakes = 1
             return int(VERBS[verb].act(config) is False)
-    except BrokenPipeError:  # who reads what is printed has gone
-        raise
     except Exception as error:
         if os.environ.get("CLME_DEBUG"):
             raise

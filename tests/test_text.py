@@ -301,4 +301,7 @@ def test_a_full_disk_behind_the_output_is_told():
         done = subprocess.run(
             [sys.executable, "-m", "clme_lib.cli", "measure", "list"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE
         )
-    assert done.returncode == 1 and done.stderr == b"clme: what is printed cannot be written: No space left on device\n"
+    assert (
+        done.returncode == 1
+        and done.stderr == b"clme: what is printed cannot be written: [Errno 28] No space left on device\n"
+    )

@@ -67,20 +67,23 @@ def on_terminal(main: Callable[..., int]) -> Callable[..., int]:
                     return main(*arguments)
                 finally:
                     print(end="", flush=True)
-        except OSError as error:
-            if error.filename is not None:  # of a file, not of what is printed
-                raise
+        except (_Unwritable, BrokenPipeError) as error:
             for stream in (sys.stdout, sys.stderr):
                 try:
                     stream.flush()
                 except OSError:  # Python shall not try once more at its end
                     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            if isinstance(error, BrokenPipeError):
+            cause = error.__cause__ or error
+            if isinstance(cause, BrokenPipeError):
                 return 128 + signal.SIGPIPE
-            print(f"clme: what is printed cannot be written: {error.strerror}", file=sys.stderr)
+            print(f"clme: what is printed cannot be written: {cause}", file=sys.stderr)
             return 1
 
     return shown
+
+
+class _Unwritable(BaseException):
+    """Standard output cannot be written: like an interruption, it ends the command and is no error of what it was doing."""
 
 
 class _Printable:
@@ -88,7 +91,16 @@ class _Printable:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        return self._stream.write(printable(text))
+        return self._call("write", printable(text))
+
+    def flush(self) -> None:
+        self._call("flush")
+
+    def _call(self, name: str, *arguments: str) -> Any:
+        try:
+            return getattr(self._stream, name)(*arguments)
+        except OSError as error:
+            raise _Unwritable from error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
