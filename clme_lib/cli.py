@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from . import __version__
 from .support import interrupts
-from .support.display import printable
+from .support.display import on_terminal, printable
 from .support.errors import StudyError, first_line
 
 
@@ -23,6 +23,7 @@ class Verb(NamedTuple):
     help: str
 
 
+@on_terminal
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status (1: a mistake the message explains; 2: wrong usage; 130: interrupted).
 

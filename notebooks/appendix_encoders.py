@@ -31,10 +31,11 @@ import pandas as pd
 from IPython.display import Markdown
 
 from clme_lib.study.appendices import encoder_settings
+from clme_lib.support.display import Markup
 
 measured = pd.read_csv(Path(results, "encoders", f"{subject}.csv"))
-caption = (
-    "Encoders by setting. Balanced accuracy of *within the radius* on the half that was not trained on, means of both halves (0.5 is what any "
+caption = Markup(
+    "Encoders by setting. Balanced accuracy of <em>within the radius</em> on the half that was not trained on, means of both halves (0.5 is what any "
     "constant gets), at the editors' radius and at the radius that would be best there; and the shares of rephrased and neighbour prompts "
     "within the radius."
 )

@@ -43,7 +43,8 @@ from IPython.display import Markdown, display
 
 from clme_lib.datasets.base import get_dataset
 from clme_lib.study import rq1 as report
-from clme_lib.study.tables import inline_code, to_markdown
+from clme_lib.study.tables import to_markdown
+from clme_lib.support.display import Markup, code_block, inline, inline_code
 
 records = clme.run(config)
 
@@ -51,9 +52,9 @@ records = clme.run(config)
 # ## How the editors do
 
 # %% tags=["hide-input"]
-caption = (
-    f"Proficiency on {', '.join(records['subject'].unique())} (the paper's Table IV): effectiveness (Eff.), generalization (Gen.), "
-    "specificity (Spec.) and fluency (FL.) by exact match, BLEU and ROUGE-L (R-L), times 100, with 95 % intervals below; *kept* is the "
+caption = Markup(
+    f"Proficiency on {inline(', '.join(records['subject'].unique()))} (the paper's Table IV): effectiveness (Eff.), generalization (Gen.), "
+    "specificity (Spec.) and fluency (FL.) by exact match, BLEU and ROUGE-L (R-L), times 100, with 95 % intervals below; <em>kept</em> is the "
     "share of neighbours left unchanged; best edited row in bold."
 )
 report.proficiency_table(records, label="tab-rq1-proficiency", caption=caption)
@@ -67,16 +68,16 @@ plt.show()
 # %% tags=["hide-input"]
 paragraphs = []
 for data, shown in report.findings(records).items():
-    best = {measure: f"{' and '.join(names)}: {share}" for measure, (names, share) in shown["best"].items()}
+    best = {measure: f"{inline(' and '.join(names))}: {share}" for measure, (names, share) in shown["best"].items()}
     text = (
-        f"**{data}.** The most edits hold exactly with {best['effectiveness']}. The target follows the most rephrased prompts with "
+        f"**{inline(data)}.** The most edits hold exactly with {best['effectiveness']}. The target follows the most rephrased prompts with "
         f"{best['generalization']}. All five neighbours of a case stay unchanged most often with {best['specificity']}. "
     )
     if careful := shown["careful"]:
         farthest = max(careful, key=careful.get)
         text += (
             "Of the editors that make at least half of the edits hold and keep all neighbours in at least half of the cases "
-            f"({', '.join(careful)}), the most that any carries over is {100 * careful[farthest]:.1f} % ({farthest})."
+            f"({inline(', '.join(careful))}), the most that any carries over is {100 * careful[farthest]:.1f} % ({inline(farthest)})."
         )
     else:
         text += "No editor both makes half of the edits hold and keeps all neighbours in half of the cases."
@@ -109,8 +110,8 @@ for number, (case, written) in enumerate(report.examples(records, with_texts), 1
     rephrased, neighbour = (inline_code(get_dataset(case.dataset).text(prompt)) for prompt in (case.rephrased[0], case.unrelated[0]))
     parts.append(
         f"**Example {number}** (case {case.case_id})\n\n"
-        f"edit prompt:\n\n````text\n{case.prompt}\n````\n\n"
-        f"target:\n\n````text\n{case.target}\n````\n\n"
+        f"edit prompt:\n\n{code_block(case.prompt)}\n\n"
+        f"target:\n\n{code_block(case.target)}\n\n"
         f"rephrased: {rephrased}; a neighbour: {neighbour}\n\n" + to_markdown(written.rename(columns=columns))
     )
 Markdown("\n\n".join(parts) or "_These records keep no texts to show._")
@@ -125,8 +126,8 @@ if config.within:
     compared = spot_check.compare(clme.load_run(config.out), clme.load_run(config.within))
     agreement = spot_check.agreement_table(compared, label="tab-spot-check", caption="Texts generated again on this machine.")
     differences = [
-        f"Case {text.case_id} of {text.dataset}, {text.editor}, {text.measure}; published, then here:\n\n````text\n"
-        f"{'(only its hash is published)' if text.published is None else text.published}\n────\n{text.here}\n````"
+        f"Case {text.case_id} of {inline(text.dataset)}, {inline(text.editor)}, {text.measure}; published, then here:\n\n"
+        f"{code_block('(only its hash is published)' if text.published is None else text.published)}\n\n────\n\n{code_block(text.here)}"
         for text in compared.differences
     ] or ["Every text came out the same, character by character."]
     display(Markdown("\n\n".join(["## The same cases, published and here", agreement.to_myst(), *differences])))

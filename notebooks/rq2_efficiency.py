@@ -47,6 +47,7 @@ import pandas as pd
 from IPython.display import Markdown
 
 from clme_lib.study.rq2 import tables as rq2
+from clme_lib.support.display import inline
 
 measured = bench(config)
 
@@ -111,7 +112,7 @@ if not shown["on_gpu"]:
     sentences.append("Nothing of this was measured on a GPU.")
 if shown["unmeasured"]:
     sentences.append(f"Not measured, for want of a device that holds them: {', '.join(shown['unmeasured'])}.")
-Markdown("\n".join(f"- {sentence}" for sentence in sentences))
+Markdown("\n".join(f"- {inline(sentence)}" for sentence in sentences))
 
 # %% tags=["hide-input"]
 caption = (

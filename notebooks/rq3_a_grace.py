@@ -46,6 +46,7 @@ from IPython.display import Markdown
 
 from clme_lib.study.rq3 import measurements
 from clme_lib.study.rq3 import tables as rq3
+from clme_lib.support.display import inline
 
 compat = measurements.compat_run(config)
 records = clme.run(config)
@@ -91,7 +92,7 @@ for shown in rq3.findings(records, compat):
             f"With the released program's defects all five neighbours stay unchanged in {released:.1f} % of {count} cases; without "
             f"them, in {repaired:.1f} % of {same} of the same cases."
         )
-Markdown(" ".join(sentences) or "_GRACE and A-GRACE are needed for a comparison: add them to `editors`._")
+Markdown(inline(" ".join(sentences)) if sentences else "_GRACE and A-GRACE are needed for a comparison: add them to `editors`._")
 
 # %% tags=["hide-input"]
 caption = (
@@ -116,7 +117,7 @@ sentences = [
     f"{shown['cases']} cases, and within the radius in {shown['rephrased']}; a neighbour is within it in {shown['neighbour']}."
     for shown in rq3.distance_findings(records)
 ]
-Markdown(" ".join(sentences))
+Markdown(inline(" ".join(sentences)))
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "One sampled case of each data set in the plane of its prompts' first two principal components.", "name": "fig-rq3-case"}}
 places = measurements.projection(config)
@@ -161,7 +162,7 @@ sentences = [
     f"{encoded['radius']:.2f}) {100 * encoded['generalization']:.1f} % and {100 * encoded['specificity_rate']:.1f} %."
     for data, (grace, encoded) in rq3.radius_findings(sweep).items()
 ]
-Markdown(" ".join(sentences))
+Markdown(inline(" ".join(sentences)))
 
 # %% tags=["hide-input"]
 caption = (

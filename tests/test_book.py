@@ -14,25 +14,34 @@ import jupytext
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from bs4 import BeautifulSoup
+from test_text import PIECES, literal
 
 from clme_lib.datasets import embedded_csne, registry
+from clme_lib.datasets.cases import Case
 from clme_lib.datasets.construction import pipeline, relevance, rephrasing
+from clme_lib.metrics.base import MEASURES
 from clme_lib.study import numbers, run_folder, runs
 from clme_lib.study.rq2 import measure
 from clme_lib.study.tables import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = ROOT / "results" / "runs" / "smollm2-135m"
+# what no text of others may become within a notebook's outputs
+ACTIVE = ", ".join(
+    f".cell_output {tag}"
+    for tag in ("script", "h1", "iframe", "a:not(.headerlink)", ".math", ".admonition", ".output_area", "[onclick]")
+)
 SOURCES = sorted((ROOT / "notebooks").glob("*.py"))
 
 
 @pytest.fixture
-def show(monkeypatch):
-    """Runs a notebook's cells here and returns what they show, as Markdown."""
+def outputs_of(monkeypatch):
+    """Runs a notebook's cells here and returns what they show."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(plt, "show", plt.close)
 
-    def displayed(name: str, /, **parameters) -> str:
+    def displayed(name: str, /, **parameters) -> list:
         shown, namespace = [], {}
         monkeypatch.setattr("IPython.display.display", shown.append)
         for cell in jupytext.read(ROOT / "notebooks" / f"{name}.py").cells:
@@ -47,11 +56,20 @@ def show(monkeypatch):
                 # as papermill passes them, whether the cell lists them or not
                 injected = "# Parameters\n" + "".join(f"{key} = {value!r}\n" for key, value in parameters.items())
                 namespace.update(parameters, In=[cell.source, injected])
-        return "\n\n".join(
-            each.to_myst() if isinstance(each, Table) else each.data for each in shown if hasattr(each, "data")
-        )
+        return [each for each in shown if hasattr(each, "data")]
 
     return displayed
+
+
+@pytest.fixture
+def show(outputs_of):
+    """Runs a notebook's cells here and returns what they show, as Markdown."""
+
+    def joined(name: str, /, **parameters) -> str:
+        shown = outputs_of(name, **parameters)
+        return "\n\n".join(each.to_myst() if isinstance(each, Table) else each.data for each in shown)
+
+    return joined
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +229,102 @@ def test_a_copied_notebook_builds(tree):
     assert 'id="tab-rq1-transfer"' in original and 'id="tab-rq1-transfer-results-notebooks-mine"' in copy
     assert 'id="tab-rq1-transfer"' not in copy
     assert "notebooks/rq1_proficiency.html#rq1" in (tree / "_build" / "html" / "book" / "own_run.html").read_text()
+
+
+def test_hostile_texts_are_shown_literally_and_do_nothing(tree, outputs_of, monkeypatch, published):
+    """A data set, records, an editor and a subject of which every text would run, load or break out, through to the page."""
+    canary = tree / "canary"
+    command = "{{ cycler.__init__.__globals__.os.system('touch " + str(canary) + "') }}"
+    outbreak = (
+        f"\n\n# Injected heading\n\n{command}\n\n<script>injected</script>\n\n```{{raw}} html\n<h1>Injected</h1>\n```\n"
+    )
+    texts = [
+        f"{fence}{outbreak}"
+        for fence in ("`" * 4, "`" * 9, "~~~", "</code></pre>", "\n \n", "\n\t\n", "\r", "\u2028", "$$", "|")
+    ]
+    texts += [" ".join(PIECES), "".join(reversed(PIECES))]
+    rows = published.groupby(["dataset", "editor"], sort=False).head(3)
+    cases = [
+        Case(int(number), "cnle", *texts[first : first + 2], (texts[first + 2],), (texts[first + 3],) * 5)
+        for number, first in zip(rows[rows["dataset"] == "cnle"]["case_id"].unique(), (0, 4, 8))
+    ]
+    written = {
+        f"generated_{name}": [[text] * (5 if name == "specificity" else 1) for text in (texts * 2)[n:][: len(rows)]]
+        for n, name in enumerate(MEASURES)
+    }
+    rows = rows.assign(**written, subject=texts[0], editor=rows["editor"].replace({"grace": texts[1]}))
+    changed = rows.assign(sha256_effectiveness=[["0"]] * len(rows))
+    monkeypatch.setattr(runs, "run", lambda config: rows)
+    monkeypatch.setattr(registry, "load_cases", lambda name, source: cases)
+    monkeypatch.setattr(run_folder, "load_run", {Path("runs/rq1"): rows, RUN: changed}.__getitem__)
+    bundles = [
+        each._repr_mimebundle_() if isinstance(each, Table) else {"text/markdown": each.data}
+        for each in outputs_of("rq1_proficiency", within=str(RUN))
+    ]
+    page = tree / "results" / "notebooks" / "rq1_proficiency.ipynb"
+    notebook = json.loads(page.read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code" and "figure" not in str(cell["metadata"]):
+            cell["outputs"] = []
+    outputs = [{"output_type": "display_data", "metadata": {}, "data": bundle} for bundle in bundles]
+    shown = {
+        "cell_type": "code",
+        "id": "hostile",
+        "metadata": {},
+        "source": "...",
+        "execution_count": 1,
+        "outputs": outputs,
+    }
+    notebook["cells"].append(shown)
+    page.write_text(json.dumps(notebook), encoding="utf-8")
+    (tree / "_toc.yml").write_text(
+        "format: jb-book\nroot: book/own_run\nchapters:\n  - file: results/notebooks/rq1_proficiency\n"
+    )
+    done = subprocess.run([sys.executable, str(tree / "book" / "build.py")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    built = (tree / "_build" / "html" / "results" / "notebooks" / "rq1_proficiency.html").read_text(encoding="utf-8")
+    article = BeautifulSoup(built, "html.parser").find("article")
+    codes = [code.get_text() for code in article.select("code[dir=ltr]")]
+    for case in cases:
+        assert {literal(case.prompt, "\n"), literal(case.target, "\n")} <= set(codes)
+        assert {literal(case.rephrased[0].strip()), literal(case.unrelated[0].strip())} <= set(codes)
+    for column in written.values():
+        assert {literal(text.strip()) for text, *_ in column[:6]} <= set(codes), "the examples are of CNLE"
+    assert {literal(text, "\n") for (text,) in written["generated_effectiveness"]} <= set(codes), "the spot check's"
+    assert literal(texts[0]) in article.find("caption").get_text()
+    assert literal(texts[1].upper()) in [cell.get_text() for cell in article.select("td")]
+    assert not canary.exists() and not article.select(ACTIVE)
+    assert not [heading for heading in article.select("h1, h2, h3, h4") if "njected" in heading.get_text()]
+
+
+@pytest.mark.parametrize(
+    "bundle",
+    [
+        {"text/html": "<p><script>x</script></p>"},
+        {"text/html": ["<img src='x'\n", " onerror=x>"]},
+        {"text/markdown": "<iframe src='x'></iframe>"},
+        {"text/markdown": "```{raw} html\nx\n```"},
+        {"application/javascript": "x"},
+    ],
+)
+def test_an_output_that_does_something_is_refused(tree, bundle):
+    notebook = tree / "results" / "notebooks" / "mine.ipynb"
+    content = json.loads(notebook.read_text(encoding="utf-8"))
+    content["cells"][-1].update(outputs=[{"output_type": "display_data", "metadata": {}, "data": bundle}])
+    notebook.write_text(json.dumps(content), encoding="utf-8")
+    done = subprocess.run([sys.executable, str(tree / "book" / "build.py")], capture_output=True, text=True)
+    assert (
+        done.returncode == 1 and f"notebooks/mine: an output of cell {len(content['cells']) - 1} holds" in done.stderr
+    )
+
+
+def test_a_number_that_is_unknown_fails_the_build(tree):
+    with open(tree / "book" / "own_run.md", "a", encoding="utf-8") as page:
+        page.write("\n\n{{ no_such_number }}\n")
+    done = subprocess.run([sys.executable, str(tree / "book" / "build.py")], capture_output=True, text=True)
+    assert (
+        done.returncode == 1 and "{{ no_such_number }}: results/numbers.json has no number of that name" in done.stderr
+    )
 
 
 def test_labels_follow_within_their_page(tree, monkeypatch):

@@ -21,8 +21,9 @@ from clme_lib.study.copies import publish
 from clme_lib.study.notebook import config_from_notebook
 from clme_lib.study.rq1 import examples, findings, proficiency_figure, proficiency_table, transfer_table
 from clme_lib.study.spot_check import agreement_table, compare, describe
-from clme_lib.study.tables import inline_code, interval
+from clme_lib.study.tables import interval
 from clme_lib.study.tables import scored as scored_records
+from clme_lib.support.display import inline_code
 from clme_lib.support.errors import StudyError
 from clme_lib.support.journal import append_rows, read_rows
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from ..datasets.base import get_dataset
 from ..datasets.cases import Case
 from ..datasets.construction import pipeline, relevance, rephrasing
 from ..datasets.construction.checking import lengths
+from ..support.display import code_block
 from .tables import percent, table
 
 
@@ -49,11 +49,6 @@ def sample_cases(cases: Sequence[Case], count: int = 3) -> str:
         text = get_dataset(case.dataset).text
         texts = {"edit input": case.text, "target": case.target}
         texts |= {"rephrased": text(case.rephrased[0]), "nearest neighbour": text(case.unrelated[0])}
-        rows = [f"<tr><td>{title}</td><td><pre>{_escaped(text)}</pre></td></tr>" for title, text in texts.items()]
+        rows = [f"<tr><td>{title}</td><td>{code_block(text)}</td></tr>" for title, text in texts.items()]
         tables.append(f"<table class='table'><tbody>{''.join(rows)}</tbody></table>")
     return "\n\n".join(tables)
-
-
-def _escaped(text: str) -> str:
-    """Code inside HTML inside Markdown: an empty line would end it, and braces would be substituted."""
-    return html.escape(text).replace("{", "&#123;").replace("}", "&#125;").replace("\n\n", "\n&#8203;\n")

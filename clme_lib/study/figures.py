@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from ..support.display import printable
+
 
 def panels(rows: int, columns: int, width: float, height: float, **shared: Any) -> tuple[Any, Any]:
     """A figure and its axes, in rows; width and height are a panel's, in inches."""
@@ -23,6 +25,11 @@ def bars(axis: Any, place: int, places: int, heights: Any, **look: Any) -> np.nd
     axis.bar(middles, heights, width, **look)
     axis.grid(axis="x", visible=False)
     return middles
+
+
+def plain(text: str) -> str:
+    """A name in a figure, where a pair of dollar signs would begin a formula."""
+    return printable(text).replace("$", r"\$")
 
 
 def legend(figure: Any, axes: Any, top: float, columns: int, loc: str = "upper center") -> Any:

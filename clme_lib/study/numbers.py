@@ -10,10 +10,11 @@ import pandas as pd
 from ..datasets.base import dataset_title
 from ..evaluation.records import UNKNOWN
 from ..metrics.base import MEASURES
+from ..support.display import Markup, inline_code
 from ..support.journal import write_text
 from .appendices.selection import differing_values
 from .run_folder import load_manifest, load_run
-from .tables import editor_name, in_order, interval, percent, to_markdown
+from .tables import cells, editor_name, in_order, interval, percent, to_markdown
 
 PUBLISHED = "smollm2-135m"
 
@@ -53,7 +54,11 @@ def provenance_table(starts: list[dict], records: pd.DataFrame) -> str:
     for start in sorted(starts, key=lambda start: start["started"]):
         hardware, versions = start["hardware"], start["versions"]
         threads = "" if hardware["device"] == "cuda" else f", {hardware['threads']} thread(s)"
-        made_by = f"library `{start['library'][:10]}`" if start["commit"] == UNKNOWN else _commit(start["commit"])
+        made_by = (
+            Markup(f"library {inline_code(start['library'][:10])}")
+            if start["commit"] == UNKNOWN
+            else _commit(start["commit"])
+        )
         rows.append(
             {
                 "Start": start["started"][:16].replace("T", " "),
@@ -70,11 +75,11 @@ def provenance_table(starts: list[dict], records: pd.DataFrame) -> str:
         commits = of_editor["commit"].unique()
         row = {"Start": UNKNOWN, "Editors": editor_name(editor), "Records": _counted(of_editor)}
         rows.append(row | {"Program": _commit(commits[0]) if len(commits) == 1 else UNKNOWN})
-    return to_markdown(pd.DataFrame(rows).fillna(""))
+    return to_markdown(cells(rows).fillna(""))
 
 
 def _commit(commit: str) -> str:
-    return UNKNOWN if commit == UNKNOWN else f"commit `{commit[:10]}`"
+    return UNKNOWN if commit == UNKNOWN else Markup(f"commit {inline_code(commit[:10])}")
 
 
 def _counted(records: pd.DataFrame) -> str:

@@ -17,10 +17,11 @@ from ..datasets.cases import Case
 from ..datasets.paper import CNLE, CSNE, PAPER_DATASET_NAMES
 from ..metrics.base import MEASURES, get_metric
 from ..metrics.paper import COMPARISONS
+from ..support.display import inline_code
 from ..support.errors import StudyError
-from .figures import bars, legend, panels
+from .figures import bars, legend, panels, plain
 from .paper import UNEDITED
-from .tables import Interval, editor_colour, editor_name, inline_code, interval, score_rows, scored, table
+from .tables import Interval, cells, editor_colour, editor_name, interval, score_rows, scored, table
 
 # the paper's Table IV
 proficiency_table = table(score_rows)
@@ -60,7 +61,7 @@ def proficiency_figure(records: pd.DataFrame):
                 continue
             shares = _exact_matches(of_editor).values()
             means, low, high = 100 * np.array([(share.mean, share.low, share.high) for share in shares]).T
-            look = {"color": editor_colour(editor), "label": editor_name(editor)}
+            look = {"color": editor_colour(editor), "label": plain(editor_name(editor))}
             middles = bars(axis, place, len(editors), means, **look)
             # rounding can put a bound a hair inside the mean
             errors = np.maximum([means - low, high - means], 0)
@@ -68,7 +69,7 @@ def proficiency_figure(records: pd.DataFrame):
         axis.set_xticks(range(len(MEASURES)), [measure.capitalize() for measure in MEASURES])
         counts = of_dataset.groupby("editor").size()
         size = " to ".join(dict.fromkeys((str(counts.min()), str(counts.max()))))
-        axis.set_title(f"{dataset_title(str(dataset))}, {size} cases an editor")
+        axis.set_title(f"{plain(dataset_title(str(dataset)))}, {size} cases an editor")
         axis.set_ylim(0, 105)
     axes[0][0].set_ylabel("exact match (%)")
     return legend(figure, axes, top=1.07, columns=len(editors))
@@ -87,7 +88,7 @@ def examples(records: pd.DataFrame, cases: Sequence[Case], count: int = 3) -> It
     complete = [rows for _, rows in texts.groupby("case_id", sort=True) if len(rows) == editors]
     for rows in complete[:count]:
         written = {name: [inline_code(text[0]) for text in rows[f"generated_{name}"]] for name in MEASURES}
-        yield by_id[rows["case_id"].iloc[0]], pd.DataFrame({"Editor": rows["editor"].map(editor_name), **written})
+        yield by_id[rows["case_id"].iloc[0]], cells({"Editor": rows["editor"].map(editor_name), **written})
 
 
 def findings(records: pd.DataFrame) -> dict[str, dict[str, Any]]:

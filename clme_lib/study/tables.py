@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import html
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..editors.registry import list_editors
 from ..evaluation.records import SCORED
 from ..metrics.base import get_metric
 from ..metrics.paper import PAPER_METRICS, PAPER_SCORES
+from ..support.display import Markup, inline, printable
 from .paper import UNEDITED
 
 _LEVEL = 0.95
@@ -70,7 +70,7 @@ class Table:
     """A table that shows itself: HTML in a notebook, a numbered MyST table in the book.
 
     Attributes:
-        data: cells as (possibly HTML) text.
+        data: cells; what of them, of their titles and of the caption is not ``Markup`` is escaped when it is shown.
         label: the name that pages refer to; the notebook that shows the table gives it.
     """
 
@@ -78,15 +78,17 @@ class Table:
         self.data, self.caption, self.label = data, caption, label
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
+        shown = self.data.rename(columns=inline).map(inline)
+        plain = self.data.map(lambda cell: html.unescape(cell) if isinstance(cell, Markup) else cell)
         return {
-            "text/html": f"<p><em>{html.escape(self.caption)}</em></p>" + self.data.to_html(escape=False, index=False),
+            "text/html": f"<p><em>{inline(self.caption)}</em></p>" + shown.to_html(escape=False, index=False),
             "text/markdown": self.to_myst(),
-            "text/plain": f"{self.caption}\n{self.data.to_string(index=False)}",
+            "text/plain": printable(f"{self.caption}\n{plain.to_string(index=False)}"),
         }
 
     def to_myst(self) -> str:
         """The table as a captioned, labelled MyST directive."""
-        return f"```{{table}} {self.caption}\n:name: {self.label}\n\n{to_markdown(self.data)}\n```"
+        return f"```{{table}} {inline(self.caption)}\n:name: {self.label}\n\n{to_markdown(self.data)}\n```"
 
 
 def table(rows: Callable[..., Any]) -> Callable[..., Table]:
@@ -97,22 +99,20 @@ def table(rows: Callable[..., Any]) -> Callable[..., Table]:
 
     @functools.wraps(rows)
     def shown(*arguments: Any, label: str, caption: str = "", **options: Any) -> Table:
-        return Table(pd.DataFrame(rows(*arguments, **options)).fillna(""), caption, label)
+        return Table(cells(rows(*arguments, **options)).fillna(""), caption, label)
 
     return shown
 
 
+def cells(rows: Any) -> pd.DataFrame:
+    """A table of any cells, of which pandas leaves ``Markup`` what it is."""
+    return pd.DataFrame(rows, dtype=object)
+
+
 def to_markdown(data: pd.DataFrame) -> str:
-    """A Markdown table of cells that are text."""
-    rows = [list(data.columns), ["---"] * data.shape[1], *data.to_numpy().tolist()]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
-
-
-def inline_code(text: str) -> str:
-    """Generated text for a table cell, its line breaks as ⏎: nothing of it is taken for markup."""
-    shown = html.escape(text.strip() or "(nothing)").replace("\n", "⏎")
-    shown = re.sub(r"[|`$*_[{\\]", lambda mark: f"&#{ord(mark[0])};", shown)
-    return f"<code>{shown}</code>"
+    """A Markdown table; what of its cells and titles is not ``Markup`` is escaped."""
+    rows = [map(inline, data.columns), ["---"] * data.shape[1], *(map(inline, row) for row in data.to_numpy())]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def write_csv(measured: pd.DataFrame, file: Path, digits: int = 4) -> pd.DataFrame:
@@ -148,7 +148,7 @@ def score_rows(records: pd.DataFrame, metrics: Sequence[str] = PAPER_METRICS) ->
                 if editor != UNEDITED and score.mean == best.get(name):
                     mean = f"<strong>{mean}</strong>"
                 bounds = f"<br><small>{percent(score.low)}–{percent(score.high)}</small>"
-                row[described[name].title] = mean + ("" if np.isnan(score.low) else bounds)
+                row[described[name].title] = Markup(mean + ("" if np.isnan(score.low) else bounds))
             yield row
 
 

@@ -26,22 +26,21 @@ from ...evaluation.evaluate import evaluate
 from ...evaluation.records import finite
 from ...subjects.settings import Preset, load_settings
 from ...subjects.subject import Subject
+from ...support.display import Markup, inline
 from ...support.errors import StudyError
 from ...support.journal import Journal
 from ...support.seeds import seed_of
-from ..tables import Table, editor_name, in_order, percent, table, write_csv
+from ..tables import Table, cells, editor_name, in_order, percent, table, write_csv
 
 
 def selection_table(measured: pd.DataFrame, label: str) -> Table:
     """An editor's grid in its order, the chosen setting in bold, from what ``clme measure selection`` writes (:func:`select`)."""
     rows = []
     for row in measured.itertuples():
-        cells = _score_cells(row) | {"Criterion": percent(row.criterion)}
-        rows.append({title: f"**{cell}**" if row.chosen else cell for title, cell in cells.items()})
+        shown = _score_cells(row) | {"Criterion": percent(row.criterion)}
+        rows.append({title: Markup(f"**{inline(cell)}**") if row.chosen else cell for title, cell in shown.items()})
     (editor,) = measured["editor"].unique()
-    return Table(
-        pd.DataFrame(rows), f"{editor_name(editor)} on the selection cases; the chosen setting in bold.", label
-    )
+    return Table(cells(rows), f"{editor_name(editor)} on the selection cases; the chosen setting in bold.", label)
 
 
 def differing_values(paper: str = "codellama-7b", own: str = "smollm2-135m") -> pd.DataFrame:

@@ -13,7 +13,8 @@ from ...datasets.paper import CNLE, CSNE, PAPER_DATASETS
 from ...editors.operations import Phase
 from ...editors.registry import list_editors
 from ...subjects.settings import list_subjects, load_settings
-from ..figures import bars, legend, panels
+from ...support.display import Markup, inline, inline_code
+from ..figures import bars, legend, panels, plain
 from ..paper import PAPER_VARIANTS
 from ..tables import editor_name, in_order, table
 from .floor import Ceilings
@@ -32,7 +33,7 @@ def circumstances(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
     for (subject, random_weights, dtype, machine, threads), rows in by_weights.groupby(_PLACE, sort=False):
         edits = rows[rows["kind"] == "edit"].groupby("dataset", sort=False)[["prompt_tokens", "target_tokens"]]
         tokens = [
-            f"{dataset_title(name)}: {prompt:.0f} + {target:.0f}"
+            inline(f"{dataset_title(name)}: {prompt:.0f} + {target:.0f}")
             for name, prompt, target in edits.median().itertuples()
         ]
         yield {
@@ -40,8 +41,8 @@ def circumstances(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
             "Weights": "random" if random_weights else "its own",
             "dtype": dtype,
             "Machine": machine if rows["device"].iloc[0] == "cuda" else f"{machine}, {threads} threads",
-            "Median tokens (prompt + target)": "<br>".join(tokens),
-            "Library": "<br>".join(f"<code>{commit[:10]}</code>" for commit in rows["commit"].unique()),
+            "Median tokens (prompt + target)": Markup("<br>".join(tokens)),
+            "Library": Markup("<br>".join(inline_code(commit[:10]) for commit in rows["commit"].unique())),
         }
     for name in unmeasured(measured):
         yield {"Subject": name, "Weights": _NOT_MEASURED}
@@ -79,7 +80,7 @@ def _spread(seconds: pd.Series) -> str:
     if seconds.empty:
         return ""
     low, middle, high = seconds.quantile([0.25, 0.5, 0.75])
-    return f"{middle:.2f}" + (f"<br><small>{low:.2f} to {high:.2f}</small>" if len(seconds) > 1 else "")
+    return Markup(f"{middle:.2f}" + (f"<br><small>{low:.2f} to {high:.2f}</small>" if len(seconds) > 1 else ""))
 
 
 def _number(value: float, look: str, missing: str = "") -> str:
@@ -132,15 +133,15 @@ def cost_figure(measured: pd.DataFrame, column: str):
         for n, (subject, colour) in enumerate(zip(subjects, colours)):
             groups = of_dataset[of_dataset["label"] == subject].groupby("editor")[["seconds", "peak_mib", "base_mib"]]
             low, middle, high = (groups.quantile(share).reindex(editors) for share in (0.25, 0.5, 0.75))
-            places = bars(axis, n, len(subjects), middle[column], color=colour, label=subject)
+            places = bars(axis, n, len(subjects), middle[column], color=colour, label=plain(subject))
             if column == "seconds":
                 spread = [(middle - low)[column], (high - middle)[column]]
                 axis.errorbar(places, middle[column], yerr=spread, fmt="none", ecolor="k", elinewidth=0.8)
                 axis.set_yscale("log")
             else:
                 bars(axis, n, len(subjects), middle["base_mib"], color="white", alpha=0.6)
-        axis.set_xticks(range(len(editors)), map(editor_name, editors), rotation=40, ha="right")
-        axis.set_title(dataset_title(str(dataset)))
+        axis.set_xticks(range(len(editors)), [plain(editor_name(name)) for name in editors], rotation=40, ha="right")
+        axis.set_title(plain(dataset_title(str(dataset))))
     axes[0][0].set_ylabel("seconds an edit" if column == "seconds" else "peak memory (MiB)")
     return legend(figure, axes, top=0.98, columns=2, loc="lower center")
 
@@ -194,8 +195,8 @@ def ceiling_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
             "Machine": ceiling["machine"],
             "dtype": ceiling["dtype"],
             "threads": str(ceiling["threads"]),
-            "products (10<sup>9</sup> operations/s)": f"{ceiling['operations_per_second'] / 1e9:.0f}",
-            "copies (10<sup>9</sup> bytes/s)": f"{ceiling['bytes_per_second'] / 1e9:.1f}",
+            "products (10⁹ operations/s)": f"{ceiling['operations_per_second'] / 1e9:.0f}",
+            "copies (10⁹ bytes/s)": f"{ceiling['bytes_per_second'] / 1e9:.1f}",
         }
 
 

@@ -16,7 +16,8 @@ from scipy import stats
 from ...datasets.base import dataset_title
 from ...metrics.base import MEASURES, get_metric
 from ...metrics.paper import PAPER_SCORES
-from ..figures import legend, panels
+from ...support.display import Markup
+from ..figures import legend, panels, plain
 from ..paper import A_GRACE, A_GRACE_VARIANTS, UNEDITED
 from ..run_folder import shared_cases
 from ..tables import editor_colour, editor_name, interval, percent, score_rows, scored, table
@@ -55,14 +56,15 @@ def paired_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 def _difference(difference: np.ndarray, binary: bool) -> str:
     if not difference.any():
-        return "0.00<br><small>the same</small>"
+        return Markup("0.00<br><small>the same</small>")
     if binary:
         p = stats.binomtest(int((difference > 0).sum()), int((difference != 0).sum())).pvalue
     else:
         p = stats.wilcoxon(difference, zero_method="zsplit").pvalue
     mean = interval(difference, binary=False)
     shown = "p &lt; 0.001" if p < 0.001 else f"p = {p:.3f}"
-    return f"{100 * mean.mean:+.2f}<br><small>{100 * mean.low:+.1f} to {100 * mean.high:+.1f}<br>{shown}</small>"
+    bounds = f"{100 * mean.low:+.1f} to {100 * mean.high:+.1f}"
+    return Markup(f"{100 * mean.mean:+.2f}<br><small>{bounds}<br>{shown}</small>")
 
 
 @table
@@ -127,7 +129,7 @@ def distance_figure(records: pd.DataFrame):
             axis.fill_between(order, *band, color=colours["neighbour"], alpha=0.35, lw=0, label=label)
             axis.plot(order, distances[:, 0], color=colours["rephrased"], label="OI–GRI")
             axis.axhline(_RADIUS, color="0.2", ls="--", lw=0.8, label="radius")
-            axis.set_title(f"{dataset_title(str(dataset))}, {editor_name(editor)}'s keys")
+            axis.set_title(f"{plain(dataset_title(str(dataset)))}, {editor_name(editor)}'s keys")
             axis.set_ylim(bottom=0)
             axis.set_xlabel("cases")
         row[0].set_ylabel("distance")
@@ -163,7 +165,7 @@ def projection_figure(places: pd.DataFrame):
             for kind, (marker, size) in looks.items():
                 points = prompts[prompts["kind"] == kind]
                 axis.scatter(points["x"], points["y"], marker=marker, s=size, color=colours[kind], label=kind)
-            axis.set_title(f"{dataset_title(str(dataset))} case {prompts['case_id'].iloc[0]}, {title}")
+            axis.set_title(f"{plain(dataset_title(str(dataset)))} case {prompts['case_id'].iloc[0]}, {title}")
             axis.set_xlabel("first component")
             axis.set_ylabel("second component")
             axis.margins(0.15)
@@ -206,7 +208,7 @@ def radius_figure(sweep: pd.DataFrame):
             curve = curves[A_GRACE][curves[A_GRACE]["margin"] == margin]
             axis.plot(curve["general"], "-", color=colour, lw=width, label=f"A-GRACE, margin {margin:g}")
             axis.plot(curve[curve["radius"] == _RADIUS]["general"], "o", color=colour)
-        axis.set_title(f"{dataset_title(str(dataset))}, {of_dataset['cases'].iloc[0]} selection cases")
+        axis.set_title(f"{plain(dataset_title(str(dataset)))}, {of_dataset['cases'].iloc[0]} selection cases")
         axis.set_xlabel("neighbours unchanged (%)")
     axes[0][0].set_ylabel("generalization, exact match (%)")
     return legend(figure, axes, top=1.14, columns=4)
