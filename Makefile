@@ -31,6 +31,7 @@ DEVICE ?= cuda
 SHAPES ?= codellama-7b codeqwen1.5-7b stablecode-3b
 LIMIT ?= 460
 ifdef WHEELS
+$(if $(word 2,$(WHEELS)),$(error WHEELS="$(WHEELS)": make cannot tell a space in a path from two paths; choose a folder without))
 GPU_READY := $(GPU)/packages/.ready
 GPU_RUN = CLME_CACHE=$(abspath $(WHEELS)) PYTHONPATH=$(CURDIR)/$(GPU)/packages:$(CURDIR) $(PYTHON)
 else

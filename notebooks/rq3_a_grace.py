@@ -180,7 +180,7 @@ rq3.radius_table(sweep, label="tab-rq3-radius", caption=caption)
 alone = measurements.overhead(config)
 place = alone.iloc[0]
 caption = (
-    f"Median time and peak memory of one edit made alone ({place['machine']}, {place['threads']} thread(s)), and the median ratio of a "
+    f"Median time and peak memory of one edit made alone ({place['machine']}, threads: {place['threads']}), and the median ratio of a "
     "case's time to GRACE's. On a CPU the peak is the whole process's. The encoder's training is not part of an edit and not in here."
 )
 rq3.overhead_table(alone, label="tab-rq3-overhead", caption=caption)

@@ -1,6 +1,7 @@
 """Tiny random subjects of the three architectures, hand-made cases, and the real small subject."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from clme_lib.datasets.cases import Case
 from clme_lib.datasets.paper import CNLE
 from clme_lib.evaluation.loading import load_subject
 from clme_lib.study import runs
+from clme_lib.study.config import RunConfig, make_config
 from clme_lib.subjects.settings import load_settings
 from clme_lib.subjects.subject import Subject, prepare
 
@@ -77,6 +79,23 @@ def make_subject(architecture: str, blocks: int = 4) -> Subject:
     return prepare(name, model.to(DEVICE), tokenizer, load_settings(name), "random-seed-0")
 
 
+def write_source(folder: Path) -> Path:
+    """A published-layout file of five cases with five neighbours each."""
+    cases = [
+        Case(n, "cnle", CNLE.prompt(intent), snippet, (CNLE.prompt(other),),
+             tuple(CNLE.prompt(f"task {n} {k}") for k in range(5)))
+        for n, (intent, snippet, other) in enumerate(ROWS)
+    ]  # fmt: skip
+    published.write(folder / "EditConala.json", cases)
+    return folder / "EditConala.json"
+
+
+def run_config(source: Path, out: Path, **changes) -> RunConfig:
+    """A run of three cases of ``source`` by a tiny subject, two a batch."""
+    fields = dict(subject="tiny-llama", dataset="cnle", editors="none,grace", cases=3, source=str(source), out=out, batch_size=2)  # fmt: skip
+    return make_config(**{**fields, **changes})
+
+
 @pytest.fixture(scope="session", params=ARCHITECTURES)
 def subject(request) -> Subject:
     return make_subject(request.param)
@@ -108,22 +127,8 @@ def many_cases() -> list[Case]:
 
 
 @pytest.fixture
-def source(tmp_path, cases):
-    """A published-layout file of five cases with five neighbours each."""
-    whole = [
-        Case(
-            c.case_id,
-            "cnle",
-            c.prompt,
-            c.target,
-            c.rephrased,
-            tuple(CNLE.prompt(f"task {c.case_id} {k}") for k in range(5)),
-        )
-        for c in cases
-    ]
-    path = tmp_path / "EditConala.json"
-    published.write(path, whole)
-    return path
+def source(tmp_path):
+    return write_source(tmp_path)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
-"""A run of a tiny subject in a process of its own, to be killed, starved of disk, or started twice."""
+"""A run of a tiny subject in a process of its own, to be killed, starved of disk, or started twice, and what is left of it."""
 
+import json
 import multiprocessing
 import os
 import resource
@@ -46,6 +47,38 @@ def complete(source: Path, out: Path, largest_file: int | None = None, options: 
     except BaseException as error:
         out.with_suffix(".error").write_text(f"{type(error).__name__}: {error}")
         raise SystemExit(1) from None
+
+
+def start(source: Path, out: Path, **named) -> multiprocessing.Process:
+    process = PROCESSES.Process(target=complete, args=(source, out), kwargs=named)
+    process.start()
+    return process
+
+
+def finished(process: multiprocessing.Process) -> int:
+    """The exit status of a process that ends within a minute."""
+    process.join(60)
+    assert process.exitcode is not None, "the process hangs"
+    return process.exitcode
+
+
+def recorded(folder: Path) -> list[tuple]:
+    """Editor and case of every record that a run has, in whatever state it was left."""
+    from clme_lib.support.journal import read_rows
+
+    rows = [row for file in (folder / "records").glob("*.jsonl") for row in read_rows(file)]
+    return [(row["editor"], row["case_id"]) for row in rows]
+
+
+def texts(folder: Path) -> dict[tuple, str]:
+    """The hashes of all texts, by editor and case; fails where a record is there twice or damaged."""
+    from clme_lib.study import run_folder
+
+    records = run_folder.load_run(folder)
+    assert not records.duplicated(["editor", "case_id"]).any()
+    hashes = records[[name for name in records if name.startswith("sha256_")]]
+    keys = zip(records["editor"], records["case_id"])
+    return dict(zip(keys, map(json.dumps, hashes.values.tolist())))
 
 
 def append(path: Path, writer: int, count: int) -> None:

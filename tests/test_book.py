@@ -20,6 +20,7 @@ from test_text import PIECES, literal
 from clme_lib.datasets import embedded_csne, registry
 from clme_lib.datasets.cases import Case
 from clme_lib.datasets.construction import pipeline, relevance, rephrasing
+from clme_lib.evaluation.records import UNSCORED
 from clme_lib.metrics.base import MEASURES
 from clme_lib.study import numbers, run_folder, runs
 from clme_lib.study.rq2 import measure
@@ -96,6 +97,8 @@ def test_rq1_says_what_the_records_show(show, monkeypatch, published):
         "**Example 3**" in text and f"(case {perfect['case_id'].min()})" in text and ":name: tab-rq1-transfer" in text
     )
     assert "No editor both makes half of the edits hold" in read(cnle[grace].assign(specificity_em=0.0))
+    text = read(cnle.assign(state=UNSCORED))
+    assert "_Nothing to read yet" in text and text.count("(nothing to show)") == 2
     text = read(cnle[cnle["editor"] == "none"])
     assert "_Nothing to read yet" in text and "**Example 1**" in text
     assert "_These records keep no texts to show._" in read(published[published["dataset"] == "csne"])

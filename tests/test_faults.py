@@ -1,21 +1,19 @@
 """Nothing is lost: kills at any moment, a full disk, two writers, failed cases, runs that something else made."""
 
-import json
 import random
 import signal
 import time
-from pathlib import Path
 
 import interrupted
 import pytest
-from interrupted import EDITORS, PROCESSES
+from conftest import run_config, write_source
+from interrupted import EDITORS, PROCESSES, finished, recorded, start, texts
 
 from clme_lib import cli
 from clme_lib.datasets.registry import load_cases
 from clme_lib.editors.grace import GRACE
 from clme_lib.evaluation.records import FAILED, SCORED
 from clme_lib.study import provenance, run_folder, runs
-from clme_lib.study.config import make_config
 from clme_lib.support import interrupts
 from clme_lib.support.errors import CaseError, StudyError
 from clme_lib.support.journal import Journal, append_rows, read_rows
@@ -24,50 +22,17 @@ CASES = 5
 WHOLE = CASES * len(EDITORS)
 
 
-def start(source, out, **named):
-    process = PROCESSES.Process(target=interrupted.complete, args=(source, out), kwargs=named)
-    process.start()
-    return process
-
-
-def finished(process) -> int:
-    process.join(60)
-    assert process.exitcode is not None, "the process hangs"
-    return process.exitcode
-
-
-def texts(folder: Path) -> dict[tuple, str]:
-    """The hashes of all texts, by editor and case; fails where a record is there twice or damaged."""
-    records = run_folder.load_run(folder)
-    assert not records.duplicated(["editor", "case_id"]).any()
-    columns = [name for name in records if name.startswith("sha256_")]
-    return {
-        (row["editor"], row["case_id"]): json.dumps([row[name] for name in columns]) for _, row in records.iterrows()
-    }
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The data set of a run, and the run when nobody disturbs it."""
-    from conftest import ROWS
-
-    from clme_lib.datasets import published
-    from clme_lib.datasets.cases import Case
-    from clme_lib.datasets.paper import CNLE
-
     folder = tmp_path_factory.mktemp("whole")
-    made = [
-        Case(n, "cnle", CNLE.prompt(intent), snippet, (CNLE.prompt(other),),
-             tuple(CNLE.prompt(f"task {n} {k}") for k in range(5)))
-        for n, (intent, snippet, other) in enumerate(ROWS)
-    ]  # fmt: skip
-    published.write(folder / "EditConala.json", made)
+    source = write_source(folder)
     before = time.monotonic()
-    assert finished(start(folder / "EditConala.json", folder / "run")) == 0
+    assert finished(start(source, folder / "run")) == 0
     seconds = time.monotonic() - before
     made_alone = texts(folder / "run")
     assert len(made_alone) == WHOLE
-    return folder / "EditConala.json", folder / "run", made_alone, seconds
+    return source, folder / "run", made_alone, seconds
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
@@ -75,16 +40,15 @@ def test_a_run_that_is_killed_again_and_again_is_the_run(whole, tmp_path, sent):
     """Killed at random moments of its life: what was recorded stays, and in the end every case is there once, with the same texts."""
     source, _, undisturbed, seconds = whole
     out, moments = tmp_path / "run", random.Random(sent)
-    kept = 0
+    kept: set = set()
     for _ in range(4):
         process = start(source, out)
         process.join(moments.uniform(0.1, 0.9) * seconds)
         if process.is_alive():
             interrupted.os.kill(process.pid, sent)
         assert finished(process) in (-sent, 0, 1)
-        recorded = sum(len(read_rows(file)) for file in (out / "records").glob("*.jsonl"))
-        assert recorded >= kept
-        kept = recorded
+        assert kept <= set(recorded(out))
+        kept = set(recorded(out))
     assert finished(start(source, out)) == 0
     assert texts(out) == undisturbed
 
@@ -146,18 +110,7 @@ def test_ctrl_c_is_not_lost_inside_a_library(tmp_path):
 
 @pytest.fixture
 def config(tiny, source, tmp_path):
-    def make(**changes):
-        fields = dict(
-            subject="tiny-llama",
-            dataset="cnle",
-            editors="none,grace",
-            cases=3,
-            source=str(source),
-            out=tmp_path / "run",
-        )
-        return make_config(**{**fields, **changes})
-
-    return make
+    return lambda **changes: run_config(source, tmp_path / "run", **{"batch_size": 8, **changes})
 
 
 @pytest.fixture

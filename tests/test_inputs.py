@@ -24,6 +24,7 @@ import shlex
 import signal
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -244,5 +245,8 @@ def _walk(content, place):
     return content, parts[-1]
 
 
-def test_there_are_enough_inputs():
-    assert len(INPUTS) >= 300
+def test_the_book_says_how_many_there_are():
+    file = FOLDER.parents[1] / "results" / "benchmarks" / "faults.csv"
+    tried = pd.read_csv(file).set_index("What")
+    assert tried.loc["bad inputs", "Tried"] == len(INPUTS) >= 300, "run benchmarks/faults.py --out results/benchmarks/faults.csv"
+    assert tried.loc[["SIGKILL", "SIGINT", "SIGTERM"], ["Lost", "Doubled or damaged", "Other texts"]].eq(0).all(axis=None)

@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from conftest import run_config as config
 
 from clme_lib.cli import main
 from clme_lib.datasets import published
@@ -15,7 +16,6 @@ from clme_lib.editors.malmen.editor import MALMEN
 from clme_lib.evaluation.evaluate import evaluate
 from clme_lib.evaluation.records import FAILED, SCORED, UNSCORED, read_records
 from clme_lib.metrics.base import TEXTS
-from clme_lib.study import config as study_config
 from clme_lib.study import provenance, run_folder, runs
 from clme_lib.study.copies import publish
 from clme_lib.study.notebook import config_from_notebook
@@ -26,19 +26,6 @@ from clme_lib.study.tables import scored as scored_records
 from clme_lib.support.display import inline_code
 from clme_lib.support.errors import StudyError
 from clme_lib.support.journal import append_rows, read_rows
-
-
-def config(source, out, **changes):
-    values = dict(
-        subject="tiny-llama",
-        dataset="cnle",
-        editors="none,grace",
-        cases=3,
-        source=str(source),
-        out=out,
-        batch_size=2,
-    )
-    return study_config.make_config(**{**values, **changes})
 
 
 def test_a_run_is_completed_extended_and_never_repeated(tiny, source, tmp_path):
@@ -373,7 +360,8 @@ def test_report_is_computed_from_records(tiny, source, tmp_path):
     assert list(shares["careful"]) == (["GRACE"] if both else [])
     perfect = table.assign(effectiveness_em=1.0, specificity_em=1.0, generalization_em=0.25)
     assert findings(perfect)["CNLE"]["careful"] == {"GRACE": 0.25}
-    assert transfer_table(table, label="tab").data.empty, "one data set has nothing to compare"
+    nothing = transfer_table(table, label="tab")
+    assert nothing.data.empty and "(nothing to show)" in nothing.to_myst(), "one data set has nothing to compare"
     case, written = next(examples(table, published.read(source, CNLE)))
     assert case.case_id == min(table["case_id"]) and list(written["Editor"]) == ["unedited", "GRACE"]
     (unedited,) = table[(table["case_id"] == case.case_id) & (table["editor"] == "none")]["generated_effectiveness"]

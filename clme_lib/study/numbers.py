@@ -53,7 +53,7 @@ def provenance_table(starts: list[dict], records: pd.DataFrame) -> str:
     rows = []
     for start in sorted(starts, key=lambda start: start["started"]):
         hardware, versions = start["hardware"], start["versions"]
-        threads = "" if hardware["device"] == "cuda" else f", {hardware['threads']} thread(s)"
+        threads = "" if hardware["device"] == "cuda" else f", threads: {hardware['threads']}"
         made_by = (
             Markup(f"library {inline_code(start['library'][:10])}")
             if start["commit"] == UNKNOWN
@@ -84,7 +84,10 @@ def _commit(commit: str) -> str:
 
 def _counted(records: pd.DataFrame) -> str:
     counts = records.groupby("dataset", sort=False).size()
-    return ", ".join(f"{count} {dataset_title(str(dataset))}" for dataset, count in counts.items()) or "none"
+    return (
+        ", ".join(f"{count} {dataset_title(str(dataset))}" for dataset, count in counts.items())
+        or "none that can be proved"
+    )
 
 
 if __name__ == "__main__":

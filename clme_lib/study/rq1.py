@@ -18,7 +18,6 @@ from ..datasets.paper import CNLE, CSNE, PAPER_DATASET_NAMES
 from ..metrics.base import MEASURES, get_metric
 from ..metrics.paper import COMPARISONS
 from ..support.display import inline_code
-from ..support.errors import StudyError
 from .figures import bars, legend, panels, plain
 from .paper import UNEDITED
 from .tables import Interval, cells, editor_colour, editor_name, interval, score_rows, scored, table
@@ -42,14 +41,14 @@ def transfer_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 
 def proficiency_figure(records: pd.DataFrame):
-    """Exact match of the three measures by editor, a panel for each data set, with 95 % intervals (a matplotlib figure).
-
-    Raises:
-        StudyError: no record has scores.
-    """
+    """Exact match of the three measures by editor, a panel for each data set, with 95 % intervals (a matplotlib figure); where no
+    record has scores, a figure that says so."""
     data = scored(records)
     if data.empty:
-        raise StudyError("no record has scores to draw: score the run with `clme score FOLDER` first")
+        figure, axes = panels(1, 1, 4.2, 1.0)
+        axes[0][0].text(0.5, 0.5, "no record has scores yet: clme score RUN SCORED", ha="center", va="center")
+        axes[0][0].set_axis_off()
+        return figure
     edited = data[data["editor"] != UNEDITED]
     data = data if edited.empty else edited
     editors = data["editor"].unique()

@@ -77,9 +77,14 @@ class Table:
     def __init__(self, data: pd.DataFrame, caption: str, label: str) -> None:
         self.data, self.caption, self.label = data, caption, label
 
+    @property
+    def _shown(self) -> pd.DataFrame:
+        # A page may refer to a table that has no rows here, and MyST refuses a table without a cell.
+        return self.data if len(self.data) else cells([{"": "(nothing to show)"}])
+
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
-        shown = self.data.rename(columns=inline).map(inline)
-        plain = self.data.map(lambda cell: html.unescape(cell) if isinstance(cell, Markup) else cell)
+        shown = self._shown.rename(columns=inline).map(inline)
+        plain = self._shown.map(lambda cell: html.unescape(cell) if isinstance(cell, Markup) else cell)
         return {
             "text/html": f"<p><em>{inline(self.caption)}</em></p>" + shown.to_html(escape=False, index=False),
             "text/markdown": self.to_myst(),
@@ -88,7 +93,7 @@ class Table:
 
     def to_myst(self) -> str:
         """The table as a captioned, labelled MyST directive."""
-        return f"```{{table}} {inline(self.caption)}\n:name: {self.label}\n\n{to_markdown(self.data)}\n```"
+        return f"```{{table}} {inline(self.caption)}\n:name: {self.label}\n\n{to_markdown(self._shown)}\n```"
 
 
 def table(rows: Callable[..., Any]) -> Callable[..., Table]:

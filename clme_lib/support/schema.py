@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,11 +20,17 @@ class Schema(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _true_is_no_number(cls, content: Any) -> Any:
-        for name, field in cls.model_fields.items() if isinstance(content, dict) else ():
-            is_number = re.search(r"\b(int|float)\b", str(field.annotation)) and "bool" not in str(field.annotation)
-            if is_number and _holds_truth(content.get(name)):
+        for name in _numbers(cls) if isinstance(content, dict) else ():
+            if _holds_truth(content.get(name)):
                 raise ValueError(f"{name} is a number, not true or false")
         return content
+
+
+@cache
+def _numbers(schema: type[Schema]) -> list[str]:
+    """The fields that hold numbers, or lists or mappings of them."""
+    types = {name: str(field.annotation) for name, field in schema.model_fields.items()}
+    return [name for name, kind in types.items() if re.search(r"\b(int|float)\b", kind) and "bool" not in kind]
 
 
 def _holds_truth(value: Any) -> bool:
