@@ -215,6 +215,7 @@ def test_notebook_parameters_may_be_text():
         ("none", "grace"),
         None,
     )
+    assert [in_notebook({"cases": text}).cases for text in ("all", "None", "")] == [None] * 3
 
 
 def test_jsonl_survives_a_torn_line(tmp_path):
