@@ -60,7 +60,15 @@ def killed(sent: signal.Signals, kills: int, source: Path, undisturbed: dict, se
 
 def answered() -> dict:
     """How many bad inputs the tests try; all of them have to be answered."""
-    command = [sys.executable, "-m", "pytest", "-v", "-k", "test_a_bad_input_is_answered", str(TESTS / "test_inputs.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-k",
+        "test_a_bad_input_is_answered",
+        str(TESTS / "test_inputs.py"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent)
     if done.returncode:
         sys.exit(done.stdout[-2_000:])

@@ -248,5 +248,9 @@ def _walk(content, place):
 def test_the_book_says_how_many_there_are():
     file = FOLDER.parents[1] / "results" / "benchmarks" / "faults.csv"
     tried = pd.read_csv(file).set_index("What")
-    assert tried.loc["bad inputs", "Tried"] == len(INPUTS) >= 300, "run benchmarks/faults.py --out results/benchmarks/faults.csv"
-    assert tried.loc[["SIGKILL", "SIGINT", "SIGTERM"], ["Lost", "Doubled or damaged", "Other texts"]].eq(0).all(axis=None)
+    assert tried.loc["bad inputs", "Tried"] == len(INPUTS) >= 300, (
+        "run benchmarks/faults.py --out results/benchmarks/faults.csv"
+    )
+    assert (
+        tried.loc[["SIGKILL", "SIGINT", "SIGTERM"], ["Lost", "Doubled or damaged", "Other texts"]].eq(0).all(axis=None)
+    )

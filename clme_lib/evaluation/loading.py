@@ -47,7 +47,7 @@ def load_subject(name: str, device: str = "auto", dtype: str = "auto") -> Subjec
 
     Raises:
         StudyError: unknown name, failed download, files that are damaged or do not fit together, an architecture that computes
-            otherwise than the editors take it to, no such device or dtype, or too little memory.
+            something else than the editors assume, no such device or dtype, or too little memory.
     """
     subject = read_subject(name, device, dtype)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "clme": __version__}
