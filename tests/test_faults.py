@@ -110,7 +110,7 @@ def test_ctrl_c_is_not_lost_inside_a_library(tmp_path):
 
 @pytest.fixture
 def config(tiny, source, tmp_path):
-    return lambda **changes: run_config(source, tmp_path / "run", **{"batch_size": 8, **changes})
+    return lambda **changes: run_config(source, **{"out": tmp_path / "run", "batch_size": 8, **changes})
 
 
 @pytest.fixture
