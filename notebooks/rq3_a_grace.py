@@ -60,7 +60,7 @@ records = clme.run(config)
 # %% tags=["hide-input"]
 caption = (
     f"GRACE, A-GRACE and A-GRACE without one of its parts on {', '.join(records['subject'].unique())} (the paper's Table VI): exact "
-    "match, BLEU and ROUGE-L (R-L) times 100, fluency times 100, with 95 % intervals below; best in bold."
+    "match, BLEU and ROUGE-L (R-L) times 100, fluency times 100, with 95 % intervals below. In bold: the best, and what is not significantly worse on the same cases."
 )
 rq3.ablation_table(records, label="tab-rq3-ablation", caption=caption)
 
@@ -97,7 +97,7 @@ Markdown(inline(" ".join(sentences)) if sentences else "_GRACE and A-GRACE are n
 # %% tags=["hide-input"]
 caption = (
     "A-GRACE minus GRACE on the same cases, in points, with 95 % intervals, and p (exact match: McNemar's exact test; otherwise "
-    "Wilcoxon's signed-rank test; not corrected for the number of tests)."
+    "Wilcoxon's signed-rank test; with Holm's correction over the table)."
 )
 rq3.paired_table(records, label="tab-rq3-paired", caption=caption)
 

@@ -98,7 +98,7 @@ def test_rq1_says_what_the_records_show(show, monkeypatch, published):
     )
     assert "No editor both makes half of the edits hold" in read(cnle[grace].assign(specificity_em=0.0))
     text = read(cnle.assign(state=UNSCORED))
-    assert "_Nothing to read yet" in text and text.count("(nothing to show)") == 2
+    assert "_Nothing to read yet" in text and text.count("(nothing to show)") == 3
     text = read(cnle[cnle["editor"] == "none"])
     assert "_Nothing to read yet" in text and "**Example 1**" in text
     assert "_These records keep no texts to show._" in read(published[published["dataset"] == "csne"])

@@ -309,7 +309,7 @@ def test_the_converted_model_is_verified_whenever_it_is_used(converted):
         file = converted / name
         before = file.read_bytes() if file.is_file() else None
         change(file)
-        with pytest.raises(StudyError, match=f"{name}.*remove the folder .*fetches and converts|{name}.*JSON"):
+        with pytest.raises(StudyError, match=f"{name}.*remove the folder .*anew|{name}.*JSON"):
             embedded.ensure()
         file.unlink() if before is None else file.write_bytes(before)
         embedded.ensure()
@@ -323,11 +323,11 @@ def test_large_files_are_read_when_they_changed_or_all_are_asked_for(converted, 
     file = converted / "model.safetensors"
     state = file.stat()
     file.write_bytes(b"Weights")
-    with pytest.raises(StudyError, match="not as it was converted"):
+    with pytest.raises(StudyError, match="not as it was made"):
         embedded.verify()
     embedded.os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
     embedded.verify()
-    with pytest.raises(StudyError, match="not as it was converted"):
+    with pytest.raises(StudyError, match="not as it was made"):
         embedded.verify(whole=True)
 
 
@@ -403,14 +403,25 @@ def _doctor(capsys):
 def test_the_doctor_tells_what_is_wrong(converted, capsys, monkeypatch):
     status, report = _doctor(capsys)
     assert status == 0 and "WRONG" not in report
-    for what in ("Python", "torch", "memory", "cache", "embedded model", "CNLE", "CSNE", "packages", "browser"):
+    for what in (
+        "Python",
+        "torch",
+        "memory",
+        "cache",
+        "smollm2-135m",
+        "smollm2-135m-code",
+        "CNLE",
+        "CSNE",
+        "packages",
+        "browser",
+    ):
         assert f"ok    {what}: " in report
     (converted / "config.json").write_text("[]")
     status, report = _doctor(capsys)
-    assert status == 1 and re.search("WRONG embedded model: .*config.json.*remove the folder", report)
+    assert status == 1 and re.search("WRONG smollm2-135m: .*config.json.*remove the folder", report)
     embedded.shutil.rmtree(converted)
     status, report = _doctor(capsys)
-    assert status == 0 and "ok    embedded model: not there yet" in report
+    assert status == 0 and "ok    smollm2-135m: not there yet" in report
 
 
 def test_the_doctor_compares_packages(capsys, monkeypatch):

@@ -9,6 +9,7 @@ from test_runs import config
 
 from clme_lib.evaluation.records import SCORED, UNSCORED
 from clme_lib.study import runs
+from clme_lib.study.comparisons import paired_p
 from clme_lib.study.copies import publish
 from clme_lib.study.rq3 import measurements
 from clme_lib.study.rq3 import tables as rq3
@@ -54,7 +55,10 @@ def test_tables_are_functions_of_records(both, tmp_path):
 
 
 def test_paired_differences_by_hand():
-    """Six cases: exact match won four times and lost never, so p = 2 / 2^4; BLEU by scipy's own test on the differences."""
+    """Six cases: exact match won four times and lost never, so p = 2 / 2^4; BLEU by scipy's own test on the differences.
+
+    By Holm the smallest of the table's ten p values is multiplied by ten, the second by nine.
+    """
     won, lost = [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]
     bleu = np.array([0.9, 0.8, 0.7, 0.6, 0.1, 0.3]), np.array([0.2, 0.1, 0.4, 0.1, 0.3, 0.0])
     rows = []
@@ -65,8 +69,11 @@ def test_paired_differences_by_hand():
             rows.append(row | {"generalization_em": float(hit), "generalization_bleu": score})
     row_of_table = rq3.paired_table(pd.DataFrame(rows), label="tab").data.iloc[0]
     assert row_of_table["n"] == "6" and row_of_table["Eff. EM"] == "0.00<br><small>the same</small>"
-    assert row_of_table["Gen. EM"].startswith("+66.67") and "p = 0.125" in row_of_table["Gen. EM"]
+    assert row_of_table["Gen. EM"].startswith("+66.67") and "p = 1.000" in row_of_table["Gen. EM"]
+    assert paired_p(np.array(won)) == 0.125
     p = stats.wilcoxon(bleu[0] - bleu[1], zero_method="zsplit").pvalue
+    assert paired_p(bleu[0] - bleu[1]) == p
+    p = 10 * p if p < 0.125 else min(1, 9 * p)
     assert (
         f"{100 * (bleu[0] - bleu[1]).mean():+.2f}" in row_of_table["Gen. BLEU"]
         and f"p = {p:.3f}" in row_of_table["Gen. BLEU"]

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 from conftest import run_config as config
@@ -178,7 +179,10 @@ def in_notebook(parameters, **others):
         ({"cases": "many"}, "cases: .*integer"),
         ({"editors": "grace,rome2"}, "unknown editor 'rome2'; known: none, ft-l, rome, memit, pmet, malmen, grace"),
         ({"set": "grace.radius=-1"}, "smollm2-135m: editors.grace: radius: .*greater than 0"),
-        ({"set": "grace.radios=1"}, "editors.grace: radios: unknown key .*known: layer, steps, lr, radius"),
+        (
+            {"set": "grace.radios=1"},
+            "editors.grace: radios: unknown key .*known: end_of_target, layer, steps, lr, radius",
+        ),
         ({"set": "grace=1"}, "'grace=1' is not of the form editor.hyperparameter=value"),
         ({"protocol": "sequence"}, "unknown protocol 'sequence'; known: single"),
         ({"metrics": "em"}, "unknown metric 'em'; known: effectiveness_em"),
@@ -377,4 +381,12 @@ def test_intervals():
     assert (wilson.mean, round(wilson.low, 4), round(wilson.high, 4)) == (0.9, 0.5958, 0.9821)
     spread = interval([0.0, 1.0] * 50, binary=False)
     assert spread.low < 0.5 < spread.high and 0.15 < spread.high - spread.low < 0.25
-    assert interval([0.3] * 20, binary=False).low == pytest.approx(0.3)
+    same = interval([0.3] * 20, binary=False)
+    assert same.mean == pytest.approx(0.3) and np.isnan(same.low), "resampling would call it certain"
+    for value, binary in ((0.0, False), (1.0, False), (0.0, True), (1.0, True)):
+        certain = interval([value] * 20, binary=binary)
+        assert certain == interval([value] * 20, binary=True) and 0 <= certain.low < certain.high <= 1
+    assert np.isnan(interval([1.0] * 20, binary=False, shares=False).low), "bits are no share"
+    assert interval([1.0, float("nan"), 0.0], binary=True) == interval([1.0, 0.0], binary=True)
+    assert interval([float("nan")], binary=True).n == 0
+    assert interval([1.0, 0.5, 0.0, 1.0], binary=True).n == 4, "means over several texts are no 0/1 values"

@@ -22,6 +22,7 @@ from myst_parser.parsers.mdit import create_md_parser
 from clme_lib import cli
 from clme_lib.datasets.cases import Case
 from clme_lib.metrics.base import MEASURES
+from clme_lib.metrics.executes import EXECUTION_METRICS
 from clme_lib.study import benchmark, numbers, rq1, run_folder, spot_check
 from clme_lib.study.appendices import encoder_settings, selection, statistics, weight_updates
 from clme_lib.study.rq2 import tables as rq2
@@ -132,6 +133,7 @@ UPDATES = {"values": "subject", "cases": 1, "learnt": 1.0, "nll_before": 1.0, "n
 SETTING = {"cases": 1, "effectiveness_em": 1.0, "generalization_em": 1.0, "specificity_rate": 1.0, "loss": 1.0, "criterion": 1.0,
            "chosen": True, "dataset": "cnle", "released_budget_em": 1.0}  # fmt: skip
 COUNTS = {"tokens": 1, "layer": 1, "cases": 1, "cosine": 1.0, "share": 1.0, "share_of_four": 1.0, "difference": 1.0}
+FAILING = [name for name in EXECUTION_METRICS if name.startswith("fails_")]
 START = {
     "started": "2026-11-23T08:26:00",
     "id": "0",
@@ -179,6 +181,8 @@ def tables_of(text: str, records: pd.DataFrame) -> dict[str, tuple[Table, list[s
     return {
         "proficiency": (rq1.proficiency_table(named, **options), [text]),
         "scores": (table(score_rows)(edited, **options), [upper]),
+        "free": (rq1.free_table(named.assign(stops=1.0), **options), [text]),
+        "failures": (rq1.failure_table(named.assign(**dict.fromkeys(FAILING, 0.0)), **options), [text]),
         "transfer": (rq1.transfer_table(edited, **options), [upper]),
         "ablation": (rq3.ablation_table(named, **options), [text]),
         "paired": (rq3.paired_table(named, **options), [text]),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from ..support.sandbox import Check
 from ..support.seeds import seeded_order
 from .base import DataSet, get_dataset
 
@@ -32,6 +33,7 @@ class Case:
         target: y, what the edited model should write after it.
         rephrased: C, prompts of the same meaning (same target).
         unrelated: U, prompts of nearest non-targeted inputs, whose answers should not change.
+        check: how to tell by running it whether what is written is right, if the case has one; it decides no text.
     """
 
     case_id: int
@@ -40,6 +42,7 @@ class Case:
     target: str
     rephrased: tuple[str, ...]
     unrelated: tuple[str, ...]
+    check: Check | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(

@@ -1,8 +1,9 @@
 """Embedded CNLE: hand-written intent, rewritten intent and one-line snippet, in the style of CoNaLa.
 
-Two JSON Lines files beside this module: ``cnle-targets.jsonl`` (``case_id``, ``topic``, ``intent``,
-``rewritten_intent``, ``snippet``) and ``cnle-pool.jsonl`` (non-targeted: ``topic``, ``intent``, ``snippet``). To add rows,
-append them with the next free ``case_id`` and run the tests: they check every rule (``tests/cnle_rules.py``).
+JSON Lines files in ``embedded``: ``cnle-targets.jsonl`` (``case_id``, ``topic``, ``intent``,
+``rewritten_intent``, ``snippet``), ``cnle-pool.jsonl`` (non-targeted: ``topic``, ``intent``, ``snippet``) and ``cnle-checks.jsonl``
+(``case_id``, ``setup``, ``test``: what :class:`~clme_lib.support.sandbox.Check` is made of). To add rows, append them with the next free
+``case_id`` and run the tests: they check every rule (``tests/cnle_rules.py``, ``tests/test_checks.py``).
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import contextlib
 import hashlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from ..support.cache import cache_dir
 from ..support.errors import StudyError
 from ..support.journal import write_text
 from ..support.reading import parse_json
+from ..support.sandbox import Check
 from . import neighbours
 from .base import EMBEDDED, DataSet
 from .cases import Case
@@ -26,6 +29,7 @@ from .neighbours import NEIGHBOURS, nearest
 FIELDS = {
     "cnle-targets": ("case_id", "topic", "intent", "rewritten_intent", "snippet"),
     "cnle-pool": ("topic", "intent", "snippet"),
+    "cnle-checks": ("case_id", "setup", "test"),
 }
 
 
@@ -44,8 +48,9 @@ def read_rows(name: str) -> list[dict]:
 def load(dataset: DataSet) -> list[Case]:
     """All embedded CNLE cases, each with its five nearest pool intents (TF-IDF), which are found once and kept in the user's cache."""
     targets, pool = read_rows("cnle-targets"), read_rows("cnle-pool")
+    checks = {row["case_id"]: Check(row["setup"], row["test"]) for row in read_rows("cnle-checks")}
     intents = [row["intent"] for row in pool]
-    return [
+    cases = [
         Case.of(
             dataset,
             row["case_id"],
@@ -56,12 +61,13 @@ def load(dataset: DataSet) -> list[Case]:
         )
         for row, entries in zip(targets, _neighbours(targets, pool))
     ]
+    return [replace(case, check=checks.get(case.case_id)) for case in cases]
 
 
 def cached() -> Path:
     """Where the neighbours of these rows, as this version of the library finds them, are kept (they may not be there yet)."""
     digest = hashlib.sha256(Path(neighbours.__file__).read_bytes())
-    for name in FIELDS:
+    for name in ("cnle-targets", "cnle-pool"):
         digest.update(json.dumps(read_rows(name)).encode())
     return cache_dir() / "datasets" / f"cnle-{digest.hexdigest()[:16]}.json"
 

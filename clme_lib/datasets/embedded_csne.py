@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -167,9 +168,11 @@ def build() -> dict:
 def mined_functions() -> list[MinedFunction]:
     """All accepted functions, package by package in name order, near-duplicates and repeated sentences removed."""
     functions: list[MinedFunction] = []
-    for distribution, package in sorted(PACKAGES.items()):
-        functions += _distinct(_package_functions(distribution, package))[:PACKAGE_QUOTA]
-    return _distinct(functions)
+    for distribution in sorted(PACKAGES):
+        # Some of them will prove near-duplicates.
+        candidates = package_functions(distribution, math.ceil(1.5 * PACKAGE_QUOTA))
+        functions += distinct(candidates)[:PACKAGE_QUOTA]
+    return distinct(functions)
 
 
 def installed_versions() -> dict[str, str]:
@@ -181,27 +184,31 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def _package_functions(distribution: str, package: str) -> Iterator[MinedFunction]:
-    """Functions of one distribution, files in an order given by their paths' hashes, until there are enough."""
+def sources(distribution: str) -> Iterator[tuple[str, list[str], ast.Module]]:
+    """Path, lines and syntax tree of one distribution's files, in an order given by their paths' hashes."""
     files = [
         file
         for file in importlib.metadata.files(distribution) or []
-        if file.suffix == ".py" and file.parts[0] == package and not _SKIPPED_PARTS.search(str(file))
+        if file.suffix == ".py" and file.parts[0] == PACKAGES[distribution] and not _SKIPPED_PARTS.search(str(file))
     ]
-    accepted = 0
     for file in sorted(files, key=lambda file: seed_of(CSNE.name, file.as_posix())):
         try:
             source = Path(str(file.locate())).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
             continue
-        if (tree := parsed(source)) is None:
-            continue
-        lines = source_lines(source)
+        if tree := parsed(source):
+            yield file.as_posix(), source_lines(source), tree
+
+
+def package_functions(distribution: str, most: int) -> Iterator[MinedFunction]:
+    """Accepted functions of one distribution, file by file until there are ``most``, with all of the last file."""
+    package, accepted = PACKAGES[distribution], 0
+    for path, lines, tree in sources(distribution):
         for name, node in _definitions(tree):
             if code_and_doc := _accept(lines, name, node):
                 accepted += 1
-                yield MinedFunction(f"{package} {file.as_posix()} {name}", package, *code_and_doc)
-        if accepted >= 1.5 * PACKAGE_QUOTA:  # some of them will prove near-duplicates
+                yield MinedFunction(f"{package} {path} {name}", package, *code_and_doc)
+        if accepted >= most:
             return
 
 
@@ -236,7 +243,7 @@ def _accept(lines: list[str], name: str, node: ast.FunctionDef) -> tuple[str, st
     return (code, doc) if len(_tokenizer().encode(code, add_special_tokens=False).ids) <= MAX_TOKENS else None
 
 
-def _distinct(candidates: Iterable[MinedFunction]) -> list[MinedFunction]:
+def distinct(candidates: Iterable[MinedFunction]) -> list[MinedFunction]:
     """Drop functions whose tokens nearly repeat an earlier one's (set Jaccard >= 0.8, multiset >= 0.7) or whose doc does."""
     from sklearn.feature_extraction.text import CountVectorizer
 

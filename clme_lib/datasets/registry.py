@@ -11,12 +11,15 @@ A data set in one JSON file that says its own name and template; no code is need
      "code": ["target"],
      "cases": [{"case_id": 0, "input": ..., "target": ..., "rephrased": [...], "unrelated": [...]}]}
 
-``title`` (the name in capitals), ``publish_texts`` (true) and ``code`` (none) may be left out. Inputs are written without the template.
+``title`` (the name in capitals), ``publish_texts`` (true) and ``code`` (none) may be left out. Inputs are written without the template. A case
+may have a ``check`` that says by running it whether what is written is right: ``{"setup": ..., "test": ...}``, see
+:class:`~clme_lib.support.sandbox.Check`.
 """
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,9 +28,11 @@ from pydantic import AfterValidator, Field, field_validator
 
 from ..support.errors import StudyError
 from ..support.reading import read_json
+from ..support.sandbox import Check
 from ..support.schema import Schema, parse
 from .base import DataSet, get_dataset, list_datasets, register_dataset
 from .cases import MOST_CASE_ID, Case, checked_text
+from .source_code import parsed
 
 
 def find_dataset(given: str | DataSet) -> DataSet:
@@ -114,12 +119,24 @@ class _Template(Schema):
 _Text = Annotated[str, AfterValidator(checked_text)]
 
 
+def _python(code: str) -> str:
+    if parsed(code) is None:
+        raise ValueError("is not Python")
+    return code
+
+
+class _CheckRow(Schema):
+    setup: Annotated[str, AfterValidator(_python)] = ""
+    test: Annotated[_Text, AfterValidator(_python)]
+
+
 class _CaseRow(Schema):
     case_id: int = Field(strict=True, ge=0, le=MOST_CASE_ID)
     input: _Text
     target: _Text
     rephrased: tuple[_Text, ...] = ()
     unrelated: tuple[_Text, ...] = ()
+    check: _CheckRow | None = None
 
 
 class _File(Schema):
@@ -162,5 +179,11 @@ def read_dataset(path: str | Path) -> DataSet:
         publish_texts=file.publish_texts,
         file=str(path),
     )
-    cases = [Case.of(dataset, row.case_id, row.input, row.target, row.rephrased, row.unrelated) for row in file.cases]
+    cases = [
+        replace(
+            Case.of(dataset, row.case_id, row.input, row.target, row.rephrased, row.unrelated),
+            check=row.check and Check(row.check.setup, row.check.test),
+        )
+        for row in file.cases
+    ]
     return dataset

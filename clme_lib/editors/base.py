@@ -34,6 +34,12 @@ Hparams = TypeVar("Hparams", bound=Schema)
 EDITORS: Registry[type[Editor]] = Registry("editor", "clme_lib.editors", "clme_lib.editors")
 
 
+class TargetHyperparameters(Schema):
+    """Of an editor that learns to write a target: whether the end of text is learnt after it (not in the paper)."""
+
+    end_of_target: bool = False
+
+
 class Editor(ABC, Generic[Hparams]):
     """Turns cases into edits of one subject, without ever changing the subject.
 
@@ -147,7 +153,8 @@ class Editor(ABC, Generic[Hparams]):
 
     def _tokenize(self, case: Case) -> TokenRow:
         try:
-            return tokenize(self.subject.tokenizer, case.prompt, case.target)
+            end = getattr(self.hparams, "end_of_target", False)
+            return tokenize(self.subject.tokenizer, case.prompt, case.target, end)
         except CaseError as error:
             raise CaseError(f"case {case.case_id} of {case.dataset}: {error}") from error
 

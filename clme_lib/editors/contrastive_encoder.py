@@ -14,10 +14,10 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from ..datasets.cases import Case
 from ..datasets.paper import PAPER_DATASET_NAMES
@@ -28,16 +28,7 @@ from ..subjects.subject import Subject
 from ..support.artifact import Artifact
 from ..support.errors import StudyError
 from ..support.seeds import generator, seeded_order
-from .grace import GRACEHyperparameters
-
-
-def _per_dataset(value: Any) -> Any:
-    if not isinstance(value, dict):
-        raise ValueError("one margin per data set is needed, such as {'cnle': 2.0, 'csne': 2.0}")
-    return value
-
-
-Margins = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_per_dataset)]
+from .grace import GRACEHyperparameters, PerDataset
 
 
 class EncoderHyperparameters(GRACEHyperparameters):
@@ -48,7 +39,7 @@ class EncoderHyperparameters(GRACEHyperparameters):
     """
 
     architecture: Architecture = "released"
-    margin: Margins = dict.fromkeys(PAPER_DATASET_NAMES, 1.0)
+    margin: PerDataset = dict.fromkeys(PAPER_DATASET_NAMES, 1.0)
     encoder_lr: float = Field(default=1e-4, gt=0)
     weight_decay: float = Field(default=1e-4, ge=0)
     encoder_batch: int = Field(default=64, gt=0)
@@ -154,7 +145,9 @@ def trained_encoder(
         "query": query,
         "margin": margin,
         "seed": seed,
-        "values": hparams.model_dump(mode="json", exclude={"steps", "lr", "later_calls", "margin", "encoder_query"}),
+        "values": hparams.model_dump(
+            mode="json", exclude={"steps", "lr", "end_of_target", "later_calls", "margin", "encoder_query"}
+        ),
         "training": _digest(training),
         "held_out": _digest(held_out),
     }

@@ -22,12 +22,11 @@ from pydantic import Field
 from ..edits.base import EditLog
 from ..edits.weights import DenseUpdate
 from ..forward.partial import PartialForward
-from ..support.schema import Schema
-from .base import Editor
+from .base import Editor, TargetHyperparameters
 from .operations import Phase, Sizes
 
 
-class FTLHyperparameters(Schema):
+class FTLHyperparameters(TargetHyperparameters):
     """``bound`` is the largest change of a single weight; ``loss_floor`` is in nats per token."""
 
     layer: int = Field(default=21, ge=0)

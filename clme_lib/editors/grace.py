@@ -9,21 +9,30 @@ from __future__ import annotations
 
 import hashlib
 from itertools import product
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
+from ..datasets.cases import Case
 from ..edits.base import EditLog
 from ..edits.codebooks import Codebook
 from ..forward.partial import PartialForward
-from ..support.schema import Schema
 from ..support.seeds import generator
-from .base import Editor
+from .base import Editor, TargetHyperparameters
 from .operations import Phase, Sizes
 
 
-class GRACEHyperparameters(Schema):
+def _per_dataset(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError("a value for each data set is needed, such as {'cnle': 2.0, 'csne': 2.0}")
+    return value
+
+
+PerDataset = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_per_dataset)]
+
+
+class GRACEHyperparameters(TargetHyperparameters):
     """``radius`` is epsilon, in units of the key space."""
 
     layer: int = Field(default=27, ge=0)
@@ -70,7 +79,7 @@ class CodebookEditor(Editor[Hparams]):
                 layer=hparams.layer,
                 keys=keys[n : n + 1].clone(),
                 values=values[n : n + 1].detach().clone(),
-                radii=torch.full((1,), hparams.radius, device=device),
+                radii=torch.full((1,), self._radius(case), device=device),
                 log=EditLog(hparams.steps, tuple(seen), initial_sha256=hashlib.sha256(start).hexdigest()),
                 **asked_with,
             )
@@ -80,6 +89,9 @@ class CodebookEditor(Editor[Hparams]):
     def _keys(self, cases, forward: PartialForward) -> torch.Tensor:
         """(B, d_f) or encoded, what queries are compared with."""
         return forward.keys[range(len(cases)), forward.touched].float()
+
+    def _radius(self, case: Case) -> float:
+        return self.hparams.radius
 
     def _asked_with(self, cases) -> dict[str, Any]:
         """What else the codebooks hold: how their queries are made."""

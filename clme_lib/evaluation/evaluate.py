@@ -1,7 +1,8 @@
 """Edit, generate, score: what one batch of cases becomes (paper section III-D).
 
 Effectiveness and generalization are greedy, with as many tokens as the target has; so is specificity, with 16 tokens, compared with
-the subject's own unedited answers; fluency is top-5 sampling of 64 tokens.
+the subject's own unedited answers; fluency is top-5 sampling of 64 tokens. Beside the paper's protocol, the first two go on to 64
+tokens, or to the end of text (metrics/free.py).
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ import pandas as pd
 
 from ..datasets.cases import Case
 from ..edits.base import Edit, EditLog
-from ..forward.tokens import token_budget
-from ..metrics.base import TEXTS, Evaluated, scores_of
-from ..metrics.paper import PAPER_METRICS
+from ..forward.tokens import token_budget, tokenize
+from ..metrics.base import FREE_TEXTS, TEXTS, scores_of
+from ..metrics.free import FREE_TOKENS, STUDY_METRICS
 from ..subjects.settings import Preset
 from ..subjects.subject import Subject
 from ..support.errors import StudyError
 from ..support.seeds import DEFAULT_SEED, generator
-from .generation import FLUENCY_TOKENS, SPECIFICITY_TOKENS, Generated, Request, generate, gumbel
-from .records import UNKNOWN, Record, finite, frame, text_hashes
+from .generation import FLUENCY_TOKENS, SPECIFICITY_TOKENS, Generated, Request, first_tokens, generate, gumbel
+from .records import UNKNOWN, Record, evaluated, finite, frame, text_hashes
 from .unedited import answers_for, unchanged
 
 SINGLE = "single"
@@ -37,7 +38,7 @@ class Circumstances:
     preset: Preset = "clean"
     seed: int = DEFAULT_SEED  # of the fluency sampling, which is the same for all editors
     protocol: str = SINGLE
-    metrics: tuple[str, ...] | None = PAPER_METRICS  # None leaves them to be computed later (``clme score``)
+    metrics: tuple[str, ...] | None = STUDY_METRICS  # None leaves them to be computed later (``clme score``)
     folds: Mapping[int, int] = field(default_factory=dict)  # the fold of each case, by its id
     start: str = UNKNOWN
     library: str = UNKNOWN
@@ -64,7 +65,7 @@ def evaluate(
     *,
     seed: int = DEFAULT_SEED,
     preset: Preset = "clean",
-    metrics: Sequence[str] = PAPER_METRICS,
+    metrics: Sequence[str] = STUDY_METRICS,
 ) -> pd.DataFrame:
     """Score edits, one per case in the cases' order: a row each, as :func:`clme_lib.evaluation.records.frame` has them.
 
@@ -95,46 +96,49 @@ def score(
     answers = iter(answers_for(subject, [prompt for case in cases for prompt in case.unrelated]))
     records = []
     for case, edit, written in zip(cases, edits, written_of_cases):
-        texts = {name: [text.text for text in written[name]] for name in TEXTS}
-        evaluated = Evaluated(case, texts, [next(answers) for _ in case.unrelated])
+        texts = {name: [text.text for text in written[name]] for name in (*TEXTS, *FREE_TEXTS)}
         looked_up = [text for name in TEXTS[:-1] for text in written[name]]
         has_codebook = any(text.distance is not None for text in looked_up)
         log = edit.log if logs is None else logs.get(case.case_id, EditLog())
-        records.append(
-            circumstances.record(
-                subject,
-                case,
-                position,
-                scores=None if circumstances.metrics is None else scores_of(evaluated, circumstances.metrics),
-                edit_seconds=log.seconds,
-                edit_batch=log.batch,
-                steps=log.steps,
-                loss=finite(log.losses[-1]) if log.losses else None,
-                peak_memory_mib=finite(log.peak_memory_mib),
-                initial_sha256=log.initial_sha256,
-                distances=[text.distance and float(f"{text.distance:.6g}") for text in looked_up]
-                if has_codebook
-                else None,
-                fired=[bool(text.fired) for text in looked_up] if has_codebook else None,
-                texts=texts,
-                sha256={name: text_hashes(written_texts) for name, written_texts in texts.items()},
-                answers=evaluated.answers,
-            )
+        record = circumstances.record(
+            subject,
+            case,
+            position,
+            edit_seconds=log.seconds,
+            edit_batch=log.batch,
+            steps=log.steps,
+            loss=finite(log.losses[-1]) if log.losses else None,
+            peak_memory_mib=finite(log.peak_memory_mib),
+            initial_sha256=log.initial_sha256,
+            distances=[text.distance and float(f"{text.distance:.6g}") for text in looked_up] if has_codebook else None,
+            fired=[bool(text.fired) for text in looked_up] if has_codebook else None,
+            texts=texts,
+            sha256={name: text_hashes(written_texts) for name, written_texts in texts.items()},
+            answers=[next(answers) for _ in case.unrelated],
+            free_tokens=[len(text.ids) for name in FREE_TEXTS for text in written[name]],
+            target_tokens=len(tokenize(subject.tokenizer, case.prompt, case.target).target_ids),
         )
+        if circumstances.metrics is not None:
+            scores = scores_of(evaluated(record, case, record.answers or ()), circumstances.metrics)
+            record = record.model_copy(update={"scores": scores})
+        records.append(record)
     return records
 
 
 def _generate_all(
     subject: Subject, cases: Sequence[Case], edits: Sequence[Edit], circumstances: Circumstances
 ) -> list[dict[str, list[Generated]]]:
-    """What is written for every case, by measure."""
+    """What is written for every case, by measure.
+
+    The text of the target's length is the beginning of the free one.
+    """
+    budgets = [token_budget(subject.tokenizer, case.prompt, case.target, circumstances.preset) for case in cases]
     requests: list[Request] = []
     for n, case in enumerate(cases):
-        budget = token_budget(subject.tokenizer, case.prompt, case.target, circumstances.preset)
         own = [case.prompt, *case.rephrased]
         # the same draws for every editor, so that editors are compared on them
         noise = gumbel(len(own), generator(circumstances.seed, subject.name, case.dataset, case.case_id))
-        requests += [Request(prompt, budget, n) for prompt in own]
+        requests += [Request(prompt, max(budgets[n], FREE_TOKENS), n) for prompt in own]
         # the released program's second and third call
         later = -1 if edits[n].first_call_only else n
         requests += [Request(prompt, SPECIFICITY_TOKENS, later) for prompt in case.unrelated]
@@ -143,7 +147,11 @@ def _generate_all(
     changed = iter(generate(subject, [request for n, request in enumerate(requests) if n not in unedited], edits))
     texts = iter([unedited[n] if n in unedited else next(changed) for n in range(len(requests))])
     written = []
-    for case in cases:
+    for case, budget in zip(cases, budgets):
         counts = 1, len(case.rephrased), len(case.unrelated), 1 + len(case.rephrased)
-        written.append({name: [next(texts) for _ in range(count)] for name, count in zip(TEXTS, counts)})
+        of_case = {name: [next(texts) for _ in range(count)] for name, count in zip(TEXTS, counts)}
+        for name, free in zip(TEXTS, FREE_TEXTS):
+            of_case[free] = [first_tokens(subject, text, FREE_TOKENS, with_end=False) for text in of_case[name]]
+            of_case[name] = [first_tokens(subject, text, budget) for text in of_case[name]]
+        written.append(of_case)
     return written

@@ -10,7 +10,7 @@ texts continue it, in batches of like length, and decoding writes keys and value
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -87,6 +87,14 @@ def generate(
         chosen = [n for key in keys for n in sources[key]]
         results.update(zip(chosen, _decode(subject, prompts, [requests[n] for n in chosen], edits)))
     return [results[n] for n in range(len(requests))]
+
+
+def first_tokens(subject: Subject, written: Generated, count: int, with_end: bool = True) -> Generated:
+    """What ``written`` would be had it been written with a budget of ``count`` tokens; without its end of text if that is not asked for."""
+    ids = list(written.ids[:count])
+    if not with_end and ids and ids[-1] == subject.tokenizer.eos_token_id:
+        ids.pop()
+    return replace(written, text=_text(subject, ids), ids=ids)
 
 
 @dataclass
@@ -170,9 +178,13 @@ def _decode(
     for ids, request, prompt in zip(new.tolist(), requests, prompts):
         ids = ids[: request.budget]
         ids = ids[: ids.index(eos) + 1] if eos in ids else ids
-        text: Any = subject.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        texts.append(Generated(text, ids, prompt.distance, prompt.fired))
+        texts.append(Generated(_text(subject, ids), ids, prompt.distance, prompt.fired))
     return texts
+
+
+def _text(subject: Subject, ids: Sequence[int]) -> str:
+    text: Any = subject.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
 
 
 def _sample(logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

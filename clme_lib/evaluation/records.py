@@ -15,7 +15,9 @@ from typing import Annotated, Any, Literal
 import pandas as pd
 from pydantic import AfterValidator, Field, model_validator
 
-from ..metrics.base import TEXTS, get_metric, list_metrics
+from ..datasets.base import get_dataset
+from ..datasets.cases import Case
+from ..metrics.base import FREE_TEXTS, TEXTS, Evaluated, get_metric, list_metrics
 from ..metrics.paper import PAPER_METRICS
 from ..subjects.settings import Preset
 from ..support.errors import StudyError
@@ -30,8 +32,10 @@ _KEY = attrgetter("run", "subject", "dataset", "editor", "preset", "protocol", "
 
 
 def _of_each_measure(by_measure: dict[str, Any] | None) -> dict[str, Any] | None:
-    if by_measure is not None and set(by_measure) != set(TEXTS):
-        raise ValueError(f"there has to be an entry for each of {', '.join(TEXTS)}, and no other")
+    if by_measure is not None and set(by_measure) - set(FREE_TEXTS) != set(TEXTS):
+        raise ValueError(
+            f"there has to be an entry for each of {', '.join(TEXTS)}, and no other but {', '.join(FREE_TEXTS)}"
+        )
     return by_measure
 
 
@@ -40,8 +44,10 @@ def _in_range(scores: dict[str, float | None] | None) -> dict[str, float | None]
         if score is None or name not in list_metrics():  # a metric that is not installed here
             continue
         metric = get_metric(name)
-        if not 0 <= score <= metric.highest or (metric.binary and score not in (0, 1)):
-            allowed = "0 or 1" if metric.binary else f"from 0 to {metric.highest:g}"
+        of_one_text = metric.measure not in ("generalization", FREE_TEXTS[1])  # Of several it is their mean.
+        binary = metric.binary and of_one_text
+        if not 0 <= score <= metric.highest or (binary and score not in (0, 1)):
+            allowed = "0 or 1" if binary else f"from 0 to {metric.highest:g}"
             raise ValueError(f"{name} is {score}, and can only be {allowed}")
     return scores
 
@@ -61,6 +67,8 @@ class Record(Schema):
     ``distances`` are a codebook's query distances: edit prompt, rephrased prompt, then the neighbours (None where it was not consulted).
     ``texts`` holds what was written, by measure, or None where it is not ours to publish; ``sha256`` its hashes always; ``answers`` the
     unedited subject's, with which specificity is compared (None in published records and in those of the first schema).
+    ``free_tokens`` are the lengths of the free texts (edit prompt, then rephrased), without the end of text, which those of fewer than
+    64 have reached; ``target_tokens`` is the target's. Records that are older than free texts have none of them.
     """
 
     schema_version: Literal[2] = 2
@@ -90,6 +98,8 @@ class Record(Schema):
     texts: Annotated[dict[str, list[str]] | None, AfterValidator(_of_each_measure)] = None
     sha256: Annotated[dict[str, list[_Hash]] | None, AfterValidator(_of_each_measure)] = None
     answers: list[str] | None = None
+    free_tokens: list[Annotated[int, Field(ge=0)]] | None = None
+    target_tokens: int | None = Field(None, ge=1)
     error: str | None = None
 
     @model_validator(mode="after")
@@ -103,9 +113,10 @@ class Record(Schema):
         for measure, texts in (self.texts or {}).items():
             if text_hashes(texts) != self.sha256[measure]:
                 raise ValueError(f"texts.{measure}: not the texts whose SHA-256 is kept beside them")
-        for name, per_text in (("distances", self.distances), ("fired", self.fired), ("answers", self.answers)):
-            measures = ("specificity",) if name == "answers" else TEXTS[:-1]
-            expected = sum(len(self.sha256[measure]) for measure in measures)
+        counted = {"distances": TEXTS[:-1], "fired": TEXTS[:-1], "answers": ("specificity",), "free_tokens": FREE_TEXTS}
+        for name, measures in counted.items():
+            per_text = getattr(self, name)
+            expected = sum(len(self.sha256.get(measure, ())) for measure in measures)
             if per_text is not None and len(per_text) != expected:
                 raise ValueError(f"{name}: {len(per_text)} values for {expected} texts")
         return self
@@ -116,6 +127,19 @@ class Record(Schema):
         if self.error is not None:
             return FAILED
         return UNSCORED if self.scores is None else SCORED
+
+
+def evaluated(record: Record, case: Case, answers: Sequence[str]) -> Evaluated:
+    """What metrics read of a record whose texts were kept."""
+    return Evaluated(
+        case,
+        record.texts or {},
+        answers,
+        get_dataset(case.dataset).code,
+        record.free_tokens or (),
+        record.target_tokens or 0,
+        record.fired or (),
+    )
 
 
 def text_hashes(texts: Sequence[str]) -> list[str]:
@@ -159,9 +183,9 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
     for record in records:
         row = record.model_dump(exclude=_MAPPINGS) | {"state": record.state} | (record.scores or {})
         for kind, by_measure in (("generated", record.texts), ("sha256", record.sha256)):
-            row |= {f"{kind}_{name}": (by_measure or {}).get(name) for name in TEXTS}
+            row |= {f"{kind}_{name}": (by_measure or {}).get(name) for name in (*TEXTS, *FREE_TEXTS)}
         rows.append(row)
         metrics |= dict.fromkeys(record.scores or ())
     fields = [name for name in Record.model_fields if name not in _MAPPINGS]
-    lists = [f"{kind}_{name}" for kind in ("generated", "sha256") for name in TEXTS]
+    lists = [f"{kind}_{name}" for kind in ("generated", "sha256") for name in (*TEXTS, *FREE_TEXTS)]
     return pd.DataFrame(rows, columns=[*fields, "state", *metrics, *lists])

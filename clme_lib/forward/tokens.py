@@ -46,8 +46,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> TokenRow:
+def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, end: bool = False) -> TokenRow:
     """Tokenise ``prompt + " " + target`` once and slice it at the prompt's own length.
+
+    With ``end`` the last label is the end of text, which an edited model should write after the target.
 
     Raises:
         StudyError: the target is empty, the prompt does not end in a colon token, or the prompt's tokens are not
@@ -64,7 +66,12 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> To
         )
     if not str(tokenizer.decode(prompt_ids[-1:])).endswith(":"):
         raise CaseError(f"the last token of the prompt {prompt[-60:]!r} does not decode to a colon")
-    return TokenRow.of(prompt_ids, joined[len(prompt_ids) :])
+    return TokenRow.of(prompt_ids, [*joined[len(prompt_ids) :], *end_ids(tokenizer, end)])
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, end: bool) -> list[int]:
+    """The end of text that is learnt after a target, or nothing."""
+    return [tokenizer.eos_token_id] if end else []
 
 
 def token_budget(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, preset: Preset) -> int:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ..datasets.paper import PAPER_DATASET_NAMES
-from ..metrics.paper import PAPER_METRICS
+from ..metrics.free import STUDY_METRICS
 from ..subjects.settings import Preset
 from ..support.errors import StudyError
 from ..support.reading import parse_yaml
@@ -167,7 +167,7 @@ class RunConfig(Schema):
         {}, description="single hyper-parameters, such as grace.radius=2.5,memit.layers=[4,5]"
     )
     protocol: _Protocol = Field("single", description="how cases are edited")
-    metrics: Metrics = Field(PAPER_METRICS, description="comma-separated (default: the paper's); see clme list")
+    metrics: Metrics = Field(STUDY_METRICS, description="comma-separated (default: the study's); see clme list")
     scored: bool = Field(
         True, description="keep the texts and score them later: clme score", json_schema_extra={"off": "--unscored"}
     )
@@ -232,6 +232,11 @@ class ScoreConfig(Schema):
     metrics: Metrics | None = Field(
         None, description="comma-separated metrics to compute anew; if not given, all of the records not scored yet"
     )
+
+
+class AdaptConfig(Schema):
+    out: _Folder = Field(Path("runs/adapt"), description="the adapter's folder; the same command resumes it")
+    device: _Device = _DEVICE
 
 
 class CheckConfig(Schema):

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from ..datasets.base import get_dataset
 from ..datasets.registry import load_cases
-from ..evaluation.records import FAILED, SCORED, UNKNOWN, UNSCORED, Record, read_records
-from ..metrics.base import Evaluated, get_metric, list_metrics, scores_of
+from ..evaluation.records import FAILED, SCORED, UNKNOWN, UNSCORED, Record, evaluated, read_records
+from ..metrics.base import get_metric, list_metrics, scores_of
+from ..metrics.free import STUDY_METRICS
 from ..metrics.paper import PAPER_METRICS
 from ..support.errors import StudyError
 from . import provenance
@@ -107,10 +108,11 @@ def score_run(run: Path, target: Path, metrics: Sequence[str] | None = None) -> 
     """Write a copy of ``run`` to ``target`` with scores from its texts; returns how many records were scored now.
 
     Args:
-        metrics: computed anew in every record that has texts, other scores stay. None: the paper's, in records not scored yet.
+        metrics: computed anew in every record that has texts, other scores stay. None: the study's, in records not scored yet.
 
     Raises:
-        StudyError: the target exists, a case is not the one that the record was made from, or texts or answers were not kept.
+        StudyError: the target exists, a case is not the one that the record was made from, or no record has texts, or one that is not
+            scored yet has none, or answers were not kept.
     """
     if target.exists():
         raise StudyError(f"{target} exists already: choose another name or remove it")
@@ -128,10 +130,12 @@ def score_run(run: Path, target: Path, metrics: Sequence[str] | None = None) -> 
     for file, records in contents.items():
         scored[file.name] = []
         for record in records:
-            if record.state == UNSCORED or (metrics and record.state == SCORED):
+            if record.state == UNSCORED or (metrics and record.state == SCORED and record.texts is not None):
                 answers = record.answers or unedited.get((record.dataset, record.case_id))
-                record, count = _scored(record, file, answers, metrics or PAPER_METRICS), count + 1
+                record, count = _scored(record, file, answers, metrics or STUDY_METRICS), count + 1
             scored[file.name].append(record)
+    if metrics and not count:
+        raise StudyError(f"{run}: no record has texts to score: they were not published; score a run of your own")
     names = [*manifest["config"].get("metrics", PAPER_METRICS), *(metrics or ())]
     manifest["config"] |= {"scored": True, "metrics": [name for name in list_metrics() if name in names]}
     write_copy(run, target, manifest, scored)
@@ -150,5 +154,5 @@ def _scored(record: Record, file: Path, answers: Sequence[str] | None, metrics: 
         raise StudyError(
             f"{what} keeps no answers of the unedited subject: run the editor {UNEDITED!r} in the same folder first"
         )
-    computed = scores_of(Evaluated(case, record.texts, answers or ()), metrics)
+    computed = scores_of(evaluated(record, case, answers or ()), metrics)
     return record.model_copy(update={"scores": {**(record.scores or {}), **computed}})

@@ -19,6 +19,7 @@ from ..datasets import embedded_csne
 from ..datasets.paper import CSNE, PAPER_DATASETS
 from ..datasets.registry import load_cases
 from ..subjects import embedded
+from ..subjects.settings import list_subjects, load_settings
 from ..support.cache import cache_dir
 from ..support.errors import StudyError
 from ..support.memory import free_memory_bytes
@@ -44,7 +45,7 @@ def diagnose() -> Iterator[Check]:
     yield _python()
     yield from _torch()
     yield _cache()
-    yield _embedded_subject()
+    yield from _embedded_subjects()
     yield from _datasets()
     yield _packages()
     yield _browser()
@@ -83,15 +84,20 @@ def _cache() -> Check:
     return Check("cache", True, f"{folder}, {size / 1e9:.2f} GB, {free / 1e9:.0f} GB free")
 
 
-def _embedded_subject() -> Check:
-    what = "embedded model"
-    if not embedded.location().is_dir():
-        return Check(what, True, "not there yet: fetched on first use (98 MB), or now by `clme prepare`")
-    try:
-        embedded.verify(whole=True)
-    except (OSError, StudyError) as error:
-        return Check(what, False, str(error))
-    return Check(what, True, f"{embedded.location()}, every file as it was converted")
+def _embedded_subjects() -> Iterator[Check]:
+    for name in list_subjects():
+        if (source := load_settings(name).subject).source != "embedded":
+            continue
+        made = "fetched" if source.adapter is None else "merged"
+        if not embedded.location(source.adapter).is_dir():
+            yield Check(name, True, f"not there yet: {made} on first use, or now by `clme prepare`")
+            continue
+        try:
+            embedded.verify(source.adapter, whole=True)
+        except (OSError, StudyError) as error:
+            yield Check(name, False, str(error))
+        else:
+            yield Check(name, True, f"{embedded.location(source.adapter)}, every file as it was made")
 
 
 def _datasets() -> Iterator[Check]:

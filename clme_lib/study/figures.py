@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,19 @@ def panels(rows: int, columns: int, width: float, height: float, **shared: Any) 
     return plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, **shared)
 
 
-def bars(axis: Any, place: int, places: int, heights: Any, **look: Any) -> np.ndarray:
-    """A series of bars, the ``place``-th of ``places`` that share each tick; returns where the bars stand."""
+def bars(axis: Any, place: int, places: int, heights: Any, counts: Sequence[int] = (), **look: Any) -> np.ndarray:
+    """A series of bars, the ``place``-th of ``places`` that share each tick, with its number of cases under each; returns where the
+    bars stand."""
     width = 0.8 / places
     middles = np.arange(len(heights)) + (place - (places - 1) / 2) * width
     axis.bar(middles, heights, width, **look)
     axis.grid(axis="x", visible=False)
+    for middle, count in zip(middles, counts):
+        # In the axis's own height, so that it stands below the bar whatever the scale is.
+        place_below = {"xy": (middle, 0), "xycoords": axis.get_xaxis_transform(), "textcoords": "offset points"}
+        axis.annotate(str(count), xytext=(0, -2), rotation=90, ha="center", va="top", fontsize=5, **place_below)
+    if len(counts):
+        axis.tick_params(axis="x", pad=12)
     return middles
 
 

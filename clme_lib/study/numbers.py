@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pandas as pd
 
 from ..datasets.base import dataset_title
+from ..datasets.embedded_cnle import read_rows
 from ..evaluation.records import UNKNOWN
 from ..metrics.base import MEASURES
+from ..subjects.adapters import provenance
 from ..support.display import Markup, inline_code
 from ..support.journal import write_text
 from .appendices.selection import differing_values
@@ -17,6 +20,7 @@ from .run_folder import load_manifest, load_run
 from .tables import cells, editor_name, in_order, interval, percent, to_markdown
 
 PUBLISHED = "smollm2-135m"
+CODE_SUBJECT = "smollm2-135m-code"
 
 
 def write_numbers(results: Path) -> None:
@@ -35,12 +39,38 @@ def prose_numbers(results: Path) -> dict[str, str]:
         "run_cases": " to ".join(map(str, dict.fromkeys((counts.min(), counts.max())))),
         "run_folder": f"`results/runs/{folder.name}`",
         "run_table": provenance_table(load_manifest(folder)["starts"], records),
+        "checks": str(len(read_rows("cnle-checks"))),
+        **_code_subject(),
     }
     for (dataset, editor), rows in records.groupby(["dataset", "editor"]):
         for measure in MEASURES:
             share = interval(rows[f"{measure}_em"], binary=True).mean
             numbers[f"{dataset}_{editor.replace('-', '_')}_{measure}"] = f"{percent(share)} %"
     return numbers
+
+
+def _code_subject() -> dict[str, str]:
+    """How the subject that was trained on code was made, and what that did to losses on texts of packages it never saw."""
+    made = provenance(CODE_SUBJECT)
+    return {
+        "code_texts": f"{made.texts:,}",
+        "code_tokens": f"{made.tokens:,}",
+        "code_minutes": f"{made.seconds / 60:.0f}",
+        "code_threads": str(made.threads),
+        "code_held_out": ", ".join(made.held_out),
+        "code_losses": to_markdown(
+            cells(
+                {
+                    "Held-out": f"{kind}s",
+                    "texts": str(made.held_out_texts[kind]),
+                    "before": f"{before:.3f}",
+                    "after": f"{made.losses_after[kind]:.3f}",
+                    "perplexity": f"{100 * (math.exp(made.losses_after[kind] - before) - 1):+.0f} %",
+                }
+                for kind, before in made.losses_before.items()
+            )
+        ),
+    }
 
 
 def provenance_table(starts: list[dict], records: pd.DataFrame) -> str:

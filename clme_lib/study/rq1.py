@@ -16,24 +16,51 @@ from ..datasets.base import dataset_title
 from ..datasets.cases import Case
 from ..datasets.paper import CNLE, CSNE, PAPER_DATASET_NAMES
 from ..metrics.base import MEASURES, get_metric
+from ..metrics.executes import EXECUTION_METRICS
+from ..metrics.free import FREE_METRICS
 from ..metrics.paper import COMPARISONS
 from ..support.display import inline_code
 from .figures import bars, legend, panels, plain
 from .paper import UNEDITED
-from .tables import Interval, cells, editor_colour, editor_name, interval, score_rows, scored, table
+from .tables import Interval, cells, editor_colour, editor_name, interval, percent, score_rows, scored, table
 
 # the paper's Table IV
 proficiency_table = table(score_rows)
 
 
 @table
+def free_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
+    """Scores beside the paper's (metrics/free.py, metrics/executes.py): of each metric that some record has, a column."""
+    rows = list(score_rows(records, [*FREE_METRICS, *EXECUTION_METRICS[:2]]))
+    measured = [name for row in rows for name, cell in row.items() if cell != "–"]
+    kept = [name for name in (rows[0] if rows else ()) if name in measured]
+    # A row of which nothing but its names is known would say nothing.
+    yield from ({name: row[name] for name in kept} for row in rows if any(row[name] != "–" for name in kept[3:]))
+
+
+@table
+def failure_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
+    """What becomes of the snippets that are run: of each kind of failure the share of cases, in percent."""
+    names = [name for name in EXECUTION_METRICS if name.startswith("fails_") and name in records]
+    for (dataset, editor), rows in scored(records).groupby(["dataset", "editor"], sort=False):
+        checked = rows.dropna(subset=names) if names else rows[:0]
+        if len(checked):
+            row = {"Data": dataset_title(str(dataset)), "Editor": editor_name(str(editor)), "n": str(len(checked))}
+            yield row | {
+                get_metric(name).title.removeprefix("Fails: "): percent(checked[name].mean()) for name in names
+            }
+
+
+@table
 def transfer_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """The paper's Table V: change of effectiveness from CSNE to CNLE, in points."""
+    """The paper's Table V: change of effectiveness from CSNE to CNLE, in points; ``n`` is of both data sets, in this order."""
     scores = [f"effectiveness_{name}" for name in COMPARISONS]
-    means = scored(records).groupby(["editor", "dataset"], sort=False)[scores].mean() * 100
+    groups = scored(records).groupby(["editor", "dataset"], sort=False)
+    means, counts = groups[scores].mean() * 100, groups.size()
     for editor in records["editor"].unique():
         if editor != UNEDITED and all((editor, dataset) in means.index for dataset in PAPER_DATASET_NAMES):
             row = {"Editor": editor_name(editor)}
+            row["n"] = ", ".join(str(counts[editor, dataset.name]) for dataset in (CSNE, CNLE))
             for score in scores:
                 csne, cnle = means.loc[(editor, CSNE.name), score], means.loc[(editor, CNLE.name), score]
                 row[get_metric(score).title.split()[-1]] = f"{csne:.2f} → {cnle:.2f} ({cnle - csne:+.2f})"
@@ -58,10 +85,10 @@ def proficiency_figure(records: pd.DataFrame):
             of_editor = of_dataset[of_dataset["editor"] == editor]
             if of_editor.empty:
                 continue
-            shares = _exact_matches(of_editor).values()
+            shares = list(_exact_matches(of_editor).values())
             means, low, high = 100 * np.array([(share.mean, share.low, share.high) for share in shares]).T
             look = {"color": editor_colour(editor), "label": plain(editor_name(editor))}
-            middles = bars(axis, place, len(editors), means, **look)
+            middles = bars(axis, place, len(editors), means, [share.n for share in shares], **look)
             # rounding can put a bound a hair inside the mean
             errors = np.maximum([means - low, high - means], 0)
             axis.errorbar(middles, means, yerr=errors, fmt="none", ecolor="0.2", elinewidth=0.8, capsize=2)

@@ -24,7 +24,7 @@ import pandas as pd
 from ..datasets.base import list_datasets
 from ..datasets.cases import Case
 from ..datasets.registry import load_cases
-from ..editors.registry import list_editors, resolve_hparams
+from ..editors.registry import get_editor, list_editors, resolve_hparams
 from ..evaluation.records import FAILED, Record, frame, read_records
 from ..subjects.settings import load_settings
 from ..subjects.subject import torch_dtype
@@ -202,7 +202,9 @@ def check_same_run(config: RunConfig, data: Mapping[str, str] | None = None, mod
         return
     manifest = load_manifest(config.out)
     before, now = manifest["config"], _described(config)
-    differing = [(name, before[name], now[name]) for name in _IDENTITY if name in before and before[name] != now[name]]
+    # A metric that a published run lacks is shown as not measured.
+    identity = [name for name in _IDENTITY if name in before and not ("published" in manifest and name == "metrics")]
+    differing = [(name, before[name], now[name]) for name in identity if before[name] != now[name]]
     for start in () if "published" in manifest else manifest["starts"]:
         differing += [
             (f"the cases of {name}", start["data"].get(name, digest), digest) for name, digest in (data or {}).items()
@@ -213,7 +215,11 @@ def check_same_run(config: RunConfig, data: Mapping[str, str] | None = None, mod
             differing.append((f"set {editor}", start.get("set", {}).get(editor, {}), now["set"].get(editor, {})))
             hparams = _comparable_hparams(config, editor)
             made_with = start["hyperparameters"][editor].get("values", {})
-            differing += [(f"{editor}.{name}", made_with.get(name), value) for name, value in hparams.items()]
+            # A hyper-parameter that there was not yet had its default.
+            defaults = {name: field.default for name, field in get_editor(editor).Hyperparameters.model_fields.items()}
+            differing += [
+                (f"{editor}.{name}", made_with.get(name, defaults[name]), value) for name, value in hparams.items()
+            ]
     remedy = "choose another out= or move the folder away"
     if "published" not in manifest and config.accept != "library":
         differing += [("library", start["library"], provenance.library_sha256()) for start in manifest["starts"][-1:]]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from ..metrics.base import MEASURES, TEXTS
+from ..metrics.base import FREE_TEXTS, MEASURES, TEXTS
 from ..metrics.paper import COMPARISONS
 from ..support.errors import StudyError
 from .paper import UNEDITED
@@ -71,10 +71,17 @@ def compare(here: pd.DataFrame, published: pd.DataFrame) -> Comparison:
         raise StudyError(f"{case} has changed since the published run; publish anew")
     rows, differences, moved = [], [], []
     for (dataset, editor), of_editor in pairs.groupby(["dataset", "editor"], sort=False):
-        texts = [text for pair in of_editor.to_dict("records") for name in TEXTS for text in _texts(pair, name)]
+        pairs_of_editor = of_editor.to_dict("records")
+        # Older records have no free texts.
+        free = [
+            name
+            for name in FREE_TEXTS
+            if of_editor[[f"sha256_{name}", f"sha256_{name}_published"]].notna().all(axis=None)
+        ]
+        texts = [text for pair in pairs_of_editor for name in (*TEXTS, *free) for text in _texts(pair, name)]
         differences += [text for same, text in texts if not same]
         row = {"dataset": dataset, "editor": editor, "cases": len(of_editor)}
-        for kind, measures in (("greedy", MEASURES), ("sampled", TEXTS[len(MEASURES) :])):
+        for kind, measures in (("greedy", (*MEASURES, *FREE_TEXTS)), ("sampled", TEXTS[len(MEASURES) :])):
             of_kind = [same for same, text in texts if text.measure in measures]
             row |= {kind: len(of_kind), f"{kind}_same": sum(of_kind)}
         rows.append(row)

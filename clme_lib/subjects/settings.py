@@ -39,6 +39,7 @@ class SubjectSource(Schema):
     """Where a subject's weights come from, and its shape for measurements that need no trained weights."""
 
     source: Literal["embedded", "hub"]
+    adapter: str | None = None  # of an embedded subject that was trained further
     id: str | None = None
     revision: str = "main"
     blocks: int | None = Field(default=None, gt=0)

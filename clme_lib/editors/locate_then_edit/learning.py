@@ -31,10 +31,10 @@ from ...datasets.cases import Case
 from ...edits.base import EditLog
 from ...forward.label_losses import LabelIndices
 from ...forward.partial import PartialForward
-from ...forward.tokens import TokenRow, encode, tokenize
+from ...forward.tokens import TokenRow, encode, end_ids, tokenize
 from ...subjects.subject import Subject
 from ...support.errors import CaseError
-from ..base import Editor
+from ..base import Editor, TargetHyperparameters
 from ..operations import Phase, Sizes
 from .contexts import TOKENS, context_templates
 from .second_moments import SecondMoment, StatisticsHyperparameters, second_moments
@@ -43,7 +43,7 @@ from .second_moments import SecondMoment, StatisticsHyperparameters, second_mome
 CHECK_DONE_EVERY = {"cpu": 1, "cuda": 5}
 
 
-class RewritingHyperparameters(StatisticsHyperparameters):
+class RewritingHyperparameters(StatisticsHyperparameters, TargetHyperparameters):
     """``clamp`` bounds delta in units of its module's output norm; ``loss_floor`` is compared with the whole loss."""
 
     steps: int = Field(default=25, gt=0)
@@ -59,18 +59,20 @@ class RewritingHyperparameters(StatisticsHyperparameters):
 Hparams = TypeVar("Hparams", bound=RewritingHyperparameters)
 
 
-def rewriting_rows(subject: Subject, case: Case, contexts: Sequence[str], padding: str, targets: str) -> list[TokenRow]:
+def rewriting_rows(
+    subject: Subject, case: Case, contexts: Sequence[str], padding: str, targets: str, end: bool = False
+) -> list[TokenRow]:
     """One row a context, and the bare prompt's row last unless the first one can stand for it.
 
     With aligned rows and targets in context, the first row (no context) has the lookup token where the bare prompt has it,
     and what follows cannot be seen from there.
     """
     tokenizer = subject.tokenizer
-    rows = [tokenize(tokenizer, context + case.prompt, case.target) for context in contexts]
+    rows = [tokenize(tokenizer, context + case.prompt, case.target, end) for context in contexts]
     if padding == "aligned" and targets == "in-context":
         return rows
     if targets == "alone":
-        alone = encode(tokenizer, case.target)
+        alone = [*encode(tokenizer, case.target), *end_ids(tokenizer, end)]
         written = str(tokenizer.decode(alone[:-1], clean_up_tokenization_spaces=False))
         for n, context in enumerate(contexts):
             inputs = tuple(encode(tokenizer, f"{context}{case.prompt} {written}"))
@@ -188,7 +190,7 @@ class RewritingEditor(Editor[Hparams]):
         """Learn delta at the last edited layer: the rows it was learnt on, ``v_0 + delta`` (B, d) in float32, and each case's log;
         StudyError if a loss is not finite before the first update."""
         hparams, count, device = self.hparams, len(cases), self.subject.device
-        read_as = hparams.padding, hparams.targets
+        read_as = hparams.padding, hparams.targets, hparams.end_of_target
         rows = [row for case in cases for row in rewriting_rows(self.subject, case, self.contexts, *read_as)]
         forward = PartialForward(self.subject, rows, self.layers[-1], from_lookup=True)
         whole = rewriting = Rewriting(forward, torch.arange(count, device=device), len(self.contexts))

@@ -63,7 +63,9 @@ class MALMEN(Editor[MALMENHyperparameters]):
         network, hparams = self.network, self.hparams
         if network is None:
             raise StudyError("malmen has not been trained: call fit(cases) with cases that will not be edited")
-        rows = [edit_row(self.subject, case.prompt, case.target, hparams.targets) for case in cases]
+        rows = [
+            edit_row(self.subject, case.prompt, case.target, hparams.targets, hparams.end_of_target) for case in cases
+        ]
         forward = PartialForward(self.subject, rows, hparams.layers[0], from_lookup=False)
         cached = Cached(forward, hparams.layers, hparams.cached)
         factors: list[dict[int, tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in cases]

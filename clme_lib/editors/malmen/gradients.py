@@ -8,7 +8,7 @@ import torch
 
 from ...forward.partial import PartialForward
 from ...forward.recording import Hook, hooked
-from ...forward.tokens import TokenRow, encode, tokenize
+from ...forward.tokens import TokenRow, encode, end_ids, tokenize
 from ...subjects.subject import Subject
 
 
@@ -18,13 +18,14 @@ def upper_states(forward: PartialForward, hooks: dict[int, Hook]) -> torch.Tenso
         return forward.states(forward.mlp(forward.residual))
 
 
-def edit_row(subject: Subject, prompt: str, target: str, targets: str) -> TokenRow:
+def edit_row(subject: Subject, prompt: str, target: str, targets: str, end: bool = False) -> TokenRow:
     """The row an edit of ``prompt`` towards ``target`` reads."""
-    tokens = tokenize(subject.tokenizer, prompt, target)
+    tokens = tokenize(subject.tokenizer, prompt, target, end)
     if targets == "in-context":
         return tokens
-    joined = encode(subject.tokenizer, prompt + " " + target)
-    alone = tuple(encode(subject.tokenizer, target))
+    ending = end_ids(subject.tokenizer, end)
+    joined = [*encode(subject.tokenizer, prompt + " " + target), *ending]
+    alone = (*encode(subject.tokenizer, target), *ending)
     return TokenRow(tuple(joined[:-1]), 0, tokens.lookup, max(0, len(joined) - 1 - len(alone)), alone)
 
 

@@ -33,13 +33,14 @@ from ...subjects.subject import Subject
 from ...support.artifact import Artifact
 from ...support.batching import of_like_length
 from ...support.errors import StudyError
-from ...support.schema import Layers, Schema
+from ...support.schema import Layers
 from ...support.seeds import generator, seeded_order
+from ..base import TargetHyperparameters
 from .gradients import Cached, edit_row, upper_states
 from .hypernetwork import Hypernetwork, normal_equation
 
 
-class MALMENHyperparameters(Schema):
+class MALMENHyperparameters(TargetHyperparameters):
     """``step_size`` is where each layer's learnt step starts; ``meta_lr`` is the network's learning rate.
 
     ``records`` limits how many of the given cases are trained on (None: all).
@@ -104,7 +105,8 @@ class Training:
             **subject.identity,
             "dataset": dataset,
             "seed": seed,
-            "values": hparams.model_dump(mode="json"),
+            # What is not learnt was no hyper-parameter of the networks that are there already.
+            "values": hparams.model_dump(mode="json", exclude=None if hparams.end_of_target else {"end_of_target"}),
             "records": [case.sha256 for case in self.records],
         }
         self.artifact = Artifact.cached("malmen", f"{subject.name}-{dataset}", identity)
@@ -135,7 +137,8 @@ class Training:
     def step(self, batch: Sequence[Case]) -> tuple[float, float]:
         """One iteration; returns the two losses before its update."""
         hparams, network = self.hparams, self.network
-        rows = [edit_row(self.subject, case.prompt, case.target, hparams.targets) for case in batch]
+        read_as = hparams.targets, hparams.end_of_target
+        rows = [edit_row(self.subject, case.prompt, case.target, *read_as) for case in batch]
         cached = Cached(self._forward(rows), self.layers, hparams.cached)
         for layer in self.layers:
             network.observe(cached.keys[layer], cached.gradients[layer])
@@ -151,7 +154,7 @@ class Training:
             return lambda given, output: output + ((given.float() @ cached.keys[layer].T) @ leaf).to(output.dtype)
 
         shifts = {layer: shift(layer, leaf) for layer, leaf in zip(self.layers, leaves)}
-        rephrased = [edit_row(self.subject, case.rephrased[0], case.target, hparams.targets) for case in batch]
+        rephrased = [edit_row(self.subject, case.rephrased[0], case.target, *read_as) for case in batch]
         unrelated = [self._answered(prompt) for case in batch for prompt in case.unrelated]
         generalization = self._losses(rephrased, shifts)
         locality = self._losses(unrelated, shifts, reference=True, factor=hparams.locality_factor)

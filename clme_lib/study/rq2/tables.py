@@ -133,7 +133,8 @@ def cost_figure(measured: pd.DataFrame, column: str):
         for n, (subject, colour) in enumerate(zip(subjects, colours)):
             groups = of_dataset[of_dataset["label"] == subject].groupby("editor")[["seconds", "peak_mib", "base_mib"]]
             low, middle, high = (groups.quantile(share).reindex(editors) for share in (0.25, 0.5, 0.75))
-            places = bars(axis, n, len(subjects), middle[column], color=colour, label=plain(subject))
+            counts = groups.count()["seconds"].reindex(editors, fill_value=0)
+            places = bars(axis, n, len(subjects), middle[column], counts, color=colour, label=plain(subject))
             if column == "seconds":
                 spread = [(middle - low)[column], (high - middle)[column]]
                 axis.errorbar(places, middle[column], yerr=spread, fmt="none", ecolor="k", elinewidth=0.8)

@@ -1,0 +1,63 @@
+"""Which editors differ: paired tests on the cases that both edited, and Holm's correction over all comparisons of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from ..evaluation.records import SCORED
+from ..metrics.base import Metric
+from .paper import UNEDITED
+
+Key = TypeVar("Key", bound=Hashable)
+SIGNIFICANT = 0.05
+
+
+def paired_p(differences: np.ndarray) -> float:
+    """Two-sided p of paired differences (cases,): McNemar's exact test where they are -1, 0 and 1 alone, else Wilcoxon's signed-rank
+    test, in which ties count half for either side. 1 where nothing differs."""
+    if not differences.any():
+        return 1.0
+    if np.isin(differences, (-1, 0, 1)).all():
+        return float(stats.binomtest(int((differences > 0).sum()), int((differences != 0).sum())).pvalue)
+    return float(stats.wilcoxon(differences, zero_method="zsplit").pvalue)
+
+
+def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
+    """Adjusted p values: compared with a level, they keep the chance of any false finding among them below it (Holm, 1979)."""
+    adjusted: dict[Key, float] = {}
+    highest = 0.0
+    for rank, key in enumerate(sorted(p_values, key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[key]))
+        adjusted[key] = highest
+    return adjusted
+
+
+def as_good_as_the_best(records: pd.DataFrame, metrics: Sequence[Metric]) -> set[tuple[str, str, str]]:
+    """(data set, editor, metric) of the edited rows that have the best mean, and of those that are not significantly worse.
+
+    Each is compared with the best on the cases that both have; Holm's correction is over all data sets, metrics and editors given.
+    """
+    edited = records[(records["state"] == SCORED) & (records["editor"] != UNEDITED)]
+    best: set[tuple[str, str, str]] = set()
+    p_values: dict[tuple[str, str, str], float] = {}
+    for dataset, of_dataset in edited.groupby("dataset", sort=False):
+        by_case = of_dataset.set_index(["editor", "position", "case_id"])
+        for metric in (metric for metric in metrics if metric.higher_is_better is not None and metric.name in by_case):
+            values = by_case[metric.name].astype(float).dropna() * (1 if metric.higher_is_better else -1)
+            means = values.groupby("editor", sort=False).mean()
+            if means.empty:
+                continue
+            highest = str(means.idxmax())
+            for editor in map(str, means.index):
+                key = str(dataset), editor, metric.name
+                differences = (values[highest] - values[editor]).dropna().to_numpy()
+                if means[editor] == means[highest] or differences.sum() <= 0:
+                    best.add(key)
+                else:
+                    p_values[key] = paired_p(differences)
+    return best | {key for key, p in holm(p_values).items() if p >= SIGNIFICANT}

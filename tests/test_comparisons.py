@@ -1,0 +1,97 @@
+"""Paired tests, Holm's correction, and which rows of a table are in bold."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from clme_lib.evaluation.records import SCORED
+from clme_lib.metrics.base import get_metric
+from clme_lib.metrics.paper import PAPER_METRICS
+from clme_lib.study.comparisons import SIGNIFICANT, as_good_as_the_best, holm, paired_p
+from clme_lib.study.tables import score_rows
+
+
+def test_paired_tests_are_exact_for_shares_and_ranks_else():
+    assert paired_p(np.zeros(9)) == 1.0
+    assert paired_p(np.array([1] * 6 + [0] * 4)) == 2 / 2**6
+    assert paired_p(np.array([1, 1, 1, -1])) == stats.binomtest(3, 4).pvalue
+    differences = np.array([0.2, -0.1, 0.3, 0.0, 0.4])
+    assert paired_p(differences) == stats.wilcoxon(differences, zero_method="zsplit").pvalue
+
+
+def test_holm_by_hand():
+    # (m - rank) times the p value, never less than one before it
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == {"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06}
+    assert holm({}) == {}
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_keeps_the_order_and_only_raises(p_values):
+    adjusted = holm(dict(enumerate(p_values)))
+    for n, p in enumerate(p_values):
+        assert p <= adjusted[n] <= 1
+        assert all(adjusted[n] <= adjusted[m] for m, other in enumerate(p_values) if p < other)
+    assert min(adjusted.values()) == pytest.approx(min(1, len(p_values) * min(p_values)))
+
+
+def rows(**values) -> pd.DataFrame:
+    """Records of editors with these effectivenesses, for cases 0, 1, ...; None where an editor lacks a case."""
+    made = []
+    for editor, of_editor in values.items():
+        for case_id, value in enumerate(of_editor):
+            if value is not None:
+                row = dict.fromkeys(PAPER_METRICS, 0.5) | {"effectiveness_em": float(value), "fluency": 4.0}
+                row |= {
+                    "dataset": "cnle",
+                    "editor": editor.replace("_", "-"),
+                    "case_id": case_id,
+                    "position": 1,
+                    "state": SCORED,
+                }
+                made.append(row)
+    return pd.DataFrame(made)
+
+
+def bold(records) -> set[str]:
+    names = as_good_as_the_best(records, [get_metric("effectiveness_em")])
+    return {editor for _, editor, _ in names}
+
+
+def test_what_is_not_significantly_worse_than_the_best_is_in_bold():
+    best, near, far = [1] * 20, [1] * 17 + [0] * 3, [1] * 8 + [0] * 12
+    assert bold(rows(grace=best, rome=near, memit=far)) == {"grace", "rome"}
+    assert 2 / 2**3 > SIGNIFICANT > 2 * 2 / 2**12
+    table = {row["Editor"]: row["Eff. EM"] for row in score_rows(rows(grace=best, rome=near, memit=far))}
+    assert [name for name, cell in table.items() if "strong" in cell] == ["GRACE", "ROME"]
+
+
+def test_editors_are_compared_on_the_cases_they_share():
+    # On its own cases memit reaches less, on those that it shares with the best as much.
+    assert bold(rows(grace=[1] * 12 + [1] * 12, memit=[1] * 12 + [None] * 12)) == {"grace", "memit"}
+    worse_there = rows(grace=[1] * 12 + [0] * 1, memit=[0] * 12 + [None])
+    assert bold(worse_there) == {"grace"}
+
+
+def test_one_of_many_comparisons_needs_more():
+    """Six of six lost cases are p = 0.03 alone; among twenty editors it is no finding."""
+    best, worse = [1] * 12, [1] * 6 + [0] * 6
+    assert bold(rows(grace=best, rome=worse)) == {"grace"}
+    others = {f"other_{n}": [1] * 7 + [0] * 5 for n in range(20)}
+    assert "rome" in bold(rows(grace=best, rome=worse, **others))
+
+
+def test_the_unedited_row_is_never_best_and_its_own_answers_are_no_finding():
+    records = rows(none=[1] * 10, grace=[0] * 10)
+    assert bold(records) == {"grace"}
+    shown = {row["Editor"]: row for row in score_rows(records)}
+    assert "small" not in shown["unedited"]["Spec. EM"] and "small" in shown["unedited"]["Eff. EM"]
+
+
+def test_a_metric_that_a_record_lacks_is_not_measured():
+    records = rows(grace=[1, 0, 1], rome=[1, 1, 1]).assign(free_effectiveness_em=[1.0, None, 0.0, None, None, None])
+    shown = {row["Editor"]: row for row in score_rows(records, ["free_effectiveness_em", "stops"])}
+    assert shown["ROME"]["Eff. free EM"] == "–" and "n = 2" in shown["GRACE"]["Eff. free EM"]
+    assert shown["GRACE"]["Stops"] == "–" and shown["GRACE"]["n"] == "3"
