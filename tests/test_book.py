@@ -214,7 +214,7 @@ def tree(tmp_path):
         )
     sections = [
         "(own-run)=\n# Re-run\n\nSee {ref}`RQ1 <rq1>`.",
-        "(sec-method)=\n## Method",
+        "(sec-method)=\n## Method\n\n(sec-free)=\n## Free writing",
         "(weight-editors)=\n## Updates",
     ]
     (tmp_path / "book" / "own_run.md").write_text("\n\n".join(sections))

@@ -24,14 +24,15 @@ NOT_NEEDED = ("sklearn", "scikit_learn", "matplotlib", "seaborn", "nltk", "rouge
 
 @pytest.fixture
 def carried(tmp_path):
-    """A cache that ``clme prepare`` filled, copied to another place, with an empty folder for the model's weights."""
+    """A cache that ``clme prepare`` filled, copied to another place, with empty folders for the models' weights."""
     embedded_csne.load(CSNE)  # mining takes a minute, so it is not repeated
     filled = tmp_path / "filled"
     (filled / "datasets").mkdir(parents=True)
     shutil.copy(embedded_csne.cached(), filled / "datasets")
-    weights = filled / "subjects" / embedded_subject.location().name
-    weights.mkdir(parents=True)
-    (weights / embedded_subject.MANIFEST).write_text('{"files": {}}')
+    for adapter in (None, "smollm2-135m-code"):
+        weights = filled / "subjects" / embedded_subject.location(adapter).name
+        weights.mkdir(parents=True)
+        (weights / embedded_subject.MANIFEST).write_text('{"files": {}}')
     own = {**os.environ, "CLME_CACHE": str(filled)}
     subprocess.run([sys.executable, "-m", "clme_lib.cli", "prepare"], env=own, check=True, capture_output=True)
     shutil.copytree(filled, tmp_path / "carried")

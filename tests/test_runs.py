@@ -318,16 +318,16 @@ def test_spot_check_counts_and_fails(tiny, source, tmp_path):
     table = runs.run(config(source, tmp_path / "run", cases=5))
     same = compare(table, table.copy(deep=True))
     assert same.passed and not same.differences and (same.agreement == 1).all()
-    assert same.table["greedy"].tolist() == [5 * 7, 5 * 7] and same.table["sampled"].tolist() == [10, 10]
+    assert same.table["greedy"].tolist() == [5 * 9, 5 * 9] and same.table["sampled"].tolist() == [10, 10]
     changed = table.copy(deep=True)
     row = changed.index[changed["editor"] == "grace"][0]
     changed.at[row, "sha256_specificity"] = ["0"] * 5
     comparison = compare(table, changed)
-    assert comparison.agreement["grace"] == pytest.approx(30 / 35) and comparison.agreement["none"] == 1
+    assert comparison.agreement["grace"] == pytest.approx(40 / 45) and comparison.agreement["none"] == 1
     assert not comparison.passed and len(comparison.differences) == 5
     assert "FAILED" in describe(comparison)
     shown = agreement_table(comparison, label="tab-here")
-    assert shown.label == "tab-here" and shown.data.iloc[:, 4].tolist() == ["35", "30"]
+    assert shown.label == "tab-here" and shown.data.iloc[:, 4].tolist() == ["45", "40"]
     moved = table.copy(deep=True)
     first = moved.index[moved["editor"] == "none"][0]
     moved.at[first, "effectiveness_bleu"] += 0.06  # 1.2 points over five cases

@@ -182,7 +182,7 @@ def read_dataset(path: str | Path) -> DataSet:
     cases = [
         replace(
             Case.of(dataset, row.case_id, row.input, row.target, row.rephrased, row.unrelated),
-            check=row.check and Check(row.check.setup, row.check.test),
+            check=Check(row.check.setup, row.check.test) if row.check else None,
         )
         for row in file.cases
     ]

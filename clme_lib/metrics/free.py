@@ -109,6 +109,11 @@ def _overrun(evaluated: Evaluated) -> float | None:
     return float(max(0, evaluated.free_tokens[0] - evaluated.target_tokens))
 
 
+def opens_with_fence(text: str) -> bool:
+    """Whether a text begins with a code fence."""
+    return _FENCE.match(text) is not None
+
+
 def _kept_without_fence(evaluated: Evaluated) -> float | None:
     """Share of neighbours whose text is the unedited subject's, but for a code fence at the beginning of either.
 

@@ -10,12 +10,15 @@ import pandas as pd
 
 from ..datasets.base import dataset_title
 from ..datasets.embedded_cnle import read_rows
+from ..datasets.paper import CNLE
 from ..evaluation.records import UNKNOWN
-from ..metrics.base import MEASURES
+from ..metrics.base import MEASURES, get_metric
+from ..metrics.free import opens_with_fence
 from ..subjects.adapters import provenance
 from ..support.display import Markup, inline_code
 from ..support.journal import write_text
 from .appendices.selection import differing_values
+from .paper import UNEDITED
 from .run_folder import load_manifest, load_run
 from .tables import cells, editor_name, in_order, interval, percent, to_markdown
 
@@ -40,7 +43,7 @@ def prose_numbers(results: Path) -> dict[str, str]:
         "run_folder": f"`results/runs/{folder.name}`",
         "run_table": provenance_table(load_manifest(folder)["starts"], records),
         "checks": str(len(read_rows("cnle-checks"))),
-        **_code_subject(),
+        **_code_subject(results),
     }
     for (dataset, editor), rows in records.groupby(["dataset", "editor"]):
         for measure in MEASURES:
@@ -49,10 +52,14 @@ def prose_numbers(results: Path) -> dict[str, str]:
     return numbers
 
 
-def _code_subject() -> dict[str, str]:
-    """How the subject that was trained on code was made, and what that did to losses on texts of packages it never saw."""
+def _code_subject(results: Path) -> dict[str, str]:
+    """How the subject that was trained on code was made, and what that did to losses on texts of packages it never saw and to what
+    the unedited subject writes."""
     made = provenance(CODE_SUBJECT)
     return {
+        "code_unedited": to_markdown(
+            cells(map(_unedited_row, (results / "runs" / PUBLISHED, results / "runs" / CODE_SUBJECT)))
+        ),
         "code_texts": f"{made.texts:,}",
         "code_tokens": f"{made.tokens:,}",
         "code_minutes": f"{made.seconds / 60:.0f}",
@@ -71,6 +78,18 @@ def _code_subject() -> dict[str, str]:
             )
         ),
     }
+
+
+def _unedited_row(folder: Path) -> dict[str, str]:
+    """What the unedited subject of a run writes after CNLE's prompts."""
+    records = load_run(folder, editors=[UNEDITED])[lambda rows: rows["dataset"] == CNLE.name]
+    answers = [text for texts in records["generated_specificity"] for text in texts]
+    row = {"Subject": folder.name, "n": str(len(records))}
+    row["neighbours answered in a code fence"] = f"{percent(sum(map(opens_with_fence, answers)) / len(answers))} %"
+    for name in ("effectiveness_bleu", "effectiveness_rouge_l", "parses", "stops", "free_effectiveness_executes"):
+        shown = interval(records[name], get_metric(name).binary) if name in records else None
+        row[get_metric(name).title] = "not measured" if shown is None or shown.n == 0 else str(shown)
+    return row
 
 
 def provenance_table(starts: list[dict], records: pd.DataFrame) -> str:

@@ -49,9 +49,9 @@ def circumstances(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 
 def unmeasured(measured: pd.DataFrame) -> list[str]:
-    """Registered subjects without any timed edit."""
+    """Registered subjects without any timed edit; one that was only trained further costs what it was trained from does."""
     timed = set(measured[measured["kind"] == "edit"]["subject"])
-    return [name for name in list_subjects() if name not in timed]
+    return [name for name in list_subjects() if name not in timed and load_settings(name).subject.adapter is None]
 
 
 @table
