@@ -453,3 +453,13 @@ def test_encoders_are_compared_and_the_command_resumes(llama, five_neighbours, t
     asked.clear()
     assert len(encoders_module.compare_encoders(llama, file)) == len(table) and len(asked) == len(table) - 3
     assert file.read_text().splitlines() == kept
+
+
+def test_a_tuned_radius_is_the_data_sets_own(subject, cases):
+    values = {"layer": 2, "steps": 3}
+    editor = load_editor("grace-tuned", subject, radii={"cnle": 3.5}, **values)
+    for tuned, plain in zip(editor.edit(cases[:2]), load_editor("grace", subject, **values).edit(cases[:2])):
+        assert tuned.radii.tolist() == [3.5] and plain.radii.tolist() == [1.0]
+        assert torch.equal(tuned.keys, plain.keys)
+    with pytest.raises(StudyError, match="radii: no value for 'csne'; given: cnle"):
+        editor.edit([replace(cases[0], dataset="csne")])
