@@ -20,13 +20,13 @@ def small_sets(cases, monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "selection_ids", lambda _name: {1, 3})
 
 
-def measured(*criteria):
-    return pd.DataFrame({"editor": "x", "setting": list("abcdef")[: len(criteria)], "criterion": criteria})
+def measured(*scores):
+    return pd.DataFrame({"setting": list("abcdef")[: len(scores)], "effectiveness_em": scores, "specificity_rate": 1.0})
 
 
 def test_the_first_good_enough_is_chosen_else_the_best():
-    assert list(selection.choose(measured(0.1, 0.96, 0.99))["chosen"]) == [False, True, False]
-    assert list(selection.choose(measured(0.1, 0.3, 0.2))["chosen"]) == [False, True, False]
+    assert list(selection.choose(measured(0.1, 0.96, 0.99), "effectiveness_em")["chosen"]) == [False, True, False]
+    assert list(selection.choose(measured(0.1, 0.3, 0.2), "effectiveness_em")["chosen"]) == [False, True, False]
     assert selection.criterion(0.0, 0.0) == 0 and selection.criterion(1.0, 0.5) == pytest.approx(2 / 3)
     assert selection.criterion(0.7, 0.0) > selection.criterion(0.1, 0.02)
 
@@ -34,13 +34,14 @@ def test_the_first_good_enough_is_chosen_else_the_best():
 def test_grids_start_at_the_papers_values():
     reduced = {"iterations", "records"}  # MALMEN's training is shorter in every setting
     grids = {editor: EDITORS[editor].selection_grid for editor in EDITORS if EDITORS[editor].selection_grid}
-    assert set(grids) == {"ft-l", "rome", "memit", "pmet", "malmen", "grace"}
+    assert set(grids) == {"ft-l", "rome", "memit", "pmet", "malmen", "grace", "grace-tuned", "a-grace"}
+    assert {len(grid) for grid in grids.values()} == {8}  # none is searched for longer than another
     for editor, grid in grids.items():
         paper = resolve_hparams(editor, "codellama-7b", 30, values="transferred").model_dump()
         assert {name: paper[name] for name in grid[0] if name not in reduced} == {
             name: value for name, value in grid[0].items() if name not in reduced
         }
-        assert len({tuple(values.items()) for values in grid}) == len(grid)
+        assert len({str(values) for values in grid}) == len(grid)
 
 
 def test_published_selections_are_the_subjects_values():
@@ -48,16 +49,17 @@ def test_published_selections_are_the_subjects_values():
     from pathlib import Path
 
     folder = Path(__file__).parent.parent / "results" / "selection"
-    files = sorted(folder.glob("smollm2-135m.*.csv"))
+    files = sorted(folder.glob("*.csv"))
     assert files
     for file in files:
-        editor = file.name.split(".")[1]
+        subject, editor, _ = file.name.split(".")
         table = pd.read_csv(file)
-        (chosen,) = table.index[table["chosen"]]
-        grid = EDITORS[editor].selection_grid
-        assert len(table) == len(grid)
-        own = resolve_hparams(editor, "smollm2-135m").model_dump()
-        assert {name: own[name] for name in grid[chosen]} == grid[chosen]
+        own = resolve_hparams(editor, subject).model_dump()
+        for chosen in table[table["chosen"]].itertuples():
+            names = [part.split(" ")[0] for part in chosen.setting.split(", ")]
+            dataset = getattr(chosen, "dataset", "cnle")
+            assert selection.describe_setting({name: own[name] for name in names}, dataset) == chosen.setting
+        assert table["chosen"].sum() == (table["dataset"].nunique() if "dataset" in table else 1)
 
 
 def test_select_measures_every_setting(llama, small_sets, monkeypatch, tmp_path):
@@ -71,6 +73,21 @@ def test_select_measures_every_setting(llama, small_sets, monkeypatch, tmp_path)
         selection.select(llama, "none", tmp_path / "other.csv")
     table = selection.select(llama, "grace", tmp_path / "one.csv", cases=1, datasets=["csne"])
     assert list(table["cases"]) == [1, 1]
+
+
+def test_how_far_an_edit_reaches_is_selected_for_each_dataset(llama, small_sets, monkeypatch, tmp_path):
+    grid = [{"radii": {"cnle": radius, "csne": radius}, "layer": 1, "steps": 2} for radius in (1e-6, 1e6)]
+    monkeypatch.setattr(EDITORS["grace-tuned"], "selection_grid", grid)
+
+    def scores(subject, cases, edits):
+        reach = {"cnle": edits[0].radii[0] > 1, "csne": edits[0].radii[0] < 1}[cases[0].dataset]
+        return pd.DataFrame([{**dict.fromkeys(selection.SCORES, 0.5), "generalization_em": float(reach)}])
+
+    monkeypatch.setattr(selection, "evaluate", scores)
+    table = selection.select(llama, "grace-tuned", tmp_path / "table.csv")
+    assert list(table[table["chosen"]]["dataset"]) == ["cnle", "csne"]
+    assert [text.split(",")[0] for text in table[table["chosen"]]["setting"]] == ["radii 1e+06", "radii 1e-06"]
+    assert list(selection.selection_table(table, label="tab").data["Data"])[0] == "CNLE"
 
 
 def test_presets_are_every_combination_of_defects(llama, small_sets, monkeypatch, tmp_path):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal, TypeVar
 
+from ..datasets.paper import PAPER_DATASET_NAMES
 from ..edits.codebooks import PromptCodebook, Query
 from ..edits.encoder import Encoder
 from ..forward.prompt_keys import prompt_queries
@@ -23,7 +24,7 @@ from ..support.errors import StudyError
 from ..support.schema import Schema
 from ..support.seeds import generator
 from .contrastive_encoder import EncoderHyperparameters, TrainedEncoder, trained_encoder
-from .grace import CodebookEditor, GRACEHyperparameters, Hparams
+from .grace import REACHES, CodebookEditor, GRACEHyperparameters, Hparams
 from .operations import Phase
 
 LaterCalls = Literal["edited", "unedited"]
@@ -74,6 +75,8 @@ class AGRACE(AGRACEWithoutCL[EncoderHparams]):
     Hyperparameters: ClassVar[type[Schema]] = AGRACEHyperparameters
     needs_training = True
     compat: ClassVar = {"later_calls": "unedited", "selection": "edited"}
+    selection_grid: ClassVar = [{"margin": dict.fromkeys(PAPER_DATASET_NAMES, margin)} for margin in REACHES]
+    selects_reach = True
     _trained: TrainedEncoder | None = None
 
     @property
@@ -116,4 +119,5 @@ class AGRACEWithoutMean(AGRACE[AGRACEWithoutMeanHyperparameters]):
     name, title, order, colour = "a-grace-wo-mean", "A-GRACE w/o Mean", 9, 6
     Hyperparameters = AGRACEWithoutMeanHyperparameters
     compat: ClassVar = {"selection": "edited"}
+    selection_grid: ClassVar = ()  # its margin is A-GRACE's
     query: ClassVar[Query] = "last"

@@ -59,7 +59,8 @@ class Editor(ABC, Generic[Hparams]):
         compat: what ``preset="compat"`` changes: the released program's defects that can change conclusions.
         without_early_stop: the hyper-parameters under which every case takes all steps, whatever its loss.
         timed_untrained: what was learnt does not change an edit's cost, which is always measured with :meth:`stand_in`.
-        selection_grid: the settings that are tried to select a subject's, the paper's first.
+        selection_grid: the settings that are tried to select a subject's, the paper's first; as many for each of the study's editors.
+        selects_reach: the grid says how far from its prompt an edit acts, for each data set, and the other values are the subject's.
     """
 
     name: ClassVar[str]
@@ -75,6 +76,7 @@ class Editor(ABC, Generic[Hparams]):
     without_early_stop: ClassVar[dict[str, Any]] = {}
     timed_untrained: ClassVar[bool] = False
     selection_grid: ClassVar[Sequence[dict[str, Any]]] = ()
+    selects_reach: ClassVar[bool] = False
 
     def __init_subclass__(cls, **named: Any) -> None:
         super().__init_subclass__(**named)

@@ -45,7 +45,7 @@ class FTL(Editor[FTLHyperparameters]):
     # the paper's ratio of learning rate to bound is kept: the search is over how wide the box is, and where
     selection_grid: ClassVar = [
         {"layer": layer, "bound": bound, "lr": 5 * bound}
-        for layer, bound in product((21, 14), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2))
+        for layer, bound in product((21, 14), (1e-4, 3e-3, 5e-3, 1e-2))
     ]
 
     def operations(self, prompt, target, steps):

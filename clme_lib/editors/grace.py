@@ -29,6 +29,8 @@ def _per_dataset(value: Any) -> Any:
     return value
 
 
+# of a radius or a margin: the paper's first
+REACHES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0)
 PerDataset = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_per_dataset)]
 
 
@@ -104,6 +106,5 @@ class GRACE(CodebookEditor[GRACEHyperparameters]):
     name, title, order, colour = "grace", "GRACE", 6, 2
     Hyperparameters = GRACEHyperparameters
     selection_grid: ClassVar = [
-        {"layer": layer, "steps": steps, "lr": lr}
-        for layer, steps, lr in product((27, 24, 20, 16), (30, 50), (1.0, 0.5))
+        {"layer": layer, "steps": steps} for layer, steps in product((27, 24, 20, 16), (30, 50))
     ]

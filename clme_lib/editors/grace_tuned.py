@@ -5,9 +5,11 @@ Without it a comparison with A-GRACE credits the encoder with what any selected 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from ..datasets.paper import PAPER_DATASET_NAMES
 from ..support.errors import StudyError
-from .grace import CodebookEditor, GRACEHyperparameters, PerDataset
+from .grace import REACHES, CodebookEditor, GRACEHyperparameters, PerDataset
 
 
 class GRACETunedHyperparameters(GRACEHyperparameters):
@@ -21,6 +23,8 @@ class GRACETuned(CodebookEditor[GRACETunedHyperparameters]):
 
     name, title, order = "grace-tuned", "GRACE, tuned radius", 6
     Hyperparameters = GRACETunedHyperparameters
+    selection_grid: ClassVar = [{"radii": dict.fromkeys(PAPER_DATASET_NAMES, radius)} for radius in REACHES]
+    selects_reach = True
 
     def _radius(self, case):
         if case.dataset not in self.hparams.radii:

@@ -48,7 +48,8 @@ class MEMIT(RewritingEditor[MEMITHyperparameters]):
     Hyperparameters: ClassVar[type[Schema]] = MEMITHyperparameters
     # the second weight writes the same share of a residual at smollm2-135m's width as the first does at 11008
     selection_grid: ClassVar = [
-        {"kl_factor": kl, "covariance_weight": weight} for kl, weight in product((0.0625, 0.0), (15_000.0, 2_093.0))
+        {"kl_factor": kl, "covariance_weight": weight, "layers": layers}
+        for kl, weight, layers in product((0.0625, 0.0), (15_000.0, 2_093.0), ((4, 5, 6, 7, 8), (9, 10, 11, 12, 13)))
     ]
 
     def stand_in(self, cases):

@@ -11,6 +11,7 @@ next evaluation, and the case stops if the weighted KL term is at most ``kl_stop
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import ClassVar
 
 import torch
@@ -38,10 +39,10 @@ class PMET(MEMIT):
     Hyperparameters = PMETHyperparameters
     hparams: PMETHyperparameters
     without_early_stop: ClassVar = {"loss_floor": 0.0, "kl_stop": 0.0}
-    # the last entries learn no vector for the attention, which is left out of the writing
+    # without the attention's vector, which is left out of the writing, the MLP's is learnt to do alone
     selection_grid: ClassVar = [
-        *MEMIT.selection_grid,
-        *({"kl_factor": kl, "covariance_weight": 2_093.0, "attention": False} for kl in (0.0625, 0.0)),
+        {"kl_factor": kl, "covariance_weight": weight, "attention": attention}
+        for attention, kl, weight in product((True, False), (0.0625, 0.0), (15_000.0, 2_093.0))
     ]
 
     def _outputs(self, forward):

@@ -14,6 +14,7 @@ alone; and it tokenises the target alone. ``cached="released"`` and ``targets="a
 
 from __future__ import annotations
 
+from itertools import product
 from typing import ClassVar
 
 import torch
@@ -39,7 +40,10 @@ class MALMEN(Editor[MALMENHyperparameters]):
     compat: ClassVar = {"cached": "released", "targets": "alone"}
     # Trained on few records, so that a laptop can; the first setting is the paper's but for that. The step size moves
     # with the same optimiser, so that its start is soon forgotten.
-    selection_grid: ClassVar = [{"meta_lr": meta_lr, "iterations": 150, "records": 150} for meta_lr in (1e-5, 3e-5)]
+    selection_grid: ClassVar = [
+        {"meta_lr": meta_lr, "locality_factor": factor, "iterations": 150, "records": 150}
+        for meta_lr, factor in product((1e-5, 3e-5), (1.0, 3.0, 10.0, 30.0))
+    ]
     network: Hypernetwork | None = None
 
     def fit(self, cases, edited=()):

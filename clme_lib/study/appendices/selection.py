@@ -5,6 +5,9 @@ The criterion is the harmonic mean of effectiveness and specificity: exact match
 neighbours left unchanged, each averaged over the data sets. A grid is ordered by distance from the paper's setting, and
 the first entry whose criterion reaches 0.95 is chosen: no further from the paper than it takes. If none does, the best is.
 A specificity below 0.05 counts as 0.05: among settings that all break their neighbours, effectiveness decides.
+
+How far from its prompt an edit acts (a codebook's radius, the margin of an encoder) does not change whether the prompt itself is answered
+right. It is selected for each data set by the generalization in effectiveness's place, with the other values that the subject has.
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ def selection_table(measured: pd.DataFrame, label: str) -> Table:
     """An editor's grid in its order, the chosen setting in bold, from what ``clme measure selection`` writes (:func:`select`)."""
     rows = []
     for row in measured.itertuples():
-        shown = _score_cells(row) | {"Criterion": percent(row.criterion)}
+        of_dataset = {"Data": dataset_title(row.dataset)} if "dataset" in measured else {}
+        shown = of_dataset | _score_cells(row) | {"Criterion": percent(row.criterion)}
         rows.append({title: Markup(f"**{inline(cell)}**") if row.chosen else cell for title, cell in shown.items()})
     (editor,) = measured["editor"].unique()
     return Table(cells(rows), f"{editor_name(editor)} on the selection cases; the chosen setting in bold.", label)
@@ -63,7 +67,7 @@ def _value(value: object) -> str:
         return ", ".join(f"{dataset_title(name)} {_value(of_dataset)}" for name, of_dataset in value.items())
     if isinstance(value, list | tuple):
         return f"{value[0]}–{value[-1]}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)  # without trailing zeros
 
 
 @table
@@ -108,14 +112,18 @@ def select(
     Raises:
         StudyError: the editor has no grid.
     """
-    if not (grid := get_editor(editor).selection_grid):
+    described = get_editor(editor)
+    if not (grid := described.selection_grid):
         known = [name for name in EDITORS if EDITORS[name].selection_grid]
         raise StudyError(f"no grid to select {editor!r} from; known: {', '.join(known)}")
-    measured = measure(subject, editor, grid, file, values="transferred", cases=cases, datasets=datasets)
+    values: Literal["subject", "transferred"] = "subject" if described.selects_reach else "transferred"
+    measured = measure(subject, editor, grid, file, values=values, cases=cases, datasets=datasets)
+    if described.selects_reach:
+        of_datasets = [choose(rows, "generalization_em") for _, rows in measured.groupby("dataset", sort=False)]
+        return _finish(pd.concat(of_datasets, ignore_index=True), file)
     settings = measured.groupby(["editor", "setting"], sort=False)
     means = settings["cases"].sum().to_frame().join(settings[SCORES].mean()).reset_index()
-    reached = list(map(criterion, means["effectiveness_em"], means["specificity_rate"]))
-    return _finish(choose(means.assign(criterion=reached)), file)
+    return _finish(choose(means, "effectiveness_em"), file)
 
 
 def compare_presets(subject: Subject, editor: str, file: Path, cases: int | None = None) -> pd.DataFrame:
@@ -174,14 +182,15 @@ def measure(
                     mean["released_budget_em"] = released["effectiveness_em"].mean()
                 done.append({**row, "scores": {name: finite(score) for name, score in mean.items()}})
             scores = {name: float("nan") if score is None else score for name, score in done[row]["scores"].items()}
-            shown = ", ".join(f"{name} {_shown(value)}" for name, value in setting.items())
+            shown = describe_setting(setting, dataset)
             rows.append({"editor": editor, "setting": shown, "dataset": dataset, "cases": len(chosen), **scores})
     return pd.DataFrame(rows)
 
 
-def _shown(value: Any) -> str:
-    """Numbers without trailing zeros."""
-    return format(value, "g") if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+def describe_setting(setting: Mapping[str, Any], dataset: str) -> str:
+    """Hyper-parameters as the tables name them: of one data set where a value is given for each."""
+    of_dataset = {name: value[dataset] if isinstance(value, dict) else value for name, value in setting.items()}
+    return ", ".join(f"{name} {_value(value)}" for name, value in of_dataset.items())
 
 
 def _finish(measured: pd.DataFrame, file: Path) -> pd.DataFrame:
@@ -194,14 +203,16 @@ def _unfinished(file: Path) -> Path:
     return file.with_name(f"{file.name}.part")
 
 
-def choose(measured: pd.DataFrame) -> pd.DataFrame:
-    """Mark the chosen setting of a grid in its order: the first good enough, else the best."""
+def choose(measured: pd.DataFrame, score: str) -> pd.DataFrame:
+    """A grid in its order with each setting's criterion, which ``score`` and the specificity make, and the chosen one marked:
+    the first good enough, else the best."""
+    criteria = pd.Series(list(map(criterion, measured[score], measured["specificity_rate"])), measured.index)
     # of equal values the first counts
-    best = measured["criterion"].clip(upper=GOOD_ENOUGH).idxmax()
-    return measured.assign(chosen=measured.index == best)
+    best = criteria.clip(upper=GOOD_ENOUGH).idxmax()
+    return measured.assign(criterion=criteria, chosen=measured.index == best)
 
 
-def criterion(effectiveness: float, specificity: float) -> float:
+def criterion(score: float, specificity: float) -> float:
     """Their harmonic mean, with specificity taken as at least 0.05."""
     specificity = max(specificity, LEAST_SPECIFICITY)
-    return 2 * effectiveness * specificity / (effectiveness + specificity)
+    return 2 * score * specificity / (score + specificity)
