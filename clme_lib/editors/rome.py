@@ -37,7 +37,9 @@ class ROME(RewritingEditor[ROMEHyperparameters]):
 
     name, title, order, colour = "rome", "ROME", 2, 1
     Hyperparameters = ROMEHyperparameters
-    selection_grid: ClassVar = [{"kl_factor": kl, "layer": layer} for kl, layer in product((0.0625, 0.0), (5, 10, 15, 20))]
+    selection_grid: ClassVar = [
+        {"kl_factor": kl, "layer": layer} for kl, layer in product((0.0625, 0.0), (5, 10, 15, 20))
+    ]
 
     @cached_property
     def moments(self):

@@ -29,9 +29,9 @@ from .generation import FLUENCY_TOKENS, SPECIFICITY_TOKENS, Request, generate
 
 _PROMPTS = (
     "Code:",
-    "Intent: read file `a.txt` line by line and count the words that begin with a capital letter\nCode:",
+    "Intent: sort `a`\nCode:",
 )
-_WRITTEN = 12  # tokens
+_WRITTEN = 2  # tokens: each costs a pass through the model
 # What rounding may do: to the length of a vector, relative to it, and to a loss in nats.
 _TOLERANCES = {"float32": (1e-3, 1e-2), "float16": (2e-2, 0.1), "bfloat16": (1e-1, 0.5)}
 
@@ -71,7 +71,9 @@ def check_behaviour(subject: Subject) -> None:
         "The editors know blocks that compute like those of Llama, Qwen2 and StableLM; choose such a model, without multipliers, norms "
         "after attention or MLP, attention of several kinds, or experts"
     )
-    prompts = [text for text in _PROMPTS if len(encode(subject.tokenizer, text)) + _WRITTEN <= subject.positions]
+    prompts = [
+        text for text in _PROMPTS if len(encode(subject.tokenizer, text)) + SPECIFICITY_TOKENS <= subject.positions
+    ]
     if not prompts:
         raise StudyError(
             f"subject {subject.name!r} reads {subject.positions} tokens (max_position_embeddings or sliding_window in its config.json), too few for any case"
@@ -110,27 +112,39 @@ def _differences(subject: Subject, prompts: Sequence[str]) -> dict[str, tuple[fl
     def compare(what: str, here: torch.Tensor, there: torch.Tensor) -> None:
         note(what, ((here - there).float().norm() / there.float().norm()).item(), True)
 
+    # Padded on the right: what follows a token does not reach it.
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True).to(subject.device)
+    with contextlib.ExitStack() as hooks:
+        points = "residual", "mlp_input", "keys", "outputs", "mlp_output"
+        read = [hooks.enter_context(recorded(block, *points)) for block in subject.blocks]
+        own = subject.model(padded, output_hidden_states=True, use_cache=False)
+    for layer, (block, at) in enumerate(zip(subject.blocks, read)):
+        after = at["residual"] + at["outputs"]
+        if block is subject.blocks[-1]:  # The last state that transformers gives is normalised.
+            after = subject.decoder.norm(after)
+        normed = block.post_attention_layernorm(at["residual"])
+        for n, ids in enumerate(rows):
+            length = len(ids)
+            compare("the inputs of the edited matrices", passed[layer].keys[n, -length:], at["keys"][n, :length])
+            compare(
+                "the residual streams after the blocks", after[n, :length], own.hidden_states[layer + 1][n, :length]
+            )
+            compare("the inputs of the MLPs", normed[n, :length], at["mlp_input"][n, :length])
+            compare("the outputs of the MLPs", at["outputs"][n, :length], at["mlp_output"][n, :length])
     losses = []
-    for n, (row, ids) in enumerate(zip(tokens, rows)):
-        with contextlib.ExitStack() as hooks:
-            read = [hooks.enter_context(recorded(block, "residual", "keys", "outputs")) for block in subject.blocks]
-            own = subject.model(torch.tensor([ids], device=subject.device), output_hidden_states=True, use_cache=False)
-        for layer, (block, at) in enumerate(zip(subject.blocks, read)):
-            compare("the inputs of the edited matrices", passed[layer].keys[n, -len(ids) :], at["keys"][0])
-            after = at["residual"] + at["outputs"]
-            if block is subject.blocks[-1]:  # The last state that transformers gives is normalised.
-                after = subject.decoder.norm(after)
-            compare("the residual streams after the blocks", after[0], own.hidden_states[layer + 1][0])
-            inner = block.mlp(block.post_attention_layernorm(at["residual"]))
-            compare("what the MLPs add to the residual stream", inner[0], at["outputs"][0])
-        logits = own.logits[0, row.first_label :].float()
+    for n, row in enumerate(tokens):
+        logits = own.logits[n, row.first_label : len(row.inputs)].float()
         labels = torch.tensor(row.target_ids, device=subject.device)
         losses.append(torch.nn.functional.cross_entropy(logits, labels).item())
         # Every token that the study writes has to be the model's own choice, given those before it.
         missed = logits.amax(-1) - logits.gather(-1, labels[:, None])[:, 0]
         note("the tokens of a greedy text", missed.max().item(), False)
-    for from_lookup in (True, False):
-        partial = PartialForward(subject, tokens, len(subject.blocks) // 2, from_lookup=from_lookup)
+    layer = len(subject.blocks) * 3 // 4
+    residuals = [read[layer]["residual"][n, : len(ids)] for n, ids in enumerate(rows)]
+    for partial in (
+        PartialForward(subject, tokens, layer, from_lookup=True),
+        PartialForward(subject, tokens, layer, from_lookup=False, residuals=residuals),
+    ):
         for loss, plain in zip(partial.losses(partial.outputs).tolist(), losses):
             note("the losses of targets", abs(loss - plain), False)
     return differences

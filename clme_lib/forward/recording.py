@@ -16,8 +16,10 @@ Hook = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 _POINTS = {
     "attention": ("self_attn.o_proj", False),  # what attention adds to the stream
     "residual": ("post_attention_layernorm", True),  # the stream that the MLP's output is added to
+    "mlp_input": ("mlp", True),
     "keys": ("mlp.down_proj", True),
     "outputs": ("mlp.down_proj", False),
+    "mlp_output": ("mlp", False),
 }
 
 
