@@ -237,6 +237,7 @@ def _built(config: Any) -> bool:
     from .datasets.construction.endpoint import Endpoint
     from .datasets.construction.language_models import MaskedNames, TextEncoder
     from .datasets.paper import CNLE
+    from .evaluation.likelihood import mean_losses
     from .evaluation.loading import load_subject
     from .evaluation.unedited import answers_for
 
@@ -247,7 +248,9 @@ def _built(config: Any) -> bool:
     if config.encoder:
         common["embed"] = TextEncoder(config.encoder, config.device)
     if config.dataset == CNLE.name:
-        scorer, rephraser = relevance.OFFLINE_SCORER, rephrasing.GIVEN_INTENTS
+        judge = cache(lambda: load_subject(relevance.SCORER, config.device))
+        scorer = relevance.offline_scorer(lambda pairs: mean_losses(judge(), pairs))
+        rephraser = rephrasing.GIVEN_INTENTS
         if config.model:
             limits = {"concurrency": config.concurrency, "budget": config.budget}
             endpoint = Endpoint(config.model, config.endpoint, config.out / "answers.jsonl", **limits)

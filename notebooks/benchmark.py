@@ -24,6 +24,7 @@
 # %% tags=["parameters", "hide-input"]
 builds: str = ""  # folders that `clme data build` made, separated by spaces: their tables and samples are shown as well
 samples_of: str = "cnle"  # comma-separated data sets of which cases are shown; the texts of CSNE are not ours to publish
+results: str = "results"  # folder of the measurements
 
 # %% tags=["hide-input"]
 from pathlib import Path
@@ -130,17 +131,33 @@ Markdown(
 # 0, and for another wording of each chosen intent. Every answer is kept as it comes, `--budget` caps the tokens, `--concurrency` the questions under way. CSNE
 # renames by a masked language model's predictions in context; a variant counts only if its syntax tree, symbol tables and byte code are the
 # function's up to the names. The encoder of its neighbours is fine-tuned on code search, on the functions that an offline construction did not target. Without `--model`,
-# `--encoder` and `--names` the same stages run offline: words in common, given second wordings, TF-IDF, and names that are used alike in the pool.
+# `--encoder` and `--names` the same stages run offline: a small code model's relevance (below), given second wordings, TF-IDF, and names that are used alike in the pool.
 # `--source` takes files of CoNaLa or CodeSearchNet as well. A command that was killed goes on where it stopped; one with other settings is refused
 # until the stages that they concern are removed.
 
 # %% tags=["hide-input"]
 which = f"those of {built['cnle'].name}" if "cnle" in built else "the embedded pairs by the offline scorer"
 caption = f"Pairs by relevance (the paper's Table II): {which}."
-benchmark.level_table(benchmark.level_counts(built.get("cnle")), label="tab-levels", caption=caption)
+measured = Path(results, "benchmarks", "relevance.levels.csv")
+benchmark.level_table(benchmark.level_counts(built.get("cnle", measured)), label="tab-levels", caption=caption)
 
 # %% [markdown]
-# `make site BUILDS="data/cnle data/csne"` shows what was built there in the tables and samples of this chapter. The embedded pairs were written, not mined, so their table says how strict the offline scorer is, not how good the pairs are. Whether people agree with a scorer:
+# `make site BUILDS="data/cnle data/csne"` shows what was built there in the tables and samples of this chapter. The embedded pairs were written, not mined, so their table says how strict the offline scorer is, not how good the pairs are.
+#
+# Without a language model, a pair's relevance is how much likelier the embedded code subject finds the snippet after its own intent than after another,
+# per token. Its thresholds come from pairs that imitate mined ones and were written and labelled for this study, then labelled again without a look at the first labels:
+#
+# ```{csv-table} The offline scorer, the share of words in common (which it replaces) and the second labels against the first ones. Kappa has quadratic weights; each fifth of the pairs is judged by thresholds from the others.
+# :name: tab-relevance
+# :file: ../benchmarks/relevance.csv
+# :header-rows: 1
+# ```
+#
+# The labels are easy to agree on because each pair was written for its level, and hard on words in common: right snippets often share none with their
+# intent, and wrong ones do. The model tells unrelated pairs from the others, and hardly the upper levels from each other: it stands in where no
+# language model can be asked.
+#
+# Whether people agree with a scorer:
 # `clme data labels data/cnle labels.csv` draws as many pairs as a margin of 5 points at 95 % confidence needs, and, once two people have filled
 # them in, prints Cohen's kappa between them and with the scorer.
 #

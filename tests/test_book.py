@@ -15,11 +15,12 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
+from scorers import BY_WORDS
 from test_text import PIECES, literal
 
 from clme_lib.datasets import embedded_csne, registry
 from clme_lib.datasets.cases import Case
-from clme_lib.datasets.construction import pipeline, relevance, rephrasing
+from clme_lib.datasets.construction import pipeline, rephrasing
 from clme_lib.evaluation.records import UNSCORED
 from clme_lib.metrics.base import MEASURES
 from clme_lib.study import numbers, run_folder, runs
@@ -152,7 +153,7 @@ def test_rq3_says_what_the_tables_show(show):
 
 def test_the_benchmark_chapter_shows_what_it_may_and_what_was_built(show, monkeypatch, tmp_path, cases):
     built = tmp_path / "built"
-    pipeline.build_cnle(built, "embedded", relevance.OFFLINE_SCORER, rephrasing.GIVEN_INTENTS, targets=4, seed=1)
+    pipeline.build_cnle(built, "embedded", BY_WORDS, rephrasing.GIVEN_INTENTS, targets=4, seed=1)
     load_cases = registry.load_cases
     monkeypatch.setattr(embedded_csne, "is_mined", lambda: True)
     monkeypatch.setattr(registry, "load_cases", lambda name: load_cases(name) if name == "cnle" else cases)

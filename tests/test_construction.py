@@ -3,16 +3,20 @@
 import ast
 import gzip
 import http.server
+import importlib.util
 import json
 import multiprocessing
 import re
 import threading
 import time
 import types
+from bisect import bisect
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from scorers import BY_WORDS
 from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerFast
 
 from clme_lib import cli
@@ -31,10 +35,13 @@ from clme_lib.datasets.paper import CNLE, CSNE
 from clme_lib.datasets.published import read
 from clme_lib.datasets.registry import load_cases
 from clme_lib.datasets.renaming import rename, same_bytecode
+from clme_lib.evaluation.likelihood import mean_losses
+from clme_lib.evaluation.loading import load_subject
 from clme_lib.support.errors import StudyError
 from clme_lib.support.journal import read_rows
 from clme_lib.support.locks import only_writer
 
+ROOT = Path(__file__).parent.parent
 NAMES = ("alpha", "beta", "gamma", "delta", "omega", "sigma", "kappa", "theta", "zeta", "lambda_", "iota", "rho")
 
 
@@ -114,7 +121,7 @@ def test_cnle_is_built_by_a_model(conala, tmp_path, server, capsys):
     assert build(conala, tmp_path / "out", server) == 0
     shown = capsys.readouterr().out
     levels = pipeline.level_counts(tmp_path / "out").set_index("level")["pairs"].to_dict()
-    assert levels["very relevant"] == 22 and levels["partly relevant"] == 2 and "very relevant" in shown
+    assert levels["very relevant"] == 22 and levels["neutral"] == 2 and "very relevant" in shown
     cases = read(tmp_path / "out" / "EditConala.json", CNLE)
     assert len(cases) == 8 and len(server.asked) == 24 + 8
     split = kept(read_rows(tmp_path / "out" / "04-split.jsonl"))
@@ -242,7 +249,9 @@ def test_a_silent_endpoint_times_out(tmp_path, server, monkeypatch):
     ("answer", "level"),
     [
         ("5", "very relevant"),
-        ("Level: 4.", "mostly relevant"),
+        ("Level: 4.", "relevant"),
+        ("relevant, not very relevant", "relevant"),
+        ("It is not very relevant", None),
         ("**Irrelevant**", "irrelevant"),
         ("very relevant (5)", "very relevant"),
         ("between 3 and 4", None),
@@ -255,31 +264,79 @@ def test_levels_are_read_from_answers(answer, level):
     assert relevance.parse_level(answer) == level
 
 
+def code_subject():
+    subject = load_subject(relevance.SCORER, "cpu")
+    return lambda texts: mean_losses(subject, texts)
+
+
 def test_the_offline_scorer_prefers_true_pairs():
-    rows = [{"id": n, "intent": case.text, "snippet": case.target} for n, case in enumerate(load_cases("cnle")[:200])]
+    rows = [{"id": n, "intent": case.text, "snippet": case.target} for n, case in enumerate(load_cases("cnle")[::60])]
     shuffled = [{**row, "snippet": following["snippet"]} for row, following in zip(rows, rows[1:] + rows[:1])]
-    true, false = (
-        [relevance.LEVELS.index(row["level"]) for row in relevance.OFFLINE_SCORER.make(part)]
-        for part in (rows, shuffled)
+    scorer = relevance.offline_scorer(code_subject())
+    true, false = (list(scorer.make(part)) for part in (rows, shuffled))
+    assert [row["level"] for row in true] == [
+        relevance.LEVELS[bisect(relevance.THRESHOLDS, row["help"])] for row in true
+    ]
+    assert sum(a["help"] > b["help"] for a, b in zip(true, false)) >= 0.9 * len(rows)
+    long = {"id": 9, "intent": "x " * 1_000, "snippet": "x"}
+    assert list(scorer.make([long])) == [{"id": 9, "dropped": "too long to be scored"}]
+
+
+def test_an_intents_help_is_a_difference_of_losses():
+    asked = []
+
+    def losses(texts):
+        asked.append(texts)
+        return [float(len(prompt)) for prompt, _ in texts]
+
+    pairs = [("sort `a`", " a.sort() "), ("reverse `a`", "a.reverse()")]
+    helps = relevance.intents_help(pairs, losses)
+    own, other = asked
+    assert own == [("Intent: sort `a`\nCode:", "a.sort()"), ("Intent: reverse `a`\nCode:", "a.reverse()")]
+    assert [text for _, text in other] == ["a.sort()", "a.reverse()"] and {p for p, _ in own}.isdisjoint(
+        p for p, _ in other
     )
-    assert sum(a > b for a, b in zip(true, false)) > 5 * sum(a < b for a, b in zip(true, false))
+    assert helps == [len(after_other[0]) - len(after_own[0]) for after_own, after_other in zip(own, other)]
+    assert relevance.intents_help(pairs[1:], losses) == helps[1:]
+
+
+def test_the_thresholds_are_those_of_the_labels(benchmark_of_relevance):
+    """The labelled pairs give the thresholds and the published table, and the subject still gives the pairs what they got."""
+    folder = ROOT / "results" / "benchmarks"
+    pairs = pd.read_csv(folder / "relevance.pairs.csv")
+    rows = [json.loads(line) for line in benchmark_of_relevance.PAIRS.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) >= 100 and {row["level"] for row in rows} == set(benchmark_of_relevance.LEVELS)
+    assert [(row["id"], row["level"], row["second"]) for row in rows] == list(
+        pairs[["id", "level", "second"]].itertuples(index=False, name=None)
+    )
+    fitted = benchmark_of_relevance.thresholds(pairs["help"].to_numpy(), pairs["level"].to_numpy())
+    assert fitted == pytest.approx(relevance.THRESHOLDS, abs=0.006)
+    pd.testing.assert_frame_equal(benchmark_of_relevance.agreement(pairs), pd.read_csv(folder / "relevance.csv"))
+    helps = relevance.intents_help([(row["intent"], row["snippet"]) for row in rows[:6]], code_subject())
+    assert helps == pytest.approx(pairs["help"][:6].tolist(), abs=0.02)
+
+
+@pytest.fixture
+def benchmark_of_relevance():
+    spec = importlib.util.spec_from_file_location("relevance_benchmark", ROOT / "benchmarks" / "relevance.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def offline(source, folder):
-    return pipeline.build_cnle(
-        folder, str(source), relevance.OFFLINE_SCORER, rephrasing.GIVEN_INTENTS, targets=4, seed=1
-    )
+    return pipeline.build_cnle(folder, str(source), BY_WORDS, rephrasing.GIVEN_INTENTS, targets=4, seed=1)
 
 
 def slow_build(source, folder):
     """CNLE built offline by a scorer that takes its time."""
 
     def score(rows):
-        for row in relevance.OFFLINE_SCORER.make(rows):
+        for row in BY_WORDS.make(rows):
             time.sleep(0.15)
             yield row
 
-    slow = Step(relevance.OFFLINE_SCORER.settings, score)
+    slow = Step(BY_WORDS.settings, score)
     pipeline.build_cnle(folder, str(source), slow, rephrasing.GIVEN_INTENTS, targets=4, seed=1)
 
 
@@ -300,9 +357,9 @@ def test_a_killed_construction_goes_on(conala, tmp_path):
 
     def score(rows):
         scored.extend(rows)
-        return relevance.OFFLINE_SCORER.make(rows)
+        return BY_WORDS.make(rows)
 
-    counting = Step(relevance.OFFLINE_SCORER.settings, score)
+    counting = Step(BY_WORDS.settings, score)
     for folder in ("killed", "whole"):
         pipeline.build_cnle(tmp_path / folder, str(conala), counting, rephrasing.GIVEN_INTENTS, targets=4, seed=1)
     assert len(scored) == (24 - made) + 24
@@ -319,7 +376,7 @@ def test_a_subjects_answers_are_asked_once_and_written(conala, tmp_path):
 
     for _ in range(2):
         pipeline.build_cnle(
-            tmp_path, str(conala), relevance.OFFLINE_SCORER, rephrasing.GIVEN_INTENTS, targets=4, seed=1, answers=("tiny", answer)
+            tmp_path, str(conala), BY_WORDS, rephrasing.GIVEN_INTENTS, targets=4, seed=1, answers=("tiny", answer)
         )  # fmt: skip
     cases = read(tmp_path / "EditConala.json", CNLE)
     assert asked == [prompt for case in cases for prompt in case.unrelated]
@@ -330,7 +387,7 @@ def test_a_subjects_answers_are_asked_once_and_written(conala, tmp_path):
 def test_changed_settings_and_inputs_are_refused(conala, tmp_path):
     def make(seed):
         return pipeline.build_cnle(
-            tmp_path / "out", str(conala), relevance.OFFLINE_SCORER, rephrasing.GIVEN_INTENTS, targets=4, seed=seed
+            tmp_path / "out", str(conala), BY_WORDS, rephrasing.GIVEN_INTENTS, targets=4, seed=seed
         )
 
     make(1)
@@ -625,9 +682,7 @@ def test_a_masked_model_renames(tiny_bert):
 
 
 def test_labels_are_drawn_and_compared(conala, tmp_path, capsys):
-    pipeline.build_cnle(
-        tmp_path / "out", str(conala), relevance.OFFLINE_SCORER, rephrasing.GIVEN_INTENTS, targets=4, seed=1
-    )
+    pipeline.build_cnle(tmp_path / "out", str(conala), BY_WORDS, rephrasing.GIVEN_INTENTS, targets=4, seed=1)
     arguments = ["data", "labels", str(tmp_path / "out"), str(tmp_path / "labels.csv"), "--margin", "0.1"]
     assert cli.main(arguments) == 0
     table = pd.read_csv(tmp_path / "labels.csv")

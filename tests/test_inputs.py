@@ -30,11 +30,13 @@ import torch
 import yaml
 from conftest import make_subject
 from safetensors.torch import load, save
+from scorers import BY_WORDS
 
 import clme_lib as clme
 from clme_lib import cli
 from clme_lib.datasets import published
 from clme_lib.datasets.cases import Case
+from clme_lib.datasets.construction import relevance
 from clme_lib.datasets.construction.endpoint import Endpoint
 from clme_lib.datasets.paper import CNLE, CSNE
 from clme_lib.support.errors import StudyError
@@ -59,7 +61,15 @@ INPUTS = [
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
+def _relevance_by_words():
+    """No model is loaded to score pairs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(relevance, "offline_scorer", lambda losses: BY_WORDS)
+        yield
+
+
+@pytest.fixture(scope="module")
+def world(_relevance_by_words, tmp_path_factory) -> Path:
     """A model, its YAML, a data set of each layout, a finished run, edits, a built data set: all valid."""
     folder = tmp_path_factory.mktemp("world")
     tiny = make_subject("llama")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,20 +9,15 @@ import pandas as pd
 
 from ..datasets.base import get_dataset
 from ..datasets.cases import Case
-from ..datasets.construction import pipeline, relevance, rephrasing
+from ..datasets.construction import pipeline
 from ..datasets.construction.checking import lengths
 from ..support.display import code_block
 from .tables import percent, table
 
 
-def level_counts(build: Path | None = None) -> pd.DataFrame:
-    """Pairs by relevance level of a CNLE that was built, or of the embedded pairs as the offline scorer judges them."""
-    if build is not None:
-        return pipeline.level_counts(build)
-    with tempfile.TemporaryDirectory() as scratch:
-        offline = relevance.OFFLINE_SCORER, rephrasing.GIVEN_INTENTS
-        pipeline.build_cnle(Path(scratch), "embedded", *offline, targets=None, seed=42)
-        return pipeline.level_counts(Path(scratch))
+def level_counts(build: Path) -> pd.DataFrame:
+    """Pairs by relevance level of a CNLE that was built, or of a table of levels (``benchmarks/relevance.py``)."""
+    return pd.read_csv(build) if build.suffix == ".csv" else pipeline.level_counts(build)
 
 
 @table

@@ -1,37 +1,74 @@
 """How relevant a mined snippet is to its intent, in five levels (paper section III-C): by a language model, or offline.
 
-Only *very relevant* pairs become cases. The offline scorer counts words that intent and snippet share; it separates gross
-mismatches and stands in where no model can be asked. The agreement of either with people is measured by :mod:`.agreement`.
+Only *very relevant* pairs become cases. The offline scorer asks how much an intent helps a small code model to write the snippet::
+
+    help = mean over the snippet's tokens of log p(token | its intent) - log p(token | another intent)
+
+What makes a snippet likely after any intent cancels. The levels' thresholds were chosen on pairs that were labelled by hand
+(``benchmarks/relevance.py``, which also says how well both agree); the agreement of any scorer with people is measured by
+:mod:`.agreement`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from bisect import bisect
+from collections.abc import Callable, Iterator, Sequence
 
-from ..neighbours import subtokens
+from ...support.seeds import seed_of
+from .. import embedded_cnle
+from ..paper import CNLE
 from .endpoint import Endpoint
 from .stages import StageRow, Step, stage_row
 
-LEVELS = ("irrelevant", "slightly relevant", "partly relevant", "mostly relevant", "very relevant")
+LEVELS = ("very irrelevant", "irrelevant", "neutral", "relevant", "very relevant")
+THRESHOLDS = (0.29, 0.61, 0.83, 1.19)  # the least help, in nats per token, of each level but the first
 INSTRUCTION = (
     "You judge pairs of a natural-language intent and a Python snippet. Say how well the snippet does what the intent asks, with one of these "
     "levels and nothing else: " + "; ".join(f"{n} = {level}" for n, level in enumerate(LEVELS, 1)) + "."
 )
+SCORER = "smollm2-135m-code"  # the offline scorer's subject
+Losses = Callable[[Sequence[tuple[str, str]]], list[float]]
 _FIELDS = {"level": str}
 _NUMBER = re.compile(r"(?<![\d.])([1-5])(?!\.?\d)")
+# the longer names first, of which the others are parts
+_LEVEL = re.compile(rf"\b(not )?({'|'.join(sorted(LEVELS, key=len, reverse=True))})\b")
+_AT_ONCE = 64  # pairs
+_MOST_CHARACTERS = 2_000  # of a pair, which has fewer tokens than that
 
 
-def _score_offline(rows: Sequence[StageRow]) -> Iterator[StageRow]:
-    """A level by the share of the snippet's words that the intent has."""
-    for row in rows:
-        in_intent = set(subtokens(row["intent"]))
-        words = {word for word in subtokens(row["snippet"]) if len(word) > 1}
-        share = len(words & in_intent) / len(words) if words else 0.0
-        yield stage_row(row["id"], level=LEVELS[min(4, int(share * 10))])
+def offline_scorer(losses: Losses) -> Step:
+    """Gives each row its ``level`` by how much its intent helps; the row also says how much, in nats per token.
+
+    Args:
+        losses: from prompts and texts to the mean loss of each text after its prompt, by the subject :data:`SCORER`.
+    """
+
+    def score(rows: Sequence[StageRow]) -> Iterator[StageRow]:
+        fit = [row for row in rows if len(row["intent"]) + len(row["snippet"]) <= _MOST_CHARACTERS]
+        yield from (stage_row(row["id"], "too long to be scored") for row in rows if row not in fit)
+        for first in range(0, len(fit), _AT_ONCE):
+            part = fit[first : first + _AT_ONCE]
+            helps = intents_help([(row["intent"], row["snippet"]) for row in part], losses)
+            for row, gain in zip(part, helps):
+                yield stage_row(row["id"], level=LEVELS[bisect(THRESHOLDS, gain)], help=round(gain, 4))
+
+    return Step({"scorer": SCORER, "thresholds": list(THRESHOLDS)}, score, fields={**_FIELDS, "help": float})
 
 
-OFFLINE_SCORER = Step({"scorer": "offline"}, _score_offline, fields=_FIELDS)
+def intents_help(pairs: Sequence[tuple[str, str]], losses: Losses) -> list[float]:
+    """By how many nats per token each (intent, snippet) pair's snippet is likelier after its own intent than after another.
+
+    The other one is of the embedded pool, drawn for each intent, so that no pair's value depends on the rest.
+    """
+    pool = {row["intent"] for row in embedded_cnle.read_rows("cnle-pool")}
+    texts = [snippet.strip() for _, snippet in pairs]
+    intents = [intent for intent, _ in pairs]
+    others = [min(pool - {intent}, key=lambda other: seed_of("relevance", intent, other)) for intent in intents]
+    after_own, after_other = (
+        losses([(CNLE.prompt(intent), text) for intent, text in zip(given, texts)]) for given in (intents, others)
+    )
+    return [other - own for own, other in zip(after_own, after_other)]
 
 
 def model_scorer(endpoint: Endpoint) -> Step:
@@ -49,6 +86,6 @@ def model_scorer(endpoint: Endpoint) -> Step:
 def parse_level(answer: str) -> str | None:
     """The level that an answer names, by its number or in words; None when it names none or several."""
     text = answer.strip().lower()
-    in_words = [level for level in LEVELS if re.search(rf"\b{level}\b", text)]
-    levels = in_words or list({LEVELS[int(number) - 1] for number in _NUMBER.findall(text)})
-    return levels[0] if len(levels) == 1 else None
+    in_words = {level for negated, level in _LEVEL.findall(text) if not negated}
+    levels = in_words or {LEVELS[int(number) - 1] for number in _NUMBER.findall(text)}
+    return levels.pop() if len(levels) == 1 else None
