@@ -95,7 +95,7 @@ caption = "Effectiveness from CSNE to CNLE, in points (the paper's Table V)."
 report.transfer_table(records, label="tab-rq1-transfer", caption=caption)
 
 # %% [markdown]
-# ## What the paper's scores do not show
+# ## What the protocol hides
 #
 # The paper's protocol writes exactly as many tokens as the target has. So the length of the answer is given away, whether the model stops
 # is never tested, and strings are compared where code could be run. Here the edited models write up to 64 tokens, as they would for a user,
@@ -107,6 +107,24 @@ caption = (
     "older records keep no free texts, and code is run only when that is asked for."
 )
 report.free_table(records, label="tab-rq1-free", caption=caption)
+
+# %% tags=["hide-input"]
+caption = (
+    "The paper's exact match, and how far the free and the executed scores of the same cases are from it, in points with 95 % intervals (McNemar's exact "
+    "test or Wilcoxon's signed-rank test, with Holm's correction over the table). A code fence counts as a change of the neighbours in the "
+    "paper's score; in the last column only what is inside it does."
+)
+changes = report.protocol_table(records, label="tab-rq1-protocol", caption=caption)
+changes if len(changes.data) else Markdown("_These records have no free scores beside the paper's._")
+
+# %% [markdown]
+# A codebook's generalization has two factors. The first, whether it fires at another wording, is the encoder's and the radius's; the second,
+# whether the value still makes the model write the target there, is the value's, and no encoder lifts it.
+
+# %% tags=["hide-input"]
+caption = "Generalization of the codebooks, taken apart: shares of the rephrased prompts with 95 % intervals; the second is of those where the codebook fired."
+reach = report.reach_table(records, label="tab-rq1-reach", caption=caption)
+reach if len(reach.data) else Markdown("_No codebook was asked in these records._")
 
 # %% tags=["hide-input"]
 caption = "What becomes of the snippets written after the edit prompt when they are run, in percent of the cases that have a check."

@@ -70,11 +70,11 @@ rq2.circumstances(measured, label="tab-rq2-circumstances", caption=caption)
 # The clock runs around the whole edit: tokenising, optimising, solving. Statistics, context templates, encoders and a warm-up
 # are outside. Memory is the allocator's peak on a GPU and the process's on a CPU, where it includes Python and its libraries.
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Median seconds of one edit, with quartiles where several were timed (logarithmic).", "name": "fig-rq2-time"}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Median seconds of one edit, with quartiles where several were timed (logarithmic); the number of cases stands under each bar.", "name": "fig-rq2-time"}}
 rq2.cost_figure(measured, "seconds")
 plt.show()
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Median peak memory of one edit; the paler part was in use before it.", "name": "fig-rq2-memory"}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Median peak memory of one edit; the paler part was in use before it, and the number of cases stands under each bar.", "name": "fig-rq2-memory"}}
 rq2.cost_figure(measured, "peak_mib")
 plt.show()
 
@@ -128,7 +128,7 @@ rq2.cost_table(measured, label="tab-rq2-cost", caption=caption)
 # batch. The results are the same; what changes is how well the device is used.
 
 # %% tags=["hide-input"]
-caption = "Edits a second, and edits with their evaluation a second, when cases are edited and scored together."
+caption = "Edits per second, and edits with their evaluation per second, when cases are edited and scored together; n is the number of cases of each rate."
 rq2.throughput_table(measured, label="tab-rq2-throughput", caption=caption)
 
 # %% [markdown]

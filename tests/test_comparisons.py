@@ -11,6 +11,7 @@ from clme_lib.evaluation.records import SCORED
 from clme_lib.metrics.base import get_metric
 from clme_lib.metrics.paper import PAPER_METRICS
 from clme_lib.study.comparisons import SIGNIFICANT, as_good_as_the_best, holm, paired_p
+from clme_lib.study.rq1 import protocol_table, reach_table
 from clme_lib.study.tables import score_rows
 
 
@@ -95,3 +96,45 @@ def test_a_metric_that_a_record_lacks_is_not_measured():
     shown = {row["Editor"]: row for row in score_rows(records, ["free_effectiveness_em", "stops"])}
     assert shown["ROME"]["Eff. free EM"] == "–" and "n = 2" in shown["GRACE"]["Eff. free EM"]
     assert shown["GRACE"]["Stops"] == "–" and shown["GRACE"]["n"] == "3"
+
+
+def protocol_records() -> pd.DataFrame:
+    """Two editors with ten cases; the first loses six hits in free writing, the second none; five cases of either have a check."""
+    made = []
+    for editor, free in (("rome", [1] * 3 + [0] * 7), ("memit", [1] * 9 + [0])):
+        for case in range(10):
+            paper = float(case < 9)
+            made.append(
+                {"dataset": "cnle", "editor": editor, "position": 1, "case_id": case, "state": SCORED, "effectiveness_em": paper,
+                 "free_effectiveness_em": float(free[case]), "free_effectiveness_executes": 1.0 if case % 2 else None}
+            )  # fmt: skip
+    return pd.DataFrame(made)
+
+
+def test_what_the_protocol_hides_by_hand():
+    made = protocol_records()
+    unedited = made[made["editor"] == "rome"].assign(editor="none")
+    rome, memit = protocol_table(pd.concat([unedited, made]), label="tab").data.to_dict("records")
+    assert rome["Editor"] == "ROME" and rome["Eff. EM"] == "90.00" and list(rome)[3:] == [
+        "→ Eff. free EM", "→ Eff. executes"
+    ]  # fmt: skip
+    # six cases lost, none won: 2 / 2^6, and Holm over the four comparisons of the table
+    assert rome["→ Eff. free EM"].startswith("-60.00") and f"p = {4 * 2 / 2**6:.3f}" in rome["→ Eff. free EM"]
+    assert rome["→ Eff. free EM"].endswith("n = 10</small>")
+    assert memit["→ Eff. free EM"].startswith("0.00") and "the same" in memit["→ Eff. free EM"]
+    # of the cases with a check alone: 4 of 5 were right, all pass
+    assert memit["→ Eff. executes"].startswith("+20.00") and memit["→ Eff. executes"].endswith("n = 5</small>")
+    assert protocol_table(
+        made.drop(columns=["free_effectiveness_em", "free_effectiveness_executes"]), label="t"
+    ).data.empty
+
+
+def test_a_codebooks_generalization_is_taken_apart():
+    made = protocol_records().assign(generalization_em=0.0, fires=None, right_where_fired=None)
+    assert reach_table(made, label="tab").data.empty
+    codebook = made[made["editor"] == "rome"].assign(editor="grace", fires=[1.0] * 4 + [0.0] * 6)
+    codebook["right_where_fired"] = [1.0, 1.0, 1.0, 0.0] + [None] * 6
+    codebook["generalization_em"] = [1.0] * 3 + [0.0] * 7
+    (row,) = reach_table(pd.concat([made, codebook]), label="tab").data.to_dict("records")
+    shown = [row[title].split(" %")[0] for title in ("Fires", "Right where fired", "Gen. EM")]
+    assert row["Editor"] == "GRACE" and shown == ["40.0", "75.0", "30.0"] and row["Right where fired"].endswith("of 4")

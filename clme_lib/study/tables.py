@@ -166,6 +166,16 @@ def score_rows(records: pd.DataFrame, metrics: Sequence[str] = PAPER_METRICS) ->
         yield row
 
 
+def difference_cell(difference: np.ndarray, p: float) -> Markup:
+    """A mean of paired differences (cases,) in points, with its 95 % bootstrap interval over cases and ``p``."""
+    if not difference.any():
+        return Markup("0.00<br><small>the same</small>")
+    mean = interval(difference, binary=False, shares=False)
+    bounds = "" if np.isnan(mean.low) else f"{100 * mean.low:+.1f} to {100 * mean.high:+.1f}<br>"
+    shown = "p &lt; 0.001" if p < 0.001 else f"p = {p:.3f}"
+    return Markup(f"{100 * mean.mean:+.2f}<br><small>{bounds}{shown}</small>")
+
+
 def in_order(editors: Iterable[str]) -> list[str]:
     """Editors in the order of tables; those of which only records are known here come last."""
     order = list_editors()

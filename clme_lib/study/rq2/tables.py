@@ -149,10 +149,13 @@ def cost_figure(measured: pd.DataFrame, column: str):
 
 @table
 def throughput_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """Edits per second, alone and with their evaluation, by batch size."""
+    """Edits per second, alone and with their evaluation, by batch size; ``n`` is how many cases each rate was measured on."""
     batches = _rows(measured, "throughput").groupby(["label", "dataset", "editor"], sort=False)
     for (subject, dataset, editor), of_editor in batches:
         row = {"Subject": subject, "Data": dataset_title(dataset), "Editor": editor_name(editor)}
+        # A batch was timed once, with as many cases as it has.
+        timed = of_editor[of_editor["error"].isna()]
+        row["n"] = " and ".join(map(str, sorted(timed["batch"].astype(int)))) or "0"
         for what, rates in _rates(of_editor).items():
             row |= {f"{what}, batch {size}": _number(rate, ".3g", missing=_TOO_LARGE) for size, rate in rates.items()}
         yield row
@@ -178,7 +181,8 @@ def floor_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
         timed = edits.assign(floor=[device.seconds(of_case) for of_case in phases])
         timed["ratio"] = timed["seconds"] / timed["floor"]
         medians = timed.groupby("dataset")[["floor", "ratio"]].median().reindex(names)
-        row = {"Subject": subject, "Editor": editor_name(editor)}
+        counts = sorted(set(timed.groupby("dataset").size()))
+        row = {"Subject": subject, "Editor": editor_name(editor), "n": " and ".join(map(str, counts))}
         row |= {f"{dataset_title(name)} floor s": _number(medians["floor"][name], ".3f") for name in names}
         row |= {f"{dataset_title(name)} measured / floor": _number(medians["ratio"][name], ".1f") for name in names}
         longest = [max(of_case, key=lambda phase: device.seconds([phase])) for of_case in phases]

@@ -15,12 +15,11 @@ import pandas as pd
 from ...datasets.base import dataset_title
 from ...metrics.base import MEASURES, get_metric
 from ...metrics.paper import PAPER_SCORES
-from ...support.display import Markup
 from ..comparisons import holm, paired_p
 from ..figures import legend, panels, plain
 from ..paper import A_GRACE, A_GRACE_VARIANTS, TUNED_GRACE, UNEDITED
 from ..run_folder import shared_cases
-from ..tables import editor_colour, editor_name, interval, percent, score_rows, scored, table
+from ..tables import difference_cell, editor_colour, editor_name, percent, score_rows, scored, table
 
 # places in seaborn's colourblind palette of the edit prompt (OI), the rephrased prompt (GRI) and the neighbours (SRI)
 _KIND_COLOURS = {"edit": 7, "rephrased": 0, "neighbour": 1}
@@ -52,16 +51,9 @@ def paired_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
     for dataset in dict.fromkeys(name for name, _ in differences):
         shown = {score: differences[dataset, score] for score in PAPER_SCORES}
         row = {"Data": dataset_title(dataset), "n": str(len(shown[PAPER_SCORES[0]]))}
-        yield row | {get_metric(score).title: _difference(shown[score], p_values[dataset, score]) for score in shown}
-
-
-def _difference(difference: np.ndarray, p: float) -> str:
-    if not difference.any():
-        return Markup("0.00<br><small>the same</small>")
-    mean = interval(difference, binary=False, shares=False)
-    shown = "p &lt; 0.001" if p < 0.001 else f"p = {p:.3f}"
-    bounds = f"{100 * mean.low:+.1f} to {100 * mean.high:+.1f}"
-    return Markup(f"{100 * mean.mean:+.2f}<br><small>{bounds}<br>{shown}</small>")
+        yield row | {
+            get_metric(score).title: difference_cell(shown[score], p_values[dataset, score]) for score in shown
+        }
 
 
 @table
