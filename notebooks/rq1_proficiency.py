@@ -110,7 +110,7 @@ report.free_table(records, label="tab-rq1-free", caption=caption)
 
 # %% tags=["hide-input"]
 caption = (
-    "The paper's exact match, and how far the free and the executed scores of the same cases are from it, in points with 95 % intervals (McNemar's exact "
+    "The paper's score → the free or executed score of the same cases, and below the change in points with its 95 % interval (McNemar's exact "
     "test or Wilcoxon's signed-rank test, with Holm's correction over the table). A code fence counts as a change of the neighbours in the "
     "paper's score; in the last column only what is inside it does."
 )

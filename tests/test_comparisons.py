@@ -115,15 +115,14 @@ def test_what_the_protocol_hides_by_hand():
     made = protocol_records()
     unedited = made[made["editor"] == "rome"].assign(editor="none")
     rome, memit = protocol_table(pd.concat([unedited, made]), label="tab").data.to_dict("records")
-    assert rome["Editor"] == "ROME" and rome["Eff. EM"] == "90.00" and list(rome)[3:] == [
-        "→ Eff. free EM", "→ Eff. executes"
-    ]  # fmt: skip
+    free, executes = "Eff. EM → Eff. free EM", "Eff. EM → Eff. executes"
+    assert rome["Editor"] == "ROME" and list(rome)[2:] == [free, executes]
     # six cases lost, none won: 2 / 2^6, and Holm over the four comparisons of the table
-    assert rome["→ Eff. free EM"].startswith("-60.00") and f"p = {4 * 2 / 2**6:.3f}" in rome["→ Eff. free EM"]
-    assert rome["→ Eff. free EM"].endswith("n = 10</small>")
-    assert memit["→ Eff. free EM"].startswith("0.00") and "the same" in memit["→ Eff. free EM"]
+    assert rome[free].startswith("90.00 → 30.00<br>-60.00") and f"p = {4 * 2 / 2**6:.3f}" in rome[free]
+    assert rome[free].endswith("n = 10</small>")
+    assert memit[free].startswith("90.00 → 90.00<br>0.00") and "the same" in memit[free]
     # of the cases with a check alone: 4 of 5 were right, all pass
-    assert memit["→ Eff. executes"].startswith("+20.00") and memit["→ Eff. executes"].endswith("n = 5</small>")
+    assert memit[executes].startswith("80.00 → 100.00<br>+20.00") and memit[executes].endswith("n = 5</small>")
     assert protocol_table(
         made.drop(columns=["free_effectiveness_em", "free_effectiveness_executes"]), label="t"
     ).data.empty
