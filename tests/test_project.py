@@ -150,7 +150,7 @@ def test_only_the_papers_data_sets_are_built_and_checked(command, capsys):
 
 def test_a_measurement_says_which_options_it_takes(capsys, tmp_path):
     for command, message in (
-        ("measure nothing", "unknown measurement 'nothing'; known: selection, presets, weight-updates"),
+        ("measure nothing", "unknown measurement 'nothing'; known: selection, presets, end-of-target"),
         ("measure selection", "measure selection: --editor is needed"),
         ("measure presets --editor rome,memit", "measure presets: --editor is not taken, or only one"),
         ("measure radius --dataset cnle", "measure radius: --dataset is not taken"),

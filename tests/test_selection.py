@@ -91,6 +91,33 @@ def test_how_far_an_edit_reaches_is_selected_for_each_dataset(llama, small_sets,
     assert {cell.strip("*") for cell in shown} == {"CNLE", "CSNE"}
 
 
+def test_budgets_are_counted():
+    rows = [{"editor": "grace", "setting": setting, "cases": 20} for setting in "abc"]
+    of_datasets = [
+        {"editor": "a-grace", "setting": s, "dataset": d, "cases": 10} for d in ("cnle", "csne") for s in "ab"
+    ]
+    uneven = [{"editor": "rome", "setting": "a", "cases": 10}, {"editor": "rome", "setting": "b", "cases": 20}]
+    measured = {made[0]["editor"]: pd.DataFrame(made) for made in (of_datasets, rows, uneven)}
+    shown = selection.budget_table(measured, label="tab").data.set_index("Editor")
+    assert shown["Settings"].to_dict() == {"ROME": "2", "GRACE": "3", "A-GRACE": "2"}
+    assert shown["Cases each"].to_dict() == {"ROME": "10 to 20", "GRACE": "20", "A-GRACE": "20"}
+    assert shown["Edits"].to_dict() == {"ROME": "30", "GRACE": "60", "A-GRACE": "40"}
+    assert "for each data set" in shown["Chosen by"]["A-GRACE"] and "for each" not in shown["Chosen by"]["GRACE"]
+
+
+def test_learning_to_stop_is_measured(llama, small_sets, monkeypatch, tmp_path):
+    quick = lambda name, subject, **named: load_editor(name, subject, **named, layer=2, steps=200, lr=0.05, bound=9.0)  # noqa: E731
+    monkeypatch.setattr(selection, "load_editor", quick)
+    table = selection.compare_ends(llama, "ft-l", tmp_path / "table.csv", cases=2)
+    assert list(table["setting"]) == ["end_of_target False"] * 2 + ["end_of_target True"] * 2
+    assert list(table["stops"]) == [0.0, 0.0, 1.0, 1.0] and list(table["effectiveness_em"]) == [1.0] * 4
+    assert table["overrun"][0] > 0 and list(table["overrun"][2:]) == [0.0, 0.0]
+    shown = selection.end_table({"ft-l": pd.read_csv(tmp_path / "table.csv")}, label="tab").data
+    assert list(shown["End of text"]) == ["–", "learnt"] * 2 and list(shown["Stops"]) == ["0.0", "100.0"] * 2
+    with pytest.raises(StudyError, match="'none' learns no target, so that nothing can follow it"):
+        selection.compare_ends(llama, "none", tmp_path / "other.csv")
+
+
 def test_presets_are_every_combination_of_defects(llama, small_sets, monkeypatch, tmp_path):
     quick = lambda name, subject, **named: load_editor(name, subject, **named, layer=1, steps=3)  # noqa: E731
     monkeypatch.setattr(selection, "load_editor", quick)

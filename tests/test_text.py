@@ -206,6 +206,8 @@ def tables_of(text: str, records: pd.DataFrame) -> dict[str, tuple[Table, list[s
         "updates": (weight_updates.diagnosis_table(updates, **options), [upper]),
         "PMET": (weight_updates.pmet_table(updates, **options), [f"{'block' if text.isdigit() else 'blocks'} {text}"]),
         "grid": (selection.selection_table(grid, label="tab"), []),
+        "budgets": (selection.budget_table({text: grid}, **options), [upper]),
+        "ends": (selection.end_table({text: grid.assign(**dict.fromkeys(selection.END_SCORES, 0.5))}, **options), [upper]),
         "defects": (selection.preset_table({text: grid}, **options), [text, upper]),
         "statistics": (statistics.statistics_table(pd.DataFrame([COUNTS]), **options), []),
     }  # fmt: skip

@@ -16,6 +16,7 @@ from .config import MeasureConfig
 MEASUREMENTS = {
     "selection": ("appendices.selection:select", "an editor's grid of hyper-parameters"),
     "presets": ("appendices.selection:compare_presets", "what the released program's defects do to an editor"),
+    "end-of-target": ("appendices.selection:compare_ends", "what learning to stop after the target changes"),
     "weight-updates": (
         "appendices.weight_updates:diagnose_editors",
         "what weight updates do to losses, before any text is generated",

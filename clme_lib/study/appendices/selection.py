@@ -1,5 +1,5 @@
 """Selection of a subject's hyper-parameters on the fixed selection cases, which no published table contains; and what the
-released program's defects do, measured on the same cases.
+released program's defects, and learning to stop after the target, do on the same cases.
 
 The criterion is the harmonic mean of effectiveness and specificity: exact match of the target, and the share of
 neighbours left unchanged, each averaged over the data sets. A grid is ordered by distance from the paper's setting, and
@@ -27,6 +27,7 @@ from ...editors.base import EDITORS
 from ...editors.registry import get_editor, load_editor, resolve_hparams
 from ...evaluation.evaluate import evaluate
 from ...evaluation.records import finite
+from ...metrics.base import get_metric
 from ...subjects.settings import Preset, load_settings
 from ...subjects.subject import Subject
 from ...support.display import Markup, inline
@@ -45,6 +46,26 @@ def selection_table(measured: pd.DataFrame, label: str) -> Table:
         rows.append({title: Markup(f"**{inline(cell)}**") if row.chosen else cell for title, cell in shown.items()})
     (editor,) = measured["editor"].unique()
     return Table(cells(rows), f"{editor_name(editor)} on the selection cases; the chosen setting in bold.", label)
+
+
+@table
+def budget_table(measured: Mapping[str, pd.DataFrame]) -> Iterator[dict[str, str]]:
+    """What each editor was selected with: how many settings, and on how many cases each was tried.
+
+    Args:
+        measured: by editor, what ``clme measure selection`` writes.
+    """
+    for editor in in_order(measured):
+        # A grid that is chosen from for each data set has a row for each of them.
+        tried = measured[editor].groupby("setting", sort=False)["cases"].sum()
+        each = sorted(set(tried))
+        yield {
+            "Editor": editor_name(editor),
+            "Settings": str(len(tried)),
+            "Cases each": " to ".join(map(str, dict.fromkeys((each[0], each[-1])))),
+            "Edits": str(tried.sum()),
+            "Chosen by": CHOSEN_BY[get_editor(editor).selects_reach] if editor in EDITORS else "–",
+        }
 
 
 def differing_values(paper: str = "codellama-7b", own: str = "smollm2-135m") -> pd.DataFrame:
@@ -95,9 +116,12 @@ def _score_cells(row: Any) -> dict[str, str]:
     }
 
 
+CHOSEN_BY = {False: "effectiveness and specificity", True: "generalization and specificity, for each data set"}
 GOOD_ENOUGH = 0.95
 LEAST_SPECIFICITY = 0.05
 SCORES = ["effectiveness_em", "generalization_em", "specificity_rate", "loss"]
+END_SCORES = ["effectiveness_em", "free_effectiveness_em", "stops", "overrun", "generalization_em", "free_generalization_em",
+              "specificity_rate"]  # fmt: skip
 
 
 def select(
@@ -146,6 +170,37 @@ def compare_presets(subject: Subject, editor: str, file: Path, cases: int | None
     return _finish(measure(subject, editor, settings, file, values="subject", cases=cases, budgets=budgets), file)
 
 
+def compare_ends(
+    subject: Subject, editor: str, file: Path, cases: int | None = None, datasets: Sequence[str] = PAPER_DATASET_NAMES
+) -> pd.DataFrame:
+    """Measure an editor that learns targets as they are, and with the end of text after them; written like :func:`select`.
+
+    Raises:
+        StudyError: the editor learns no target.
+    """
+    if "end_of_target" not in get_editor(editor).Hyperparameters.model_fields:
+        raise StudyError(f"{editor!r} learns no target, so that nothing can follow it")
+    settings = [{"end_of_target": learnt} for learnt in (False, True)]
+    options: dict[str, Any] = {"values": "subject", "cases": cases, "datasets": datasets, "scores": END_SCORES}
+    return _finish(measure(subject, editor, settings, file, **options), file)
+
+
+@table
+def end_table(measured: Mapping[str, pd.DataFrame]) -> Iterator[dict[str, str]]:
+    """Each editor without and with the end of text as the target's last token.
+
+    Args:
+        measured: by editor, what ``clme measure end-of-target`` writes (:func:`compare_ends`).
+    """
+    for editor in in_order(measured):
+        for dataset, rows in measured[editor].groupby("dataset", sort=False):
+            for row in rows.to_dict("records"):
+                learnt = "learnt" if row["setting"].endswith("True") else "–"
+                named = {"Editor": editor_name(editor), "Data": dataset_title(str(dataset)), "End of text": learnt}
+                shown = {name: percent(row[name]) for name in END_SCORES} | {"overrun": f"{row['overrun']:.1f}"}
+                yield named | {"n": str(row["cases"])} | {get_metric(name).title: shown[name] for name in END_SCORES}
+
+
 def measure(
     subject: Subject,
     editor: str,
@@ -156,8 +211,9 @@ def measure(
     cases: int | None = None,
     datasets: Sequence[str] = PAPER_DATASET_NAMES,
     budgets: Sequence[Preset] = ("clean",),
+    scores: Sequence[str] = SCORES,
 ) -> pd.DataFrame:
-    """Mean scores over selection cases, a row for each setting and data set; a trained editor learns from the other cases.
+    """Mean ``scores`` over selection cases, a row for each setting and data set; a trained editor learns from the other cases.
 
     Args:
         file: the table to be; what has been measured is kept beside it, so that an interrupted command goes on.
@@ -176,14 +232,14 @@ def measure(
                 if made.needs_training:
                     made.fit(others, edited=chosen)
                 edits = made.edit(chosen)
-                mean = evaluate(subject, chosen, edits)[SCORES].mean()
+                mean = evaluate(subject, chosen, edits)[list(scores)].mean()
                 if "compat" in budgets:
                     released = evaluate(subject, chosen, edits, preset="compat")
                     mean["released_budget_em"] = released["effectiveness_em"].mean()
                 done.append({**row, "scores": {name: finite(score) for name, score in mean.items()}})
-            scores = {name: float("nan") if score is None else score for name, score in done[row]["scores"].items()}
+            means = {name: float("nan") if score is None else score for name, score in done[row]["scores"].items()}
             shown = describe_setting(setting, dataset)
-            rows.append({"editor": editor, "setting": shown, "dataset": dataset, "cases": len(chosen), **scores})
+            rows.append({"editor": editor, "setting": shown, "dataset": dataset, "cases": len(chosen), **means})
     return pd.DataFrame(rows)
 
 
