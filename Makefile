@@ -109,6 +109,10 @@ publish: .venv/.ready
 	  $(BIN)/clme measure selection --editor $$editor --out results/selection/smollm2-135m.$$editor.csv || exit 1; done
 	test -f results/selection/smollm2-135m.malmen.csv || \
 	  $(BIN)/clme measure selection --editor malmen --dataset cnle --cases 10 --out results/selection/smollm2-135m.malmen.csv
+	for editor in grace ft-l rome memit pmet grace-tuned a-grace; do test -f results/selection/$(NAME)-code.$$editor.csv || \
+	  $(BIN)/clme measure selection --subject $(NAME)-code --editor $$editor --cases 10 --out results/selection/$(NAME)-code.$$editor.csv || exit 1; done
+	test -f results/selection/$(NAME)-code.malmen.csv || \
+	  $(BIN)/clme measure selection --subject $(NAME)-code --editor malmen --dataset cnle --cases 20 --out results/selection/$(NAME)-code.malmen.csv
 	for editor in rome memit pmet malmen; do test -f results/presets/smollm2-135m.$$editor.csv || \
 	  $(BIN)/clme measure presets --editor $$editor --cases 20 --out results/presets/smollm2-135m.$$editor.csv || exit 1; done
 	test -f results/diagnosis/smollm2-135m.csv || $(BIN)/clme measure weight-updates --out results/diagnosis/smollm2-135m.csv
