@@ -44,7 +44,7 @@ from clme_lib.support.display import inline
 for subject in subjects.split(","):
     files = sorted(Path(results, "selection").glob(f"{subject}.*.csv"))
     measured = {file.name.split(".")[-2]: pd.read_csv(file) for file in files}
-    display(Markdown(f"## {inline(subject)}"))
+    display(Markdown(f"**{inline(subject)}**"))
     caption = f"What {subject}'s hyper-parameters were selected with."
     display(selection.budget_table(measured, label=f"tab-budget-{subject}", caption=caption))
     for editor in in_order(measured):

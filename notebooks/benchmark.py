@@ -157,7 +157,7 @@ benchmark.level_table(benchmark.level_counts(built.get("cnle", measured)), label
 # intent, and wrong ones do. The model tells unrelated pairs from the others, and hardly the upper levels from each other: it stands in where no
 # language model can be asked. On pairs of CoNaLa that people wrote or mended, which are relevant, it calls far fewer irrelevant than words in common do:
 #
-# ```{csv-table} Levels that both scorers give 500 annotated pairs of CoNaLa {cite:p}`yin2018conala`, and the same snippets after the next row's intent.
+# ```{csv-table} Levels that both scorers give 500 annotated pairs of CoNaLa, and the same snippets after the next row's intent.
 # :name: tab-relevance-conala
 # :file: ../benchmarks/relevance.source.csv
 # :header-rows: 1

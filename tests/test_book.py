@@ -359,3 +359,11 @@ def test_labels_follow_within_their_page(tree, monkeypatch):
     assert not taken.with_suffix(".md").exists() and (tree / "book" / "own_run.md").exists()
     with pytest.raises(SystemExit, match="book/nowhere: no page of _toc.yml"):
         build.stage({"book/nowhere": own})
+
+
+def test_no_caption_ends_its_own_fence():
+    """A fence of back-quotes with another one in its first line is no fence, and nothing warns of it."""
+    pages = [*ROOT.glob("book/*.md"), *ROOT.glob("notebooks/*.py"), *ROOT.glob("*.md")]
+    broken = re.compile(r"^(?:# )?```+\{[^\n]*`", re.M)
+    assert broken.search("# ```{csv-table} Of {cite:p}`a`.")
+    assert not [(page.name, line[0]) for page in pages if (line := broken.search(page.read_text(encoding="utf-8")))]
