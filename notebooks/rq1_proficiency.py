@@ -29,16 +29,19 @@ editors: str = "none,ft-l,grace"  # comma-separated; `clme list` shows all
 cases: int = 8  # per data set
 sample: int = 0  # which random sample of cases
 out: str = "runs/rq1"  # the run's folder; running again resumes it
+beside: str = ""  # folder of another subject's run, which is shown beside this one
 device: str = "auto"  # auto, cpu, cuda
 dtype: str = "auto"  # auto (float32), float32, bfloat16, float16
 
 # %% tags=["hide-input"]
 import clme_lib as clme
+from clme_lib.study.config import ReportConfig
 
 # any other field of the configuration can be passed by its name as well: `clme run --help` lists them
-config = clme.config_from_notebook(globals())
+config = clme.config_from_notebook(globals(), ReportConfig)
 
 # %% tags=["hide-input"]
+import pandas as pd
 from IPython.display import Markdown, display
 
 from clme_lib.datasets.base import get_dataset
@@ -84,6 +87,13 @@ for data, shown in report.findings(records).items():
         text += "No editor both makes half of the edits hold and keeps all neighbours in half of the cases."
     paragraphs.append(text)
 Markdown("\n\n".join(paragraphs) or "_Nothing to read yet: these records have no edited case with scores._")
+
+# %% tags=["hide-input"]
+if config.beside:
+    both = pd.concat([records, clme.load_run(config.beside)])
+    names = " and ".join(both["subject"].unique())
+    caption = f"{names} side by side: exact match of effectiveness and generalization, and the share of neighbours left unchanged, with 95 % intervals."
+    display(report.subjects_table(both, label="tab-rq1-subjects", caption=caption))
 
 # %% [markdown]
 # ## From CSNE to CNLE

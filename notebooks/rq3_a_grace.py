@@ -31,18 +31,20 @@ editors: str = "none,grace,a-grace,a-grace-wo-cl,a-grace-wo-mean"  # comma-separ
 cases: int = 8  # per data set
 sample: int = 0  # which random sample of cases
 out: str = "runs/rq3"  # the run's folder; running again resumes it
+beside: str = ""  # folder of another subject's run, which is shown beside this one
 device: str = "auto"  # auto, cpu, cuda
 dtype: str = "auto"  # auto (float32), float32, bfloat16, float16
 
 # %% tags=["hide-input"]
 import clme_lib as clme
+from clme_lib.study.config import ReportConfig
 
 # any other field of the configuration can be passed by its name as well: `clme run --help` lists them
-config = clme.config_from_notebook(globals())
+config = clme.config_from_notebook(globals(), ReportConfig)
 
 # %% tags=["hide-input"]
 import matplotlib.pyplot as plt
-from IPython.display import Markdown
+from IPython.display import Markdown, display
 
 from clme_lib.study.rq3 import measurements
 from clme_lib.study.rq3 import tables as rq3
@@ -63,6 +65,12 @@ caption = (
     "match, BLEU and ROUGE-L (R-L) times 100, fluency times 100, with 95 % intervals below. In bold: the best, and what is not significantly worse on the same cases."
 )
 rq3.ablation_table(records, label="tab-rq3-ablation", caption=caption)
+
+# %% tags=["hide-input"]
+if config.beside:
+    other = clme.load_run(config.beside)
+    caption = f"The same of {' and '.join(other['subject'].unique())}."
+    display(rq3.ablation_table(other, label="tab-rq3-ablation-beside", caption=caption))
 
 # %% tags=["hide-input"]
 sentences = []

@@ -18,12 +18,14 @@ from bs4 import BeautifulSoup
 from scorers import BY_WORDS
 from test_text import PIECES, literal
 
+import clme_lib
 from clme_lib.datasets import embedded_csne, registry
 from clme_lib.datasets.cases import Case
 from clme_lib.datasets.construction import pipeline, rephrasing
 from clme_lib.evaluation.records import UNSCORED
 from clme_lib.metrics.base import MEASURES
 from clme_lib.study import numbers, run_folder, runs
+from clme_lib.study.config import ReportConfig
 from clme_lib.study.rq2 import measure
 from clme_lib.study.tables import Table
 
@@ -149,6 +151,16 @@ def test_rq3_says_what_the_tables_show(show):
     assert "On CNLE with GRACE's keys, the rephrased prompt is nearer than every neighbour in" in text
     assert re.search(r"GRACE at its best radius \(\d+\.\d\d\) generalizes in", text)
     assert "_GRACE and A-GRACE are needed" in show("rq3_a_grace", **parameters, editors="none,grace")
+
+
+def test_another_subject_stands_beside_the_run(show, monkeypatch, published, tmp_path):
+    other = published.assign(subject="another")
+    monkeypatch.setattr(clme_lib, "run", lambda config: published, raising=False)
+    monkeypatch.setattr(clme_lib, "load_run", lambda folder: other, raising=False)
+    text = show("rq1_proficiency", beside=str(tmp_path))
+    assert ":name: tab-rq1-subjects" in text and "| Eff. EM, smollm2-135m | Eff. EM, another |" in text
+    assert "tab-rq1-subjects" not in show("rq1_proficiency")
+    assert "beside" not in run_folder._described(ReportConfig(beside=tmp_path))
 
 
 def test_the_benchmark_chapter_shows_what_it_may_and_what_was_built(show, monkeypatch, tmp_path, cases):

@@ -191,6 +191,12 @@ class RunConfig(Schema):
         return self
 
 
+class ReportConfig(RunConfig):
+    """What a notebook of results shows: a run, and what stands beside it."""
+
+    beside: Path | None = Field(None, description="folder of another subject's run")
+
+
 class BenchConfig(Schema):
     """What to measure of efficiency. Lists may be given as comma-separated text."""
 

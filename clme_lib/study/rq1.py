@@ -63,6 +63,26 @@ def failure_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
             }
 
 
+_BESIDE = ("effectiveness_em", "generalization_em", "specificity_rate")
+
+
+@table
+def subjects_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
+    """Several subjects' edited rows side by side: exact match of edits and of other wordings, and neighbours left unchanged."""
+    edited = scored(records)[lambda rows: rows["editor"] != UNEDITED]
+    subjects = edited["subject"].unique()
+    for (dataset, editor), rows in edited.groupby(["dataset", "editor"], sort=False):
+        row = {"Data": dataset_title(str(dataset)), "Editor": editor_name(str(editor))}
+        for name in _BESIDE:
+            for subject in subjects:
+                share = interval(rows[rows["subject"] == subject][name], get_metric(name).binary)
+                shown = Markup(
+                    f"{percent(share.mean)}<br><small>{percent(share.low)}–{percent(share.high)}<br>n = {share.n}</small>"
+                )
+                row[f"{get_metric(name).title}, {subject}"] = shown if share.n else "–"
+        yield row
+
+
 # a score of the paper's protocol, and what stands in its place when nothing is given away
 PROTOCOL_CHANGES = (
     ("effectiveness_em", "free_effectiveness_em"),

@@ -242,7 +242,8 @@ def _comparable_hparams(config: RunConfig, editor: str) -> dict[str, Any]:
 
 
 def _described(config: RunConfig) -> dict:
-    return {**config.model_dump(mode="json", exclude={"out"}), "name": run_name(config)}
+    # A notebook's configuration has more, which is not the run's.
+    return {**config.model_dump(mode="json", include=set(RunConfig.model_fields) - {"out"}), "name": run_name(config)}
 
 
 def write_manifest(config: RunConfig, start: dict) -> None:
