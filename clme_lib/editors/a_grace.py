@@ -119,5 +119,5 @@ class AGRACEWithoutMean(AGRACE[AGRACEWithoutMeanHyperparameters]):
     name, title, order, colour = "a-grace-wo-mean", "A-GRACE w/o Mean", 9, 6
     Hyperparameters = AGRACEWithoutMeanHyperparameters
     compat: ClassVar = {"selection": "edited"}
-    selection_grid: ClassVar = ()  # its margin is A-GRACE's
+    selection_grid: ClassVar = []  # its margin is A-GRACE's
     query: ClassVar[Query] = "last"
