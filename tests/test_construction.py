@@ -703,6 +703,10 @@ def test_labels_are_drawn_and_compared(conala, tmp_path, capsys):
     assert agreement.sample_size(594_000, 0.05) == 384
     with pytest.raises(StudyError, match="exists already: somebody may have filled it in"):
         agreement.draw([], tmp_path / "labels.csv", 0.1, 0)
+    formulas = [{"id": 0, "intent": "=1+1", "snippet": "@cached\n-x"}, {"id": 1, "intent": "a = 1", "snippet": "x"}]
+    agreement.draw(formulas, tmp_path / "formulas.csv", 0.1, 0)
+    drawn = pd.read_csv(tmp_path / "formulas.csv").sort_values("id")
+    assert list(drawn["intent"]) == ["'=1+1", "a = 1"] and list(drawn["snippet"]) == ["'@cached\n-x", "x"]
 
 
 def test_what_has_not_been_built_is_named(tmp_path, capsys):

@@ -90,6 +90,10 @@ class AGRACE(AGRACEWithoutCL[EncoderHparams]):
         query = getattr(self.hparams, "encoder_query", self.query)
         self._trained = trained_encoder(self.subject, self.hparams, query, cases, edited, self.seed)
 
+    def _edit_batch(self, cases, tokenized):
+        _ = self.trained  # without an encoder no value is learnt in vain
+        return super()._edit_batch(cases, tokenized)
+
     def stand_in(self, cases):
         encoder = Encoder(self.subject.inner_size, self.hparams.architecture, generator(self.seed, "encoder"))
         frozen = encoder.to(self.subject.device).requires_grad_(False)

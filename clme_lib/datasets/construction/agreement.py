@@ -47,7 +47,11 @@ def draw(pairs: Sequence[StageRow], file: Path, margin: float, seed: int) -> int
         raise StudyError("no pair has a level: there is nothing to label; see the counts of the stage score")
     by_id = {row["id"]: row for row in pairs}
     sample = [by_id[pair] for pair in seeded_order(by_id, seed, "labels")[: sample_size(len(pairs), margin)]]
-    table = pd.DataFrame(sample, columns=["id", "intent", "snippet"]).assign(**{"labeller 1": "", "labeller 2": ""})
+    texts = pd.DataFrame(sample, columns=["id", "intent", "snippet"])
+    for name in ("intent", "snippet"):
+        # What begins like this is a formula to a spreadsheet, which would compute it.
+        texts[name] = texts[name].str.replace(r"^(?=[=+\-@\t\r])", "'", regex=True)
+    table = texts.assign(**{"labeller 1": "", "labeller 2": ""})
     write_text(file, table.to_csv(index=False, lineterminator="\r\n"))
     return len(sample)
 
