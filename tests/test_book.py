@@ -150,6 +150,8 @@ def test_rq3_says_what_the_tables_show(show):
     assert "On the 10 CNLE cases that all variants edited" in text and "% of 10 of the same cases." in text
     assert "On CNLE with GRACE's keys, the rephrased prompt is nearer than every neighbour in" in text
     assert re.search(r"GRACE at its best radius \(\d+\.\d\d\) generalizes in", text)
+    assert "No radius of GRACE's does what the encoder does here. On CSNE" in text
+    assert text.count("the encoder adds nothing to it") == 1, "on CSNE a tuned radius reaches A-GRACE's best"
     assert "_GRACE and A-GRACE are needed" in show("rq3_a_grace", **parameters, editors="none,grace")
 
 

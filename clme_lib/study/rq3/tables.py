@@ -15,6 +15,7 @@ import pandas as pd
 from ...datasets.base import dataset_title
 from ...metrics.base import MEASURES, get_metric
 from ...metrics.paper import PAPER_SCORES
+from ..appendices.selection import criterion
 from ..comparisons import holm, paired_p
 from ..figures import legend, panels, plain
 from ..paper import A_GRACE, A_GRACE_VARIANTS, TUNED_GRACE, UNEDITED
@@ -205,7 +206,7 @@ def radius_figure(sweep: pd.DataFrame):
 
 @table
 def radius_table(sweep: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """Generalization and unchanged neighbours at the paper's radius of 1, and at the radius where their mean is largest."""
+    """Generalization and unchanged neighbours at the paper's radius of 1, and at the radius where their harmonic mean is largest."""
     for (dataset, editor, margin), curve in sweep.groupby(["dataset", "editor", "margin"], sort=False, dropna=False):
         best, papers = _balanced(curve), curve[curve["radius"] == _RADIUS].iloc[0]
         yield {
@@ -228,10 +229,15 @@ def radius_findings(sweep: pd.DataFrame) -> dict[str, tuple[pd.Series, pd.Series
     }
 
 
+def reached(point: pd.Series) -> float:
+    """The criterion of selection, with generalization in effectiveness's place, at a point of a sweep."""
+    return criterion(point["generalization"], point["specificity_rate"])
+
+
 def _balanced(points: pd.DataFrame) -> pd.Series:
-    """The point of a sweep with the largest mean of generalization and unchanged neighbours, by the smallest radius."""
-    balance = points["generalization"] + points["specificity_rate"]
-    return points.loc[points[balance == balance.max()]["radius"].idxmin()]
+    """The point of a sweep that the selection of hyper-parameters would take, by the smallest radius."""
+    of_points = points.apply(reached, axis=1)
+    return points.loc[points[of_points == of_points.max()]["radius"].idxmin()]
 
 
 def findings(records: pd.DataFrame, compat: pd.DataFrame) -> Iterator[dict[str, Any]]:
