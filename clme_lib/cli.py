@@ -278,6 +278,20 @@ def _data_labels(config: Any) -> None:
     print(f"{draw(pairs, config.file, config.margin, seed=42)} pairs to label in {config.file}")
 
 
+def _export(config: Any) -> None:
+    from .edits.files import load_edits
+    from .evaluation.loading import load_subject
+    from .study.export import export_edits
+
+    subject = load_subject(config.subject, config.device, config.dtype)
+    edits = load_edits(config.edits, subject)
+    if unknown := set(config.case_ids) - {str(edit.case_id) for edit in edits}:
+        known = ", ".join(str(edit.case_id) for edit in edits)
+        raise StudyError(f"{config.edits}: no edit of case {min(unknown)}; there are those of {known}")
+    chosen = [edit for edit in edits if not config.case_ids or str(edit.case_id) in config.case_ids]
+    print(export_edits(chosen, subject, config.to, merged=config.merged, allow_rounding=config.allow_rounding))
+
+
 def _data_fine_tune(config: Any) -> None:
     from .datasets.construction.language_models import TextEncoder, fine_tune
     from .datasets.construction.pipeline import stage_rows
@@ -307,6 +321,7 @@ VERBS = {
     "check": Verb("CheckConfig", _check, "compare a run with the published records of the same cases"),
     "notebook": Verb("NotebookConfig", _notebook, "execute a text notebook with papermill"),
     "publish": Verb("PublishConfig", _publish, "copy a finished run to where the repository keeps it"),
+    "export": Verb("ExportConfig", _export, "edits as an adapter for peft, or merged into a model for transformers"),
     "prepare": Verb("Schema", _prepare, "fetch the embedded model and mine embedded CSNE now rather than on first use"),
     "adapt": Verb(
         "AdaptConfig", _adapt, "train the embedded model further on code; resumes where it stopped (about an hour)"

@@ -255,6 +255,19 @@ class PublishConfig(Schema):
     target: Path = _argument("results/runs/NAME")
 
 
+class ExportConfig(Schema):
+    edits: Path = _argument("file that save_edits wrote")
+    to: Path = Field(description="new folder of the adapter or model")
+    subject: str = _SUBJECT
+    case_ids: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(
+        (), description="comma-separated: of the edits in the file, those of these cases; if not given, all together"
+    )
+    merged: bool = Field(False, description="the whole model with the updates in its weights, not an adapter")
+    allow_rounding: bool = Field(False, description="merge into 16-bit weights")
+    device: _Device = _DEVICE
+    dtype: _Dtype = _DTYPE
+
+
 class NotebookConfig(Schema):
     source: Path = _argument("notebooks/NAME.py")
     target: Path = _argument("executed .ipynb to write")
