@@ -1,4 +1,4 @@
-"""Seconds that MALMEN's training takes a step: in the first epoch, which computes what lies below the edited layers, and once that is kept.
+"""Seconds that MALMEN's training takes per step: in the first epoch, which computes what lies below the edited layers, and once that is kept.
 
 A few random records are trained on for two epochs. The last columns extrapolate to a network with the subject's own number of steps and
 records: every record is new once, and the steps after the first epoch find everything kept.
@@ -40,8 +40,8 @@ def measure(subject, dataset, records):
     return {
         "data": dataset,
         "records": records,
-        "s a step, first epoch": round(first, 2),
-        "s a step, kept": round(kept, 2),
+        "s per step, first epoch": round(first, 2),
+        "s per step, kept": round(kept, 2),
         "minutes for all steps once kept": round(values.iterations * kept / 60, 1),
         "minutes with the first epoch": round((filling * first + (values.iterations - filling) * kept) / 60, 1),
     }

@@ -175,5 +175,5 @@ caption = (
 plain_seconds = None
 if config.plain:
     plain_seconds = pd.read_csv(config.plain)
-    caption += " The plain procedure's seconds a case are the speed appendix's, whose CSNE prompts have at least 110 tokens."
+    caption += " The plain procedure's seconds per case are the speed appendix's, whose CSNE prompts have at least 110 tokens."
 rq2.projection_table(measured, plain_seconds, label="tab-rq2-projection", caption=caption)

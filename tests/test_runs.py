@@ -350,7 +350,7 @@ def test_report_is_computed_from_records(tiny, source, tmp_path):
     assert f"{kept:.2f}" in shown.data[shown.data["Editor"] == "GRACE"].iloc[0]["Spec. kept"]
     assert not shown.data["FL."].str.contains("strong").any()
     figure = proficiency_figure(table)
-    assert figure.axes[0].get_title() == "CNLE, 5 cases an editor"
+    assert figure.axes[0].get_title() == "CNLE, 5 cases per editor"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["GRACE"]
     plt.close(figure)
     unscored = proficiency_figure(table.assign(state=UNSCORED))

@@ -264,7 +264,7 @@ def test_names_in_figures_are_no_formulas(records, name):
     figure.canvas.draw()
     (axis,) = figure.axes
     layout = axis.title._preprocess_math(axis.title.get_text())
-    assert layout == (f"{printable(name)}, 20 cases an editor", False)
+    assert layout == (f"{printable(name)}, 20 cases per editor", False)
     plt.close(figure)
 
 

@@ -188,7 +188,7 @@ def _text(subject: Subject, ids: Sequence[int]) -> str:
 
 
 def _sample(logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """One of the top-k tokens a row: the maximum of logits plus Gumbel noise follows their softmax."""
+    """One of the top-k tokens per row: the maximum of logits plus Gumbel noise follows their softmax."""
     top = logits.double().topk(noise.shape[-1], dim=-1)
     return top.indices.gather(-1, (top.values + noise).argmax(dim=-1, keepdim=True))[:, 0]
 

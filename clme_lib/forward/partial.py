@@ -58,7 +58,7 @@ class PartialForward:
         keys, outputs: (B, S, d_f) inputs and (B, S, d) outputs of ``W_l`` at the tail columns.
         residual: (B, S, d) the stream that output is added to.
         attention: (B, S, d) what the block's attention added to it; None when ``residuals`` were given.
-        touched: (B,) tail column of the lookup token; label_counts: (B,) labels a row.
+        touched: (B,) tail column of the lookup token; label_counts: (B,) labels per row.
         labels: (N,) label ids of all rows, row after row.
         label_rows, label_columns: (N,) the row and tail column that predict each label.
     """

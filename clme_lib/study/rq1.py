@@ -181,7 +181,7 @@ def proficiency_figure(records: pd.DataFrame):
         axis.set_xticks(range(len(MEASURES)), [measure.capitalize() for measure in MEASURES])
         counts = of_dataset.groupby("editor").size()
         size = " to ".join(dict.fromkeys((str(counts.min()), str(counts.max()))))
-        axis.set_title(f"{plain(dataset_title(str(dataset)))}, {size} cases an editor")
+        axis.set_title(f"{plain(dataset_title(str(dataset)))}, {size} cases per editor")
         axis.set_ylim(0, 105)
     axes[0][0].set_ylabel("exact match (%)")
     return legend(figure, axes, top=1.07, columns=len(editors))

@@ -127,7 +127,7 @@ END_SCORES = ["effectiveness_em", "free_effectiveness_em", "stops", "overrun", "
 def select(
     subject: Subject, editor: str, file: Path, cases: int | None = None, datasets: Sequence[str] = PAPER_DATASET_NAMES
 ) -> pd.DataFrame:
-    """Try an editor's grid; written as CSV, one row a setting, in the grid's order.
+    """Try an editor's grid; written as CSV, one row per setting, in the grid's order.
 
     Args:
         cases: of each data set's 30 selection cases, the first so many (None: all).

@@ -22,7 +22,7 @@ _COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device can do: operations and bytes a second, as measured."""
+    """What a device can do: operations and bytes per second, as measured."""
 
     operations: float
     traffic: float

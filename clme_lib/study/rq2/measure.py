@@ -7,7 +7,7 @@ A folder holds one JSON Lines file a subject, one row a measurement, each with t
 ``edit``        one case, edited alone: seconds around the whole of ``editor.edit``, peak memory, what was in use before
 ``throughput``  a batch: seconds of its edits, and of their evaluation
 
-Evaluating is to generate all texts here: to score them takes milliseconds a case, and packages that a machine for computing need not have.
+Evaluating is to generate all texts here: to score them takes milliseconds per case, and packages that a machine for computing need not have.
 The paper times one edit at a time (section III-E); so do the ``edit`` rows. Rows are appended as they are measured, and a
 measurement that is there is not repeated. A batch that does not fit is recorded as such and ends the growth.
 

@@ -143,7 +143,7 @@ def cost_figure(measured: pd.DataFrame, column: str):
                 bars(axis, n, len(subjects), middle["base_mib"], color="white", alpha=0.6)
         axis.set_xticks(range(len(editors)), [plain(editor_name(name)) for name in editors], rotation=40, ha="right")
         axis.set_title(plain(dataset_title(str(dataset))))
-    axes[0][0].set_ylabel("seconds an edit" if column == "seconds" else "peak memory (MiB)")
+    axes[0][0].set_ylabel("seconds per edit" if column == "seconds" else "peak memory (MiB)")
     return legend(figure, axes, top=0.98, columns=2, loc="lower center")
 
 
@@ -162,7 +162,7 @@ def throughput_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 
 def _rates(batches: pd.DataFrame) -> pd.DataFrame:
-    """Of one editor and data set: edits and evaluated cases a second by batch size (NaN: it did not fit)."""
+    """Of one editor and data set: edits and evaluated cases per second by batch size (NaN: it did not fit)."""
     by_size = batches.set_index(batches["batch"].astype(int)).sort_index()
     whole = by_size["edit_seconds"] + by_size["evaluate_seconds"]
     return pd.DataFrame({"edits/s": by_size.index / by_size["edit_seconds"], "with evaluation": by_size.index / whole})
@@ -235,7 +235,7 @@ def projection_table(measured: pd.DataFrame, plain: pd.DataFrame | None = None) 
 
 
 def _hours(seconds: dict[tuple[str, str], float]) -> float | None:
-    """For the paper's cases by its variants, from the seconds a case of each data set and editor; None where one is missing."""
+    """For the paper's cases by its variants, from the seconds per case of each data set and editor; None where one is missing."""
     hours = sum(seconds.get(pair, np.nan) * PAPER_CASES[pair[0]] for pair in _PAIRS) / 3600
     return None if np.isnan(hours) else hours
 
