@@ -58,7 +58,7 @@ def agreement(pairs: pd.DataFrame) -> pd.DataFrame:
     levels = pairs["level"].to_numpy()
     judges = {
         "a second reading": pairs["second"].to_numpy(),
-        "how much the intent helps": judged(pairs["help"].to_numpy(), levels),
+        "offline scorer": judged(pairs["help"].to_numpy(), levels),
         "words in common": judged(pairs["words"].to_numpy(), levels),
     }
     rows = []
@@ -69,7 +69,9 @@ def agreement(pairs: pd.DataFrame) -> pd.DataFrame:
                 "pairs": len(pairs),
                 "weighted kappa": round(cohen_kappa_score(levels, given, weights="quadratic"), 2),
                 "same level": round((levels == given).mean(), 2),
-                "labelled 4 or 5 of those judged 5": round((levels[given == 5] >= 4).mean(), 2),
+                "labelled relevant or better, of those judged very relevant": round(
+                    (levels[given == 5] >= 4).mean(), 2
+                ),
             }
         )
     return pd.DataFrame(rows)
@@ -84,7 +86,7 @@ def levels_of_source(pairs: list[tuple[str, str]], losses: relevance.Losses) -> 
             [{"id": n, "intent": i, "snippet": s} for n, (i, s) in enumerate(given)]
         )
         by_words = [relevance.LEVELS[min(4, int(10 * shared_words(*pair)))] for pair in given]
-        for scorer, levels in (("help", [row["level"] for row in scored]), ("words", by_words)):
+        for scorer, levels in (("offline scorer", [row["level"] for row in scored]), ("words in common", by_words)):
             rows.append(
                 {
                     "pairs": what,

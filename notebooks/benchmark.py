@@ -55,7 +55,7 @@ samples = {name: tables for name, tables in samples.items() if name.lower() in s
 # `published`
 # : The authors' files, from Zenodo ([10.5281/zenodo.12818365](https://doi.org/10.5281/zenodo.12818365)), checked against the record's
 #   checksums. 21,055 CNLE and about 16,000 CSNE cases. The download is implemented and tested against a local stand-in;
-#   no published run of this book uses it yet.
+#   none of the results in this book uses it yet.
 #
 # a path
 # : Any JSON file in the authors' layout.
@@ -88,7 +88,7 @@ caption = "Lengths in words and symbols (the paper's Table III)."
 benchmark.length_table(shown, label="tab-lengths", caption=caption)
 
 # %% [markdown]
-# ## Three cases of each
+# ## Three cases
 #
 # CNLE:
 
@@ -102,7 +102,7 @@ Markdown(samples.get("CNLE", ""))
 Markdown(
     samples.get(
         "CSNE",
-        "_CSNE's texts are not ours to publish:_ `make book` _mines the set on the reader's machine and shows three of its cases here._",
+        "_CSNE's texts are not ours to publish, so none is shown here; where_ `make book` _was run, it has mined the set and shows three cases._",
     )
 )
 
@@ -155,7 +155,8 @@ benchmark.level_table(benchmark.level_counts(built.get("cnle", measured)), label
 #
 # The labels are easy to agree on because each pair was written for its level, and hard on words in common: right snippets often share none with their
 # intent, and wrong ones do. The model tells unrelated pairs from the others, and hardly the upper levels from each other: it stands in where no
-# language model can be asked. On pairs of CoNaLa that people wrote or mended, which are relevant, it calls far fewer irrelevant than words in common do:
+# language model can be asked. On pairs of CoNaLa that people wrote or mended, which are relevant, it puts fewer in the two lowest levels than words in common do;
+# on the same snippets after another row's intent it puts more in the two highest:
 #
 # ```{csv-table} Levels that both scorers give 500 annotated pairs of CoNaLa, and the same snippets after the next row's intent.
 # :name: tab-relevance-conala
@@ -193,6 +194,6 @@ Markdown(f"""| | Paper | Embedded |
 | size | 21,055 and 16k | {len(targets)} and {embedded_csne.TARGETS} |""")
 
 # %% [markdown]
-# Packages like these are in the training data of every code model, and so is CodeSearchNet. The unedited row of a table shows how often a subject
-# writes the target anyway; the embedded subject never does, because it opens its answers in other ways. Thirty cases of each data set are reserved for
+# Packages like these are probably in the training data of most code models, and so is CodeSearchNet. The unedited row of a table shows how often a subject
+# writes the target anyway ({numref}`tab-rq1-proficiency`). Thirty cases of each data set are reserved for
 # choosing hyper-parameters and are edited in no run of RQ1 or RQ3.

@@ -79,10 +79,12 @@ for data, shown in report.findings(records).items():
     )
     if careful := shown["careful"]:
         farthest = max(careful, key=careful.get)
-        text += (
-            "Of the editors that make at least half of the edits hold and keep all neighbours in at least half of the cases "
-            f"({inline(', '.join(careful))}), the most that any carries over is {100 * careful[farthest]:.1f} % ({inline(farthest)})."
-        )
+        half = "at least half of the edits hold and keeps all neighbours in at least half of the cases"
+        share = f"{100 * careful[farthest]:.1f} % of the edits"
+        if len(careful) == 1:
+            text += f"Only {inline(farthest)} makes {half}; it carries {share} over to the rephrased prompt."
+        else:
+            text += f"Each of {inline(', '.join(careful))} makes {half}; the one that carries most over to the rephrased prompt is {inline(farthest)}, with {share}."
     else:
         text += "No editor both makes half of the edits hold and keeps all neighbours in half of the cases."
     paragraphs.append(text)
@@ -108,28 +110,29 @@ report.transfer_table(records, label="tab-rq1-transfer", caption=caption)
 # ## What the protocol hides
 #
 # The paper's protocol writes exactly as many tokens as the target has. So the length of the answer is given away, whether the model stops
-# is never tested, and strings are compared where code could be run. Here the edited models write up to 64 tokens, as they would for a user,
-# and the text is cut at its first line break (of code, at the end of its first statement); [](#sec-free) defines the scores.
+# is never tested, and strings are compared where code could be run. For the free scores the edited models write up to 64 tokens, as they would for a user,
+# and the text is cut at its first line break (of code, at the end of its first statement); [](#sec-free) defines the scores. Records that were made
+# before there were free scores hold no such texts, and records of CSNE no texts at all: the tables show what can be computed from what a record has.
 
 # %% tags=["hide-input"]
 caption = (
-    "Free writing, times 100 with 95 % intervals below; intervals and bold as in the table above. What a run did not measure is left out: "
-    "older records keep no free texts, and code is run only when that is asked for."
+    "Scores beside the paper's, times 100 with 95 % intervals below; intervals and bold as in the table above. A score that no record has is left out, "
+    "and so is a row without any."
 )
 report.free_table(records, label="tab-rq1-free", caption=caption)
 
 # %% tags=["hide-input"]
 caption = (
     "The paper's score → the free or executed score of the same cases, and below the change in points with its 95 % interval (McNemar's exact "
-    "test or Wilcoxon's signed-rank test, with Holm's correction over the table). A code fence counts as a change of the neighbours in the "
-    "paper's score; in the last column only what is inside it does."
+    "test or Wilcoxon's signed-rank test, with Holm's correction over the table). <em>Spec. kept</em> takes a new or missing code fence for a change of the "
+    "neighbour; <em>no fence</em> does not."
 )
 changes = report.protocol_table(records, label="tab-rq1-protocol", caption=caption)
 changes if len(changes.data) else Markdown("_These records have no free scores beside the paper's._")
 
 # %% [markdown]
 # A codebook's generalization has two factors. The first, whether it fires at another wording, is the encoder's and the radius's; the second,
-# whether the value still makes the model write the target there, is the value's, and no encoder lifts it.
+# whether the value still makes the model write the target there, is the value's: the encoder decides which prompts are counted in it, but not what is written.
 
 # %% tags=["hide-input"]
 caption = "Generalization of the codebooks, taken apart: shares of the rephrased prompts with 95 % intervals; the second is of those where the codebook fired."
@@ -144,7 +147,7 @@ failures if len(failures.data) else Markdown("_No code of these records was run.
 # %% [markdown]
 # ## What the edited models write
 #
-# Line breaks are shown as ⏎. A neighbour's continuation should be the one in the unedited row.
+# Line breaks are shown as ⏎. Texts are as long as the target, those after a neighbour 16 tokens; a neighbour's should be the one in the unedited row.
 
 # %% tags=["hide-input"]
 with_texts = clme.load_cases("cnle" if "cnle" in config.dataset else config.dataset[0], config.source)

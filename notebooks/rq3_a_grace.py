@@ -17,11 +17,11 @@
 # (rq3)=
 # # RQ3: A-GRACE
 #
-# GRACE asks its codebook with the last token's key. Another wording of the same request has another key, so the edit is
-# not found. A-GRACE asks with an encoded mean over the whole prompt ([](#sec-a-grace)). Does that carry edits over, and what
+# GRACE queries its codebook with the last token's key. Another wording of the same request has another key, so the edit is
+# not found. A-GRACE queries with an encoded mean over the whole prompt (see [](#sec-a-grace)). Does that carry edits over, and what
 # does it cost the neighbours?
 #
-# Beside the run itself, this notebook makes the same cases with the released program's defects (a second run, in the folder
+# Beside the run itself, this notebook edits the same cases once more with the released program's defects (a second run, in the folder
 # `<out>-compat`) and three small tables in the run's folder: the sweep of the radius, the picture of a case, and edits timed alone.
 
 # %% tags=["parameters", "hide-input"]
@@ -80,8 +80,8 @@ for shown in rq3.findings(records, compat):
     before, after = means.loc["grace"], means.loc["a-grace"]
     sentences.append(
         f"On the {shown['cases']} {shown['data']} cases that all variants edited, the target follows the rephrased prompt in "
-        f"{after['generalization_em']:.1f} % with A-GRACE and in {before['generalization_em']:.1f} % with GRACE; effectiveness goes from "
-        f"{before['effectiveness_em']:.1f} to {after['effectiveness_em']:.1f} %. With the codebook active in every generation, "
+        f"{after['generalization_em']:.1f} % with A-GRACE and in {before['generalization_em']:.1f} % with GRACE; effectiveness is "
+        f"{after['effectiveness_em']:.1f} and {before['effectiveness_em']:.1f} %. With the codebook active in every generation, "
         f"{after['specificity_rate']:.1f} % of the neighbours stay unchanged, and all five in {after['specificity_em']:.1f} % of the cases "
         f"(GRACE: {before['specificity_em']:.1f} %)."
     )
@@ -98,8 +98,8 @@ for shown in rq3.findings(records, compat):
     if shown["released"]:
         (released, count), (repaired, same) = shown["released"], shown["repaired"]
         sentences.append(
-            f"With the released program's defects all five neighbours stay unchanged in {released:.1f} % of {count} cases; without "
-            f"them, in {repaired:.1f} % of {same} of the same cases."
+            f"With the released program's defects all five neighbours stay unchanged in {released:.1f} % of {count} cases, without "
+            f"them in {repaired:.1f} % of the same cases{'' if same == count else f' (of {same} of them)'}."
         )
 Markdown(inline(" ".join(sentences)) if sentences else "_GRACE and A-GRACE are needed for a comparison: add them to `editors`._")
 
@@ -114,7 +114,8 @@ rq3.paired_table(records, label="tab-rq3-paired", caption=caption)
 # ## What the encoder does, and what it cannot do
 #
 # Generalization has two factors. Whether the codebook fires at another wording is the encoder's and the radius's; whether the value still makes
-# the model write the target there is the value's, which was learnt for the edit prompt. No encoder lifts the second.
+# the model write the target there is the value's, which was learnt for the edit prompt. The encoder decides which prompts are counted in the second factor, but
+# not what the value makes the model write for any of them.
 
 # %% tags=["hide-input"]
 caption = (
@@ -126,10 +127,11 @@ rq1.reach_table(records, label="tab-rq3-reach", caption=caption)
 # %% [markdown]
 # ## Why GRACE does not generalize
 #
-# The distance from the edit prompt (OI) to its rephrased prompt (GRI) should be below the radius, that to its neighbours (SRI) above it.
-# Where the line lies inside the band, no radius tells the two apart; where it lies below the band but above the radius, a larger radius would.
+# The distance from the edit prompt to its rephrased prompt should be below the radius, that to its neighbours above it. Where a rephrased prompt is farther
+# away than the nearest neighbour (the line is inside the band), no radius accepts the one and rejects the others; where it is nearer than all of them but outside the
+# radius, a larger radius would find it.
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Distances from the edit prompt, case by case; above GRACE's keys (the last token's), below A-GRACE's (the encoded mean).", "name": "fig-rq3-distances"}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Distances from each case's edit prompt (OI) to its rephrased prompt (GRI, the line) and to its nearest to farthest neighbour (SRI, the band); above GRACE's keys (the last token's), below A-GRACE's (the encoded mean).", "name": "fig-rq3-distances"}}
 rq3.distance_figure(records)
 plt.show()
 
@@ -153,9 +155,9 @@ rq3.projection_table(places, label="tab-rq3-case", caption=caption)
 # %% [markdown]
 # ## Both presets side by side
 #
-# In the released program the query of A-GRACE (and of w/o CL) is a mean over no tokens from the second generation after an edit on: it is NaN,
+# In the released program the query of A-GRACE (and of w/o CL) is a mean over no tokens from the second text after an edit on: it is NaN,
 # and the codebook never fires. The specificity and fluency that it reports are therefore the unedited model's. The clean preset consults the
-# codebook in every generation.
+# codebook for every text, when its prompt is read.
 
 # %% tags=["hide-input"]
 caption = (
@@ -169,8 +171,8 @@ rq3.preset_table(records, compat, label="tab-rq3-presets", caption=caption)
 # ## Margin and radius
 #
 # A larger radius finds more rephrased prompts and more neighbours. The curves come from the selection cases, which are in no
-# table above, with encoders trained on all the others; a dot marks the paper's radius of 1. The margins
-# that the tables above use are among the values in [](#sec-subject).
+# table above, with encoders trained on all the others; a dot marks the paper's radius of 1. The tables above use the margins that [](#encoders) selected
+# (the values are in [](#sec-subject)), which need not be the best of this sweep.
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Generalization against unchanged neighbours as the radius grows, for encoders trained with several margins.", "name": "fig-rq3-radius"}}
 sweep = measurements.sweep(config)
@@ -183,9 +185,9 @@ sentences = [
     f"{100 * grace['specificity_rate']:.1f} % of the neighbours unchanged; A-GRACE at its best (margin {encoded['margin']:g}, radius "
     f"{encoded['radius']:.2f}) {100 * encoded['generalization']:.1f} % and {100 * encoded['specificity_rate']:.1f} %. "
     + (
-        "Here it is the radius that carries edits over, and the encoder adds nothing to it."
+        "So on these cases a radius that is chosen for it does without an encoder what A-GRACE does."
         if rq3.reached(grace) >= rq3.reached(encoded)
-        else "No radius of GRACE's does what the encoder does here."
+        else "So on these cases no radius of GRACE's does what the encoder does."
     )
     for data, (grace, encoded) in rq3.radius_findings(sweep).items()
 ]
@@ -201,7 +203,7 @@ rq3.radius_table(sweep, label="tab-rq3-radius", caption=caption)
 # %% [markdown]
 # ## What an edit costs
 #
-# The variants take turns on each case, so that their ratio holds even where the machine had other work and the seconds are long.
+# The variants take turns on each case, so that other work of the machine slows all of them alike. The ratio is the median over cases, not the ratio of the two medians.
 
 # %% tags=["hide-input"]
 alone = measurements.overhead(config)

@@ -20,7 +20,7 @@ def test_paired_tests_are_exact_for_shares_and_ranks_else():
     assert paired_p(np.array([1] * 6 + [0] * 4)) == 2 / 2**6
     assert paired_p(np.array([1, 1, 1, -1])) == stats.binomtest(3, 4).pvalue
     differences = np.array([0.2, -0.1, 0.3, 0.0, 0.4])
-    assert paired_p(differences) == stats.wilcoxon(differences, zero_method="zsplit").pvalue
+    assert paired_p(differences) == stats.wilcoxon(differences[differences != 0]).pvalue
 
 
 def test_holm_by_hand():

@@ -71,7 +71,7 @@ def test_paired_differences_by_hand():
     assert row_of_table["n"] == "6" and row_of_table["Eff. EM"] == "0.00<br><small>the same</small>"
     assert row_of_table["Gen. EM"].startswith("+66.67") and "p = 1.000" in row_of_table["Gen. EM"]
     assert paired_p(np.array(won)) == 0.125
-    p = stats.wilcoxon(bleu[0] - bleu[1], zero_method="zsplit").pvalue
+    p = stats.wilcoxon(bleu[0] - bleu[1]).pvalue
     assert paired_p(bleu[0] - bleu[1]) == p
     p = 10 * p if p < 0.125 else min(1, 9 * p)
     assert (

@@ -19,12 +19,12 @@ SIGNIFICANT = 0.05
 
 def paired_p(differences: np.ndarray) -> float:
     """Two-sided p of paired differences (cases,): McNemar's exact test where they are -1, 0 and 1 alone, else Wilcoxon's signed-rank
-    test, in which ties count half for either side. 1 where nothing differs."""
+    test. Both leave out what does not differ; 1 where nothing does."""
     if not differences.any():
         return 1.0
     if np.isin(differences, (-1, 0, 1)).all():
         return float(stats.binomtest(int((differences > 0).sum()), int((differences != 0).sum())).pvalue)
-    return float(stats.wilcoxon(differences, zero_method="zsplit").pvalue)
+    return float(stats.wilcoxon(differences).pvalue)
 
 
 def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:

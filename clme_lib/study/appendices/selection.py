@@ -76,7 +76,7 @@ def differing_values(paper: str = "codellama-7b", own: str = "smollm2-135m") -> 
         of_paper, of_own = (resolve_hparams(editor, name).model_dump() for name in (paper, own))
         for name in {**papers.get(editor, {}), **owns.get(editor, {})}:
             if of_paper[name] != of_own[name]:
-                values = {f"{paper} (the paper's)": _value(of_paper[name]), own: _value(of_own[name])}
+                values = {f"{paper} (the paper's or its program's)": _value(of_paper[name]), own: _value(of_own[name])}
                 rows.append({"Editor": editor_name(editor), "Value": f"`{name}`", **values})
     return pd.DataFrame(rows)
 

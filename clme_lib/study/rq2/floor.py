@@ -1,4 +1,4 @@
-"""The floor under an edit: the least time that what its algorithm cannot do without takes on a device.
+"""The floor of an edit: the least time that a device needs for the operations that its algorithm cannot avoid.
 
 Each editor counts its operations and memory traffic (clme_lib/editors/operations.py). A phase takes at least the longer of
 its arithmetic and its traffic at the device's rates, which are measured (:func:`measure_ceilings`); the floor is the sum over phases.
