@@ -34,7 +34,7 @@ _NUMBER = re.compile(r"(?<![\d.])([1-5])(?!\.?\d)")
 # the longer names first, of which the others are parts
 _LEVEL = re.compile(rf"\b(not )?({'|'.join(sorted(LEVELS, key=len, reverse=True))})\b")
 _AT_ONCE = 64  # pairs
-_MOST_CHARACTERS = 2_000  # of a pair, which has fewer tokens than that
+_MOST_CHARACTERS = 2_000  # of a pair, which has no more tokens than that
 
 
 def offline_scorer(losses: Losses) -> Step:
@@ -45,8 +45,12 @@ def offline_scorer(losses: Losses) -> Step:
     """
 
     def score(rows: Sequence[StageRow]) -> Iterator[StageRow]:
-        fit = [row for row in rows if len(row["intent"]) + len(row["snippet"]) <= _MOST_CHARACTERS]
-        yield from (stage_row(row["id"], "too long to be scored") for row in rows if row not in fit)
+        fit = []
+        for row in rows:
+            if len(row["intent"]) + len(row["snippet"]) > _MOST_CHARACTERS:
+                yield stage_row(row["id"], "too long to be scored")
+            else:
+                fit.append(row)
         for first in range(0, len(fit), _AT_ONCE):
             part = fit[first : first + _AT_ONCE]
             helps = intents_help([(row["intent"], row["snippet"]) for row in part], losses)
