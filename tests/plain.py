@@ -184,7 +184,7 @@ def rome(subject, case, contexts, values):
 
 
 def spread(subject, case, contexts, values, moments, pmet):
-    """({layer: update written out}, losses) of MEMIT or PMET, the weights really changed and a dense solve at each layer."""
+    """({layer: update written out}, losses) of MEMIT, PMET or AlphaEdit, the weights really changed and a dense solve at each layer."""
     last = subject.blocks[max(values.layers)]
     if pmet:
         modules = [last.self_attn.o_proj, last.mlp.down_proj] if values.attention else [last.mlp.down_proj]
@@ -205,8 +205,16 @@ def spread(subject, case, contexts, values, moments, pmet):
             held = read_at(subject, measured, *prompts[0])[1]
             left = len(values.layers) - n
             residual = (target_state - held).double() / (left**0.5 if pmet else left)
-            dense = values.covariance_weight * moments[layer].double() + torch.outer(key, key)
-            updates[layer] = torch.outer(residual, torch.linalg.solve(dense, key)).float()
+            if hasattr(values, "ridge"):
+                eigenvalues, vectors = torch.linalg.eigh(moments[layer].double())
+                project = sum(
+                    torch.outer(v, v) for e, v in zip(eigenvalues, vectors.T) if e < values.eigenvalue_threshold
+                )
+                dense = project @ torch.outer(key, key) + values.ridge * torch.eye(len(key), dtype=torch.double)
+                updates[layer] = torch.linalg.solve(dense, project @ torch.outer(key, residual)).T.float()
+            else:
+                dense = values.covariance_weight * moments[layer].double() + torch.outer(key, key)
+                updates[layer] = torch.outer(residual, torch.linalg.solve(dense, key)).float()
             with torch.no_grad():
                 module.weight += updates[layer]
     finally:

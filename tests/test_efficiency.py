@@ -35,6 +35,7 @@ SMALL = {
     "rome": {"layer": 1},
     "memit": {"layers": [0, 1]},
     "pmet": {"layers": [0, 1]},
+    "alphaedit": {"layers": [0, 1]},
     "malmen": {"layers": [2, 3], "rank": 8},
     **{name: {"layer": 2} for name in ("grace", "a-grace", "a-grace-wo-cl", "a-grace-wo-mean")},
 }

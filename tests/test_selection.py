@@ -34,7 +34,7 @@ def test_the_first_good_enough_is_chosen_else_the_best():
 def test_grids_start_at_the_papers_values():
     reduced = {"iterations", "records"}  # MALMEN's training is shorter in every setting
     grids = {editor: EDITORS[editor].selection_grid for editor in EDITORS if EDITORS[editor].selection_grid}
-    assert set(grids) == {"ft-l", "rome", "memit", "pmet", "malmen", "grace", "grace-tuned", "a-grace"}
+    assert set(grids) == {"ft-l", "rome", "memit", "pmet", "malmen", "grace", "grace-tuned", "a-grace", "alphaedit"}
     assert {len(grid) for grid in grids.values()} == {8}  # none is searched for longer than another
     for editor, grid in grids.items():
         paper = resolve_hparams(editor, "codellama-7b", 30, values="transferred").model_dump()

@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clme_lib.datasets import registry as datasets
+from clme_lib.editors.base import EDITORS
 from clme_lib.editors.locate_then_edit import learning as rewriting
 from clme_lib.editors.locate_then_edit.learning import Rewriting, misplaced, rewriting_rows
 from clme_lib.editors.locate_then_edit.second_moments import SecondMoment, second_moments
@@ -26,6 +27,7 @@ SMALL = {
     "rome": {"layer": 1, "steps": 6},
     "memit": {"layers": [0, 1, 2], "steps": 6, "covariance_weight": 2.0},
     "pmet": {"layers": [0, 1, 2], "steps": 6, "covariance_weight": 2.0},
+    "alphaedit": {"layers": [0, 1, 2], "steps": 6, "ridge": 0.01, "lr": 0.5, "clamp": 4.0, "weight_decay": 1e-3},
 }
 
 
@@ -60,10 +62,24 @@ def test_rome_equals_the_plain_loop(subject, cases):
         assert close(edit.delta(1), update)
 
 
-@pytest.mark.parametrize(("name", "changes"), [("memit", {}), ("pmet", {}), ("pmet", {"attention": False})])
+def middle_eigenvalue(moments) -> float:
+    """A threshold that keeps about half of every layer's dimensions."""
+    return (
+        torch.stack([torch.linalg.eigvalsh(moment.matrix.double()).median() for moment in moments.values()])
+        .mean()
+        .item()
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [("memit", {}), ("pmet", {}), ("pmet", {"attention": False}), ("alphaedit", {})]
+)
 def test_spread_editors_equal_the_plain_loop(subject, cases, corpus, name, changes):
     editor = editor_of(name, subject, corpus, **changes)
-    moments = {layer: moment.matrix for layer, moment in second_moments(subject, [0, 1, 2], editor.hparams).items()}
+    gathered = second_moments(subject, [0, 1, 2], editor.hparams)
+    if name == "alphaedit":
+        editor = editor_of(name, subject, corpus, eigenvalue_threshold=middle_eigenvalue(gathered))
+    moments = {layer: moment.matrix for layer, moment in gathered.items()}
     for case, edit in zip(cases[:3], editor.edit(cases[:3])):
         updates, losses = plain.spread(subject, case, editor.contexts, editor.hparams, moments, name == "pmet")
         assert edit.log.losses == pytest.approx(losses, rel=1e-3)
@@ -252,7 +268,7 @@ def test_released_padding_reads_too_far_left(llama, cases):
     assert misplaced(aligned[:1], 0)[0].lookup == aligned[0].lookup
 
 
-@pytest.mark.parametrize("name", list(SMALL))
+@pytest.mark.parametrize("name", [name for name in SMALL if EDITORS[name].compat])
 def test_compat_differs_and_runs(subject, cases, corpus, name):
     clean = editor_of(name, subject, corpus)
     compat = load_editor(name, subject, preset="compat", **{**SMALL[name], "corpus": corpus})
@@ -449,3 +465,19 @@ def test_pmet_is_taken_apart(llama, cases, corpus, tmp_path, monkeypatch):
         assert table["nll_after"][n] == pytest.approx(diagnosed["nll_after"].mean(), rel=1e-3)
         assert table["norm"][n] == pytest.approx(diagnosed["norm"].mean(), rel=1e-3)
     assert len(pd.read_csv(tmp_path / "parts.csv")) == 8
+
+
+def test_alphaedit_leaves_what_other_texts_use_as_it_is(llama, cases, corpus):
+    moments = second_moments(llama, [0, 1, 2], editor_of("alphaedit", llama, corpus).hparams)
+    threshold = middle_eigenvalue(moments)
+    editor = editor_of("alphaedit", llama, corpus, eigenvalue_threshold=threshold)
+    described = editor.setup()
+    (edit,) = editor.edit(cases[:1])
+    for layer, moment in moments.items():
+        eigenvalues, vectors = torch.linalg.eigh(moment.matrix.double())
+        used = vectors[:, eigenvalues >= threshold].float()
+        delta = edit.delta(layer)
+        assert (delta @ used).norm() < 1e-4 * delta.norm(), "nothing along the directions of other texts"
+        assert 0 < described["dimensions written to"][layer] == (eigenvalues < threshold).sum() < len(eigenvalues)
+    with pytest.raises(StudyError, match="layer 0 has no eigenvalue below eigenvalue_threshold=1e-30; the smallest is"):
+        editor_of("alphaedit", llama, corpus, eigenvalue_threshold=1e-30).setup()

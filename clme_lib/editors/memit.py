@@ -1,47 +1,32 @@
 """MEMIT: the change of a hidden state, spread over the MLPs of several layers (paper section III-B; Meng et al. 2023).
 
-Algorithm, for one case with layers ``l_1 .. l_n``::
+The residual is written (locate_then_edit/spreading.py) along::
 
-    z = h + delta                     h: the stream after block l_n at the lookup token; delta learnt there (learning.py)
-    for i = 1 .. n:
-        k = 1/2 k(no context) + 1/2 mean of k(contexts)       inputs of W_{l_i} at the lookup token
-        r = z - h                                             both read with the layers below already written
-        a = (weight * C + k k^T)^-1 k                         C: second moment of the layer's keys (second_moments.py)
-        W_{l_i} <- W_{l_i} + (r / (n + 1 - i)) a^T
+    a = (weight * C + k k^T)^-1 k                         C: second moment of the layer's keys (second_moments.py)
 
 With one key the inverse follows from ``q = (weight * C)^-1 k`` as ``a = q / (1 + k^T q)`` (Sherman-Morrison): each edit
-costs a triangular solve with a factor made once. Nothing is written into the model: the stream of all columns is
-carried from block to block, with what the update adds.
+costs a triangular solve with a factor made once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import product
 from typing import ClassVar
 
 import torch
 from pydantic import Field
 
-from ..datasets.cases import Case
-from ..edits.base import EditLog
-from ..edits.weights import LowRankUpdate
-from ..forward.blockwise import BlockPass, Blockwise
-from ..forward.tokens import encode
-from ..support.schema import Layers, Schema
-from .locate_then_edit.learning import RewritingEditor, RewritingHyperparameters
-from .locate_then_edit.second_moments import random_moments
-from .operations import Phase, Sizes
+from ..support.schema import Schema
+from .locate_then_edit.spreading import SpreadingEditor, SpreadingHyperparameters
 
 
-class MEMITHyperparameters(RewritingHyperparameters):
+class MEMITHyperparameters(SpreadingHyperparameters):
     """``covariance_weight`` is lambda: how many times the second moment counts against the one key."""
 
-    layers: Layers = (4, 5, 6, 7, 8)
     covariance_weight: float = Field(default=15_000.0, gt=0)
 
 
-class MEMIT(RewritingEditor[MEMITHyperparameters]):
+class MEMIT(SpreadingEditor[MEMITHyperparameters]):
     """One rank-one update in each of several consecutive layers."""
 
     name, title, order, colour = "memit", "MEMIT", 3, 8
@@ -52,85 +37,7 @@ class MEMIT(RewritingEditor[MEMITHyperparameters]):
         for kl, weight, layers in product((0.0625, 0.0), (15_000.0, 2_093.0), ((4, 5, 6, 7, 8), (9, 10, 11, 12, 13)))
     ]
 
-    def stand_in(self, cases):
-        self.moments = random_moments(self.subject, self.layers, self.seed)
-
-    def operations(self, prompt, target, steps):
-        sizes, layers, rows = Sizes(self.subject), self.layers, len(self.contexts)
-        all_rows = sizes.read(self.mean_width(prompt), len(layers), rows)
-        # the bare prompt is read through all blocks from each written layer to the last
-        bare = sizes.read(prompt, sum(layers[-1] - layer for layer in layers))
-        return [
-            *super().operations(prompt, target, steps),
-            Phase("write", all_rows.operations + bare.operations, all_rows.traffic + bare.traffic),
-            Phase("solve", 2 * len(layers) * sizes.inner**2, 8 * len(layers) * sizes.inner**2),
-        ]
-
-    def _edit_batch(self, cases, tokenized):
-        return self.write(cases, *self.target_states(cases))
-
-    def target_states(self, cases: Sequence[Case]) -> tuple[torch.Tensor, list[EditLog]]:
-        """What the lookup token should hold after the last edited layer, (B, d) float32, and the logs; needs gradients."""
-        _, states, logs = self._learn(cases)
-        return states, logs
-
-    def _outputs(self, forward):
-        # the stream after a block is its MLP's output on top of constants: delta may as well be added there
-        return [forward.residual + forward.outputs]
-
-    @staticmethod
-    def _held(read: BlockPass) -> torch.Tensor:
-        """What ``z`` is compared with, read after the last edited layer: the stream."""
-        return read.hidden
-
-    @staticmethod
-    def _residual_divisor(left: int) -> float:
-        """The divisor of the residual when ``left`` layers, this one included, are still to be written."""
-        return float(left)
-
     def direction(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
         """``a = (weight * C + k k^T)^-1 k`` of each key (B, d_f)."""
         scaled = self.moments[layer].solve(keys) / self.hparams.covariance_weight
         return (scaled / (1 + (keys.double() * scaled).sum(dim=-1, keepdim=True))).float()
-
-    @torch.no_grad()
-    def write(self, cases: Sequence[Case], target_states: torch.Tensor, logs: Sequence[EditLog]) -> list[LowRankUpdate]:
-        """The cases' edits: each layer's update, so that the lookup token comes to hold its target state (B, d)."""
-        layers, contexts = self.layers, len(self.contexts)
-        prompts = [encode(self.subject.tokenizer, context + case.prompt) for case in cases for context in self.contexts]
-        walk = Blockwise(self.subject, prompts)
-        every = torch.arange(len(prompts), device=self.subject.device)
-        bare, columns = every[::contexts], self._key_columns(prompts)
-        # the bare prompt weighs as much as the contexts together
-        weights = torch.tensor([0.5] + [0.5 / (contexts - 1)] * (contexts - 1), device=self.subject.device)
-        hidden = walk.up_to(layers[0])
-        factors: list[dict[int, tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in cases]
-        for layer in range(layers[0], layers[-1] + 1):
-            here = walk.block(layer, hidden)
-            hidden = here.hidden
-            if layer not in layers:
-                continue
-            keys = here.keys[every, columns].float().view(len(cases), contexts, -1)
-            right = self.direction(layer, (keys * weights[:, None]).sum(dim=1))
-            read = BlockPass(here.hidden[bare], here.keys[bare], here.outputs[bare])
-            for above in range(layer + 1, layers[-1] + 1):
-                read = walk.block(above, read.hidden, rows=bare)
-            residual = target_states - self._held(read)[:, -1].float()
-            left = residual / self._residual_divisor(len(layers) - layers.index(layer))
-            for n, of_case in enumerate(factors):
-                of_case[layer] = left[n][:, None], right[n][None]
-            along = torch.einsum("rwf,rf->rw", here.keys.float(), right.repeat_interleave(contexts, dim=0))
-            added = along[:, :, None] * left.repeat_interleave(contexts, dim=0)[:, None]
-            hidden = hidden + added.to(hidden.dtype)
-        return [
-            LowRankUpdate(case.case_id, self.name, factors=of_case, log=log)
-            for case, of_case, log in zip(cases, factors, logs)
-        ]
-
-    def _key_columns(self, prompts: list[list[int]]) -> torch.Tensor:
-        """(R,) the column, from the right, at which each row's key is read: the last, but for ``padding="released"``."""
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.subject.device)
-        if self.hparams.padding == "aligned":
-            return torch.full_like(lengths, -1)
-        of_case = lengths.view(-1, len(self.contexts))
-        return (of_case - of_case.amax(dim=1, keepdim=True) - 1).flatten()

@@ -1,0 +1,125 @@
+"""Writing the change of a hidden state into the MLPs of several layers, as MEMIT does (Meng et al. 2023); what its kin share.
+
+Algorithm, for one case with layers ``l_1 .. l_n``::
+
+    z = h + delta                     h: the stream after block l_n at the lookup token; delta learnt there (learning.py)
+    for i = 1 .. n:
+        k = 1/2 k(no context) + 1/2 mean of k(contexts)       inputs of W_{l_i} at the lookup token
+        r = z - h                                             both read with the layers below already written
+        W_{l_i} <- W_{l_i} + (r / (n + 1 - i)) a^T            a: the editor's direction for k
+
+Nothing is written into the model: the stream of all columns is carried from block to block, with what the update adds.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+
+from ...datasets.cases import Case
+from ...edits.base import EditLog
+from ...edits.weights import LowRankUpdate
+from ...forward.blockwise import BlockPass, Blockwise
+from ...forward.tokens import encode
+from ...support.schema import Layers
+from ..operations import Phase, Sizes
+from .learning import RewritingEditor, RewritingHyperparameters
+from .second_moments import random_moments
+
+
+class SpreadingHyperparameters(RewritingHyperparameters):
+    """``layers`` are those that are written, ascending; the vector is learnt after the last."""
+
+    layers: Layers = (4, 5, 6, 7, 8)
+
+
+Hparams = TypeVar("Hparams", bound=SpreadingHyperparameters)
+
+
+class SpreadingEditor(RewritingEditor[Hparams]):
+    """One rank-one update in each of several layers."""
+
+    def stand_in(self, cases):
+        self.moments = random_moments(self.subject, self.layers, self.seed)
+
+    def operations(self, prompt, target, steps):
+        sizes, layers, rows = Sizes(self.subject), self.layers, len(self.contexts)
+        all_rows = sizes.read(self.mean_width(prompt), len(layers), rows)
+        # the bare prompt is read through all blocks from each written layer to the last
+        bare = sizes.read(prompt, sum(layers[-1] - layer for layer in layers))
+        return [
+            *super().operations(prompt, target, steps),
+            Phase("write", all_rows.operations + bare.operations, all_rows.traffic + bare.traffic),
+            Phase("solve", 2 * len(layers) * sizes.inner**2, 8 * len(layers) * sizes.inner**2),
+        ]
+
+    def _edit_batch(self, cases, tokenized):
+        return self.write(cases, *self.target_states(cases))
+
+    def target_states(self, cases: Sequence[Case]) -> tuple[torch.Tensor, list[EditLog]]:
+        """What the lookup token should hold after the last edited layer, (B, d) float32, and the logs; needs gradients."""
+        _, states, logs = self._learn(cases)
+        return states, logs
+
+    def _outputs(self, forward):
+        # the stream after a block is its MLP's output on top of constants: delta may as well be added there
+        return [forward.residual + forward.outputs]
+
+    @staticmethod
+    def _held(read: BlockPass) -> torch.Tensor:
+        """What ``z`` is compared with, read after the last edited layer: the stream."""
+        return read.hidden
+
+    @staticmethod
+    def _residual_divisor(left: int) -> float:
+        """The divisor of the residual when ``left`` layers, this one included, are still to be written."""
+        return float(left)
+
+    @abstractmethod
+    def direction(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
+        """``a`` of each key (B, d_f), in float32: what the residual is written along."""
+
+    @torch.no_grad()
+    def write(self, cases: Sequence[Case], target_states: torch.Tensor, logs: Sequence[EditLog]) -> list[LowRankUpdate]:
+        """The cases' edits: each layer's update, so that the lookup token comes to hold its target state (B, d)."""
+        layers, contexts = self.layers, len(self.contexts)
+        prompts = [encode(self.subject.tokenizer, context + case.prompt) for case in cases for context in self.contexts]
+        walk = Blockwise(self.subject, prompts)
+        every = torch.arange(len(prompts), device=self.subject.device)
+        bare, columns = every[::contexts], self._key_columns(prompts)
+        # the bare prompt weighs as much as the contexts together
+        weights = torch.tensor([0.5] + [0.5 / (contexts - 1)] * (contexts - 1), device=self.subject.device)
+        hidden = walk.up_to(layers[0])
+        factors: list[dict[int, tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in cases]
+        for layer in range(layers[0], layers[-1] + 1):
+            here = walk.block(layer, hidden)
+            hidden = here.hidden
+            if layer not in layers:
+                continue
+            keys = here.keys[every, columns].float().view(len(cases), contexts, -1)
+            right = self.direction(layer, (keys * weights[:, None]).sum(dim=1))
+            read = BlockPass(here.hidden[bare], here.keys[bare], here.outputs[bare])
+            for above in range(layer + 1, layers[-1] + 1):
+                read = walk.block(above, read.hidden, rows=bare)
+            residual = target_states - self._held(read)[:, -1].float()
+            left = residual / self._residual_divisor(len(layers) - layers.index(layer))
+            for n, of_case in enumerate(factors):
+                of_case[layer] = left[n][:, None], right[n][None]
+            along = torch.einsum("rwf,rf->rw", here.keys.float(), right.repeat_interleave(contexts, dim=0))
+            added = along[:, :, None] * left.repeat_interleave(contexts, dim=0)[:, None]
+            hidden = hidden + added.to(hidden.dtype)
+        return [
+            LowRankUpdate(case.case_id, self.name, factors=of_case, log=log)
+            for case, of_case, log in zip(cases, factors, logs)
+        ]
+
+    def _key_columns(self, prompts: list[list[int]]) -> torch.Tensor:
+        """(R,) the column, from the right, at which each row's key is read: the last, but for ``padding="released"``."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.subject.device)
+        if self.hparams.padding == "aligned":
+            return torch.full_like(lengths, -1)
+        of_case = lengths.view(-1, len(self.contexts))
+        return (of_case - of_case.amax(dim=1, keepdim=True) - 1).flatten()
