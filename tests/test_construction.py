@@ -264,15 +264,17 @@ def test_levels_are_read_from_answers(answer, level):
     assert relevance.parse_level(answer) == level
 
 
-def code_subject():
+@pytest.fixture(scope="module")
+def losses():
+    """Those of the offline scorer's subject."""
     subject = load_subject(relevance.SCORER, "cpu")
     return lambda texts: mean_losses(subject, texts)
 
 
-def test_the_offline_scorer_prefers_true_pairs():
+def test_the_offline_scorer_prefers_true_pairs(losses):
     rows = [{"id": n, "intent": case.text, "snippet": case.target} for n, case in enumerate(load_cases("cnle")[::60])]
     shuffled = [{**row, "snippet": following["snippet"]} for row, following in zip(rows, rows[1:] + rows[:1])]
-    scorer = relevance.offline_scorer(code_subject())
+    scorer = relevance.offline_scorer(losses)
     true, false = (list(scorer.make(part)) for part in (rows, shuffled))
     assert [row["level"] for row in true] == [
         relevance.LEVELS[bisect(relevance.THRESHOLDS, row["help"])] for row in true
@@ -300,7 +302,7 @@ def test_an_intents_help_is_a_difference_of_losses():
     assert relevance.intents_help(pairs[1:], losses) == helps[1:]
 
 
-def test_the_thresholds_are_those_of_the_labels(benchmark_of_relevance):
+def test_the_thresholds_are_those_of_the_labels(benchmark_of_relevance, losses):
     """The labelled pairs give the thresholds and the published table, and the subject still gives the pairs what they got."""
     folder = ROOT / "results" / "benchmarks"
     pairs = pd.read_csv(folder / "relevance.pairs.csv")
@@ -312,7 +314,7 @@ def test_the_thresholds_are_those_of_the_labels(benchmark_of_relevance):
     fitted = benchmark_of_relevance.thresholds(pairs["help"].to_numpy(), pairs["level"].to_numpy())
     assert fitted == pytest.approx(relevance.THRESHOLDS, abs=0.006)
     pd.testing.assert_frame_equal(benchmark_of_relevance.agreement(pairs), pd.read_csv(folder / "relevance.csv"))
-    helps = relevance.intents_help([(row["intent"], row["snippet"]) for row in rows[:6]], code_subject())
+    helps = relevance.intents_help([(row["intent"], row["snippet"]) for row in rows[:6]], losses)
     assert helps == pytest.approx(pairs["help"][:6].tolist(), abs=0.02)
 
 
