@@ -51,7 +51,8 @@ def export_edits(
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return f"{len(edits)} edits, together in one {'model' if merged else 'adapter'}: {folder}; {said}"
+    count = "1 edit" if len(edits) == 1 else f"{len(edits)} edits together"
+    return f"{count} in {'a model' if merged else 'an adapter'}: {folder}; {said}"
 
 
 def _adapter(edit: Edit, subject: Subject, folder: Path) -> str:
