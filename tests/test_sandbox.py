@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from clme_lib.support import sandbox_process
 from clme_lib.support.errors import StudyError
 from clme_lib.support.sandbox import FAILURES, PASSES, Check, Sandbox
 
@@ -236,3 +237,30 @@ def test_a_process_that_was_ended_is_started_again(sandbox):
     assert sandbox.run(SORTED, "xs.sort()") == PASSES
     sandbox._process.kill()
     assert sandbox.run(SORTED, "xs.sort()") == PASSES
+
+
+def test_a_verdict_is_heard_when_the_process_ends_with_it(monkeypatch):
+    """However late the outer process looks: the connection is made between its look at the listener and its look at the child."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(address := b"\0clme-test-" + os.urandom(8))
+        listener.listen(1)
+        listener.setblocking(False)
+        if not (child := os.fork()):
+            try:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+                    connection.connect(address)
+                    connection.sendall(b"passes\n")
+            finally:
+                os._exit(0)
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        looked, select = [], sandbox_process.select.select
+
+        def blind_at_first(*arguments):
+            looked.append(arguments)
+            return ([], [], []) if len(looked) == 1 else select(*arguments)
+
+        monkeypatch.setattr(sandbox_process.select, "select", blind_at_first)
+        try:
+            assert sandbox_process._verdict(listener, child, 5.0) == {"kind": "passes", "error": ""}
+        finally:
+            os.waitpid(child, 0)

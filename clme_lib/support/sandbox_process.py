@@ -139,7 +139,7 @@ def _recorded(code: str):
 
 def _verdict(listener: socket.socket, child: int, seconds: float) -> dict[str, str]:
     """What the child says, if it says it in time."""
-    until = time.monotonic() + seconds
+    until, exited = time.monotonic() + seconds, False
     while (left := until - time.monotonic()) > 0:
         if select.select([listener], [], [], 0.002)[0]:
             with contextlib.suppress(OSError):
@@ -151,13 +151,15 @@ def _verdict(listener: socket.socket, child: int, seconds: float) -> dict[str, s
                         with connection.makefile("rb") as said:
                             kind, _, error = said.read(4096).decode("utf-8", "replace").partition("\n")
                         return {"kind": kind, "error": error}
-        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        elif exited:
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             return (
                 {"kind": "time", "error": ""}
                 if code == -signal.SIGXCPU
                 else {"kind": "ended", "error": f"status {code}"}
             )
+        # What it said last is looked for once more after its end.
+        exited = exited or bool(os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT))
     return {"kind": "time", "error": ""}
 
 
