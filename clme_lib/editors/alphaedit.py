@@ -34,7 +34,7 @@ class AlphaEditHyperparameters(SpreadingHyperparameters):
 class AlphaEdit(SpreadingEditor[AlphaEditHyperparameters]):
     """MEMIT's residual, written only along directions that other texts hardly use."""
 
-    name, title, order = "alphaedit", "AlphaEdit", 10
+    name, title, order = "alphaedit", "AlphaEdit", 12
     Hyperparameters: ClassVar[type[Schema]] = AlphaEditHyperparameters
     compat: ClassVar = {}  # the released program does not have it
     # the second threshold keeps about half of the dimensions of smollm2-135m-code, the second ridge writes most of a residual there

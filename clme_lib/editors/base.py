@@ -22,7 +22,7 @@ from ..forward.partial import longest_above
 from ..forward.tokens import TokenRow, tokenize
 from ..subjects.subject import Subject
 from ..support.batching import of_like_length
-from ..support.errors import CaseError
+from ..support.errors import CaseError, StudyError
 from ..support.memory import peak_memory_mib, reset_peak_memory
 from ..support.registry import Registry
 from ..support.schema import Schema
@@ -55,6 +55,7 @@ class Editor(ABC, Generic[Hparams]):
         Hyperparameters: their types, ranges and defaults, the paper's values; a subject's YAML overrides single ones.
         needs_training: ``fit`` has to be called before ``edit``.
         updates_weights: its edits change weights, which the diagnosis takes apart.
+        reads_given_prompts: its edits depend on what the model makes of a prompt as it stands, without text before it.
         from_lookup: it changes no column before the lookup token, so that an optimisation step passes over the target's only.
         compat: what ``preset="compat"`` changes: the released program's defects that can change conclusions.
         without_early_stop: the hyper-parameters under which every case takes all steps, whatever its loss.
@@ -70,6 +71,7 @@ class Editor(ABC, Generic[Hparams]):
     Hyperparameters: ClassVar[type[Schema]] = Schema
     needs_training: ClassVar[bool] = False
     updates_weights: ClassVar[bool] = True
+    reads_given_prompts: ClassVar[bool] = True
     from_lookup: ClassVar[bool] = False
     default_batch: ClassVar[int] = 8
     compat: ClassVar[dict[str, Any]] = {}
@@ -88,6 +90,11 @@ class Editor(ABC, Generic[Hparams]):
         EDITORS.register(cls)
 
     def __init__(self, subject: Subject, hparams: Hparams, seed: int = DEFAULT_SEED) -> None:
+        if self.reads_given_prompts and subject.edit is not None and subject.edit.to_prompts:
+            raise StudyError(
+                f"{self.name} edits by what the model reads, and {subject.edit.editor} has put text before this subject's prompts: "
+                "edit first, and put text before prompts then"
+            )
         self.subject = subject
         self.hparams = hparams
         self.seed = seed

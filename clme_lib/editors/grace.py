@@ -18,6 +18,7 @@ from ..datasets.cases import Case
 from ..edits.base import EditLog
 from ..edits.codebooks import Codebook
 from ..forward.partial import PartialForward
+from ..support.errors import StudyError
 from ..support.seeds import generator
 from .base import Editor, TargetHyperparameters
 from .operations import Phase, Sizes
@@ -32,6 +33,13 @@ def _per_dataset(value: Any) -> Any:
 # of a radius or a margin: the paper's first
 REACHES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0)
 PerDataset = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_per_dataset)]
+
+
+def radius_of(radii: dict[str, float], case: Case) -> float:
+    """The radius for the case's data set; StudyError if there is none."""
+    if case.dataset not in radii:
+        raise StudyError(f"radii: no value for {case.dataset!r}; given: {', '.join(radii) or 'none'}")
+    return radii[case.dataset]
 
 
 class GRACEHyperparameters(TargetHyperparameters):

@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ..datasets.paper import PAPER_DATASET_NAMES
-from ..support.errors import StudyError
-from .grace import REACHES, CodebookEditor, GRACEHyperparameters, PerDataset
+from .grace import REACHES, CodebookEditor, GRACEHyperparameters, PerDataset, radius_of
 
 
 class GRACETunedHyperparameters(GRACEHyperparameters):
@@ -27,7 +26,4 @@ class GRACETuned(CodebookEditor[GRACETunedHyperparameters]):
     selects_reach = True
 
     def _radius(self, case):
-        if case.dataset not in self.hparams.radii:
-            known = ", ".join(self.hparams.radii)
-            raise StudyError(f"radii: no value for {case.dataset!r}; given: {known or 'none'}")
-        return self.hparams.radii[case.dataset]
+        return radius_of(self.hparams.radii, case)

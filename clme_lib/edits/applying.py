@@ -26,8 +26,14 @@ def applying(
         rows: index into ``edits`` for each row, -1 for an unedited row. Default: one edit for all rows, or one per row.
 
     Raises:
-        StudyError: an edit does not fit the model, or rows and batch differ in length.
+        StudyError: an edit does not fit the model or changes prompts, or rows and batch differ in length.
     """
+    for edit in edits:
+        if edit.to_prompts:
+            raise StudyError(
+                f"the edit of case {edit.case_id} by {edit.editor} puts text before prompts, which a pass over given tokens cannot do: "
+                "write texts with clme_lib.generate"
+            )
     state, handles = attach(decoder, down_proj, edits, rows)
     try:
         yield state

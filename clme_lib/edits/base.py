@@ -134,6 +134,7 @@ class Edit:
     log: EditLog = field(default_factory=EditLog, kw_only=True)
     kind: ClassVar[str] = ""
     kinds: ClassVar[dict[str, type[Edit]]] = {}
+    changes_prompts: ClassVar[bool] = False  #: it puts text before prompts and changes no output (edits/prompts.py)
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -142,7 +143,8 @@ class Edit:
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise TypeError(f"{cls.__qualname__} needs a kind of its own: {cls.kind!r} is {known.__qualname__}")
         whole = cls.parts is Edit.parts
-        if whole and cls.tensors is not Edit.tensors and cls.stack.__func__ is Edit.stack.__func__:  # type: ignore[attr-defined]
+        acts = whole and not cls.changes_prompts
+        if acts and cls.tensors is not Edit.tensors and cls.stack.__func__ is Edit.stack.__func__:  # type: ignore[attr-defined]
             raise TypeError(f"{cls.__qualname__} has tensors but no stack(), which says how they change an output")
         cls.kinds[cls.kind] = cls
 
@@ -154,7 +156,7 @@ class Edit:
         entries the nearest counts. ``case_id``, ``editor`` and ``log`` are those of the last edit that changes anything.
         """
         parts: list[Edit] = []
-        for part in (part for edit in edits for part in edit.parts if part.layers):
+        for part in (part for edit in edits for part in edit.parts if not part.changes_nothing):
             joined = parts[-1].joined(part) if parts else None
             parts[-1:] = [*parts[-1:], part] if joined is None else [joined]
         if len(parts) < 2:
@@ -165,6 +167,22 @@ class Edit:
     def joined(self, later: Edit) -> Edit | None:
         """This edit and a later one as one of the same kind; None where that is impossible."""
         return None
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the model is used as it is."""
+        return not self.layers and not self.to_prompts
+
+    @property
+    def to_prompts(self) -> list[Edit]:
+        """The parts that change prompts."""
+        return [part for part in self.parts if part.changes_prompts]
+
+    @property
+    def to_outputs(self) -> Edit:
+        """This edit without the parts that change prompts."""
+        kept = [part for part in self.parts if not part.changes_prompts]
+        return self if len(kept) == len(self.parts) else Edit.compose([Unedited(self.case_id, self.editor), *kept])
 
     @property
     def parts(self) -> tuple[Edit, ...]:
@@ -193,7 +211,8 @@ class Edit:
     @property
     def layers(self) -> tuple[int, ...]:
         """Blocks whose ``down_proj`` output changes, in ascending order."""
-        return tuple(sorted({int(name.split(".")[0]) for part in self.parts for name in part.tensors()}))
+        acting = [part for part in self.parts if not part.changes_prompts]
+        return tuple(sorted({int(name.split(".")[0]) for part in acting for name in part.tensors()}))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The edit's tensors by name, ``LAYER.NAME``, as they are saved."""

@@ -54,9 +54,8 @@ class Codebook(Edit):
 
     def nearest(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of each query (Q, d_f) the distance to its nearest key (Q,), and whether it is within that key's radius (Q,)."""
-        distances = torch.cdist(queries, self.keys.to(queries), compute_mode="donot_use_mm_for_euclid_dist")
-        distance, nearest = distances.min(dim=-1)
-        return distance, distance <= self.radii.to(queries)[nearest]
+        distance, _, fired = nearest_entry(queries, self.keys.to(queries), self.radii.to(queries))
+        return distance, fired
 
     def asked(self, inputs: torch.Tensor, state: PassState) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
         """Rows and columns (N,) of ``inputs`` (B, T, d_f) where it is asked in a pass, and the queries (N, d_f or encoded)."""
@@ -159,6 +158,15 @@ class PromptCodebook(Codebook):
             fields["encoder"] = Encoder.from_tensors(weights, architecture)
         tensors = {name.replace("encoded-keys", "keys"): tensor for name, tensor in tensors.items()}
         return super().from_tensors(tensors, **fields)
+
+
+def nearest_entry(
+    queries: torch.Tensor, keys: torch.Tensor, radii: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each query (Q, d) its nearest of ``keys`` (n, d): the distance, the key's index, and whether it is within the key's radius (n,)."""
+    distances = torch.cdist(queries, keys, compute_mode="donot_use_mm_for_euclid_dist")
+    distance, nearest = distances.min(dim=-1)
+    return distance, nearest, distance <= radii[nearest]
 
 
 def masked_mean(keys: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

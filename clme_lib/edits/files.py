@@ -11,7 +11,7 @@ import torch
 
 from ..support.artifact import Artifact
 from ..support.errors import StudyError
-from . import codebooks, weights  # noqa: F401  # registers their kinds
+from . import codebooks, prompts, weights  # noqa: F401  # registers their kinds
 from .applying import check_fits
 from .base import Edit
 

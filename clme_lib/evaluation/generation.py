@@ -17,7 +17,9 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ..edits.base import Edit
+from ..edits.prompts import Reading
 from ..forward.blockwise import passes
+from ..forward.prompt_keys import stored_queries
 from ..forward.tokens import encode
 from ..subjects.subject import Subject
 from ..support.errors import CaseError
@@ -65,6 +67,7 @@ def generate(
 
     Memory grows with ``max_rows``, the prompts worked on side by side (default: 64 on CPU, 512 on CUDA); results do not change.
     """
+    requests, edits, readings = as_read(subject, requests, edits)
     sources: dict[tuple[str, int], list[int]] = {}
     for n, request in enumerate(requests):
         sources.setdefault((request.prompt, request.edit), []).append(n)
@@ -86,7 +89,42 @@ def generate(
         prompts = [prompt for prompt, key in zip(read, keys) for _ in sources[key]]
         chosen = [n for key in keys for n in sources[key]]
         results.update(zip(chosen, _decode(subject, prompts, [requests[n] for n in chosen], edits)))
+    for n, reading in readings.items():
+        if reading.fired is not None:
+            results[n] = replace(results[n], distance=reading.distance, fired=reading.fired)
     return [results[n] for n in range(len(requests))]
+
+
+def as_read(
+    subject: Subject, requests: Sequence[Request], edits: Sequence[Edit]
+) -> tuple[list[Request], list[Edit], dict[int, Reading]]:
+    """Requests for the prompts that are really read, what remains of the edits, and by request what was put before its prompt.
+
+    Edits that change prompts (edits/prompts.py) have then done their part; a request for whose row nothing else remains has no edit.
+    """
+    own = subject.edit.to_prompts if subject.edit else []
+    parts: dict[int, list[Any]] = {-1: own}
+    for index in {request.edit for request in requests} - {-1}:
+        changing = [*own, *edits[index].to_prompts]
+        parts[index] = list(Edit.compose(changing).parts) if changing else []
+    asking = [(n, part) for n, request in enumerate(requests) for part in parts[request.edit]]
+    queries: dict[tuple[int, int | None], torch.Tensor] = {}
+    for layer in {part.asked_at for _, part in asking}:
+        rows = [n for n, part in asking if part.asked_at == layer]
+        prompts = [requests[n].prompt for n in rows]
+        keys = torch.empty(len(rows), 0) if layer is None else stored_queries(subject, prompts, layer, "mean")
+        queries.update({(n, layer): key[None] for n, key in zip(rows, keys)})
+    changed, readings = list(requests), {}
+    for n, part in asking:
+        (reading,) = part.readings(queries[n, part.asked_at])
+        earlier = readings.get(n, Reading(""))
+        readings[n] = replace(reading if reading.fired is not None else earlier, before=earlier.before + reading.before)
+    remaining = [edit.to_outputs for edit in edits]
+    for n, reading in readings.items():
+        request = requests[n]
+        edit = request.edit if request.edit >= 0 and remaining[request.edit].layers else -1
+        changed[n] = replace(request, prompt=reading.before + request.prompt, edit=edit)
+    return changed, remaining, readings
 
 
 def first_tokens(subject: Subject, written: Generated, count: int, with_end: bool = True) -> Generated:

@@ -19,13 +19,14 @@ import transformers
 
 from ..edits.base import Edit
 from ..edits.codebooks import Codebook
+from ..edits.prompts import Reading
 from ..forward.blockwise import Blockwise, passes
 from ..forward.prompt_keys import stored_queries
 from ..forward.tokens import encode
 from ..subjects.subject import Subject
 from ..support.cache import cache_dir, name_for
 from ..support.journal import Journal
-from .generation import SPECIFICITY_TOKENS, Generated, Request, generate
+from .generation import SPECIFICITY_TOKENS, Generated, Request, as_read, generate
 
 
 def answers_for(subject: Subject, prompts: Sequence[str]) -> list[str]:
@@ -55,10 +56,13 @@ def unedited(subject: Subject, requests: Sequence[Request]) -> list[Generated]:
 
 
 def unchanged(subject: Subject, requests: Sequence[Request], edits: Sequence[Edit]) -> dict[int, Generated]:
-    """The requests whose text is the unedited subject's, by their place in ``requests``: those without an edit, and those whose
-    codebooks fire neither at the prompt nor, where they are asked there, at any token written."""
+    """The requests whose text is the unedited subject's, by their place in ``requests``: those without an edit, those before whose
+    prompt nothing is put, and those whose codebooks fire neither at the prompt nor, where they are asked there, at any token written."""
+    requests, edits, readings = as_read(subject, requests, edits)
     codebooks = {n: edits[request.edit].lookups if request.edit >= 0 else () for n, request in enumerate(requests)}
-    texts = {n: Generated("") for n, books in codebooks.items() if books is not None}
+    # A text after a prompt that nothing else puts this before is not worth keeping.
+    read_as_is = [n for n in codebooks if n not in readings or not readings[n].before]
+    texts = {n: _asked(readings.get(n)) for n in read_as_is if codebooks[n] is not None}
     asked = [(n, book) for n in texts for book in codebooks[n] or ()]
     for layer, query in dict.fromkeys((book.layer, book.asked_with) for _, book in asked):
         asking = [(n, book) for n, book in asked if (book.layer, book.asked_with) == (layer, query)]
@@ -77,6 +81,11 @@ def unchanged(subject: Subject, requests: Sequence[Request], edits: Sequence[Edi
         for n in _fire_later(subject, requests, texts, asking, layer):
             texts.pop(n, None)
     return texts
+
+
+def _asked(reading: Reading | None) -> Generated:
+    """A text to be, with what is known of the memory that was asked before its prompt was read."""
+    return Generated("") if reading is None else Generated("", distance=reading.distance, fired=reading.fired)
 
 
 @torch.no_grad()

@@ -35,13 +35,19 @@ def export_edits(
     if folder.exists():
         raise StudyError(f"{folder} exists already; choose another folder")
     whole = Edit.compose([*([subject.edit] if subject.edit else []), *edits])
-    if not whole.layers:
+    if whole.changes_nothing:
         raise StudyError("the edits change nothing: there is nothing to export")
     if (deltas := whole.deltas()) is None:
-        editors = ", ".join(sorted({part.editor for part in whole.parts if part.deltas() is None}))
+        refused = [part for part in whole.parts if part.deltas() is None]
+        editors = ", ".join(sorted({part.editor for part in refused}))
+        if all(part.changes_prompts for part in refused):
+            raise StudyError(
+                f"the edits of {editors} are text before prompts, which no weights hold: put it there yourself (edit.texts), or edit by "
+                "an editor that updates weights"
+            )
         raise StudyError(
             f"the edits of {editors} look up a codebook at every prompt, which no weights can do: run the model with "
-            "`with subject.applying(edits): ...`, or edit by an editor that updates weights"
+            "`with subject.applying(edits): ...`, or edit by in-context or an editor that updates weights"
         )
     unfinished = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
