@@ -183,38 +183,52 @@ def rome(subject, case, contexts, values):
     return torch.outer((start + delta - output) / (key @ direction), direction), losses
 
 
-def spread(subject, case, contexts, values, moments, pmet):
-    """({layer: update written out}, losses) of MEMIT, PMET or AlphaEdit, the weights really changed and a dense solve at each layer."""
+def spread(subject, cases, contexts, values, moments, name, earlier=None):
+    """({layer: update written out}, losses of each case) of MEMIT, PMET, AlphaEdit or EMMET for cases that are written together, the
+    weights really changed and a dense solve at each layer; ``earlier`` has the keys (H, d_f) that count like other texts, by layer."""
     last = subject.blocks[max(values.layers)]
-    if pmet:
-        modules = [last.self_attn.o_proj, last.mlp.down_proj] if values.attention else [last.mlp.down_proj]
-        (*_, delta), (*_, start), losses = learn(subject, case, contexts, values, modules, pmet=True)
-        measured = last.mlp.down_proj
-    else:
-        (delta,), (start,), losses = learn(subject, case, contexts, values, [last])
-        measured = last
-    target_state = start + delta
+    pmet = name == "pmet"
+    modules = [last.mlp.down_proj] if pmet else [last]
+    if pmet and values.attention:
+        modules = [last.self_attn.o_proj, *modules]
+    target_states, losses, prompts = [], [], []
+    for case in cases:
+        (*_, delta), (*_, start), of_case = learn(subject, case, contexts, values, modules, pmet=pmet)
+        target_states.append(start + delta)
+        losses.append(of_case)
+        prompts.append([(ids[:, : column + 1], column) for ids, column, _ in rows_of(subject, case, contexts)])
     saved = {layer: subject.down_proj(layer).weight.detach().clone() for layer in values.layers}
     updates = {}
-    prompts = [(ids[:, : column + 1], column) for ids, column, _ in rows_of(subject, case, contexts)]
     try:
         for n, layer in enumerate(sorted(values.layers)):
             module = subject.down_proj(layer)
-            keys = [read_at(subject, module, ids, column)[0].double() for ids, column in prompts]
-            key = keys[0] / 2 + torch.stack(keys[1:]).mean(0) / 2
-            held = read_at(subject, measured, *prompts[0])[1]
-            left = len(values.layers) - n
-            residual = (target_state - held).double() / (left**0.5 if pmet else left)
-            if hasattr(values, "ridge"):
+            keys, residuals = [], []
+            for of_case, target_state in zip(prompts, target_states):
+                read = [read_at(subject, module, ids, column)[0].double() for ids, column in of_case]
+                keys.append(read[0] / 2 + torch.stack(read[1:]).mean(0) / 2)
+                held = read_at(subject, modules[-1], *of_case[0])[1]
+                left = len(values.layers) - n
+                residuals.append((target_state - held).double() / (left**0.5 if pmet else left))
+            columns, residuals = torch.stack(keys).T, torch.stack(residuals).T
+            others = torch.zeros(len(columns), len(columns), dtype=torch.double)
+            if earlier and layer in earlier:
+                others += earlier[layer].T.double() @ earlier[layer].double()
+            if name == "alphaedit":
                 eigenvalues, vectors = torch.linalg.eigh(moments[layer].double())
                 project = sum(
                     torch.outer(v, v) for e, v in zip(eigenvalues, vectors.T) if e < values.eigenvalue_threshold
                 )
-                dense = project @ torch.outer(key, key) + values.ridge * torch.eye(len(key), dtype=torch.double)
-                updates[layer] = torch.linalg.solve(dense, project @ torch.outer(key, residual)).T.float()
+                dense = project @ (columns @ columns.T + others) + values.ridge * torch.eye(
+                    len(columns), dtype=torch.double
+                )
+                updates[layer] = torch.linalg.solve(dense, project @ columns @ residuals.T).T.float()
+            elif name == "emmet":
+                inverse = torch.linalg.inv(values.covariance_weight * moments[layer].double() + others / values.ridge)
+                small = columns.T @ inverse @ columns + values.ridge * torch.eye(len(cases), dtype=torch.double)
+                updates[layer] = (residuals @ torch.linalg.inv(small) @ columns.T @ inverse).float()
             else:
-                dense = values.covariance_weight * moments[layer].double() + torch.outer(key, key)
-                updates[layer] = torch.outer(residual, torch.linalg.solve(dense, key)).float()
+                dense = values.covariance_weight * moments[layer].double() + others + columns @ columns.T
+                updates[layer] = torch.linalg.solve(dense, columns @ residuals.T).T.float()
             with torch.no_grad():
                 module.weight += updates[layer]
     finally:

@@ -36,6 +36,8 @@ SMALL = {
     "memit": {"layers": [0, 1]},
     "pmet": {"layers": [0, 1]},
     "alphaedit": {"layers": [0, 1]},
+    "emmet": {"layers": [1]},
+    "in-context-retrieved": {"layer": 1},
     "malmen": {"layers": [2, 3], "rank": 8},
     **{name: {"layer": 2} for name in ("grace", "a-grace", "a-grace-wo-cl", "a-grace-wo-mean")},
 }

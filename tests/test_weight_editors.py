@@ -1,5 +1,6 @@
 """ROME, MEMIT and PMET: equal to the plain loop, and to the identities they are built on."""
 
+import copy
 import shutil
 from dataclasses import replace
 from itertools import pairwise
@@ -17,6 +18,8 @@ from clme_lib.editors.locate_then_edit import learning as rewriting
 from clme_lib.editors.locate_then_edit.learning import Rewriting, misplaced, rewriting_rows
 from clme_lib.editors.locate_then_edit.second_moments import SecondMoment, second_moments
 from clme_lib.editors.registry import load_editor
+from clme_lib.edits.base import Edit
+from clme_lib.edits.weights import LowRankUpdate
 from clme_lib.forward.tokens import tokenize
 from clme_lib.study.appendices import statistics
 from clme_lib.study.appendices import weight_updates as diagnosis
@@ -27,6 +30,7 @@ SMALL = {
     "rome": {"layer": 1, "steps": 6},
     "memit": {"layers": [0, 1, 2], "steps": 6, "covariance_weight": 2.0},
     "pmet": {"layers": [0, 1, 2], "steps": 6, "covariance_weight": 2.0},
+    "emmet": {"layers": [1], "steps": 6, "covariance_weight": 2.0},
     "alphaedit": {"layers": [0, 1, 2], "steps": 6, "ridge": 0.01, "lr": 0.5, "clamp": 4.0, "weight_decay": 1e-3},
 }
 
@@ -71,20 +75,76 @@ def middle_eigenvalue(moments) -> float:
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "changes"), [("memit", {}), ("pmet", {}), ("pmet", {"attention": False}), ("alphaedit", {})]
-)
-def test_spread_editors_equal_the_plain_loop(subject, cases, corpus, name, changes):
+SPREADING = [("memit", {}), ("pmet", {}), ("pmet", {"attention": False}), ("alphaedit", {}), ("emmet", {})]
+
+
+def spreading_editor(name, subject, corpus, **changes):
+    """The editor, and the second moments of its layers."""
     editor = editor_of(name, subject, corpus, **changes)
-    gathered = second_moments(subject, [0, 1, 2], editor.hparams)
+    gathered = second_moments(subject, editor.layers, editor.hparams)
     if name == "alphaedit":
-        editor = editor_of(name, subject, corpus, eigenvalue_threshold=middle_eigenvalue(gathered))
-    moments = {layer: moment.matrix for layer, moment in gathered.items()}
+        editor = editor_of(name, subject, corpus, **changes, eigenvalue_threshold=middle_eigenvalue(gathered))
+    return editor, {layer: moment.matrix for layer, moment in gathered.items()}
+
+
+@pytest.mark.parametrize(("name", "changes"), SPREADING)
+def test_spread_editors_equal_the_plain_loop(subject, cases, corpus, name, changes):
+    editor, moments = spreading_editor(name, subject, corpus, **changes)
     for case, edit in zip(cases[:3], editor.edit(cases[:3])):
-        updates, losses = plain.spread(subject, case, editor.contexts, editor.hparams, moments, name == "pmet")
+        updates, (losses,) = plain.spread(subject, [case], editor.contexts, editor.hparams, moments, name)
         assert edit.log.losses == pytest.approx(losses, rel=1e-3)
+        assert set(updates) == set(edit.layers)
         for layer, update in updates.items():
             assert close(edit.delta(layer), update)
+
+
+@pytest.mark.parametrize(("name", "changes"), SPREADING)
+def test_cases_written_together_equal_the_plain_loop(subject, cases, corpus, name, changes):
+    editor, moments = spreading_editor(name, subject, corpus, **changes)
+    edits = editor.edit_together(cases)
+    updates, losses = plain.spread(subject, cases, editor.contexts, editor.hparams, moments, name)
+    for edit, of_case in zip(edits, losses):
+        assert edit.log.losses == pytest.approx(of_case, rel=1e-3)
+        assert edit.log.batch == len(cases)
+    whole = Edit.compose(edits)
+    alone = Edit.compose(editor.edit(cases))
+    for layer, update in updates.items():
+        assert close(whole.delta(layer), update)
+        assert not close(alone.delta(layer), update, 0.02), "made alone, they know nothing of each other"
+
+
+@pytest.mark.parametrize("name", ["memit", "pmet", "alphaedit", "emmet"])
+def test_what_earlier_edits_wrote_counts_like_other_texts(subject, cases, corpus, name):
+    editor, moments = spreading_editor(name, subject, corpus, accumulate=True)
+    first, second, third = cases[:3]
+    earlier = Edit.compose(editor.edit([first, second]))
+    assert all(len(keys) == 2 for keys in earlier.keys.values()) and set(earlier.keys) == set(editor.layers)
+    edited = subject.edited(earlier)
+    settings = {name: value for name, value in editor.hparams.model_dump().items() if value is not None}
+    (edit,) = load_editor(name, edited, **settings).edit([third])
+    updates, _ = plain.spread(edited, [third], editor.contexts, editor.hparams, moments, name, earlier.keys)
+    forgetful, _ = plain.spread(edited, [third], editor.contexts, editor.hparams, moments, name)
+    for layer, update in updates.items():
+        assert close(edit.delta(layer), update)
+        assert not close(forgetful[layer], update, 0.01), "they do count"
+
+
+@pytest.mark.parametrize("name", ["memit", "pmet", "alphaedit", "emmet"])
+def test_one_after_another_is_all_together_if_earlier_keys_count(llama, corpus, name):
+    """The identity of recursive least squares: with every residual taken from what is written already, the sum is the joint solution."""
+    editor, _ = spreading_editor(name, llama, corpus, accumulate=True)
+    layer, draw = editor.layers[0], torch.Generator().manual_seed(3)
+    keys = torch.randn(6, llama.inner_size, generator=draw)
+    values = torch.randn(6, llama.hidden_size, generator=draw)
+    together = values.T @ editor.directions(layer, keys, together=True)
+    written = torch.zeros_like(together)
+    for n in range(6):
+        before = LowRankUpdate(0, name, factors={layer: (values[:0].T, keys[:0])}, keys={layer: keys[:n]})
+        one = copy.copy(editor)
+        one.subject = replace(llama, edit=before if n else None)
+        residual = values[n] - written @ keys[n]
+        written = written + torch.outer(residual, one.directions(layer, keys[n : n + 1])[0])
+    torch.testing.assert_close(written, together, rtol=1e-3, atol=1e-4 * together.abs().max().item())
 
 
 def test_pmet_changes_its_factor_and_stops_when_targets_win(llama, cases, corpus):

@@ -88,7 +88,7 @@ class AGRACE(AGRACEWithoutCL[EncoderHparams]):
 
     def fit(self, cases, edited=()):
         query = getattr(self.hparams, "encoder_query", self.query)
-        self._trained = trained_encoder(self.subject, self.hparams, query, cases, edited, self.seed)
+        self._trained = trained_encoder(self.subject.original, self.hparams, query, cases, edited, self.seed)
 
     def _edit_batch(self, cases, tokenized):
         _ = self.trained  # without an encoder no value is learnt in vain

@@ -2,7 +2,8 @@
 
 ``P`` projects onto the eigenvectors of the second moment ``C`` whose eigenvalues are below a threshold: an update ``r (P k)^T`` leaves
 the outputs for what lies in the others as they are. For the keys ``K`` of a batch with residuals ``R``, the update is ``X^T`` with
-``(P K K^T + ridge I) X = P K R^T``; for the one key of a case that is, written in locate_then_edit/spreading.py::
+``(P (K K^T + H H^T) + ridge I) X = P K R^T``, with ``H`` the keys of earlier edits. That is locate_then_edit/spreading.py with ``A^-1 = P / ridge``;
+for the one key of a case alone::
 
     a = P k / (ridge + k^T P k)
 """
@@ -27,6 +28,7 @@ class AlphaEditHyperparameters(SpreadingHyperparameters):
     lr: float = Field(default=0.1, gt=0)
     weight_decay: float = Field(default=0.5, ge=0)
     clamp: float = Field(default=0.75, gt=0)
+    accumulate: bool = True
     eigenvalue_threshold: float = Field(default=0.02, gt=0)
     ridge: float = Field(default=10.0, gt=0)
 
@@ -71,8 +73,6 @@ class AlphaEdit(SpreadingEditor[AlphaEditHyperparameters]):
             for layer, moment in self.moments.items()
         }
 
-    def direction(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
-        """``a = P k / (ridge + k^T P k)`` of each key (B, d_f)."""
-        projected = keys.double() @ self.projections[layer]
-        along = (keys.double() * projected).sum(dim=-1, keepdim=True)
-        return (projected / (self.hparams.ridge + along)).float()
+    def solve(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
+        """``P k / ridge`` of each key (B, d_f)."""
+        return keys.double() @ self.projections[layer] / self.hparams.ridge

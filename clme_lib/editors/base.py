@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -30,6 +30,7 @@ from ..support.seeds import DEFAULT_SEED
 from .operations import Phase
 
 Hparams = TypeVar("Hparams", bound=Schema)
+_EditBatch = Callable[[Sequence[Case], Sequence[TokenRow]], list[Edit]]
 
 EDITORS: Registry[type[Editor]] = Registry("editor", "clme_lib.editors", "clme_lib.editors")
 
@@ -141,9 +142,23 @@ class Editor(ABC, Generic[Hparams]):
         edits: dict[int, Edit] = {}
         with tqdm(total=len(cases), desc=f"{self.name}: edit", unit="case", disable=not progress) as bar:
             for batch in batches:
-                edits.update(zip(batch, self._timed([cases[n] for n in batch], [tokenized[n] for n in batch])))
+                made = self._timed([cases[n] for n in batch], [tokenized[n] for n in batch], self._edit_batch)
+                edits.update(zip(batch, made))
                 bar.update(len(batch))
         return [edits[n] for n in range(len(cases))]
+
+    def edit_together(self, cases: Sequence[Case]) -> list[Edit]:
+        """One edit per case, in the cases' order, that are made to act together: composed, in that order, they are the edit of all cases.
+
+        An editor that knows no better makes each alone. Its log's seconds are the whole's, divided by the cases.
+
+        Raises:
+            CaseError: a case cannot be edited; the message names it.
+        """
+        if type(self)._edit_jointly is Editor._edit_jointly:
+            return self.edit(cases)
+        self.setup()
+        return self._timed(cases, [self._tokenize(case) for case in cases], self._edit_jointly)
 
     def cost(self, case: Case) -> int:
         """Columns that every optimisation step touches; cases of equal cost make batches without padding."""
@@ -160,6 +175,10 @@ class Editor(ABC, Generic[Hparams]):
     def _edit_batch(self, cases: Sequence[Case], tokenized: Sequence[TokenRow]) -> list[Edit]:
         """Edit a batch of cases; gradients are enabled."""
 
+    def _edit_jointly(self, cases: Sequence[Case], tokenized: Sequence[TokenRow]) -> list[Edit]:
+        """Edit all cases together, for an editor that can; gradients are enabled."""
+        raise NotImplementedError
+
     def _tokenize(self, case: Case) -> TokenRow:
         try:
             end = getattr(self.hparams, "end_of_target", False)
@@ -167,13 +186,13 @@ class Editor(ABC, Generic[Hparams]):
         except CaseError as error:
             raise CaseError(f"case {case.case_id} of {case.dataset}: {error}") from error
 
-    def _timed(self, cases: Sequence[Case], tokenized: Sequence[TokenRow]) -> list[Edit]:
+    def _timed(self, cases: Sequence[Case], tokenized: Sequence[TokenRow], edit_batch: _EditBatch) -> list[Edit]:
         device = self.subject.device
         reset_peak_memory(device)
         synchronize(device)
         started = time.perf_counter()
         with torch.enable_grad():
-            edits = self._edit_batch(cases, tokenized)
+            edits = edit_batch(cases, tokenized)
         synchronize(device)
         seconds = (time.perf_counter() - started) / len(cases)
         measured: dict[str, Any] = {"seconds": seconds, "batch": len(cases), "peak_memory_mib": peak_memory_mib(device)}

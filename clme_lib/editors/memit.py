@@ -1,11 +1,7 @@
 """MEMIT: the change of a hidden state, spread over the MLPs of several layers (paper section III-B; Meng et al. 2023).
 
-The residual is written (locate_then_edit/spreading.py) along::
-
-    a = (weight * C + k k^T)^-1 k                         C: second moment of the layer's keys (second_moments.py)
-
-With one key the inverse follows from ``q = (weight * C)^-1 k`` as ``a = q / (1 + k^T q)`` (Sherman-Morrison): each edit
-costs a triangular solve with a factor made once.
+The residual is written (locate_then_edit/spreading.py) with ``A = weight * C``, ``C`` the second moment of the layer's keys
+(second_moments.py): each edit costs a triangular solve with a factor made once.
 """
 
 from __future__ import annotations
@@ -37,7 +33,6 @@ class MEMIT(SpreadingEditor[MEMITHyperparameters]):
         for kl, weight, layers in product((0.0625, 0.0), (15_000.0, 2_093.0), ((4, 5, 6, 7, 8), (9, 10, 11, 12, 13)))
     ]
 
-    def direction(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
-        """``a = (weight * C + k k^T)^-1 k`` of each key (B, d_f)."""
-        scaled = self.moments[layer].solve(keys) / self.hparams.covariance_weight
-        return (scaled / (1 + (keys.double() * scaled).sum(dim=-1, keepdim=True))).float()
+    def solve(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
+        """``(weight * C)^-1 k`` of each key (B, d_f)."""
+        return self.moments[layer].solve(keys) / self.hparams.covariance_weight

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -13,9 +13,13 @@ from .base import Change, Edit
 
 @dataclass(frozen=True, eq=False)
 class LowRankUpdate(Edit):
-    """``W_l <- W_l + left @ right`` at each layer of ``factors``: layer -> (left (d, r), right (r, d_f))."""
+    """``W_l <- W_l + left @ right`` at each layer of ``factors``: layer -> (left (d, r), right (r, d_f)).
+
+    ``keys`` (layer -> (r, d_f)) are what the update was solved for, where later edits have to know; they change no output.
+    """
 
     factors: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    keys: dict[int, torch.Tensor] = field(default_factory=dict)
     kind: ClassVar[str] = "low-rank"
 
     def delta(self, layer: int) -> torch.Tensor:
@@ -32,16 +36,21 @@ class LowRankUpdate(Edit):
         for layer in self.factors.keys() & later.factors.keys():
             lefts, rights = zip(self.factors[layer], later.factors[layer])
             factors[layer] = torch.cat(lefts, dim=1), torch.cat(rights)
-        return replace(later, factors=factors)
+        keys = self.keys | later.keys
+        for layer in self.keys.keys() & later.keys.keys():
+            keys[layer] = torch.cat([self.keys[layer], later.keys[layer]])
+        return replace(later, factors=factors, keys=keys)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         sides = ("left", "right")
-        return {f"{n}.{side}": part for n, pair in self.factors.items() for side, part in zip(sides, pair)}
+        named = {f"{n}.{side}": part for n, pair in self.factors.items() for side, part in zip(sides, pair)}
+        return named | {f"{n}.keys": part for n, part in self.keys.items()}
 
     @classmethod
     def from_tensors(cls, tensors, **fields):
         layers = sorted({int(name.split(".")[0]) for name in tensors})
-        return cls(**fields, factors={n: (tensors[f"{n}.left"], tensors[f"{n}.right"]) for n in layers})
+        keys = {n: tensors[f"{n}.keys"] for n in layers if f"{n}.keys" in tensors}
+        return cls(**fields, factors={n: (tensors[f"{n}.left"], tensors[f"{n}.right"]) for n in layers}, keys=keys)
 
     @classmethod
     def stack(cls, edits, layer, device) -> Change:

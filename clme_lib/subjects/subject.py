@@ -48,6 +48,12 @@ class Subject:
     # what the weights are (a file hash or a hub commit) and what edited them; part of every cache key and record
     fingerprint: str
     edit: Edit | None = None  # what edited() made of the loaded model; None for the loaded model itself
+    loaded: Subject | None = None  # the subject of the loaded model, if this one was made by edited()
+
+    @property
+    def original(self) -> Subject:
+        """The subject without any edit. What editors gather or learn before they edit is of this one, however many edits there are."""
+        return self.loaded or self
 
     @property
     def device(self) -> torch.device:
@@ -118,7 +124,7 @@ class Subject:
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
         fingerprint = f"{self.fingerprint.partition(_EDITED)[0]}{_EDITED}{whole.sha256}"
-        edited = replace(self, model=model, fingerprint=fingerprint, edit=whole)
+        edited = replace(self, model=model, fingerprint=fingerprint, edit=whole, loaded=self.original)
         state, _ = attach(edited.decoder, edited.down_proj, [whole])
         state.lookups = collections.deque(maxlen=0)  # Nobody reads them, so none are kept.
         return edited

@@ -147,13 +147,13 @@ class RewritingEditor(Editor[Hparams]):
 
     @cached_property
     def contexts(self) -> tuple[str, ...]:
-        """The subject's context templates, the empty one first."""
-        return context_templates(self.subject, self.seed)
+        """The original subject's context templates, the empty one first."""
+        return context_templates(self.subject.original, self.seed)
 
     @cached_property
     def moments(self) -> dict[int, SecondMoment]:
-        """The second moment of each edited layer's keys."""
-        return second_moments(self.subject, self.layers, self.hparams)
+        """The second moment of each edited layer's keys, in the original subject."""
+        return second_moments(self.subject.original, self.layers, self.hparams)
 
     def setup(self) -> dict[str, Any]:
         for moment in self.moments.values():

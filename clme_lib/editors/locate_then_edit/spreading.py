@@ -9,6 +9,15 @@ Algorithm, for one case with layers ``l_1 .. l_n``::
         W_{l_i} <- W_{l_i} + (r / (n + 1 - i)) a^T            a: the editor's direction for k
 
 Nothing is written into the model: the stream of all columns is carried from block to block, with what the update adds.
+
+The direction is that of a least-squares problem: ``W_l`` should map ``k`` to ``r`` more, and what other texts have, weighed by an editor's own
+positive-definite ``A``, to what it did::
+
+    a = (A + k k^T)^-1 k = q / (1 + k^T q),  q = A^-1 k
+
+Several cases that are written together (:meth:`SpreadingEditor.edit_together`) are one problem: with their keys as the rows of ``K`` and ``Q = K A^-1``,
+the directions are the rows of ``(I + Q K^T)^-1 Q``, which costs a solve of as many unknowns as there are cases. With ``accumulate``,
+what earlier edits of the subject wrote counts like other texts: ``A <- A + K_h^T K_h``, by the same identity.
 """
 
 from __future__ import annotations
@@ -24,6 +33,7 @@ from ...edits.base import EditLog
 from ...edits.weights import LowRankUpdate
 from ...forward.blockwise import BlockPass, Blockwise
 from ...forward.tokens import encode
+from ...support.batching import of_like_length
 from ...support.schema import Layers
 from ..operations import Phase, Sizes
 from .learning import RewritingEditor, RewritingHyperparameters
@@ -31,9 +41,10 @@ from .second_moments import random_moments
 
 
 class SpreadingHyperparameters(RewritingHyperparameters):
-    """``layers`` are those that are written, ascending; the vector is learnt after the last."""
+    """``layers`` are those that are written, ascending; the vector is learnt after the last. ``accumulate`` keeps what earlier edits wrote."""
 
     layers: Layers = (4, 5, 6, 7, 8)
+    accumulate: bool = False
 
 
 Hparams = TypeVar("Hparams", bound=SpreadingHyperparameters)
@@ -59,6 +70,19 @@ class SpreadingEditor(RewritingEditor[Hparams]):
     def _edit_batch(self, cases, tokenized):
         return self.write(cases, *self.target_states(cases))
 
+    def _edit_jointly(self, cases, tokenized):
+        batches = of_like_length(
+            list(map(self._cost, tokenized)), ratio=self._max_cost_ratio(), most=self.default_batch
+        )
+        states: dict[int, torch.Tensor] = {}
+        logs: dict[int, EditLog] = {}
+        for batch in batches:
+            learnt, of_batch = self.target_states([cases[n] for n in batch])
+            states.update(zip(batch, learnt))
+            logs.update(zip(batch, of_batch))
+        order = range(len(cases))
+        return self.write(cases, torch.stack([states[n] for n in order]), [logs[n] for n in order], together=True)
+
     def target_states(self, cases: Sequence[Case]) -> tuple[torch.Tensor, list[EditLog]]:
         """What the lookup token should hold after the last edited layer, (B, d) float32, and the logs; needs gradients."""
         _, states, logs = self._learn(cases)
@@ -79,12 +103,39 @@ class SpreadingEditor(RewritingEditor[Hparams]):
         return float(left)
 
     @abstractmethod
-    def direction(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
-        """``a`` of each key (B, d_f), in float32: what the residual is written along."""
+    def solve(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
+        """``A^-1 k`` of each key (B, d_f), in float64: how much each direction may be used."""
+
+    def history(self, layer: int) -> torch.Tensor | None:
+        """(H, d_f) in float64: the keys that edits of the subject were solved for at this layer; None if there are none, or they do not count."""
+        if not self.hparams.accumulate or self.subject.edit is None:
+            return None
+        written = [part.keys[layer] for part in self.subject.edit.parts if layer in getattr(part, "keys", {})]
+        return torch.cat(written).to(self.subject.device).double() if written else None
+
+    def directions(self, layer: int, keys: torch.Tensor, together: bool = False) -> torch.Tensor:
+        """``a`` of each key (B, d_f), in float32: what its residual is written along, each alone or all ``together``."""
+        keys = keys.double()
+        solved = self.solve(layer, keys)
+        if (earlier := self.history(layer)) is not None:
+            of_earlier = self.solve(layer, earlier)
+            system = of_earlier @ earlier.T
+            system.diagonal().add_(1.0)
+            solved = solved - torch.linalg.solve(system, earlier @ solved.T).T @ of_earlier
+        if not together:
+            return (solved / (1 + (keys * solved).sum(dim=-1, keepdim=True))).float()
+        system = solved @ keys.T
+        system.diagonal().add_(1.0)
+        return torch.linalg.solve(system, solved).float()
 
     @torch.no_grad()
-    def write(self, cases: Sequence[Case], target_states: torch.Tensor, logs: Sequence[EditLog]) -> list[LowRankUpdate]:
-        """The cases' edits: each layer's update, so that the lookup token comes to hold its target state (B, d)."""
+    def write(
+        self, cases: Sequence[Case], target_states: torch.Tensor, logs: Sequence[EditLog], together: bool = False
+    ) -> list[LowRankUpdate]:
+        """The cases' edits: each layer's update, so that the lookup token comes to hold its target state (B, d).
+
+        Each is an edit of its own; ``together``, the sum of all is what makes every case's lookup token hold its state.
+        """
         layers, contexts = self.layers, len(self.contexts)
         prompts = [encode(self.subject.tokenizer, context + case.prompt) for case in cases for context in self.contexts]
         walk = Blockwise(self.subject, prompts)
@@ -94,13 +145,15 @@ class SpreadingEditor(RewritingEditor[Hparams]):
         weights = torch.tensor([0.5] + [0.5 / (contexts - 1)] * (contexts - 1), device=self.subject.device)
         hidden = walk.up_to(layers[0])
         factors: list[dict[int, tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in cases]
+        solved_for: list[dict[int, torch.Tensor]] = [{} for _ in cases]
         for layer in range(layers[0], layers[-1] + 1):
             here = walk.block(layer, hidden)
             hidden = here.hidden
             if layer not in layers:
                 continue
-            keys = here.keys[every, columns].float().view(len(cases), contexts, -1)
-            right = self.direction(layer, (keys * weights[:, None]).sum(dim=1))
+            of_rows = here.keys[every, columns].float().view(len(cases), contexts, -1)
+            keys = (of_rows * weights[:, None]).sum(dim=1)
+            right = self.directions(layer, keys, together)
             read = BlockPass(here.hidden[bare], here.keys[bare], here.outputs[bare])
             for above in range(layer + 1, layers[-1] + 1):
                 read = walk.block(above, read.hidden, rows=bare)
@@ -108,12 +161,17 @@ class SpreadingEditor(RewritingEditor[Hparams]):
             left = residual / self._residual_divisor(len(layers) - layers.index(layer))
             for n, of_case in enumerate(factors):
                 of_case[layer] = left[n][:, None], right[n][None]
-            along = torch.einsum("rwf,rf->rw", here.keys.float(), right.repeat_interleave(contexts, dim=0))
-            added = along[:, :, None] * left.repeat_interleave(contexts, dim=0)[:, None]
+                if self.hparams.accumulate:
+                    solved_for[n][layer] = keys[n][None]
+            if together:
+                added = (here.keys.float() @ right.T) @ left
+            else:
+                along = torch.einsum("rwf,rf->rw", here.keys.float(), right.repeat_interleave(contexts, dim=0))
+                added = along[:, :, None] * left.repeat_interleave(contexts, dim=0)[:, None]
             hidden = hidden + added.to(hidden.dtype)
         return [
-            LowRankUpdate(case.case_id, self.name, factors=of_case, log=log)
-            for case, of_case, log in zip(cases, factors, logs)
+            LowRankUpdate(case.case_id, self.name, factors=of_case, keys=of_keys, log=log)
+            for case, of_case, of_keys, log in zip(cases, factors, solved_for, logs)
         ]
 
     def _key_columns(self, prompts: list[list[int]]) -> torch.Tensor:

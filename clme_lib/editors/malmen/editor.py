@@ -47,7 +47,7 @@ class MALMEN(Editor[MALMENHyperparameters]):
     network: Hypernetwork | None = None
 
     def fit(self, cases, edited=()):
-        self.network = trained(self.subject, self.hparams, cases, self.seed)
+        self.network = trained(self.subject.original, self.hparams, cases, self.seed)
 
     def stand_in(self, cases):
         self.network = Training(self.subject, self.hparams, cases[:2], self.seed).network.requires_grad_(False)

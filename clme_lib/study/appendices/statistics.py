@@ -71,5 +71,5 @@ def compare_statistics(subject: Subject, file: Path, cases: int = 30) -> pd.Data
 
 def _direction(editor: MEMIT, layer: int, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Each key's write direction (B, d_f), and how much of a residual it writes at the key itself (B,)."""
-    direction = editor.direction(layer, keys)
+    direction = editor.directions(layer, keys)
     return direction, (direction * keys).sum(dim=-1)
