@@ -6,6 +6,7 @@ in its entry points (group ``clme_lib.editors``). It registers itself; its attri
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from abc import ABC, abstractmethod
@@ -91,11 +92,7 @@ class Editor(ABC, Generic[Hparams]):
         EDITORS.register(cls)
 
     def __init__(self, subject: Subject, hparams: Hparams, seed: int = DEFAULT_SEED) -> None:
-        if self.reads_given_prompts and subject.edit is not None and subject.edit.to_prompts:
-            raise StudyError(
-                f"{self.name} edits by what the model reads, and {subject.edit.editor} has put text before this subject's prompts: "
-                "edit first, and put text before prompts then"
-            )
+        self._check_prompts(subject)
         self.subject = subject
         self.hparams = hparams
         self.seed = seed
@@ -103,6 +100,17 @@ class Editor(ABC, Generic[Hparams]):
         self.layers: tuple[int, ...] = getattr(hparams, "layers", () if layer is None else (layer,))
         for layer in self.layers:
             subject.down_proj(layer)  # raises when the layer does not exist
+
+    def of(self, subject: Subject) -> Editor[Hparams]:
+        """This editor, with what it has gathered and learnt, for an edited state of its subject."""
+        if subject.original is not self.subject.original:
+            raise StudyError(
+                f"{self.name} was made for {self.subject.name}, and {subject.name} is no edited state of it"
+            )
+        self._check_prompts(subject)
+        editor = copy.copy(self)
+        editor.subject = subject
+        return editor
 
     def fit(self, cases: Sequence[Case], edited: Sequence[Case] = ()) -> None:
         """Learn from training cases, or load what was learnt from them before; most editors have nothing to learn.
@@ -163,6 +171,13 @@ class Editor(ABC, Generic[Hparams]):
     def cost(self, case: Case) -> int:
         """Columns that every optimisation step touches; cases of equal cost make batches without padding."""
         return self._cost(self._tokenize(case))
+
+    def _check_prompts(self, subject: Subject) -> None:
+        if self.reads_given_prompts and subject.edit is not None and subject.edit.to_prompts:
+            raise StudyError(
+                f"{self.name} edits by what the model reads, and {subject.edit.editor} has put text before this subject's prompts: "
+                "edit first, and put text before prompts then"
+            )
 
     def _cost(self, tokenized: TokenRow) -> int:
         return len(tokenized.target_ids if self.from_lookup else tokenized.inputs)

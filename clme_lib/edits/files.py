@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 FORMAT, FORMAT_VERSION = "clme-edits", 2
 
 
-def save_edits(path: str | os.PathLike, edits: Sequence[Edit], subject: Subject) -> None:
-    """Write edits to one file. A tensor that several share (the encoder of a fold) is written once."""
+def save_edits(path: str | os.PathLike, edits: Sequence[Edit], subject: Subject, about: dict | None = None) -> None:
+    """Write edits to one file, with what it says ``about`` them as JSON values. A tensor that several share is written once."""
     tensors: dict[str, torch.Tensor] = {}
     first: dict[tuple, str] = {}
     entries = []
@@ -34,7 +34,13 @@ def save_edits(path: str | os.PathLike, edits: Sequence[Edit], subject: Subject)
             tensors.setdefault(names[name], tensor)
         entries.append({**edit.describe(), "tensors": names})
     header = {"format": FORMAT, "version": FORMAT_VERSION, "subject": subject.name, "fingerprint": subject.fingerprint}
-    Artifact(Path(path), header).write(tensors, edits=entries)
+    Artifact(Path(path), header).write(tensors, edits=entries, about=about or {})
+
+
+def read_about(path: str | os.PathLike) -> dict:
+    """What an edits file says about its edits; StudyError if it cannot be read."""
+    header, _ = Artifact(Path(path)).read(with_tensors=False)
+    return header.get("about", {})
 
 
 def load_edits(path: str | os.PathLike, subject: Subject) -> list[Edit]:

@@ -114,7 +114,8 @@ def as_read(
         prompts = [requests[n].prompt for n in rows]
         keys = torch.empty(len(rows), 0) if layer is None else stored_queries(subject, prompts, layer, "mean")
         queries.update({(n, layer): key[None] for n, key in zip(rows, keys)})
-    changed, readings = list(requests), {}
+    changed = list(requests)
+    readings: dict[int, Reading] = {}
     for n, part in asking:
         (reading,) = part.readings(queries[n, part.asked_at])
         earlier = readings.get(n, Reading(""))

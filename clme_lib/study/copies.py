@@ -83,7 +83,7 @@ def _finished_sample(run: Path, manifest: dict, records: list[Record]) -> set[in
             fields = {**manifest["config"], "cases": start["cases"][dataset], "sample": start["sample"], "out": run}
             config = make_config(**fields)
             sample = sampled(config, dataset)
-            steps = [step for _, plan in planned(config, dataset, editor, sample) for step in plan]
+            steps = [step for part in planned(config, dataset, editor, sample) for step in part.steps]
             if len(sample) > len(largest) and all(is_recorded(step, keys) for step in steps):
                 largest = {case.case_id for case in sample}
     if not largest:

@@ -1,7 +1,8 @@
 """What a protocol is: which cases are edited from which state of the model, and which are evaluated when.
 
 A new one is a class of :class:`Protocol` in a file of its own, registered by :func:`register_protocol` or by the entry-point group
-``clme_lib.protocols`` of an installed package. The paper's is :class:`SingleEdits`.
+``clme_lib.protocols`` of an installed package. The paper's is :class:`SingleEdits`. The others put many edits into one model, and evaluate
+all of them whenever it holds 1, 3, 10, 30, 100 ... of them, and at the end; the cases' order is the sample's.
 """
 
 from __future__ import annotations
@@ -12,7 +13,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..datasets.cases import Case
+from ..editors.base import Editor
+from ..edits.base import Edit
+from ..edits.simie import simie
 from ..evaluation.evaluate import SINGLE
+from ..forward.prompt_keys import edit_keys
+from ..subjects.subject import Subject
 from ..support.registry import Registry
 
 
@@ -34,14 +40,30 @@ class Step:
 
 
 class Protocol(ABC):
-    """Plans what is done with the cases of a run."""
+    """Plans what is done with the cases of a run.
+
+    Attributes:
+        folded: a trained editor edits each half of the data set after learning from the other, as in the paper. Otherwise it learns from
+            all cases that are not edited, so that one model can hold all edits.
+        reused: a step may take over the edits that an earlier step made of the same cases, because each is made of its case alone.
+    """
 
     name: ClassVar[str]
     title: ClassVar[str]
+    folded: ClassVar[bool] = False
+    reused: ClassVar[bool] = False
 
     @abstractmethod
     def plan(self, cases: Sequence[Case]) -> list[Step]:
         """The steps, each after the one it builds on. A case is evaluated once at a position."""
+
+    def edit(self, editor: Editor, cases: Sequence[Case]) -> list[Edit]:
+        """The edits of a step's cases, by an editor of the state that the step builds on."""
+        return editor.edit(cases)
+
+    def join(self, subject: Subject, cases: Sequence[Case], edits: Sequence[Edit]) -> Edit:
+        """One edit that has in it what a step made of its cases."""
+        return Edit.compose(edits)
 
 
 class SingleEdits(Protocol):
@@ -49,13 +71,64 @@ class SingleEdits(Protocol):
 
     name = SINGLE
     title = "single edits"
+    folded = True
 
     def plan(self, cases):
         return [Step((case,), (case,), position=1) for case in cases]
+
+
+class SequentialEdits(Protocol):
+    """Edit n is made of the model that holds the edits before it."""
+
+    name = "sequential"
+    title = "one after another"
+
+    def plan(self, cases):
+        cases = tuple(cases)
+        evaluated = milestones(len(cases))
+        return [
+            Step((case,), cases[: n + 1] if n + 1 in evaluated else (), n + 1, after=n - 1 if n else None)
+            for n, case in enumerate(cases)
+        ]
+
+
+class BatchEdits(Protocol):
+    """All edits are made of the unedited subject, together where an editor can (:meth:`~clme_lib.editors.base.Editor.edit_together`)."""
+
+    name = "batch"
+    title = "all at once"
+
+    def plan(self, cases):
+        cases = tuple(cases)
+        return [Step(cases[:count], cases[:count], count) for count in milestones(len(cases))]
+
+    def edit(self, editor, cases):
+        return editor.edit_together(cases)
+
+
+class SimIEEdits(BatchEdits):
+    """Each edit is made alone, of the unedited subject; they are joined as if they had been made one after another (edits/simie.py)."""
+
+    name = "simie"
+    title = "made alone, joined by SimIE"
+    reused = True
+
+    def edit(self, editor, cases):
+        return editor.edit(cases)
+
+    def join(self, subject, cases, edits):
+        return simie(edits, lambda layer: edit_keys(subject, cases, layer))
+
+
+def milestones(count: int) -> list[int]:
+    """How many edits a model holds when they are evaluated: 1, 3, 10, 30, 100 ... and ``count``."""
+    steps = [digit * 10**power for power in range(7) for digit in (1, 3)]
+    return sorted({step for step in steps if step < count} | {count})
 
 
 _PROTOCOLS: Registry[Protocol] = Registry("protocol", "clme_lib.protocols", __name__)
 register_protocol, get_protocol, list_protocols = _PROTOCOLS.register, _PROTOCOLS.__getitem__, _PROTOCOLS.names
 
 
-register_protocol(SingleEdits())
+for _protocol in (SingleEdits(), SequentialEdits(), BatchEdits(), SimIEEdits()):
+    register_protocol(_protocol)

@@ -5,6 +5,7 @@
     run.json                      configuration and, of each start, an id and its provenance
     folds.json                    case ids of both folds, per data set
     records/<data set>.<editor>.jsonl
+    states/<data set>.<editor>.safetensors    of protocols whose steps build on each other, the last state
 
 Records are only appended. A published run (copies.py) is only read.
 """
@@ -34,7 +35,7 @@ from ..support.reading import read_json
 from ..support.schema import Schema, parse
 from . import provenance
 from .config import RunConfig
-from .protocols import Step
+from .protocols import Step, get_protocol
 
 MANIFEST_VERSION = 2
 # what two starts of one run must agree on; the number of cases may grow, batching is free
@@ -51,6 +52,7 @@ class _Start(Schema, extra="allow"):
     model: str
     data: dict[str, str]
     cases: dict[str, int]
+    sample: int
     hyperparameters: dict[str, dict[str, Any]]
 
 
@@ -124,6 +126,11 @@ def records_file(config: RunConfig, dataset: str, editor: str) -> Path:
     return config.out / "records" / f"{dataset}.{editor}.jsonl"
 
 
+def state_file(config: RunConfig, dataset: str, editor: str) -> Path:
+    """Where the last state is kept that a later step builds on (states.py)."""
+    return config.out / "states" / f"{dataset}.{editor}.safetensors"
+
+
 def recorded(config: RunConfig, dataset: str, editor: str, cases: Iterable[Case]) -> set[tuple[int, int]]:
     """Position and case id of every record of a data set and editor that need not be made again: a failed case is tried again
     when that is asked for, or when the library has changed.
@@ -185,13 +192,19 @@ def run_name(config: RunConfig) -> str:
     return config.name or re.sub(r"[^A-Za-z0-9._-]", "-", config.out.resolve().name)
 
 
-def check_same_run(config: RunConfig, data: Mapping[str, str] | None = None, model: str | None = None) -> None:
+def check_same_run(
+    config: RunConfig,
+    data: Mapping[str, str] | None = None,
+    model: str | None = None,
+    counts: Mapping[str, int] | None = None,
+) -> None:
     """Raise StudyError when the folder holds records that something else made than would be used now; the message names it. A
     published run is only read: there the configuration is compared alone.
 
     Args:
         data: SHA-256 of the cases, by data set.
         model: the subject's fingerprint, where it is known.
+        counts: how many cases are edited, by data set.
     """
     file = config.out / "run.json"
     if not file.is_file():
@@ -209,6 +222,16 @@ def check_same_run(config: RunConfig, data: Mapping[str, str] | None = None, mod
         differing += [
             (f"the cases of {name}", start["data"].get(name, digest), digest) for name, digest in (data or {}).items()
         ]
+        if not get_protocol(config.protocol).folded:
+            # In which order cases are edited is the sample's, and what a trained editor learns from are all others.
+            differing.append(("sample", start["sample"], config.sample))
+            trained = any(
+                get_editor(name).needs_training for name in set(start["hyperparameters"]) & set(config.editors)
+            )
+            before_it = start["cases"] if trained else {}
+            differing += [
+                (f"cases of {name}", before_it.get(name, count), count) for name, count in (counts or {}).items()
+            ]
         differing.append(("dtype", start["dtype"], str(torch_dtype(config.dtype)).removeprefix("torch.")))
         differing.append(("model", start["model"], model or start["model"]))
         for editor in set(start["hyperparameters"]) & set(config.editors):

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pandas as pd
-import torch
 from tqdm import tqdm
 
 from ..datasets.base import get_dataset
@@ -19,7 +19,6 @@ from ..datasets.cases import Case, dataset_sha256, folds, sample_cases, split_ca
 from ..datasets.registry import load_cases, selection_ids
 from ..editors.base import Editor
 from ..editors.registry import get_editor, load_editor
-from ..edits.base import Edit
 from ..evaluation.evaluate import Circumstances, score
 from ..evaluation.loading import check_lengths, load_subject
 from ..evaluation.records import Record
@@ -32,7 +31,10 @@ from ..support.locks import only_writer
 from ..support.memory import is_out_of_memory
 from . import provenance, run_folder
 from .config import RunConfig
-from .protocols import Step, get_protocol
+from .protocols import Protocol, Step, get_protocol
+from .states import CASE_FAULTS, States
+
+_EVALUATED_AT_ONCE = 16  # cases, between two records of one state
 
 
 def run(config: RunConfig) -> pd.DataFrame:
@@ -51,7 +53,7 @@ def run(config: RunConfig) -> pd.DataFrame:
     chosen = {name: sampled(config, name) for name in config.dataset}
     data = {name: dataset_sha256(load_cases(name, config.source)) for name in config.dataset}
     with only_writer(config.out):
-        run_folder.check_same_run(config, data, model)
+        run_folder.check_same_run(config, data, model, {name: len(cases) for name, cases in chosen.items()})
         _complete(config, chosen, data)
     return run_folder.load_run(config.out, chosen=chosen, editors=config.editors)
 
@@ -111,20 +113,43 @@ def _read_published(config: RunConfig, chosen: dict[str, list[Case]]) -> pd.Data
     return records
 
 
-def planned(config: RunConfig, dataset: str, editor: str, cases: Sequence[Case]) -> list[tuple[int | None, list[Step]]]:
-    """The steps of some cases. A trained editor edits the cases of one fold after learning from the other: a plan for each fold."""
-    plan = get_protocol(config.protocol).plan
+@dataclass(frozen=True)
+class Part:
+    """Steps that are made by one editor: what a trained one learns from, and the cases that it edits then."""
+
+    steps: list[Step]
+    learnt_from: Sequence[Case] = ()
+    edited: Sequence[Case] = ()
+
+
+def planned(config: RunConfig, dataset: str, editor: str, cases: Sequence[Case]) -> list[Part]:
+    """The steps of some cases. A trained editor edits the cases of one fold after learning from the other, or all after learning from
+    all that it does not edit: as the protocol says."""
+    protocol = get_protocol(config.protocol)
     if not get_editor(editor).needs_training:
-        return [(None, plan(cases))]
-    halves = folds(load_cases(dataset, config.source), config.seed)
-    parts = [[case for case in cases if case.case_id in set(ids)] for ids in halves]
-    return [(fold, plan(part)) for fold, part in enumerate(parts) if part]
+        return [Part(protocol.plan(cases))]
+    everything = load_cases(dataset, config.source)
+    if not protocol.folded:
+        edited = {case.case_id for case in cases}
+        others = [case for case in everything if case.case_id not in edited]
+        if len(others) < 2:
+            raise StudyError(
+                f"cases: {editor} has to learn from cases of {dataset} that are not edited, and {len(others)} are left; edit fewer"
+            )
+        return [Part(protocol.plan(cases), others, cases)]
+    halves = split_cases(everything, config.seed)
+    parts = []
+    for fold, half in enumerate(halves):
+        ids = {case.case_id for case in half}
+        if part := [case for case in cases if case.case_id in ids]:
+            parts.append(Part(protocol.plan(part), halves[1 - fold], half))
+    return parts
 
 
 def _is_missing(config: RunConfig, dataset: str, editor: str, cases: Sequence[Case]) -> bool:
     keys = run_folder.recorded(config, dataset, editor, load_cases(dataset, config.source))
     plans = planned(config, dataset, editor, cases)
-    return not all(run_folder.is_recorded(step, keys) for _, steps in plans for step in steps)
+    return not all(run_folder.is_recorded(step, keys) for part in plans for step in part.steps)
 
 
 class _Work:
@@ -152,45 +177,54 @@ class _Work:
         """Edit and score what has not been recorded yet."""
         keys = run_folder.recorded(self.config, self.dataset, self.editor.name, [*self.halves[0], *self.halves[1]])
         plans = planned(self.config, self.dataset, self.editor.name, cases)
-        total = sum(len(step.evaluated) for _, steps in plans for step in steps)
+        total = sum(len(step.evaluated) for part in plans for step in part.steps)
         with tqdm(total=total, initial=len(keys), desc=f"{self.dataset} {self.editor.name}", unit="case") as self.bar:
-            for fold, steps in plans:
-                self._learn(self.editor, fold)
-                built_upon = {step.after for step in steps}
-                alone = [
-                    step.edited[0]
-                    for number, step in enumerate(steps)
-                    if number not in built_upon and step.after is None and step.edited == step.evaluated
-                    and len(step.edited) == 1 and not run_folder.is_recorded(step, keys)
-                ]  # fmt: skip
+            for part in plans:
+                if part.learnt_from:
+                    self.editor.fit(part.learnt_from, edited=part.edited)
+                alone = self._alone(part.steps, keys)
                 self._edit_alone(alone)
-                self._walk(steps, keys | {(1, case.case_id) for case in alone}, fold)
+                self._walk(part.steps, keys | {(1, case.case_id) for case in alone})
 
-    def _learn(self, editor: Editor, fold: int | None) -> None:
-        if fold is not None:
-            editor.fit(self.halves[1 - fold], edited=self.halves[fold])
+    def _alone(self, steps: Sequence[Step], keys: set[tuple[int, int]]) -> list[Case]:
+        """The cases of missing steps that edit and evaluate one case and are not built upon; none where the protocol has its own way."""
+        protocol = type(get_protocol(self.config.protocol))
+        if (protocol.edit, protocol.join) != (Protocol.edit, Protocol.join):
+            return []
+        built_upon = {step.after for step in steps}
+        return [
+            step.edited[0]
+            for number, step in enumerate(steps)
+            if number not in built_upon and step.after is None and step.edited == step.evaluated
+            and len(step.edited) == 1 and not run_folder.is_recorded(step, keys)
+        ]  # fmt: skip
 
-    def _walk(self, steps: Sequence[Step], keys: set[tuple[int, int]], fold: int | None) -> None:
+    def _walk(self, steps: Sequence[Step], keys: set[tuple[int, int]]) -> None:
         """The steps that build on each other, or evaluate several cases, in order; those that nothing missing needs are left out."""
+        if all(run_folder.is_recorded(step, keys) for step in steps):
+            return
+        file = run_folder.state_file(self.config, self.dataset, self.editor.name)
+        states = States(file, get_protocol(self.config.protocol), self.editor, steps)
         needed: set[int] = set()
         for number in reversed(range(len(steps))):
-            step = steps[number]
-            if number in needed or not run_folder.is_recorded(step, keys):
-                needed |= {number} if step.after is None else {number, step.after}
-        states: dict[int, list[Edit]] = {}
+            if number in needed or not run_folder.is_recorded(steps[number], keys):
+                before = steps[number].after
+                needed |= {number} if before is None or number in states else {number, before}
         for number in sorted(needed):
-            step = steps[number]
-            before = states[step.after] if step.after is not None else []
-            editor = self.editor
-            if before:
-                editor = _load_editor(self.config, editor.name, self.subject.edited(Edit.compose(before)))
-                self._learn(editor, fold)
-            edits = [*before, *editor.edit(step.edited)]
-            states[number] = edits
-            if missing := [case for case in step.evaluated if (step.position, case.case_id) not in keys]:
-                logs = {edit.case_id: edit.log for edit in edits}
-                state = [Edit.compose(edits)] * len(missing)
-                self._record(score(self.subject, missing, state, self.circumstances, position=step.position, logs=logs))
+            state, position = states.reach(number), steps[number].position
+            missing = [case for case in steps[number].evaluated if (position, case.case_id) not in keys]
+            failed = [case for case in missing if case.case_id in state.failed]
+            self._record(
+                [
+                    self.circumstances.record(self.subject, case, position, error=state.failed[case.case_id])
+                    for case in failed
+                ]
+            )
+            left = [case for case in missing if case.case_id not in state.failed]
+            for first in range(0, len(left), _EVALUATED_AT_ONCE):
+                part = left[first : first + _EVALUATED_AT_ONCE]
+                edits = [state.edit] * len(part)
+                self._record(score(self.subject, part, edits, self.circumstances, position=position, logs=state.logs))
 
     def _edit_alone(self, cases: Sequence[Case]) -> None:
         """Cases that are edited and evaluated each on its own: a batch at a time, each row of it another edited model."""
@@ -219,7 +253,7 @@ class _Work:
         try:
             edits = self.editor.edit(batch, batch_size=len(batch))
             return score(self.subject, batch, edits, self.circumstances)
-        except (CaseError, ValueError, ArithmeticError, torch.linalg.LinAlgError) as error:
+        except CASE_FAULTS as error:
             if len(batch) > 1:
                 return [record for case in batch for record in self._attempt([case])]
             return [self.circumstances.record(self.subject, batch[0], error=f"{type(error).__name__}: {error}")]

@@ -110,7 +110,8 @@ class SpreadingEditor(RewritingEditor[Hparams]):
         """(H, d_f) in float64: the keys that edits of the subject were solved for at this layer; None if there are none, or they do not count."""
         if not self.hparams.accumulate or self.subject.edit is None:
             return None
-        written = [part.keys[layer] for part in self.subject.edit.parts if layer in getattr(part, "keys", {})]
+        updates = [part for part in self.subject.edit.parts if isinstance(part, LowRankUpdate)]
+        written = [update.keys[layer] for update in updates if layer in update.keys]
         return torch.cat(written).to(self.subject.device).double() if written else None
 
     def directions(self, layer: int, keys: torch.Tensor, together: bool = False) -> torch.Tensor:

@@ -1,0 +1,120 @@
+"""States of a model between the steps of a protocol: how they are made, and the file that a later start goes on from.
+
+``states/<data set>.<editor>.safetensors`` in a run's folder is the last state that a later step builds on, as one edits file
+(:func:`~clme_lib.edits.files.load_edits` reads it); it is replaced after every step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from torch.linalg import LinAlgError
+
+from ..datasets.cases import Case
+from ..editors.base import Editor
+from ..edits.base import Edit, EditLog, Unedited
+from ..edits.files import load_edits, read_about, save_edits
+from ..support.errors import CaseError, StudyError
+from .protocols import Protocol, Step
+
+# faults of a case, not of the environment
+CASE_FAULTS = (CaseError, ValueError, ArithmeticError, LinAlgError)
+
+
+@dataclass(frozen=True)
+class State:
+    """What the model holds after a step: its edit, how each case's came about, and why others could not be made."""
+
+    edit: Edit
+    logs: dict[int, EditLog] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+
+
+class States:
+    """The states of one data set and editor.
+
+    Args:
+        file: where the last one is kept.
+    """
+
+    def __init__(self, file: Path, protocol: Protocol, editor: Editor, steps: Sequence[Step]) -> None:
+        self._file, self._protocol, self._editor, self._steps = file, protocol, editor, steps
+        self._built_upon = {step.after for step in steps} - {None}
+        self._identities = self._identify()
+        self._held: dict[int, State] = {}
+        self._made: dict[int, tuple[Edit | None, str | None]] = {}
+        if file.is_file() and (about := read_about(file)).get("identity") in self._identities:
+            (edit,) = load_edits(file, editor.subject)
+            logs = {
+                int(case): EditLog(**{**log, "losses": tuple(log["losses"])}) for case, log in about["logs"].items()
+            }
+            failed = {int(case): reason for case, reason in about["failed"].items()}
+            self._held[self._identities.index(about["identity"])] = State(edit, logs, failed)
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._held
+
+    def reach(self, number: int) -> State:
+        """The state after a step, of whose predecessors the last is here; those that no later step builds on are forgotten."""
+        if number not in self._held:
+            step = self._steps[number]
+            state = self._make(step, None if step.after is None else self._held[step.after])
+            self._held = {earlier: held for earlier, held in self._held.items() if self._is_built_upon(earlier, number)}
+            self._held[number] = state
+            if number in self._built_upon:
+                about = {
+                    "identity": self._identities[number],
+                    "logs": {str(case): asdict(log) for case, log in state.logs.items()},
+                    "failed": {str(case): reason for case, reason in state.failed.items()},
+                }
+                save_edits(self._file, [state.edit], self._editor.subject, about)
+        return self._held[number]
+
+    def _is_built_upon(self, earlier: int, number: int) -> bool:
+        return any(step.after == earlier for step in self._steps[number + 1 :])
+
+    def _identify(self) -> list[str]:
+        """What each state is of: subject, editor, protocol and the cases in the order they were edited in."""
+        editor, identities = self._editor, list[str]()
+        for step in self._steps:
+            before = None if step.after is None else identities[step.after]
+            made_by = [*editor.subject.identity.values(), editor.name, editor.hparams.model_dump_json(), editor.seed]
+            content = [before, made_by, self._protocol.name, [case.sha256 for case in step.edited]]
+            identities.append(hashlib.sha256(json.dumps(content).encode()).hexdigest())
+        return identities
+
+    def _make(self, step: Step, before: State | None) -> State:
+        editor = self._editor if before is None else self._editor.of(self._editor.subject.edited(before.edit))
+        if not self._protocol.reused:
+            self._made = {}
+        new = [case for case in step.edited if case.case_id not in self._made]
+        self._made |= self._attempt(editor, new)
+        made = {case: self._made[case.case_id] for case in step.edited}
+        edits = {case: edit for case, (edit, _) in made.items() if edit is not None}
+        whole: Edit = Unedited(step.edited[-1].case_id, editor.name)
+        if edits:
+            whole = self._protocol.join(editor.subject.original, list(edits), list(edits.values()))
+        logs = {edit.case_id: edit.log for edit in edits.values()}
+        failed = {case.case_id: reason for case, (_, reason) in made.items() if reason is not None}
+        if before is None:
+            return State(whole, logs, failed)
+        return State(Edit.compose([before.edit, whole]), before.logs | logs, before.failed | failed)
+
+    def _attempt(self, editor: Editor, cases: Sequence[Case]) -> dict[int, tuple[Edit | None, str | None]]:
+        """Of each case its edit, or why there is none; what the others' are does not depend on cases that fail."""
+        if not cases:
+            return {}
+        try:
+            return {edit.case_id: (edit, None) for edit in self._protocol.edit(editor, cases)}
+        except CASE_FAULTS as error:
+            if len(cases) == 1:
+                return {cases[0].case_id: (None, f"{type(error).__name__}: {error}")}
+        alone = {case.case_id: self._attempt(editor, [case])[case.case_id] for case in cases}
+        good = [case for case in cases if alone[case.case_id][1] is None]
+        if len(good) == len(cases):
+            raise StudyError(f"{editor.name} makes each edit of a batch, but not all of them together")
+        return alone | self._attempt(editor, good)

@@ -1,0 +1,209 @@
+"""Protocols that put many edits into one model: what is edited from which state, what is evaluated when, and that it goes on where it stopped."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import run_config, write_source
+
+from clme_lib.datasets.cases import sample_cases
+from clme_lib.datasets.registry import load_cases
+from clme_lib.editors.grace import GRACE
+from clme_lib.editors.registry import load_editor
+from clme_lib.editors.rome import ROME
+from clme_lib.edits.base import Edit
+from clme_lib.edits.files import load_edits
+from clme_lib.edits.simie import simie
+from clme_lib.edits.weights import DenseUpdate, LowRankUpdate
+from clme_lib.evaluation.evaluate import evaluate
+from clme_lib.forward.prompt_keys import edit_keys
+from clme_lib.study import run_folder
+from clme_lib.study.protocols import get_protocol, milestones
+from clme_lib.study.runs import run
+from clme_lib.support.errors import CaseError, StudyError
+
+SMALL = "rome.layer=1,rome.steps=4,grace.layer=2,grace.steps=4,ft-l.layer=2,ft-l.steps=3,a-grace.layer=2,a-grace.steps=3,a-grace.epochs=2"
+
+
+@pytest.fixture
+def config(tiny, tmp_path):
+    def of(**changes):
+        named = {"editors": "rome", "cases": 5, "set": SMALL, "protocol": "sequential", **changes}
+        return run_config(write_source(tmp_path), named.pop("out", tmp_path / "run"), **named)
+
+    return of
+
+
+def ordered(config):
+    return sample_cases(load_cases("cnle", config.source), config.cases, config.sample)
+
+
+def texts(records):
+    """What was written for each case at each position."""
+    return {(row.position, row.case_id): row.generated_effectiveness for row in records.itertuples()}
+
+
+def test_milestones():
+    assert milestones(1) == [1] and milestones(3) == [1, 3] and milestones(5) == [1, 3, 5]
+    assert milestones(100) == [1, 3, 10, 30, 100] and milestones(1000)[-2:] == [300, 1000]
+
+
+@pytest.mark.parametrize("name", ["rome", "ft-l", "grace"])
+def test_each_edit_is_made_of_the_model_that_holds_the_earlier_ones(tiny, config, name):
+    asked = config(editors=name)
+    records = run(asked)
+    assert sorted(records["position"].unique()) == [1, 3, 5] and len(records) == 1 + 3 + 5
+    subject, cases = tiny, ordered(asked)
+    edits = []
+    for case in cases:
+        (edit,) = load_editor(name, subject, **asked.set[name]).edit([case])
+        edits.append(edit)
+        subject = tiny.edited(Edit.compose(edits))
+    for position in (1, 3, 5):
+        whole = Edit.compose(edits[:position])
+        alone = evaluate(tiny, cases[:position], [replace(whole, case_id=case.case_id) for case in cases[:position]])
+        expected = {(position, case.case_id): text for case, text in zip(cases, alone["generated_effectiveness"])}
+        assert expected.items() <= texts(records).items()
+    # seconds and losses are each edit's own
+    last = records[records["position"] == 5].set_index("case_id")
+    for case, edit in zip(cases, edits):
+        assert last.loc[case.case_id, "loss"] == pytest.approx(edit.log.losses[-1], rel=1e-4)
+        assert last.loc[case.case_id, "steps"] == edit.log.steps
+
+
+def test_a_killed_sequence_goes_on_with_the_edit_in_flight(tiny, config, tmp_path, monkeypatch):
+    whole = run(config(out=tmp_path / "whole"))
+    edit, made = ROME._edit_batch, []
+
+    def killed_at(number):
+        def edited(self, cases, tokenized):
+            if len(made) == number:
+                raise KeyboardInterrupt
+            made.append(cases[0].case_id)
+            return edit(self, cases, tokenized)
+
+        return edited
+
+    for number in (2, 4):
+        monkeypatch.setattr(ROME, "_edit_batch", killed_at(number))
+        with pytest.raises(KeyboardInterrupt):
+            run(config())
+    monkeypatch.setattr(ROME, "_edit_batch", killed_at(99))
+    records = run(config())
+    assert made == [case.case_id for case in ordered(config())], "each edit was made once, in the sample's order"
+    assert texts(records) == texts(whole)
+    # the state is an edits file
+    (state,) = load_edits(run_folder.state_file(config(), "cnle", "rome"), tiny)
+    assert state.delta(1).shape == tiny.down_proj(1).weight.shape and state.factors[1][0].shape[1] == 4
+
+
+def test_more_edits_go_on_from_the_kept_state(config, monkeypatch):
+    edit, made = ROME._edit_batch, []
+    monkeypatch.setattr(ROME, "_edit_batch", lambda self, *given: made.append(1) or edit(self, *given))
+    run(config(cases=4))
+    assert len(made) == 4
+    records = run(config(cases=5))
+    assert len(made) == 4 + 2, "of the last state only what later steps build on is kept"
+    assert sorted(records["position"].unique()) == [1, 3, 4, 5]
+
+
+def test_another_order_or_another_training_is_another_run(config):
+    run(config(editors="none,a-grace", cases=3))
+    with pytest.raises(StudyError, match="sample=0, asked for is sample=1"):
+        run(config(editors="none", cases=3, sample=1))
+    with pytest.raises(StudyError, match="cases of cnle=3, asked for is cases of cnle=2"):
+        run(config(editors="a-grace", cases=2))
+    run(config(editors="none", cases=2))
+
+
+def test_a_trained_editor_learns_from_the_cases_that_are_not_edited(config, monkeypatch):
+    from clme_lib.editors.a_grace import AGRACE
+
+    fit, seen = AGRACE.fit, []
+    monkeypatch.setattr(
+        AGRACE, "fit", lambda self, cases, edited=(): (seen.append((cases, edited)), fit(self, cases, edited))[1]
+    )
+    asked = config(editors="a-grace", cases=3)
+    assert len(run(asked)) == 1 + 3
+    ((learnt_from, edited),) = seen
+    assert [case.case_id for case in edited] == [case.case_id for case in ordered(asked)]
+    assert {case.case_id for case in learnt_from} == set(range(5)) - {case.case_id for case in edited}
+    with pytest.raises(StudyError, match="a-grace has to learn from cases of cnle that are not edited, and 0 are left"):
+        run(config(editors="a-grace", cases=5, out=asked.out.with_name("all")))
+
+
+def test_a_case_that_cannot_be_edited_is_left_out_of_the_model(tiny, config, tmp_path, monkeypatch):
+    bad = ordered(config())[1].case_id
+    edit = GRACE._edit_batch
+
+    def fails(self, cases, tokenized):
+        if bad in [case.case_id for case in cases]:
+            raise CaseError(f"case {bad}: no luck")
+        return edit(self, cases, tokenized)
+
+    monkeypatch.setattr(GRACE, "_edit_batch", fails)
+    for protocol in ("sequential", "batch"):
+        asked = config(editors="grace", protocol=protocol, out=tmp_path / protocol)
+        records = run(asked)
+        failed = records[records["state"] == "failed"]
+        assert set(failed["case_id"]) == {bad} and list(failed["position"]) == [3, 5]
+        assert failed["error"].str.contains("no luck").all()
+        assert len(records) == 1 + 3 + 5
+
+
+def test_a_batch_is_made_together_of_the_unedited_model(tiny, config, monkeypatch):
+    together, seen = GRACE.edit_together, []
+    monkeypatch.setattr(
+        GRACE, "edit_together", lambda self, cases: (seen.append((self.subject, len(cases))), together(self, cases))[1]
+    )
+    records = run(config(editors="grace", protocol="batch"))
+    assert seen == [(tiny, 1), (tiny, 3), (tiny, 5)]
+    cases = ordered(config())
+    whole = Edit.compose(load_editor("grace", tiny, layer=2, steps=4).edit(cases))
+    expected = evaluate(tiny, cases, [replace(whole, case_id=case.case_id) for case in cases])
+    found = texts(records)
+    assert [found[5, case.case_id] for case in cases] == expected["generated_effectiveness"].tolist()
+
+
+def test_simie_reuses_edits_and_joins_them(tiny, config, monkeypatch):
+    edit, made = ROME._edit_batch, []
+    monkeypatch.setattr(
+        ROME, "_edit_batch", lambda self, cases, *given: made.extend(cases) or edit(self, cases, *given)
+    )
+    records = run(config(protocol="simie"))
+    cases = ordered(config())
+    assert [case.case_id for case in made] == [case.case_id for case in cases], "each is made once"
+    edits = load_editor("rome", tiny, layer=1, steps=4).edit(cases)
+    whole = simie(edits, lambda layer: edit_keys(tiny, cases, layer))
+    expected = evaluate(tiny, cases, [replace(whole, case_id=case.case_id) for case in cases])
+    found = texts(records)
+    assert [found[5, case.case_id] for case in cases] == expected["generated_effectiveness"].tolist()
+    (first,) = load_editor("grace", tiny, layer=2, steps=2).edit(cases[:1])
+    with pytest.raises(StudyError, match="SimIE joins updates of weights, and the edits of grace are none"):
+        simie([first], lambda layer: edit_keys(tiny, cases[:1], layer))
+
+
+def test_simie_equals_the_plain_loop():
+    draw = torch.Generator().manual_seed(4)
+    keys = torch.randn(6, 12, generator=draw)
+    edits = [
+        LowRankUpdate(n, "x", factors={1: (torch.randn(8, 2, generator=draw), torch.randn(2, 12, generator=draw))})
+        if n % 2
+        else DenseUpdate(n, "x", layer=1, delta=torch.randn(8, 12, generator=draw))
+        for n in range(6)
+    ]
+    for initial in (1e4, 0.5):
+        precision, weight = initial * torch.eye(12, dtype=torch.double), torch.zeros(8, 12, dtype=torch.double)
+        for key, edit in zip(keys.double(), edits):
+            precision = precision + torch.outer(key, key)
+            delta = edit.deltas()[1].double()
+            weight = weight + (delta - weight) @ torch.outer(key, key) @ torch.linalg.inv(precision)
+        joined = simie(edits, lambda layer: {1: keys}[layer], initial)
+        torch.testing.assert_close(joined.delta(1).double(), weight, rtol=1e-4, atol=1e-6)
+
+
+def test_plans_evaluate_all_that_is_held(cases):
+    for name in ("sequential", "batch", "simie"):
+        for step in get_protocol(name).plan(cases):
+            held = step.position
+            assert not step.evaluated or list(step.evaluated) == cases[:held]
