@@ -12,6 +12,7 @@ from clme_lib.editors.grace import GRACE
 from clme_lib.editors.registry import load_editor
 from clme_lib.editors.rome import ROME
 from clme_lib.edits.base import Edit
+from clme_lib.edits.codebooks import Codebook
 from clme_lib.edits.files import load_edits
 from clme_lib.edits.simie import simie
 from clme_lib.edits.weights import DenseUpdate, LowRankUpdate
@@ -207,3 +208,46 @@ def test_plans_evaluate_all_that_is_held(cases):
         for step in get_protocol(name).plan(cases):
             held = step.position
             assert not step.evaluated or list(step.evaluated) == cases[:held]
+
+
+def memory(case_id, key, target, radius=1.0, value=0.0):
+    return Codebook(
+        case_id, "grace", layer=1, keys=torch.tensor([key]), values=torch.full((1, 3), value), radii=torch.tensor([radius]),
+        targets=torch.tensor([target]),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "second, keys, radii, values",
+    [
+        # the balls do not meet
+        (memory(2, [3.0, 0.0], 7, value=2.0), [[0.0, 0.0], [3.0, 0.0]], [1.0, 1.0], [1.0, 2.0]),
+        # the same target, outside the old radius and within it
+        (memory(2, [1.5, 0.0], 7, value=2.0), [[0.0, 0.0]], [1.5], [1.0]),
+        (memory(2, [0.5, 0.0], 7, value=2.0), [[0.0, 0.0]], [1.0], [1.0]),
+        # another target
+        (memory(2, [0.0, 1.5], 8, value=2.0), [[0.0, 0.0], [0.0, 1.5]], [0.75, 0.75], [1.0, 2.0]),
+        # the very key: the later edit counts
+        (memory(2, [0.0, 0.0], 8, value=2.0), [[0.0, 0.0]], [1.0], [2.0]),
+    ],
+)
+def test_a_memory_grows_by_the_rule_of_grace(second, keys, radii, values):
+    whole = Edit.compose([memory(1, [0.0, 0.0], 7, value=1.0), second])
+    assert whole.keys.tolist() == keys and whole.radii.tolist() == radii and whole.values[:, 0].tolist() == values
+    assert len(whole.targets) == len(keys)
+    # an edit whose targets nobody knows is put beside the others
+    beside = Edit.compose([memory(1, [0.0, 0.0], 7), replace(second, targets=None)])
+    assert len(beside.keys) == 2 and beside.targets is None
+
+
+def test_the_last_of_two_edits_of_one_prompt_counts(subject, cases):
+    """Also where a target is edited back."""
+    first, second = cases[0], replace(cases[0], target=cases[1].target)
+    held, written = subject, []
+    for case in (first, second, first):
+        (edit,) = load_editor("grace", held, layer=2, steps=30, lr=1.0).edit([case])
+        whole = edit if held.edit is None else Edit.compose([held.edit, edit])
+        held = subject.edited(whole)
+        assert len(whole.keys) == 1 and edit.log.losses[-1] < edit.log.losses[0]
+        written += evaluate(subject, [case], [replace(whole, case_id=case.case_id)])["generated_effectiveness"].tolist()
+    assert written[0] == written[2] != written[1]

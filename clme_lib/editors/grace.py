@@ -19,7 +19,7 @@ from ..edits.base import EditLog
 from ..edits.codebooks import Codebook
 from ..forward.partial import PartialForward
 from ..support.errors import StudyError
-from ..support.seeds import generator
+from ..support.seeds import generator, seed_of
 from .base import Editor, TargetHyperparameters
 from .operations import Phase, Sizes
 
@@ -90,6 +90,7 @@ class CodebookEditor(Editor[Hparams]):
                 keys=keys[n : n + 1].clone(),
                 values=values[n : n + 1].detach().clone(),
                 radii=torch.full((1,), self._radius(case), device=device),
+                targets=torch.tensor([seed_of(case.target) - 2**63], device=device),
                 log=EditLog(hparams.steps, tuple(seen), initial_sha256=hashlib.sha256(start).hexdigest()),
                 **asked_with,
             )

@@ -1,4 +1,9 @@
-"""GRACE's and A-GRACE's memories: edits that replace a module's output where a query is near enough to a key."""
+"""GRACE's and A-GRACE's memories: edits that replace a module's output where a query is near enough to a key.
+
+A memory to which an entry is added follows GRACE's rule (Hartvigsen et al. 2023) where the new entry's ball meets the nearest old one's: with the
+same target the old radius grows to reach the new key, which needs no entry of its own; with another both radii become half of the distance. An entry with the
+very key of an old one takes its place (there the rule would leave the old one).
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,7 @@ from .encoder import Encoder
 
 Query = Literal["mean", "last"]
 _ENTRIES = ("keys", "values", "radii")
+_SAME_KEY = 1e-6  # distance between keys, relative to their length, that is rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +34,7 @@ class Codebook(Edit):
     keys: torch.Tensor  #: (n, d_f)
     values: torch.Tensor  #: (n, d)
     radii: torch.Tensor  #: (n,)
+    targets: torch.Tensor | None = None  #: (n,) int64, equal where the target is; None if that is not known
     kind: ClassVar[str] = "codebook"
     every_token: ClassVar[bool] = (
         True  #: whether tokens that the model has written are looked up too, not the prompt alone
@@ -45,8 +52,31 @@ class Codebook(Edit):
     def joined(self, later):
         if type(later) is not type(self) or later.layer != self.layer or not self._asked_like(later):
             return None
-        entries: Any = {name: torch.cat([getattr(self, name), getattr(later, name)]) for name in _ENTRIES}
-        return replace(later, **entries)
+        if self.targets is None or later.targets is None:
+            entries: Any = {name: torch.cat([getattr(self, name), getattr(later, name)]) for name in _ENTRIES}
+            return replace(later, targets=None, **entries)
+        whole = self
+        for entry in range(len(later.keys)):
+            whole = whole._with_entry(replace(later, **later._rows(slice(entry, entry + 1))))
+        return whole
+
+    def _rows(self, rows: Any) -> dict[str, Any]:
+        """What some of the entries hold."""
+        return {name: getattr(self, name)[rows] for name in (*_ENTRIES, "targets")}
+
+    def _with_entry(self, new: Codebook) -> Codebook:
+        """This memory with the one entry of ``new``, by the rule above."""
+        old, added = self._rows(slice(None)), new._rows(slice(None))
+        (distance,), (nearest,), _ = nearest_entry(new.keys, self.keys, self.radii)
+        if distance <= _SAME_KEY * new.keys.norm():
+            old = self._rows(torch.arange(len(self.keys), device=self.keys.device) != nearest)
+        elif distance <= self.radii[nearest] + new.radii[0]:
+            same = bool(old["targets"][nearest] == added["targets"][0])
+            old["radii"] = old["radii"].clone()
+            old["radii"][nearest] = torch.maximum(old["radii"][nearest], distance) if same else distance / 2
+            added = new._rows(slice(0)) if same else {**added, "radii": distance[None] / 2}
+        entries: dict[str, Any] = {name: torch.cat([old[name], added[name]]) for name in old}
+        return replace(new, **entries)
 
     def _asked_like(self, later: Codebook) -> bool:
         """Whether two codebooks of one class and layer are asked with the same query at the same times."""
@@ -63,12 +93,14 @@ class Codebook(Edit):
         return where, inputs[where]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {f"{self.layer}.{name}": getattr(self, name) for name in _ENTRIES}
+        named = {f"{self.layer}.{name}": getattr(self, name) for name in _ENTRIES}
+        return named if self.targets is None else named | {f"{self.layer}.targets": self.targets}
 
     @classmethod
     def from_tensors(cls, tensors, **fields):
         layer = int(next(iter(tensors)).split(".")[0])
-        return cls(**fields, layer=layer, **{name: tensors[f"{layer}.{name}"] for name in _ENTRIES})
+        entries: Any = {name: tensors.get(f"{layer}.{name}") for name in (*_ENTRIES, "targets")}
+        return cls(**fields, layer=layer, **entries)
 
     @classmethod
     def stack(cls, edits, layer, device) -> Change:
