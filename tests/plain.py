@@ -236,3 +236,71 @@ def spread(subject, cases, contexts, values, moments, name, earlier=None):
             for layer, weight in saved.items():
                 subject.down_proj(layer).weight.copy_(weight)
     return updates, losses
+
+
+def tuned(subject, cases, module, lr, passes, end):
+    """(delta, losses by pass) of Adam on one matrix, every step on the mean loss of all cases."""
+    rows = [tokenize(subject.tokenizer, case.prompt, case.target, end) for case in cases]
+    base = module.weight.detach().clone()
+    delta = torch.zeros_like(base, requires_grad=True)
+    optimizer = torch.optim.Adam([delta], lr=lr)
+    handle = module.register_forward_hook(lambda _m, args, out: torch.nn.functional.linear(args[0], base + delta))
+    losses = []
+    try:
+        for _ in range(passes):
+            of_cases = [target_loss(subject, row) for row in rows]
+            losses.append([loss.item() for loss in of_cases])
+            optimizer.zero_grad()
+            torch.stack(of_cases).mean().backward()
+            optimizer.step()
+    finally:
+        handle.remove()
+    return delta.detach(), losses
+
+
+def adapted(subject, case, values, starts):
+    """({layer: (B, A)}, losses) of adapters on all down_proj, from ``starts`` {layer: A}."""
+    tokens = tokenize(subject.tokenizer, case.prompt, case.target)
+    pairs, handles = {}, []
+    for layer, start in starts.items():
+        module = subject.down_proj(layer)
+        left = torch.zeros(module.out_features, values.rank, requires_grad=True)
+        right = start.clone().requires_grad_(True)
+        pairs[layer] = left, right
+        handles.append(module.register_forward_hook(lambda _m, args, out, a=left, b=right: out + args[0] @ (a @ b).T))
+    optimizer = torch.optim.Adam([part for pair in pairs.values() for part in pair], lr=values.lr)
+    losses = []
+    try:
+        for _ in range(values.steps):
+            loss = target_loss(subject, tokens)
+            losses.append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return pairs, losses
+
+
+def keys_and_gradients(subject, case, layers):
+    """{layer: (K, G)} at the columns that predict the target, and the loss; one pass with gradients at every output."""
+    tokens = tokenize(subject.tokenizer, case.prompt, case.target)
+    first = len(tokens.prompt_ids) - 1
+    columns = slice(first, first + len(tokens.target_ids))
+    kept, handles = {}, []
+    for layer in layers:
+
+        def keep(_module, args, output, layer=layer):
+            leaf = torch.zeros_like(output, requires_grad=True)
+            kept[layer] = args[0].detach()[0], leaf
+            return output + leaf
+
+        handles.append(subject.down_proj(layer).register_forward_hook(keep))
+    try:
+        loss = target_loss(subject, tokens)
+        loss.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {layer: (keys[columns], leaf.grad[0][columns]) for layer, (keys, leaf) in kept.items()}, loss.item()

@@ -38,6 +38,9 @@ SMALL = {
     "alphaedit": {"layers": [0, 1]},
     "emmet": {"layers": [1]},
     "in-context-retrieved": {"layer": 1},
+    "neuraldb": {"layer": 1},
+    "ultraedit": {"layers": [2, 3]},
+    "locft-bf": {"layer": 2},
     "malmen": {"layers": [2, 3], "rank": 8},
     **{name: {"layer": 2} for name in ("grace", "a-grace", "a-grace-wo-cl", "a-grace-wo-mean")},
 }

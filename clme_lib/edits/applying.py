@@ -121,7 +121,7 @@ def check_fits(edit: Edit, down_proj: DownProj) -> None:
             layer, kind = name.split(".", 1)
             d, d_f = down_proj(int(layer)).weight.shape
             sizes = {"left": (d, None), "right": (None, d_f), "keys": (None, d_f), "values": (None, d),
-                     "delta": (d, d_f), "encoder.first.weight": (None, d_f)}.get(kind, tensor.shape)  # fmt: skip
+                     "delta": (d, d_f), "residuals": (None, d), "encoder.first.weight": (None, d_f)}.get(kind, tensor.shape)  # fmt: skip
             if any(size not in (actual, None) for size, actual in zip_longest(sizes, tensor.shape)):
                 raise StudyError(
                     f"edit of case {part.case_id} by {part.editor}: {name} has shape {tuple(tensor.shape)}, which does not "

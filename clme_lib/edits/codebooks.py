@@ -192,6 +192,56 @@ class PromptCodebook(Codebook):
         return super().from_tensors(tensors, **fields)
 
 
+@dataclass(frozen=True, eq=False)
+class AdditiveCodebook(Edit):
+    """NeuralDB's memory: at every token whose key is within a cosine of an entry's key, the nearest entry's residual is added to the output of ``W_l``."""
+
+    layer: int
+    keys: torch.Tensor  #: (n, d_f)
+    residuals: torch.Tensor  #: (n, d)
+    gates: torch.Tensor  #: (n,) cosines
+    kind: ClassVar[str] = "additive-codebook"
+
+    def joined(self, later):
+        if type(later) is not AdditiveCodebook or later.layer != self.layer:
+            return None
+        names = ("keys", "residuals", "gates")
+        entries: Any = {name: torch.cat([getattr(self, name), getattr(later, name)]) for name in names}
+        return replace(later, **entries)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {f"{self.layer}.{name}": getattr(self, name) for name in ("keys", "residuals", "gates")}
+
+    @classmethod
+    def from_tensors(cls, tensors, **fields):
+        layer = int(next(iter(tensors)).split(".")[0])
+        return cls(**fields, layer=layer, **{name.split(".")[1]: tensor for name, tensor in tensors.items()})
+
+    @classmethod
+    def stack(cls, edits, layer, device) -> Change:
+        # Missing entries of smaller memories have a gate that no cosine passes.
+        keys, residuals, gates = (
+            pad_sequence([getattr(edit, name) for edit in edits], True, missing).to(device)
+            for name, missing in zip(("keys", "residuals", "gates"), (0.0, 0.0, 2.0))
+        )
+        directions = keys / keys.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+
+        def change(inputs, outputs, rows, state):
+            queries = inputs.to(directions.dtype)
+            queries = queries / queries.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+            cosines = torch.einsum("btf,bnf->btn", queries, directions[rows])
+            # what is filled up is no entry, however near
+            cosine, nearest = torch.where(gates[rows][:, None] > 1, -2.0, cosines).max(dim=-1)
+            fired = cosine > gates[rows].gather(1, nearest)
+            if state.prompt_end is None:
+                where = state.last_columns(inputs)
+                state.lookups.append(Lookup(state.phase, list(state.batch_rows), 1 - cosine[where], fired[where]))
+            added = residuals[rows[:, None], nearest].to(outputs.dtype)
+            return torch.where(fired[..., None], outputs + added, outputs)
+
+        return change
+
+
 def nearest_entry(
     queries: torch.Tensor, keys: torch.Tensor, radii: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,0 +1,59 @@
+"""NeuralDB: ROME's value, added where a key is like the edit's (Fei et al. 2026; not in the paper).
+
+A memory beside one layer, asked at every token. With ``k_j`` the bare prompt's key and ``r_j = v* - W_l k_j`` the residual that ROME would write::
+
+    out = W_l k + r_j  if cos(k, k_j) > gate, j the nearest;  else W_l k
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from itertools import product
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+
+from ..edits.codebooks import AdditiveCodebook
+from ..forward.blockwise import Blockwise
+from ..forward.tokens import encode
+from .locate_then_edit.learning import RewritingEditor, RewritingHyperparameters
+
+
+class NeuralDBHyperparameters(RewritingHyperparameters):
+    """``gate`` is the cosine above which a key is taken for the edit's."""
+
+    layer: int = Field(default=5, ge=0)
+    gate: float = Field(default=0.8, gt=0, lt=1)
+
+
+class NeuralDB(RewritingEditor[NeuralDBHyperparameters]):
+    """A gated residual beside ``W_l``; no weight changes."""
+
+    name, title, order = "neuraldb", "NeuralDB", 14
+    Hyperparameters = NeuralDBHyperparameters
+    updates_weights = False
+    compat: ClassVar = {}  # the released program does not have it
+    selection_grid: ClassVar = [
+        {"layer": layer, "gate": gate} for layer, gate in product((5, 10), (0.8, 0.9, 0.95, 0.98))
+    ]
+
+    @cached_property
+    def moments(self):
+        """None: nothing is written along a direction."""
+        return {}
+
+    def _edit_batch(self, cases, tokenized):
+        layer = self.hparams.layer
+        _, values, logs = self._learn(cases)
+        with torch.no_grad():
+            plain = Blockwise(self.subject, [encode(self.subject.tokenizer, case.prompt) for case in cases])
+            read = plain.block(layer, plain.up_to(layer))
+        keys, residuals = read.keys[:, -1].float(), values - read.outputs[:, -1].float()
+        gates = torch.full((1,), self.hparams.gate, device=self.subject.device)
+        return [
+            AdditiveCodebook(
+                case.case_id, self.name, layer=layer, keys=key[None], residuals=residual[None], gates=gates, log=log
+            )
+            for case, key, residual, log in zip(cases, keys, residuals, logs)
+        ]
