@@ -1,4 +1,4 @@
-"""SimIE: single edits, made once of the unedited model, joined into a sequence (Guo et al. 2025; not in the paper).
+"""SimIE: single edits, made once of the unedited model, joined into a sequence (released with EasyEdit, 2025; not in the paper).
 
 With ``k_t`` the key of edit t at a layer and ``D_t`` its update there, starting from ``M = m I`` and ``W = 0``::
 
