@@ -41,7 +41,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_run(whole, tmp_path, sent):
     source, _, undisturbed, seconds = whole
     out, moments = tmp_path / "run", random.Random(sent)
     kept: set = set()
-    for _ in range(4):
+    for _ in range(2):
         process = start(source, out)
         process.join(moments.uniform(0.1, 0.9) * seconds)
         if process.is_alive():

@@ -221,7 +221,7 @@ def test_every_table_is_among_them(records):
     assert made == len(tables_of("x", records)) - 1, "the table of scores is RQ1's as well"
 
 
-@settings(many, max_examples=15)
+@settings(many, max_examples=8)
 @given(text=HOSTILE)
 def test_every_table_shows_text_literally(text, records):
     for name, (shown, texts) in tables_of(text, records).items():

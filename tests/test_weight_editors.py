@@ -149,7 +149,7 @@ def test_one_after_another_is_all_together_if_earlier_keys_count(llama, corpus, 
 
 def test_pmet_changes_its_factor_and_stops_when_targets_win(llama, cases, corpus):
     """A target of one token soon is the arg-max of every row: the case ends, or, if the KL forbids it, its loss drops tenfold."""
-    easy = [replace(case, target="in") for case in cases]
+    easy = [replace(case, target="in") for case in cases[:2]]
     changes = dict(steps=40, lr=0.3, clamp=50.0, kl_factor=1e-3, loss_floor=1e-9)
     modules = [llama.blocks[2].self_attn.o_proj, llama.down_proj(2)]
     for kl_stop in (0.01, 0.0):

@@ -197,6 +197,18 @@ class ReportConfig(RunConfig):
     beside: Path | None = Field(None, description="folder of another subject's run")
 
 
+class ManyEditsConfig(RunConfig):
+    """What to run of many edits in one model: each protocol with each sample, in a folder of its own."""
+
+    editors: Editors = _editors((UNEDITED, "grace"))
+    protocols: Annotated[_Names, AfterValidator(_each("protocol", "study.protocols:get_protocol"))] = Field(
+        ("sequential", "batch", "simie"), description="comma-separated"
+    )
+    samples: Annotated[tuple[_Seed, ...], BeforeValidator(_split), Field(min_length=1)] = Field(
+        (0,), description="comma-separated: which random samples, each in its own order"
+    )
+
+
 class BenchConfig(Schema):
     """What to measure of efficiency. Lists may be given as comma-separated text."""
 

@@ -45,12 +45,14 @@ class Protocol(ABC):
     Attributes:
         folded: a trained editor edits each half of the data set after learning from the other, as in the paper. Otherwise it learns from
             all cases that are not edited, so that one model can hold all edits.
+        joins_weights: it joins updates of weights, and no other edits.
         reused: a step may take over the edits that an earlier step made of the same cases, because each is made of its case alone.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     folded: ClassVar[bool] = False
+    joins_weights: ClassVar[bool] = False
     reused: ClassVar[bool] = False
 
     @abstractmethod
@@ -111,6 +113,7 @@ class SimIEEdits(BatchEdits):
 
     name = "simie"
     title = "made alone, joined by SimIE"
+    joins_weights = True
     reused = True
 
     def edit(self, editor, cases):

@@ -1,0 +1,132 @@
+"""RQ4's runs, table and figure: many edits in one model, computed from the records of several runs.
+
+A run is of one protocol and one sample, in a folder of its own (``<out>/<protocol>-<sample>``): the order of a sequence is its sample's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..datasets.base import dataset_title
+from ..editors.registry import get_editor
+from ..metrics.base import get_metric
+from . import run_folder
+from .config import ManyEditsConfig, RunConfig, make_config
+from .figures import legend, panels, plain
+from .protocols import get_protocol
+from .runs import run, sampled
+from .tables import editor_colour, editor_name, interval, percent, scored, table
+
+ENDS = 10  # edits, at either end of a sequence, that are looked at alone
+SHOWN = ("effectiveness_em", "generalization_em", "specificity_rate")
+
+
+def run_many(config: ManyEditsConfig) -> pd.DataFrame:
+    """The records of all protocols and samples, completed where they are not; ``sample`` and each case's ``turn`` in its sequence (from 0)
+    are columns of their own. A protocol that joins updates of weights leaves out the editors that make none."""
+    frames = []
+    for protocol in config.protocols:
+        for sample in config.samples:
+            own = _run_of(config, protocol, sample)
+            if own is None:
+                continue
+            records = run_folder.load_run(own.out) if run_folder.is_published(own.out) else run(own)
+            turns = {name: [case.case_id for case in sampled(own, name)] for name in own.dataset}
+            records = records[records["editor"].isin(own.editors) & records["dataset"].isin(own.dataset)]
+            turn = [turns[name].index(case_id) for name, case_id in zip(records["dataset"], records["case_id"])]
+            frames.append(records.assign(sample=sample, turn=turn))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _run_of(config: ManyEditsConfig, protocol: str, sample: int) -> RunConfig | None:
+    joins = type(get_protocol(protocol)).joins_weights
+    editors = [name for name in config.editors if not joins or get_editor(name).updates_weights]
+    if not editors:
+        return None
+    name = f"{protocol}-{sample}"
+    fields = {field: getattr(config, field) for field in RunConfig.model_fields}
+    own = {"editors": tuple(editors), "protocol": protocol, "sample": sample, "out": config.out / name}
+    return make_config(**{**fields, **own, "name": f"{config.name}-{name}" if config.name else None})
+
+
+@table
+def retention_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
+    """What is left of all edits, of the first ten and of the last ten, and of the neighbours, as the model holds more of them.
+
+    Shares in percent with 95 % intervals over cases and samples; seconds are an edit's own, on average over those that the model holds.
+    """
+    for (dataset, protocol, editor, held), rows in _states(records):
+        row = {
+            "Data": dataset_title(dataset),
+            "Protocol": get_protocol(protocol).title,
+            "Editor": editor_name(editor),
+            "Edits": str(held),
+            "n": str(len(rows)),
+        }
+        for name in SHOWN:
+            row[get_metric(name).title] = _share(rows[name], get_metric(name).binary)
+        early, late = rows[rows["turn"] < ENDS], rows[rows["turn"] >= held - ENDS]
+        whole = held > ENDS
+        row[f"Eff. EM, first {ENDS}"] = _share(early["effectiveness_em"], True) if whole else "–"
+        row[f"Eff. EM, last {ENDS}"] = _share(late["effectiveness_em"], True) if whole else "–"
+        if rows["free_effectiveness_em"].notna().any():
+            row[get_metric("free_effectiveness_em").title] = _share(rows["free_effectiveness_em"], True)
+        row["s / edit"] = f"{rows['edit_seconds'].mean():.2f}"
+        yield row
+
+
+def retention_figure(records: pd.DataFrame) -> Any:
+    """Effectiveness, generalization and neighbours left unchanged over the number of edits: a row for each protocol, a line for each editor."""
+    records = scored(records)
+    protocols = list(dict.fromkeys(records["protocol"]))
+    figure, axes = panels(len(protocols), len(SHOWN), 3.0, 2.4, sharex=True)
+    for row, protocol in enumerate(protocols):
+        of_protocol = records[records["protocol"] == protocol]
+        for editor, rows in of_protocol.groupby("editor", sort=False):
+            for column, name in enumerate(SHOWN):
+                groups = rows.groupby("position")[name]
+                shares = {held: interval(scores, get_metric(name).binary) for held, scores in groups}
+                middle, low, high = (
+                    np.array([100 * getattr(share, bound) for share in shares.values()])
+                    for bound in ("mean", "low", "high")
+                )
+                axis, colour = axes[row][column], editor_colour(str(editor))
+                axis.plot(
+                    list(shares), middle, marker="o", markersize=3, color=colour, label=plain(editor_name(str(editor)))
+                )
+                axis.fill_between(list(shares), low, high, color=colour, alpha=0.12, linewidth=0)
+        for column, name in enumerate(SHOWN):
+            axes[row][column].set(xscale="log", ylim=(-3, 103), title=get_metric(name).title if row == 0 else "")
+            axes[row][column].set_xlabel("edits in the model" if row == len(protocols) - 1 else "")
+        axes[row][0].set_ylabel(plain(get_protocol(str(protocol)).title) + " (%)")
+    return legend(figure, axes, 1.06, 4)
+
+
+def findings(records: pd.DataFrame) -> list[dict[str, Any]]:
+    """Of each data set, protocol and editor, the state with the most edits beside the first: effectiveness and neighbours kept."""
+    rows = []
+    states = dict(_states(records))
+    for dataset, protocol, editor in dict.fromkeys(key[:3] for key in states):
+        held = sorted(key[3] for key in states if key[:3] == (dataset, protocol, editor))
+        ends = [states[dataset, protocol, editor, count] for count in (held[0], held[-1])]
+        scores = {name: [float(end[name].mean()) for end in ends] for name in SHOWN}
+        rows.append({"dataset": dataset, "protocol": protocol, "editor": editor, "held": [held[0], held[-1]], **scores})
+    return rows
+
+
+def _states(records: pd.DataFrame) -> Iterator[tuple[tuple[str, str, str, int], pd.DataFrame]]:
+    groups: Sequence[str] = ("dataset", "protocol", "editor", "position")
+    for (dataset, protocol, editor, held), rows in scored(records).groupby(list(groups), sort=False):
+        yield (str(dataset), str(protocol), str(editor), int(held)), rows
+
+
+def _share(values: pd.Series, binary: bool) -> str:
+    share = interval(values, binary)
+    if not share.n:
+        return "–"
+    bounds = "" if np.isnan(share.low) else f" ({percent(share.low)}–{percent(share.high)})"
+    return f"{percent(share.mean)}{bounds}"

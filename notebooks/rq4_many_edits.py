@@ -1,0 +1,77 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# (rq4)=
+# # RQ4: many edits in one model
+#
+# The paper edits one case, evaluates it, and takes the edit away again. Whoever uses an edited model keeps the edits. How many can one model hold before the
+# early ones are lost, or the answers to everything else change?
+#
+# Three ways to put them in are compared ([](#sec-many)): one after another, all at once, and made alone and joined by SimIE. Each time the model holds 1, 3, 10, 30, 100, … edits, and in the
+# end, *all* of them are evaluated, their neighbours against the answers of the original model.
+
+# %% tags=["parameters", "hide-input"]
+subject: str = "smollm2-135m-code"  # registry name, Hugging Face id or folder
+dataset: str = "cnle"  # comma-separated
+editors: str = "none,in-context,ft-l,rome,grace-tuned"  # comma-separated; `clme list` shows all
+protocols: str = "sequential,batch,simie"  # comma-separated
+cases: int = 3  # edits in one model
+samples: str = "0"  # comma-separated: which random samples, each in its own order
+out: str = "runs/rq4"  # folder of a run for each protocol and sample; running again resumes them
+device: str = "auto"  # auto, cpu, cuda
+dtype: str = "auto"  # auto (float32), float32, bfloat16, float16
+
+# %% tags=["hide-input"]
+import clme_lib as clme
+from clme_lib.study.config import ManyEditsConfig
+
+# any other field of the configuration can be passed by its name as well: `clme run --help` lists them
+config = clme.config_from_notebook(globals(), ManyEditsConfig)
+
+# %% tags=["hide-input"]
+import matplotlib.pyplot as plt
+from IPython.display import Markdown, display
+
+from clme_lib.study import rq4
+from clme_lib.study.tables import editor_name, percent
+from clme_lib.support.display import inline
+
+records = rq4.run_many(config)
+
+# %% [markdown]
+# ## What is left as a model holds more
+
+# %% tags=["hide-input"]
+figure = rq4.retention_figure(records)
+plt.show()
+
+# %% tags=["hide-input"]
+caption = (
+    f"Many edits in {', '.join(records['subject'].unique())}: each row is a state of the model, and all edits that it holds. Shares in percent, with 95 % intervals "
+    "over cases and samples; n counts both."
+)
+rq4.retention_table(records, label="tab-rq4-retention", caption=caption)
+
+# %% tags=["hide-input"]
+sentences = []
+for found in rq4.findings(records):
+    if found["editor"] != "none" and found["held"][0] < found["held"][1]:
+        effective, kept = found["effectiveness_em"], found["specificity_rate"]
+        sentences.append(
+            f"{inline(editor_name(found['editor']))} ({inline(found['protocol'])}): of {found['held'][1]} edits {percent(effective[1])} % are right (of the first alone "
+            f"{percent(effective[0])} %), and {percent(kept[1])} % of the neighbours' answers are the original model's."
+        )
+display(Markdown("\n".join(f"- {sentence}" for sentence in sentences)))
