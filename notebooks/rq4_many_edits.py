@@ -46,6 +46,7 @@ import matplotlib.pyplot as plt
 from IPython.display import Markdown, display
 
 from clme_lib.study import rq4
+from clme_lib.study.protocols import protocol_title
 from clme_lib.study.tables import editor_name, percent
 from clme_lib.support.display import inline
 
@@ -67,11 +68,11 @@ rq4.retention_table(records, label="tab-rq4-retention", caption=caption)
 
 # %% tags=["hide-input"]
 sentences = []
-for found in rq4.findings(records):
-    if found["editor"] != "none" and found["held"][0] < found["held"][1]:
-        effective, kept = found["effectiveness_em"], found["specificity_rate"]
+for shown in rq4.findings(records):
+    if shown["editor"] != "none" and shown["held"][0] < shown["held"][1]:
+        effective, kept = shown["effectiveness_em"], shown["specificity_rate"]
         sentences.append(
-            f"{inline(editor_name(found['editor']))} ({inline(found['protocol'])}): of {found['held'][1]} edits {percent(effective[1])} % are right (of the first alone "
+            f"{inline(editor_name(shown['editor']))} ({inline(protocol_title(shown['protocol']))}): of {shown['held'][1]} edits {percent(effective[1])} % are right (of the first alone "
             f"{percent(effective[0])} %), and {percent(kept[1])} % of the neighbours' answers are the original model's."
         )
 display(Markdown("\n".join(f"- {sentence}" for sentence in sentences)))

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 from scorers import BY_WORDS
+from test_rq4 import many
 from test_text import PIECES, literal
 
 import clme_lib
@@ -24,7 +25,7 @@ from clme_lib.datasets.cases import Case
 from clme_lib.datasets.construction import pipeline, rephrasing
 from clme_lib.evaluation.records import UNSCORED
 from clme_lib.metrics.base import MEASURES
-from clme_lib.study import numbers, run_folder, runs
+from clme_lib.study import numbers, rq4, run_folder, runs
 from clme_lib.study.config import ReportConfig
 from clme_lib.study.rq2 import measure
 from clme_lib.study.tables import Table
@@ -153,6 +154,17 @@ def test_rq3_says_what_the_tables_show(show):
     assert "So on these cases no radius of GRACE's does what the encoder does. On CSNE" in text
     assert text.count("does without an encoder what A-GRACE does") == 1, "on CSNE a tuned radius reaches A-GRACE's best"
     assert "_GRACE and A-GRACE are needed" in show("rq3_a_grace", **parameters, editors="none,grace")
+
+
+def test_rq4_says_what_is_left(show, monkeypatch):
+    records = many(lambda position, turn: position < 30 or turn >= 24, 30).assign(subject="small")
+    monkeypatch.setattr(rq4, "run_many", lambda config: records)
+    text = show("rq4_many_edits")
+    assert (
+        "- GRACE (one after another): of 30 edits 20.0 % are right (of the first alone 100.0 %), and 50.0 % of the"
+        in text
+    )
+    assert ":name: tab-rq4-retention" in text and "| 30 | 30 | 20.0 (" in text
 
 
 def test_another_subject_stands_beside_the_run(show, monkeypatch, published, tmp_path):

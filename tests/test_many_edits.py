@@ -162,8 +162,8 @@ def test_a_batch_is_made_together_of_the_unedited_model(tiny, config, monkeypatc
     cases = ordered(config())
     whole = Edit.compose(load_editor("grace", tiny, layer=2, steps=4).edit(cases))
     expected = evaluate(tiny, cases, [replace(whole, case_id=case.case_id) for case in cases])
-    found = texts(records)
-    assert [found[5, case.case_id] for case in cases] == expected["generated_effectiveness"].tolist()
+    written = texts(records)
+    assert [written[5, case.case_id] for case in cases] == expected["generated_effectiveness"].tolist()
 
 
 def test_simie_reuses_edits_and_joins_them(tiny, config, monkeypatch):
@@ -177,8 +177,8 @@ def test_simie_reuses_edits_and_joins_them(tiny, config, monkeypatch):
     edits = load_editor("rome", tiny, layer=1, steps=4).edit(cases)
     whole = simie(edits, lambda layer: edit_keys(tiny, cases, layer))
     expected = evaluate(tiny, cases, [replace(whole, case_id=case.case_id) for case in cases])
-    found = texts(records)
-    assert [found[5, case.case_id] for case in cases] == expected["generated_effectiveness"].tolist()
+    written = texts(records)
+    assert [written[5, case.case_id] for case in cases] == expected["generated_effectiveness"].tolist()
     (first,) = load_editor("grace", tiny, layer=2, steps=2).edit(cases[:1])
     with pytest.raises(StudyError, match="SimIE joins updates of weights, and the edits of grace are none"):
         simie([first], lambda layer: edit_keys(tiny, cases[:1], layer))

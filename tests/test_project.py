@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from clme_lib.cli import main
-from clme_lib.study.config import BenchConfig, ReportConfig
+from clme_lib.study.config import BenchConfig, ManyEditsConfig, ReportConfig
 from clme_lib.study.notebook import execute
 from clme_lib.support.errors import StudyError
 
@@ -63,7 +63,7 @@ def test_notebooks_are_well_formed(path):
         assert re.fullmatch(r"\w+: \w+ = .+  # .+", line), f"parameter without type or comment: {line}"
     if not path.stem.startswith("rq"):
         return  # the other notebooks run nothing, so they have no configuration
-    schema = BenchConfig if path.stem == "rq2_efficiency" else ReportConfig
+    schema = {"rq2_efficiency": BenchConfig, "rq4_many_edits": ManyEditsConfig}.get(path.stem, ReportConfig)
     defaults = schema.model_validate({})
     for line in tagged[0].source.splitlines():
         name, value = re.match(r"(\w+): \w+ = (.+?)  # ", line).groups()

@@ -200,7 +200,13 @@ class ReportConfig(RunConfig):
 class ManyEditsConfig(RunConfig):
     """What to run of many edits in one model: each protocol with each sample, in a folder of its own."""
 
-    editors: Editors = _editors((UNEDITED, "grace"))
+    subject: str = Field("smollm2-135m-code", min_length=1, description="registry name, Hugging Face id or folder")
+    dataset: Datasets = Field(
+        PAPER_DATASET_NAMES[:1], description="comma-separated: names, or JSON files that describe a data set"
+    )
+    editors: Editors = _editors((UNEDITED, "in-context", "ft-l", "rome", "grace-tuned"))
+    cases: _CountOrAll = Field(3, description="edits in one model")
+    out: _Folder = Field(Path("runs/rq4"), description="folder of a run for each protocol and sample")
     protocols: Annotated[_Names, AfterValidator(_each("protocol", "study.protocols:get_protocol"))] = Field(
         ("sequential", "batch", "simie"), description="comma-separated"
     )

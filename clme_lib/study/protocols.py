@@ -133,5 +133,10 @@ _PROTOCOLS: Registry[Protocol] = Registry("protocol", "clme_lib.protocols", __na
 register_protocol, get_protocol, list_protocols = _PROTOCOLS.register, _PROTOCOLS.__getitem__, _PROTOCOLS.names
 
 
+def protocol_title(name: str) -> str:
+    """A protocol's name in tables; a name that is not registered here stands for itself."""
+    return _PROTOCOLS[name].title if name in _PROTOCOLS else name
+
+
 for _protocol in (SingleEdits(), SequentialEdits(), BatchEdits(), SimIEEdits()):
     register_protocol(_protocol)

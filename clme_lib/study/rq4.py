@@ -14,10 +14,9 @@ import pandas as pd
 from ..datasets.base import dataset_title
 from ..editors.registry import get_editor
 from ..metrics.base import get_metric
-from . import run_folder
 from .config import ManyEditsConfig, RunConfig, make_config
 from .figures import legend, panels, plain
-from .protocols import get_protocol
+from .protocols import get_protocol, protocol_title
 from .runs import run, sampled
 from .tables import editor_colour, editor_name, interval, percent, scored, table
 
@@ -34,9 +33,8 @@ def run_many(config: ManyEditsConfig) -> pd.DataFrame:
             own = _run_of(config, protocol, sample)
             if own is None:
                 continue
-            records = run_folder.load_run(own.out) if run_folder.is_published(own.out) else run(own)
+            records = run(own)
             turns = {name: [case.case_id for case in sampled(own, name)] for name in own.dataset}
-            records = records[records["editor"].isin(own.editors) & records["dataset"].isin(own.dataset)]
             turn = [turns[name].index(case_id) for name, case_id in zip(records["dataset"], records["case_id"])]
             frames.append(records.assign(sample=sample, turn=turn))
     return pd.concat(frames, ignore_index=True)
@@ -62,7 +60,7 @@ def retention_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
     for (dataset, protocol, editor, held), rows in _states(records):
         row = {
             "Data": dataset_title(dataset),
-            "Protocol": get_protocol(protocol).title,
+            "Protocol": protocol_title(protocol),
             "Editor": editor_name(editor),
             "Edits": str(held),
             "n": str(len(rows)),
@@ -73,7 +71,7 @@ def retention_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
         whole = held > ENDS
         row[f"Eff. EM, first {ENDS}"] = _share(early["effectiveness_em"], True) if whole else "–"
         row[f"Eff. EM, last {ENDS}"] = _share(late["effectiveness_em"], True) if whole else "–"
-        if rows["free_effectiveness_em"].notna().any():
+        if "free_effectiveness_em" in rows and rows["free_effectiveness_em"].notna().any():
             row[get_metric("free_effectiveness_em").title] = _share(rows["free_effectiveness_em"], True)
         row["s / edit"] = f"{rows['edit_seconds'].mean():.2f}"
         yield row
@@ -102,7 +100,7 @@ def retention_figure(records: pd.DataFrame) -> Any:
         for column, name in enumerate(SHOWN):
             axes[row][column].set(xscale="log", ylim=(-3, 103), title=get_metric(name).title if row == 0 else "")
             axes[row][column].set_xlabel("edits in the model" if row == len(protocols) - 1 else "")
-        axes[row][0].set_ylabel(plain(get_protocol(str(protocol)).title) + " (%)")
+        axes[row][0].set_ylabel(plain(protocol_title(str(protocol))) + " (%)")
     return legend(figure, axes, 1.06, 4)
 
 

@@ -1,0 +1,81 @@
+"""RQ4: the runs of protocols and samples, and what table, figure and findings say of their records."""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+from conftest import write_source
+
+from clme_lib.datasets.cases import sample_cases
+from clme_lib.datasets.registry import load_cases
+from clme_lib.evaluation.records import SCORED
+from clme_lib.study import rq4
+from clme_lib.study.config import ManyEditsConfig, make_config
+
+SMALL = "rome.layer=1,rome.steps=3,grace.layer=2,grace.steps=3"
+
+
+@pytest.fixture
+def config(tiny, tmp_path):
+    return make_config(
+        ManyEditsConfig, subject="tiny-llama", dataset="cnle", editors="none,grace,rome", cases=4, samples="0,1", set=SMALL,
+        source=str(write_source(tmp_path)), out=tmp_path / "many", name="tiny",
+    )  # fmt: skip
+
+
+def test_each_protocol_and_sample_is_a_run_of_its_own(config):
+    records = rq4.run_many(config)
+    assert sorted(path.name for path in config.out.iterdir()) == sorted(
+        f"{protocol}-{sample}" for protocol in ("sequential", "batch", "simie") for sample in (0, 1)
+    )
+    assert set(records["run"]) == {f"tiny-{path.name}" for path in config.out.iterdir()}
+    # an editor that updates no weights cannot be joined by SimIE
+    editors = records.groupby("protocol")["editor"].unique().map(set).to_dict()
+    assert editors == {"sequential": {"none", "grace", "rome"}, "batch": {"none", "grace", "rome"}, "simie": {"rome"}}
+    for sample in (0, 1):
+        order = [case.case_id for case in sample_cases(load_cases("cnle", config.source), 4, sample)]
+        own = records[records["sample"] == sample]
+        assert {row.turn: row.case_id for row in own.itertuples()} == dict(enumerate(order))
+        assert (own["turn"] < own["position"]).all()
+    assert sorted(records["position"].unique()) == [1, 3, 4]
+    again = rq4.run_many(config)
+    assert list(again["start"]) == list(records["start"]), "nothing was made anew"
+    # every row of table and figure is there
+    shown = rq4.retention_table(records, label="tab").data
+    assert len(shown) == 3 * (3 + 3 + 1) and set(shown["n"]) == {"2", "6", "8"}
+    figure = rq4.retention_figure(records)
+    assert [len(axis.lines) for axis in figure.axes] == [3] * 6 + [1] * 3
+    plt.close(figure)
+
+
+def many(right, held):
+    """Records of a sequence of ``held`` edits, of which case ``turn`` is right where ``right(position, turn)`` says so."""
+    rows = []
+    for position in (1, 10, held):
+        for turn in range(position):
+            score = float(right(position, turn))
+            rows.append(
+                {"dataset": "cnle", "protocol": "sequential", "editor": "grace", "position": position, "turn": turn, "sample": 0,
+                 "state": SCORED, "effectiveness_em": score, "generalization_em": 0.0, "specificity_rate": 0.5,
+                 "free_effectiveness_em": None, "edit_seconds": 2.0 + turn}
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_the_first_and_the_last_edits_are_shown_apart():
+    records = many(lambda position, turn: position < 30 or turn >= 25, 30)
+    last = rq4.retention_table(records, label="tab").data.set_index("Edits").loc["30"]
+    assert last["n"] == "30" and last["Eff. EM"].startswith("16.7 (")
+    assert last["Eff. EM, first 10"].startswith("0.0 (") and last["Eff. EM, last 10"].startswith("50.0 (")
+    assert last["s / edit"] == "16.50"
+    ten = rq4.retention_table(records, label="tab").data.set_index("Edits").loc["10"]
+    assert ten["Eff. EM"].startswith("100.0 (") and ten["Eff. EM, first 10"] == ten["Eff. EM, last 10"] == "–"
+    (state,) = rq4.findings(records)
+    assert state["held"] == [1, 30] and state["effectiveness_em"] == pytest.approx([1.0, 5 / 30])
+    assert state["specificity_rate"] == [0.5, 0.5]
+
+
+def test_failed_edits_are_not_counted():
+    records = many(lambda position, turn: True, 12)
+    records.loc[records["turn"] == 3, "state"] = "failed"
+    shown = rq4.retention_table(records, label="tab").data.set_index("Edits")
+    assert shown.loc["12", "n"] == "11" and shown.loc["10", "n"] == "9"
