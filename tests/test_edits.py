@@ -1,6 +1,7 @@
 """Edits as values: every kind acts like its definition, row by row, in prompts and in decoding."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from clme_lib.edits.codebooks import Codebook
 from clme_lib.edits.files import load_edits, save_edits
 from clme_lib.edits.weights import DenseUpdate, LowRankUpdate
 from clme_lib.evaluation.generation import Request, generate
+from clme_lib.forward.tokens import encode
 from clme_lib.support.errors import StudyError
 
 
@@ -175,3 +177,24 @@ def test_loading_refuses_what_does_not_fit(llama, subject, tmp_path):
     wrong = DenseUpdate(3, "test", layer=2, delta=torch.zeros(2, 2))
     with pytest.raises(StudyError, match="does not fit"), llama.applying([wrong]):
         pass
+
+
+def test_an_edit_that_stands_for_several_rows_is_stacked_once(subject, monkeypatch):
+    """A state of many edits is evaluated on many cases: its factors are not copied for each."""
+    edit, other = low_rank(subject, 1), low_rank(subject, 2)
+    ids = torch.tensor([encode(subject.tokenizer, "Intent: sort it\nCode:")] * 4)
+    stack, seen = LowRankUpdate.stack.__func__, []
+    monkeypatch.setattr(
+        LowRankUpdate, "stack", classmethod(lambda cls, edits, *of: seen.append(len(edits)) or stack(cls, edits, *of))
+    )
+    logits = {}
+    for name, edits in {
+        "same": [edit] * 4,
+        "copies": [replace(edit) for _ in range(4)],
+        "mixed": [edit, other, edit, edit],
+    }.items():
+        with subject.applying(edits), torch.no_grad():
+            logits[name] = subject.model(input_ids=ids).logits
+    assert seen == [1, 1, 4, 4, 2, 2], "in each of two layers"
+    torch.testing.assert_close(logits["same"], logits["copies"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits["same"][0], logits["mixed"][0], atol=1e-5, rtol=1e-5)

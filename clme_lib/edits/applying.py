@@ -90,17 +90,20 @@ def _layer_hook(state: PassState, layer: int, device: torch.device) -> Callable:
     return hook
 
 
-def _place(owners: list[int], members: list[int], device) -> tuple[list[int], torch.Tensor, torch.Tensor]:
-    """The rows that ``members`` own, as a list and as a tensor, and which member owns each."""
-    position = {edit: n for n, edit in enumerate(members)}
+def _place(owners: list[int], position: dict[int, int], device) -> tuple[list[int], torch.Tensor, torch.Tensor]:
+    """The rows that some edits own, as a list and as a tensor, and each one's ``position`` (by its edit)."""
     rows = [row for row, edit in enumerate(owners) if edit in position]
     stacked = [position[owners[row]] for row in rows]
     index, of_rows = torch.tensor([rows, stacked], device=device, dtype=torch.long)
     return rows, index, of_rows
 
 
-def _changes(edits: Sequence[Edit], layer: int, device: torch.device) -> list[tuple[list[int], Change]]:
-    """Which edits change a layer's output, and how: edits of one kind together, the parts of composed ones in order."""
+def _changes(edits: Sequence[Edit], layer: int, device: torch.device) -> list[tuple[dict[int, int], Change]]:
+    """Which edits change a layer's output, and how: edits of one kind together, the parts of composed ones in order.
+
+    With each change stand the edits that it is of, and each one's position among those that were stacked: an edit that stands for several
+    is stacked once.
+    """
     parts = [[part for part in edit.parts if layer in part.layers] for edit in edits]
     changes = []
     for turn in range(max(map(len, parts), default=0)):
@@ -109,8 +112,10 @@ def _changes(edits: Sequence[Edit], layer: int, device: torch.device) -> list[tu
             if turn < len(own):
                 together.setdefault(own[turn].stacked_with, []).append(n)
         for members in together.values():
-            stacked = [parts[n][turn] for n in members]
-            changes.append((members, stacked[0].stack(stacked, layer, device)))
+            stacked = list({id(parts[n][turn]): parts[n][turn] for n in members}.values())
+            places = {id(part): place for place, part in enumerate(stacked)}
+            position = {n: places[id(parts[n][turn])] for n in members}
+            changes.append((position, stacked[0].stack(stacked, layer, device)))
     return changes
 
 

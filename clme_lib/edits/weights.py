@@ -61,6 +61,8 @@ class LowRankUpdate(Edit):
         rights = torch.stack([pad(right, (0, 0, 0, rank - right.shape[0])) for _, right in pairs]).to(device)
 
         def change(inputs, outputs, rows, state):
+            if len(edits) == 1:  # Factors that all rows share are not copied for each.
+                return outputs + (inputs.to(rights.dtype) @ rights[0].T @ lefts[0].T).to(outputs.dtype)
             inner = torch.einsum("btf,brf->btr", inputs.to(rights.dtype), rights[rows])
             return outputs + torch.einsum("btr,bdr->btd", inner, lefts[rows]).to(outputs.dtype)
 
