@@ -19,6 +19,7 @@ from clme_lib.edits.weights import DenseUpdate, LowRankUpdate
 from clme_lib.evaluation.evaluate import evaluate
 from clme_lib.forward.prompt_keys import edit_keys
 from clme_lib.study import run_folder
+from clme_lib.study.copies import publish
 from clme_lib.study.protocols import get_protocol, milestones
 from clme_lib.study.runs import run
 from clme_lib.support.errors import CaseError, StudyError
@@ -164,6 +165,17 @@ def test_a_batch_is_made_together_of_the_unedited_model(tiny, config, monkeypatc
     expected = evaluate(tiny, cases, [replace(whole, case_id=case.case_id) for case in cases])
     written = texts(records)
     assert [written[5, case.case_id] for case in cases] == expected["generated_effectiveness"].tolist()
+
+
+def test_a_published_sequence_is_read_as_it_was(config, tmp_path):
+    asked = config(cases=4)
+    records = run(asked)
+    published = tmp_path / "published"
+    assert publish(asked.out, published) == len(records) == 1 + 3 + 4
+    assert not list(published.rglob("*.png")), "RQ1's figure is of single edits"
+    assert not (published / "states").exists()
+    again = run(config(cases=4, out=published, name=None))
+    assert texts(again) == texts(records)
 
 
 def test_simie_reuses_edits_and_joins_them(tiny, config, monkeypatch):

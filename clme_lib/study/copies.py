@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..datasets.base import get_dataset
 from ..datasets.registry import load_cases
+from ..evaluation.evaluate import SINGLE
 from ..evaluation.records import FAILED, SCORED, UNKNOWN, UNSCORED, Record, evaluated, read_records
 from ..metrics.base import get_metric, list_metrics, scores_of
 from ..metrics.free import STUDY_METRICS
@@ -68,7 +69,8 @@ def publish(run: Path, target: Path) -> int:
             for record in of_sample
         ]
     write_copy(run, target, manifest, published)
-    draw(target)
+    if manifest["config"].get("protocol", SINGLE) == SINGLE:  # The figure is of single edits.
+        draw(target)
     return len(load_run(target))
 
 
