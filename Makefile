@@ -12,6 +12,8 @@ TORCH_INDEX ?=
 BUILDS ?=
 PUBLISHED := results/runs/smollm2-135m
 NAME := $(notdir $(PUBLISHED))
+comma := ,
+MANY_PROTOCOLS := sequential
 MANY := results/many/$(NAME)-code
 ALL := none,ft-l,rome,memit,pmet,malmen,grace
 # metrics for which what was written is run
@@ -132,11 +134,11 @@ publish: .venv/.ready
 	$(BIN)/clme notebook notebooks/rq2_efficiency.py results/notebooks/rq2_efficiency.ipynb -p show results/efficiency \
 	  -p plain results/benchmarks/whole_case.csv
 	$(BIN)/clme notebook notebooks/rq3_a_grace.py results/notebooks/rq3_a_grace.ipynb -p cases 100 -p name $(NAME) -p out $(PUBLISHED)
-	for protocol in sequential batch simie; do test -d $(MANY)/$$protocol-0 || { \
+	for protocol in $(subst $(comma), ,$(MANY_PROTOCOLS)); do test -d $(MANY)/$$protocol-0 || { \
 	  $(BIN)/clme run --subject smollm2-135m-code --dataset cnle --protocol $$protocol --cases 10 --name $(NAME)-code-$$protocol-0 --out runs/publish/many/$$protocol-0 \
 	    --editor $$(test $$protocol = simie && echo ft-l,rome || echo none,in-context,ft-l,rome,grace-tuned) && \
 	  $(BIN)/clme publish runs/publish/many/$$protocol-0 $(MANY)/$$protocol-0; } || exit 1; done
-	$(BIN)/clme notebook notebooks/rq4_many_edits.py results/notebooks/rq4_many_edits.ipynb -p cases 10 -p out $(MANY)
+	$(BIN)/clme notebook notebooks/rq4_many_edits.py results/notebooks/rq4_many_edits.ipynb -p cases 10 -p protocols $(MANY_PROTOCOLS) -p out $(MANY)
 	for page in benchmark $(basename $(notdir $(wildcard notebooks/appendix_*.py))); do \
 	  $(BIN)/clme notebook notebooks/$$page.py results/notebooks/$$page.ipynb || exit 1; done
 	$(BIN)/python -m clme_lib.study.numbers

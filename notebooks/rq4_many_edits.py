@@ -52,8 +52,14 @@ from clme_lib.support.display import inline
 
 records = rq4.run_many(config)
 
+held = records["position"].max()
+shown_protocols = ", ".join(protocol_title(name) for name in records["protocol"].unique())
+Markdown(f"**Shown here:** {inline(shown_protocols)}; up to {held} edits of {records['sample'].nunique()} sample(s).")
+
 # %% [markdown]
 # ## What is left as a model holds more
+#
+# Seconds are what an edit took where the run ran, with whatever else ran there; {numref}`tab-speed-many` compares in one process.
 
 # %% tags=["hide-input"]
 figure = rq4.retention_figure(records)
