@@ -79,6 +79,8 @@ def retention_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 def retention_figure(records: pd.DataFrame) -> Any:
     """Effectiveness, generalization and neighbours left unchanged over the number of edits: a row for each protocol, a line for each editor."""
+    from matplotlib.ticker import NullLocator
+
     records = scored(records)
     protocols = list(dict.fromkeys(records["protocol"]))
     figure, axes = panels(len(protocols), len(SHOWN), 3.0, 2.4, sharex=True)
@@ -101,7 +103,10 @@ def retention_figure(records: pd.DataFrame) -> Any:
             axes[row][column].set(xscale="log", ylim=(-3, 103), title=get_metric(name).title if row == 0 else "")
             axes[row][column].set_xlabel("edits in the model" if row == len(protocols) - 1 else "")
         axes[row][0].set_ylabel(plain(protocol_title(str(protocol))) + " (%)")
-    return legend(figure, axes, 1.06, 4)
+    held = sorted(records["position"].unique())
+    axes[0][0].set_xticks(held, list(map(str, held)), minor=False)
+    axes[0][0].xaxis.set_minor_locator(NullLocator())
+    return legend(figure, axes, 1 + 0.25 / len(protocols), 5)
 
 
 def findings(records: pd.DataFrame) -> list[dict[str, Any]]:
