@@ -290,9 +290,11 @@ def test_floors_count_what_is_computed(subject, cases, name, monkeypatch):
         lambda editor_name, subject, **named: load_editor(
             editor_name,
             subject,
-            **{**named, **SMALL[editor_name], "steps": 9}
-            if editor_name != "malmen"
-            else {**named, **SMALL[editor_name]},
+            **{
+                **named,
+                **SMALL[editor_name],
+                **dict.fromkeys({"steps", "passes"} & set(EDITORS[name].Hyperparameters.model_fields), 9),
+            },
         ),
     )
     editor = measure.ready(subject, name, cases, random_weights=True)

@@ -181,7 +181,10 @@ def test_an_end_of_text_is_learnt_as_if_it_were_the_targets_last_token(subject, 
     (learnt,) = load_editor(name, subject, end_of_target=True, **LEARNING[name]).edit([case])
     (expected,) = load_editor(name, subject, **LEARNING[name]).edit([ended])
     (without,) = load_editor(name, subject, **LEARNING[name]).edit([case])
-    assert learnt.sha256 == expected.sha256 != without.sha256 and learnt.log.losses == expected.log.losses
+    assert learnt.log.losses == expected.log.losses
+    if name == "grace":  # A memory knows its targets by their texts, which differ here.
+        learnt, expected, without = (replace(edit, targets=None) for edit in (learnt, expected, without))
+    assert learnt.sha256 == expected.sha256 != without.sha256
 
 
 def test_only_the_end_of_text_differs_where_a_target_is_read_alone(llama, cases):

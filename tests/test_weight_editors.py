@@ -140,10 +140,10 @@ def test_one_after_another_is_all_together_if_earlier_keys_count(llama, corpus, 
     written = torch.zeros_like(together)
     for n in range(6):
         before = LowRankUpdate(0, name, factors={layer: (values[:0].T, keys[:0])}, keys={layer: keys[:n]})
-        one = copy.copy(editor)
-        one.subject = replace(llama, edit=before if n else None)
+        later = copy.copy(editor)
+        later.subject = replace(llama, edit=before if n else None)
         residual = values[n] - written @ keys[n]
-        written = written + torch.outer(residual, one.directions(layer, keys[n : n + 1])[0])
+        written = written + torch.outer(residual, later.directions(layer, keys[n : n + 1])[0])
     torch.testing.assert_close(written, together, rtol=1e-3, atol=1e-4 * together.abs().max().item())
 
 

@@ -20,6 +20,7 @@ from ..support.schema import Schema
 from .base import Editor
 from .grace import REACHES, PerDataset, radius_of
 from .in_context import shown
+from .operations import Sizes
 
 
 class InContextRetrievedHyperparameters(Schema):
@@ -38,6 +39,9 @@ class InContextRetrieved(Editor[InContextRetrievedHyperparameters]):
     reads_given_prompts = False
     selection_grid: ClassVar = [{"radii": dict.fromkeys(PAPER_DATASET_NAMES, radius)} for radius in REACHES]
     selects_reach = True
+
+    def operations(self, prompt, target, steps):
+        return [Sizes(self.subject).read(prompt, self.hparams.layer + 1)]
 
     def _edit_batch(self, cases, tokenized) -> list[Edit]:
         layer, device = self.hparams.layer, self.subject.device
