@@ -125,7 +125,7 @@ publish: .venv/.ready
 	test -d $(PUBLISHED) || { $(BIN)/clme run --editor $(ALL),$(RQ3) --cases 100 --out runs/publish/$(NAME) && \
 	  $(BIN)/clme notebook notebooks/rq3_a_grace.py runs/publish/rq3.ipynb -p cases 100 -p name $(NAME) -p out runs/publish/$(NAME) && \
 	  $(BIN)/clme publish runs/publish/$(NAME)-compat $(PUBLISHED)-compat && $(BIN)/clme publish runs/publish/$(NAME) $(PUBLISHED); }
-	test -d $(PUBLISHED)-code || { $(BIN)/clme run --subject smollm2-135m-code --dataset cnle --editor none --cases 100 --name $(NAME)-code --out runs/publish/code && \
+	test -d $(PUBLISHED)-code || { $(BIN)/clme run --subject smollm2-135m-code --dataset cnle --editor none,grace --cases 100 --name $(NAME)-code --out runs/publish/code && \
 	  $(BIN)/clme score runs/publish/code runs/publish/$(NAME)-code --metrics $(EXECUTED) && $(BIN)/clme publish runs/publish/$(NAME)-code $(PUBLISHED)-code; }
 	$(BIN)/clme notebook notebooks/rq1_proficiency.py results/notebooks/rq1_proficiency.ipynb -p editors $(ALL) -p cases 100 -p name $(NAME) -p out $(PUBLISHED)
 	$(BIN)/clme bench --threads 2 --out results/efficiency
