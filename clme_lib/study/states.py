@@ -48,7 +48,9 @@ class States:
         self._held: dict[int, State] = {}
         self._made: dict[int, tuple[Edit | None, str | None]] = {}
         if file.is_file() and (about := read_about(file)).get("identity") in self._identities:
-            (edit,) = load_edits(file, editor.subject)
+            (stored,) = load_edits(file, editor.subject)
+            on_device = {name: tensor.to(editor.subject.device) for name, tensor in stored.tensors().items()}
+            edit = Edit.restored(stored.describe(), on_device)
             logs = {
                 int(case): EditLog(**{**log, "losses": tuple(log["losses"])}) for case, log in about["logs"].items()
             }
