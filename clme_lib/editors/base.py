@@ -163,10 +163,7 @@ class Editor(ABC, Generic[Hparams]):
         Raises:
             CaseError: a case cannot be edited; the message names it.
         """
-        if type(self)._edit_jointly is Editor._edit_jointly:
-            return self.edit(cases)
-        self.setup()
-        return self._timed(cases, [self._tokenize(case) for case in cases], self._edit_jointly)
+        return self.edit(cases)
 
     def cost(self, case: Case) -> int:
         """Columns that every optimisation step touches; cases of equal cost make batches without padding."""
@@ -190,16 +187,17 @@ class Editor(ABC, Generic[Hparams]):
     def _edit_batch(self, cases: Sequence[Case], tokenized: Sequence[TokenRow]) -> list[Edit]:
         """Edit a batch of cases; gradients are enabled."""
 
-    def _edit_jointly(self, cases: Sequence[Case], tokenized: Sequence[TokenRow]) -> list[Edit]:
-        """Edit all cases together, for an editor that can; gradients are enabled."""
-        raise NotImplementedError
-
     def _tokenize(self, case: Case) -> TokenRow:
         try:
             end = getattr(self.hparams, "end_of_target", False)
             return tokenize(self.subject.tokenizer, case.prompt, case.target, end)
         except CaseError as error:
             raise CaseError(f"case {case.case_id} of {case.dataset}: {error}") from error
+
+    def _together(self, cases: Sequence[Case], edit_batch: _EditBatch) -> list[Edit]:
+        """What ``edit_batch`` makes of all cases as one batch, for an editor that has a way of its own to :meth:`edit_together`."""
+        self.setup()
+        return self._timed(cases, [self._tokenize(case) for case in cases], edit_batch)
 
     def _timed(self, cases: Sequence[Case], tokenized: Sequence[TokenRow], edit_batch: _EditBatch) -> list[Edit]:
         device = self.subject.device

@@ -23,7 +23,7 @@ from ..edits.base import EditLog
 from ..edits.weights import DenseUpdate
 from ..forward.partial import PartialForward
 from .base import Editor, TargetHyperparameters
-from .operations import Phase, Sizes
+from .operations import Sizes
 
 
 class FTLHyperparameters(TargetHyperparameters):
@@ -49,13 +49,7 @@ class FTL(Editor[FTLHyperparameters]):
     ]
 
     def operations(self, prompt, target, steps):
-        sizes, layer, columns = Sizes(self.subject), self.hparams.layer, prompt + target - 1
-        matrix = sizes.hidden * sizes.inner
-        operations, traffic = sizes.step(columns, columns / 2, sizes.blocks - 1 - layer, target)
-        operations += 4 * columns * matrix  # the product with the change, and its gradient
-        # the optimiser reads four matrices and writes three
-        in_steps = Phase("steps", steps * operations, steps * (traffic + 7 * 4 * matrix))
-        return [*sizes.read_once(prompt, target, layer), in_steps]
+        return Sizes(self.subject).fine_tuning(prompt, target, self.hparams.layer, steps)
 
     def _edit_batch(self, cases, tokenized):
         hparams = self.hparams

@@ -23,7 +23,7 @@ from ..edits.weights import DenseUpdate
 from ..forward.partial import PartialForward
 from ..forward.tokens import TokenRow
 from .base import Editor, TargetHyperparameters
-from .operations import Phase, Sizes
+from .operations import Sizes
 
 
 class LocFTBFHyperparameters(TargetHyperparameters):
@@ -44,15 +44,13 @@ class LocFTBF(Editor[LocFTBFHyperparameters]):
     selection_grid: ClassVar = [{"layer": layer, "lr": lr} for layer, lr in product((21, 14), (5e-4, 1e-3, 2e-3, 4e-3))]
 
     def operations(self, prompt, target, steps):
-        sizes, layer, columns = Sizes(self.subject), self.hparams.layer, prompt + target - 1
-        matrix = sizes.hidden * sizes.inner
-        operations, traffic = sizes.step(columns, columns / 2, sizes.blocks - 1 - layer, target)
-        operations += 4 * columns * matrix  # the product with the change, and its gradient
-        in_steps = Phase("steps", steps * operations, steps * (traffic + 7 * 4 * matrix))
-        return [*sizes.read_once(prompt, target, layer), in_steps]
+        return Sizes(self.subject).fine_tuning(prompt, target, self.hparams.layer, steps)
 
     def _edit_batch(self, cases, tokenized):
         return [edit for case, row in zip(cases, tokenized) for edit in self._edit_jointly([case], [row])]
+
+    def edit_together(self, cases):
+        return self._together(cases, self._edit_jointly)
 
     def _edit_jointly(self, cases, tokenized):
         """The update of all is the first case's edit; the others' change nothing, and say how their losses went."""

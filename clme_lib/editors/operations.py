@@ -58,3 +58,12 @@ class Sizes:
         """(operations, bytes) of one forward and backward pass of ``columns`` columns that attend to ``seen`` ones."""
         forward = blocks * (columns * self.block + 2 * self.hidden * columns * seen) + labels * self.head
         return 4 * forward, 2 * (blocks * self.block + self.head) * self._bytes
+
+    def fine_tuning(self, prompt: int, target: int, layer: int, steps: int) -> list[Phase]:
+        """``steps`` updates of a whole ``W_l`` by Adam."""
+        columns, matrix = prompt + target - 1, self.hidden * self.inner
+        operations, traffic = self.step(columns, columns / 2, self.blocks - 1 - layer, target)
+        operations += 4 * columns * matrix  # the product with the change, and its gradient
+        # the optimiser reads four matrices and writes three
+        in_steps = Phase("steps", steps * operations, steps * (traffic + 7 * 4 * matrix))
+        return [*self.read_once(prompt, target, layer), in_steps]

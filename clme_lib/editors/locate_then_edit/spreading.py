@@ -70,6 +70,9 @@ class SpreadingEditor(RewritingEditor[Hparams]):
     def _edit_batch(self, cases, tokenized):
         return self.write(cases, *self.target_states(cases))
 
+    def edit_together(self, cases):
+        return self._together(cases, self._edit_jointly)
+
     def _edit_jointly(self, cases, tokenized):
         batches = of_like_length(
             list(map(self._cost, tokenized)), ratio=self._max_cost_ratio(), most=self.default_batch
