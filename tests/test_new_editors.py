@@ -101,7 +101,7 @@ def test_neuraldbs_memories_join_and_are_stored(llama, cases, tmp_path):
     alone = [generate(llama, [row], [*edits, whole])[0] for row in rows]
     assert [text.text for text in together] == [text.text for text in alone]
     own = generate(llama, [Request(case.prompt, 6, 0) for case in cases[:3]], [whole])
-    assert all(text.fired and text.distance == pytest.approx(0, abs=1e-5) for text in own)
+    assert all(text.fired and 0 <= text.distance <= 1e-5 for text in own)
     assert generate(llama, [Request(prompts[0], 6)])[0].fired is None
 
 

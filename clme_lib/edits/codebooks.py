@@ -1,12 +1,13 @@
-"""GRACE's and A-GRACE's memories: edits that replace a module's output where a query is near enough to a key.
+"""Memories: edits that act on a module's output where a query is near enough to a key, as GRACE's, A-GRACE's and NeuralDB's do.
 
-A memory to which an entry is added follows GRACE's rule (Hartvigsen et al. 2023) where the new entry's ball meets the nearest old one's: with the
-same target the old radius grows to reach the new key, which needs no entry of its own; with another both radii become half of the distance. An entry with the
-very key of an old one takes its place (there the rule would leave the old one).
+GRACE's grows by its authors' rule (Hartvigsen et al. 2023). Where a new entry's ball meets the nearest old entry's and both have the same target, the
+old radius grows to reach the new key, which needs no entry of its own; with another target both radii become half of the distance. In every memory an entry takes the place
+of an old one with the same key: of two edits of one prompt the later counts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +20,7 @@ from .encoder import Encoder
 
 Query = Literal["mean", "last"]
 _ENTRIES = ("keys", "values", "radii")
-_SAME_KEY = 1e-6  # distance between keys, relative to their length, that is rounding
+_SAME_KEY = 1e-4  # distance between keys, relative to their length, that is rounding; those of different prompts are far further apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +54,7 @@ class Codebook(Edit):
         if type(later) is not type(self) or later.layer != self.layer or not self._asked_like(later):
             return None
         if self.targets is None or later.targets is None:
-            entries: Any = {name: torch.cat([getattr(self, name), getattr(later, name)]) for name in _ENTRIES}
-            return replace(later, targets=None, **entries)
+            return replace(later, targets=None, **joined_entries(self, later, _ENTRIES))
         whole = self
         for entry in range(len(later.keys)):
             whole = whole._with_entry(replace(later, **later._rows(slice(entry, entry + 1))))
@@ -66,17 +66,15 @@ class Codebook(Edit):
 
     def _with_entry(self, new: Codebook) -> Codebook:
         """This memory with the one entry of ``new``, by the rule above."""
-        old, added = self._rows(slice(None)), new._rows(slice(None))
         (distance,), (nearest,), _ = nearest_entry(new.keys, self.keys, self.radii)
-        if distance <= _SAME_KEY * new.keys.norm():
-            old = self._rows(torch.arange(len(self.keys), device=self.keys.device) != nearest)
-        elif distance <= self.radii[nearest] + new.radii[0]:
-            same = bool(old["targets"][nearest] == added["targets"][0])
-            old["radii"] = old["radii"].clone()
-            old["radii"][nearest] = torch.maximum(old["radii"][nearest], distance) if same else distance / 2
-            added = new._rows(slice(0)) if same else {**added, "radii": distance[None] / 2}
-        entries: dict[str, Any] = {name: torch.cat([old[name], added[name]]) for name in old}
-        return replace(new, **entries)
+        if _replaced(self.keys, new.keys).any() or distance > self.radii[nearest] + new.radii[0]:
+            return replace(new, **joined_entries(self, new, (*_ENTRIES, "targets")))
+        same = bool(self.targets[nearest] == new.targets[0])  # type: ignore[index]
+        radii = self.radii.clone()
+        radii[nearest] = torch.maximum(radii[nearest], distance) if same else distance / 2
+        old = replace(self, radii=radii)
+        added = replace(new, **new._rows(slice(0))) if same else replace(new, radii=distance[None] / 2)
+        return replace(new, **joined_entries(old, added, (*_ENTRIES, "targets")))
 
     def _asked_like(self, later: Codebook) -> bool:
         """Whether two codebooks of one class and layer are asked with the same query at the same times."""
@@ -205,9 +203,7 @@ class AdditiveCodebook(Edit):
     def joined(self, later):
         if type(later) is not AdditiveCodebook or later.layer != self.layer:
             return None
-        names = ("keys", "residuals", "gates")
-        entries: Any = {name: torch.cat([getattr(self, name), getattr(later, name)]) for name in names}
-        return replace(later, **entries)
+        return replace(later, **joined_entries(self, later, ("keys", "residuals", "gates")))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {f"{self.layer}.{name}": getattr(self, name) for name in ("keys", "residuals", "gates")}
@@ -235,11 +231,32 @@ class AdditiveCodebook(Edit):
             fired = cosine > gates[rows].gather(1, nearest)
             if state.prompt_end is None:
                 where = state.last_columns(inputs)
-                state.lookups.append(Lookup(state.phase, list(state.batch_rows), 1 - cosine[where], fired[where]))
+                distances = (1 - cosine[where]).clamp(min=0)  # Rounding may take a cosine beyond 1.
+                state.lookups.append(Lookup(state.phase, list(state.batch_rows), distances, fired[where]))
             added = residuals[rows[:, None], nearest].to(outputs.dtype)
             return torch.where(fired[..., None], outputs + added, outputs)
 
         return change
+
+
+def _replaced(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """(n,) which of the ``old`` keys (n, d) are also among the ``new`` ones (m, d)."""
+    distances = torch.cdist(old, new.to(old), compute_mode="donot_use_mm_for_euclid_dist")
+    return (distances <= _SAME_KEY * old.norm(dim=-1, keepdim=True)).any(dim=-1)
+
+
+def joined_entries(old: Any, new: Any, names: Sequence[str]) -> dict[str, Any]:
+    """What two memories hold together, by name, each a tensor or a tuple with a value for each of the ``keys``: the old entries whose key no
+    new one has, and the new ones."""
+    kept = ~_replaced(old.keys, new.keys)
+    entries: dict[str, Any] = {}
+    for name in names:
+        before, added = getattr(old, name), getattr(new, name)
+        if isinstance(added, tuple):
+            entries[name] = (*(value for value, stays in zip(before, kept.tolist()) if stays), *added)
+        else:
+            entries[name] = torch.cat([before[kept], added])
+    return entries
 
 
 def nearest_entry(

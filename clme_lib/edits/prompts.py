@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from .base import Edit
-from .codebooks import nearest_entry
+from .codebooks import joined_entries, nearest_entry
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,7 @@ class RetrievedPromptEdit(PromptEdit):
     def joined(self, later):
         if type(later) is not type(self) or later.layer != self.layer:
             return None
-        keys, radii = torch.cat([self.keys, later.keys]), torch.cat([self.radii, later.radii])
-        return replace(later, texts=self.texts + later.texts, keys=keys, radii=radii)
+        return replace(later, **joined_entries(self, later, ("texts", "keys", "radii")))
 
     def tensors(self):
         return {f"{self.layer}.keys": self.keys, f"{self.layer}.radii": self.radii}
