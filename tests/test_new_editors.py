@@ -1,15 +1,20 @@
 """The editors that the paper does not have, each equal to a plain loop of its formulas on three architectures."""
 
+import re
+
 import plain
 import pytest
 import torch
+from conftest import run_config, write_source
 
 from clme_lib.editors.registry import load_editor
 from clme_lib.edits.base import Edit
 from clme_lib.edits.files import load_edits, save_edits
 from clme_lib.edits.weights import DenseUpdate
 from clme_lib.evaluation.generation import Request, generate
+from clme_lib.evaluation.records import SCORED
 from clme_lib.forward.tokens import encode
+from clme_lib.study.runs import run
 from clme_lib.support.errors import StudyError
 from clme_lib.support.seeds import generator
 
@@ -154,3 +159,32 @@ def test_an_edit_does_not_depend_on_its_batch(llama, cases, name, values):
     for case, edit in zip(cases, together):
         (alone,) = editor.edit([case])
         assert alone.log.losses == pytest.approx(edit.log.losses, rel=1e-3)
+
+
+def test_a_run_records_all_of_them(tiny, tmp_path):
+    """Single edits and a sequence: no case fails, and every score is there."""
+    (tmp_path / "corpus").mkdir()
+    for n in range(30):
+        (tmp_path / "corpus" / f"{n}.txt").write_text("".join(chr(40 + (n * k * 7 + k) % 80) for k in range(300)))
+    corpus = f"corpus={tmp_path / 'corpus'}"
+    small = {
+        "in-context-retrieved": "layer=1",
+        "alphaedit": f"layers=[0,1],steps=2,eigenvalue_threshold=1000,{corpus}",
+        "emmet": f"layers=[1],steps=2,{corpus}",
+        "neuraldb": "layer=1,steps=2",
+        "ultraedit": "layers=[2,3]",
+        "locft-bf": "layer=1,passes=2",
+        "lora": "rank=2,steps=2",
+    }
+    settings = ",".join(f"{name}.{value}" for name, values in small.items() for value in re.split(r",(?=\w+=)", values))
+    source = write_source(tmp_path)
+    for protocol, count in (("single", 3), ("sequential", 4)):
+        config = run_config(
+            source, tmp_path / protocol, editors=",".join(["in-context", *small]), protocol=protocol, set=settings
+        )  # fmt: skip
+        records = run(config)
+        assert len(records) == 8 * count and set(records["state"]) == {SCORED}
+        assert records[["effectiveness_em", "generalization_em", "specificity_rate", "fluency"]].notna().all(axis=None)
+        # what a memory was asked is kept with the record
+        asked = records.groupby("editor")["fired"].apply(lambda fired: fired.notna().all())
+        assert set(asked[asked].index) == {"in-context-retrieved", "neuraldb"}
