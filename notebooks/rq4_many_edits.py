@@ -54,7 +54,7 @@ records = rq4.run_many(config)
 
 held = records["position"].max()
 shown_protocols = ", ".join(protocol_title(name) for name in records["protocol"].unique())
-Markdown(f"**Shown here:** {inline(shown_protocols)}; up to {held} edits of {records['sample'].nunique()} sample(s).")
+Markdown(f"**Shown here:** {inline(shown_protocols)}; up to {held} edits in one model; samples: {records['sample'].nunique()}.")
 
 # %% [markdown]
 # ## What is left as a model holds more

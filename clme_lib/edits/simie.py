@@ -5,7 +5,7 @@ With ``k_t`` the key of edit t at a layer and ``D_t`` its update there, starting
     M <- M + k_t k_t^T
     W <- W + (D_t - W) k_t k_t^T M^-1
 
-Each edit so adds what its key still lacks, along directions that earlier keys have not used. ``M^-1`` follows from the keys alone
+So each edit adds what its key still lacks, along directions that earlier keys have not used. ``M^-1`` follows from the keys alone
 (Woodbury), so nothing is inverted that is larger than the number of edits; the sum has one pair of factors for each edit.
 """
 
