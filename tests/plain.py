@@ -74,13 +74,18 @@ def ft_l(subject, case, values):
     return delta.detach(), losses, first
 
 
-def rows_of(subject, case, contexts):
-    """(ids, column of the colon, target ids) of each context's row, read without padding."""
+def rows_of(subject, case, contexts, lookup="colon"):
+    """(ids, column of the lookup token, target ids) of each context's row, read without padding."""
     rows = []
     for context in contexts:
         tokens = tokenize(subject.tokenizer, context + case.prompt, case.target)
         ids = torch.tensor([tokens.prompt_ids + tokens.target_ids], device=subject.device)
-        rows.append((ids, len(tokens.prompt_ids) - 1, torch.tensor(tokens.target_ids, device=subject.device)))
+        column = len(tokens.prompt_ids) - 1
+        if lookup == "content":
+            spans = subject.tokenizer(context + case.prompt, add_special_tokens=False, return_offsets_mapping=True)
+            end = len(context) + case.prompt.rindex("\n")
+            column = max(n for n, (_, last) in enumerate(spans["offset_mapping"]) if last <= end)
+        rows.append((ids, column, torch.tensor(tokens.target_ids, device=subject.device)))
     return rows
 
 
@@ -119,7 +124,7 @@ def read_at(subject, module, ids, column):
 
 def learn(subject, case, contexts, values, modules, pmet=False):
     """The deltas of one case at the given modules, and the losses; every row a forward pass of its own."""
-    rows = rows_of(subject, case, contexts)
+    rows = rows_of(subject, case, contexts, values.lookup)
     ids, column, _ = rows[0]
     starts = [read_at(subject, module, ids, column)[1] for module in modules]
     deltas = [torch.zeros_like(start, requires_grad=True) for start in starts]
@@ -143,7 +148,8 @@ def learn(subject, case, contexts, values, modules, pmet=False):
             finally:
                 for handle in handles:
                     handle.remove()
-            logp = logits.log_softmax(-1)[column : column + len(labels)]
+            first = ids.shape[1] - len(labels) - 1
+            logp = logits.log_softmax(-1)[first : first + len(labels)]
             likelihoods.append(-logp[range(len(labels)), labels].mean())
             hits = hits and bool((logp.argmax(-1) == labels).all())
             if n == 0:
@@ -171,14 +177,16 @@ def learn(subject, case, contexts, values, modules, pmet=False):
     return [delta.detach() for delta in deltas], starts, losses
 
 
-def rome(subject, case, contexts, values):
-    """(the update of W_l written out, losses) of ROME."""
+def rome(subject, case, contexts, values, moment=None):
+    """(the update of W_l written out, losses) of ROME; the key is weighed by the inverse of a ``moment``, if there is any."""
     module = subject.down_proj(values.layer)
     (delta,), (start,), losses = learn(subject, case, contexts, values, [module])
-    keys = [read_at(subject, module, ids, column)[0] for ids, column, _ in rows_of(subject, case, contexts)]
-    direction = torch.stack(keys).mean(0)
+    rows = rows_of(subject, case, contexts, values.lookup)
+    direction = torch.stack([read_at(subject, module, ids, column)[0] for ids, column, _ in rows]).mean(0)
+    if moment is not None:
+        direction = torch.linalg.solve(moment.double(), direction.double()).float()
     direction = direction / direction.norm()
-    ids, column, _ = rows_of(subject, case, [""])[0]
+    ids, column, _ = rows[0]
     key, output = read_at(subject, module, ids[:, : column + 1], column)
     return torch.outer((start + delta - output) / (key @ direction), direction), losses
 
@@ -196,7 +204,8 @@ def spread(subject, cases, contexts, values, moments, name, earlier=None):
         (*_, delta), (*_, start), of_case = learn(subject, case, contexts, values, modules, pmet=pmet)
         target_states.append(start + delta)
         losses.append(of_case)
-        prompts.append([(ids[:, : column + 1], column) for ids, column, _ in rows_of(subject, case, contexts)])
+        rows = rows_of(subject, case, contexts, values.lookup)
+        prompts.append([(ids[:, : column + 1], column) for ids, column, _ in rows])
     saved = {layer: subject.down_proj(layer).weight.detach().clone() for layer in values.layers}
     updates = {}
     try:

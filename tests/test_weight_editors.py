@@ -98,6 +98,59 @@ def test_spread_editors_equal_the_plain_loop(subject, cases, corpus, name, chang
             assert close(edit.delta(layer), update)
 
 
+def adjusted_by_hand(subject, moment, layer, cases, lookup, weight, ridge):
+    """S + rho (tr S / d) I with S = C + w C_lookup, summed over the prompts that cases have."""
+    prompts = {text: None for case in cases for text in (case.prompt, *case.rephrased)}
+    summed = torch.zeros(subject.inner_size, subject.inner_size, dtype=torch.double)
+    for prompt in prompts:
+        ids, column, _ = plain.rows_of(subject, replace(cases[0], prompt=prompt), [""], lookup)[0]
+        key = plain.read_at(subject, subject.down_proj(layer), ids, column)[0].double()
+        summed += torch.outer(key, key)
+    whole = moment.double() + weight * summed / len(prompts)
+    return (whole + ridge * whole.diagonal().mean() * torch.eye(len(whole), dtype=torch.double)).float()
+
+
+@pytest.mark.parametrize("lookup", ["colon", "content"])
+@pytest.mark.parametrize("name", ["rome", "memit", "pmet", "alphaedit"])
+def test_lookup_aware_statistics_and_the_content_token_equal_the_plain_loop(subject, cases, corpus, name, lookup):
+    changes = {"lookup": lookup, "lookup_weight": 2.0, "statistics_ridge": 0.01}
+    changes |= {"covariance": True} if name == "rome" else {}
+    edited, others = cases[0], cases[1:]
+    editor = editor_of(name, subject, corpus, **changes)
+    assert editor.needs_training
+    with pytest.raises(StudyError, match="call fit"):
+        _ = editor.moments
+    gathered = second_moments(subject, editor.layers, editor.hparams)
+    moments = {
+        layer: adjusted_by_hand(subject, moment.matrix, layer, others, lookup, 2.0, 0.01)
+        for layer, moment in gathered.items()
+    }
+    if name == "alphaedit":
+        changed = {layer: SecondMoment(matrix, {}, subject.device) for layer, matrix in moments.items()}
+        editor = editor_of(name, subject, corpus, **changes, eigenvalue_threshold=middle_eigenvalue(changed))
+    editor.fit(others)
+    (edit,) = editor.edit([edited])
+    if name == "rome":
+        update, losses = plain.rome(subject, edited, editor.contexts, editor.hparams, moments[1])
+        updates = {1: update}
+    else:
+        updates, (losses,) = plain.spread(subject, [edited], editor.contexts, editor.hparams, moments, name)
+    assert edit.log.losses == pytest.approx(losses, rel=1e-3)
+    for layer, update in updates.items():
+        assert close(edit.delta(layer), update, 5e-3)
+    statistics = editor.setup().get("statistics", {})
+    assert all(described["lookup_prompts"] == 2 * len(others) for described in statistics.values())
+
+
+def test_statistics_that_nothing_uses_and_a_prompt_without_content_are_refused(llama, cases):
+    with pytest.raises(StudyError, match="set covariance to true"):
+        load_editor("rome", llama, **SMALL["rome"], lookup_weight=1.0)
+    bare = replace(cases[0], prompt="Code:")
+    with pytest.raises(StudyError, match="lookup: content ends at a line break"):
+        load_editor("rome", llama, **SMALL["rome"], lookup="content").edit([bare])
+    assert not load_editor("rome", llama, **SMALL["rome"]).needs_training
+
+
 @pytest.mark.parametrize(("name", "changes"), SPREADING)
 def test_cases_written_together_equal_the_plain_loop(subject, cases, corpus, name, changes):
     editor, moments = spreading_editor(name, subject, corpus, **changes)

@@ -55,7 +55,7 @@ class Editor(ABC, Generic[Hparams]):
         title, order, colour: its name and place in tables, and its place in seaborn's colourblind palette; else its name, the
             last place, and a colour of its own.
         Hyperparameters: their types, ranges and defaults, the paper's values; a subject's YAML overrides single ones.
-        needs_training: ``fit`` has to be called before ``edit``.
+        needs_training: ``fit`` has to be called before ``edit``; of an instance, with its hyper-parameters (:meth:`trains`).
         updates_weights: its edits change weights, which the diagnosis takes apart.
         reads_given_prompts: its edits depend on what the model makes of a prompt as it stands, without text before it.
         from_lookup: it changes no column before the lookup token, so that an optimisation step passes over the target's only.
@@ -71,7 +71,7 @@ class Editor(ABC, Generic[Hparams]):
     order: ClassVar[int]
     colour: ClassVar[int | None]
     Hyperparameters: ClassVar[type[Schema]] = Schema
-    needs_training: ClassVar[bool] = False
+    needs_training: bool = False
     updates_weights: ClassVar[bool] = True
     reads_given_prompts: ClassVar[bool] = True
     from_lookup: ClassVar[bool] = False
@@ -96,10 +96,16 @@ class Editor(ABC, Generic[Hparams]):
         self.subject = subject
         self.hparams = hparams
         self.seed = seed
+        self.needs_training = self.trains(hparams)
         layer = getattr(hparams, "layer", None)
         self.layers: tuple[int, ...] = getattr(hparams, "layers", () if layer is None else (layer,))
         for layer in self.layers:
             subject.down_proj(layer)  # raises when the layer does not exist
+
+    @classmethod
+    def trains(cls, hparams: Schema) -> bool:
+        """Whether ``fit`` has to be called before ``edit`` with these hyper-parameters: as the class says, where they make no difference."""
+        return cls.needs_training
 
     def of(self, subject: Subject) -> Editor[Hparams]:
         """This editor, with what it has gathered and learnt, for an edited state of its subject."""
@@ -177,7 +183,7 @@ class Editor(ABC, Generic[Hparams]):
             )
 
     def _cost(self, tokenized: TokenRow) -> int:
-        return len(tokenized.target_ids if self.from_lookup else tokenized.inputs)
+        return len(tokenized.inputs) - (tokenized.lookup if self.from_lookup else 0)
 
     def _max_cost_ratio(self) -> float:
         """The largest of a batch's costs over the smallest: a third of the work at most is for padding."""

@@ -7,7 +7,8 @@ Algorithm, for one case at layer ``l``::
     u  = k / |k|                            with `covariance`: C^-1 k, normalised
     W_l <- W_l + (v* - W_l k_0) u^T / (k_0^T u)
 
-so that the bare prompt's key ``k_0`` is mapped to ``v*`` exactly. The covariance is off, as in the released program.
+so that the bare prompt's key ``k_0`` is mapped to ``v*`` exactly. The covariance is off, as in the released program; lookup-aware statistics
+(locate_then_edit/second_moments.py) are for ``covariance: true`` alone.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ from functools import cached_property
 from itertools import product
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..edits.weights import LowRankUpdate
 from ..forward.blockwise import Blockwise
-from ..forward.tokens import encode
 from ..support.errors import CaseError
 from .locate_then_edit.learning import RewritingEditor, RewritingHyperparameters
 
@@ -30,6 +30,12 @@ class ROMEHyperparameters(RewritingHyperparameters):
 
     layer: int = Field(default=5, ge=0)
     covariance: bool = False
+
+    @model_validator(mode="after")
+    def _statistics_are_used(self):
+        if not self.covariance and (self.lookup_weight or self.statistics_ridge):
+            raise ValueError("lookup_weight and statistics_ridge change the covariance: set covariance to true as well")
+        return self
 
 
 class ROME(RewritingEditor[ROMEHyperparameters]):
@@ -52,7 +58,7 @@ class ROME(RewritingEditor[ROMEHyperparameters]):
         keys = rewriting.by_case(rewriting.at_lookup(rewriting.forward.keys)).float().mean(dim=1)
         directions = self.moments[layer].solve(keys).float() if self.hparams.covariance else keys
         directions = directions / directions.norm(dim=-1, keepdim=True)
-        plain = Blockwise(self.subject, [encode(self.subject.tokenizer, case.prompt) for case in cases])
+        plain = Blockwise(self.subject, [self._lookup_tokens(case, "") for case in cases])
         read = plain.block(layer, plain.up_to(layer))
         own_keys, own_outputs = read.keys[:, -1].float(), read.outputs[:, -1].float()
         along = (own_keys * directions).sum(dim=-1)

@@ -225,9 +225,7 @@ def check_same_run(
         if not get_protocol(config.protocol).folded:
             # In which order cases are edited is the sample's, and what a trained editor learns from are all others.
             differing.append(("sample", start["sample"], config.sample))
-            trained = any(
-                get_editor(name).needs_training for name in set(start["hyperparameters"]) & set(config.editors)
-            )
+            trained = any(trains(config, name) for name in set(start["hyperparameters"]) & set(config.editors))
             before_it = start["cases"] if trained else {}
             differing += [
                 (f"cases of {name}", before_it.get(name, count), count) for name, count in (counts or {}).items()
@@ -255,10 +253,20 @@ def check_same_run(
             )
 
 
+def hparams_of(config: RunConfig, editor: str) -> Schema:
+    """An editor's hyper-parameters in a run."""
+    options: dict[str, Any] = {"values": config.values, "preset": config.preset, **config.set.get(editor, {})}
+    return resolve_hparams(editor, config.subject, **options)
+
+
+def trains(config: RunConfig, editor: str) -> bool:
+    """Whether an editor of a run has to learn from cases before it edits."""
+    return get_editor(editor).trains(hparams_of(config, editor))
+
+
 def _comparable_hparams(config: RunConfig, editor: str) -> dict[str, Any]:
     """An editor's hyper-parameters as they would be now, without layers that are the paper's (they move with the subject's depth)."""
-    options = {"values": config.values, "preset": config.preset, **config.set.get(editor, {})}
-    hparams = resolve_hparams(editor, config.subject, **options).model_dump(mode="json")
+    hparams = hparams_of(config, editor).model_dump(mode="json")
     own = load_settings(config.subject).editors.get(editor, {}) if config.values == "subject" else {}
     moved = {"layer", "layers"} - set(own) - set(config.set.get(editor, {}))
     return {name: value for name, value in hparams.items() if name not in moved}

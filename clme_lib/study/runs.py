@@ -18,7 +18,7 @@ from ..datasets.base import get_dataset
 from ..datasets.cases import Case, dataset_sha256, folds, sample_cases, split_cases
 from ..datasets.registry import load_cases, selection_ids
 from ..editors.base import Editor
-from ..editors.registry import get_editor, load_editor
+from ..editors.registry import load_editor
 from ..evaluation.evaluate import Circumstances, score
 from ..evaluation.loading import check_lengths, load_subject
 from ..evaluation.records import Record
@@ -126,7 +126,7 @@ def planned(config: RunConfig, dataset: str, editor: str, cases: Sequence[Case])
     """The steps of some cases. A trained editor edits the cases of one fold after learning from the other, or all after learning from
     all that it does not edit: as the protocol says."""
     protocol = get_protocol(config.protocol)
-    if not get_editor(editor).needs_training:
+    if not run_folder.trains(config, editor):
         return [Part(protocol.plan(cases))]
     everything = load_cases(dataset, config.source)
     if not protocol.folded:

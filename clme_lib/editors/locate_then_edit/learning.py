@@ -15,12 +15,16 @@ the device; the host looks now and then, because each look waits.
 
 The released program misplaces rows (it reads columns counted without padding from a batch padded on the left) and
 tokenises targets alone, without the space before them. ``padding="released"`` and ``targets="alone"`` do as it does.
+
+``lookup="content"`` (not in the paper) reads keys and learns delta at the last token of what the template surrounds, before the prompt's last
+line break, in the place of the colon that all prompts end in.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -31,9 +35,11 @@ from ...datasets.cases import Case
 from ...edits.base import EditLog
 from ...forward.label_losses import LabelIndices
 from ...forward.partial import PartialForward
+from ...forward.prompt_keys import stored_queries
 from ...forward.tokens import TokenRow, encode, end_ids, tokenize
 from ...subjects.subject import Subject
-from ...support.errors import CaseError
+from ...support.errors import CaseError, StudyError
+from ...support.seeds import seeded_order
 from ..base import Editor, TargetHyperparameters
 from ..operations import Phase, Sizes
 from .contexts import TOKENS, context_templates
@@ -54,13 +60,45 @@ class RewritingHyperparameters(StatisticsHyperparameters, TargetHyperparameters)
     loss_floor: float = Field(default=5e-2, ge=0)
     padding: Literal["aligned", "released"] = "aligned"
     targets: Literal["in-context", "alone"] = "in-context"
+    lookup: Literal["colon", "content"] = "colon"
 
 
 Hparams = TypeVar("Hparams", bound=RewritingHyperparameters)
 
 
+def up_to_lookup(text: str, lookup: str) -> str:
+    """A prompt as far as the token at which the editors read their key: to its end, or to where its content ends.
+
+    Raises:
+        CaseError: ``lookup`` is ``content``, and the prompt has no line break before its last line.
+    """
+    if lookup == "colon":
+        return text
+    content, line_break, _ = text.rpartition("\n")
+    if not line_break or not content.strip():
+        raise CaseError(
+            f"lookup: content ends at a line break, and the prompt {text[-60:]!r} has none after its content; use colon"
+        )
+    return content
+
+
+def _at_content(subject: Subject, row: TokenRow, text: str) -> TokenRow:
+    before = encode(subject.tokenizer, up_to_lookup(text, "content"))
+    if list(row.inputs[: len(before)]) != before:
+        raise CaseError(
+            f"lookup: the tokenizer merges the end of the content of {text[-60:]!r} with what follows; use colon"
+        )
+    return replace(row, lookup=len(before) - 1)
+
+
 def rewriting_rows(
-    subject: Subject, case: Case, contexts: Sequence[str], padding: str, targets: str, end: bool = False
+    subject: Subject,
+    case: Case,
+    contexts: Sequence[str],
+    padding: str,
+    targets: str,
+    end: bool = False,
+    lookup: str = "colon",
 ) -> list[TokenRow]:
     """One row a context, and the bare prompt's row last unless the first one can stand for it.
 
@@ -69,6 +107,8 @@ def rewriting_rows(
     """
     tokenizer = subject.tokenizer
     rows = [tokenize(tokenizer, context + case.prompt, case.target, end) for context in contexts]
+    if lookup == "content":
+        rows = [_at_content(subject, row, context + case.prompt) for row, context in zip(rows, contexts)]
     if padding == "aligned" and targets == "in-context":
         return rows
     if targets == "alone":
@@ -79,7 +119,9 @@ def rewriting_rows(
             rows[n] = TokenRow(inputs, 0, rows[n].lookup, len(inputs) - len(alone), tuple(alone))
     bare = tuple(encode(tokenizer, case.prompt))
     # its label is never scored: only the distribution there is read
-    rows.append(TokenRow(bare, 0, len(bare) - 1, len(bare) - 1, bare[-1:]))
+    rows.append(
+        TokenRow(bare, 0, len(encode(tokenizer, up_to_lookup(case.prompt, lookup))) - 1, len(bare) - 1, bare[-1:])
+    )
     return rows if padding == "aligned" else misplaced(rows, tokenizer.pad_token_id)
 
 
@@ -144,6 +186,26 @@ class RewritingEditor(Editor[Hparams]):
     compat: ClassVar = {"padding": "released", "targets": "alone"}
     without_early_stop: ClassVar = {"loss_floor": 0.0}
     default_batch = 4
+    #: by data set, prompts of cases that are not edited, each as far as its lookup token
+    lookup_prompts: Sequence[str] = ()
+
+    @classmethod
+    def trains(cls, hparams):
+        return hparams.lookup_weight > 0
+
+    def fit(self, cases, edited=()):
+        """With ``lookup_weight``: take prompts to gather the lookup token's second moment from."""
+        if not self.needs_training:
+            return
+        by_id = {case.case_id: case for case in cases}
+        if not by_id:
+            raise StudyError(
+                f"{self.name} gathers lookup tokens' keys from cases that are not edited, at least one of them"
+            )
+        order = seeded_order(by_id, "lookup", self.seed, cases[0].dataset)[: self.hparams.lookup_records]
+        prompts = [text for case_id in order for text in (by_id[case_id].prompt, *by_id[case_id].rephrased)]
+        self.lookup_prompts = [up_to_lookup(prompt, self.hparams.lookup) for prompt in dict.fromkeys(prompts)]
+        vars(self).pop("moments", None)  # those of the data set before
 
     @cached_property
     def contexts(self) -> tuple[str, ...]:
@@ -152,8 +214,20 @@ class RewritingEditor(Editor[Hparams]):
 
     @cached_property
     def moments(self) -> dict[int, SecondMoment]:
-        """The second moment of each edited layer's keys, in the original subject."""
-        return second_moments(self.subject.original, self.layers, self.hparams)
+        """The second moment of each edited layer's keys, in the original subject, adjusted as the hyper-parameters say."""
+        subject, hparams = self.subject.original, self.hparams
+        moments = second_moments(subject, self.layers, hparams)
+        if not hparams.lookup_weight and not hparams.statistics_ridge:
+            return moments
+        if self.needs_training and not self.lookup_prompts:
+            raise StudyError(
+                f"{self.name} with lookup_weight has no prompts: call fit(cases) with cases that will not be edited"
+            )
+        adjusted = {}
+        for layer, moment in moments.items():
+            keys = stored_queries(subject, self.lookup_prompts, layer, "last") if self.needs_training else None
+            adjusted[layer] = moment.adjusted(keys, hparams.lookup_weight, hparams.statistics_ridge)
+        return adjusted
 
     def setup(self) -> dict[str, Any]:
         for moment in self.moments.values():
@@ -164,6 +238,14 @@ class RewritingEditor(Editor[Hparams]):
     def mean_width(self, prompt: int) -> float:
         """Tokens of a row's context and prompt, on average, when the prompt has ``prompt``."""
         return prompt + TOKENS * (len(self.contexts) - 1) / len(self.contexts)
+
+    def _tokenize(self, case):
+        row = super()._tokenize(case)
+        return row if self.hparams.lookup == "colon" else _at_content(self.subject, row, case.prompt)
+
+    def _lookup_tokens(self, case: Case, context: str) -> list[int]:
+        """Token ids of a context and a prompt, as far as the lookup token."""
+        return encode(self.subject.tokenizer, up_to_lookup(context + case.prompt, self.hparams.lookup))
 
     def operations(self, prompt, target, steps):
         sizes, rows, width = Sizes(self.subject), len(self.contexts), self.mean_width(prompt)
@@ -190,7 +272,7 @@ class RewritingEditor(Editor[Hparams]):
         """Learn delta at the last edited layer: the rows it was learnt on, ``v_0 + delta`` (B, d) in float32, and each case's log;
         StudyError if a loss is not finite before the first update."""
         hparams, count, device = self.hparams, len(cases), self.subject.device
-        read_as = hparams.padding, hparams.targets, hparams.end_of_target
+        read_as = hparams.padding, hparams.targets, hparams.end_of_target, hparams.lookup
         rows = [row for case in cases for row in rewriting_rows(self.subject, case, self.contexts, *read_as)]
         forward = PartialForward(self.subject, rows, self.layers[-1], from_lookup=True)
         whole = rewriting = Rewriting(forward, torch.arange(count, device=device), len(self.contexts))

@@ -3,13 +3,21 @@
 ``C_l = (1/n) sum k k^T`` over every token of a corpus, ``k`` the input of ``W_l`` (Meng et al. 2023, equation 15). Gathered once
 per subject, layer and corpus, in float32, block by block up to the highest layer asked for; kept in the user's cache
 as safetensors whose header says what it is. An interrupted gathering goes on where it stopped.
+
+Lookup-aware statistics (not in the paper): every prompt ends in the same token, so that the keys which are asked with resemble each other far more
+than those of a text do, and an update along ``C^-1 k`` acts on all of them. With ``lookup_weight`` w > 0 and ``statistics_ridge`` rho,
+the editors use in the place of ``C``::
+
+    S = C + w C_lookup,   S + rho (tr S / d_f) I
+
+``C_lookup`` is the second moment of the keys at the lookup token alone, over prompts of cases that are not edited.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -34,6 +42,7 @@ FORMAT = "clme-second-moment"
 TOKENS_PER_DIMENSION, LEAST_PER_DIMENSION = 40, 10
 DOCUMENT_TOKENS = 4_096  # longer documents are cut
 _PASS_TOKENS = 4_096  # tokens, padding included, of one pass
+_DESCRIBED = ("corpus", "identity", "documents", "tokens", "lookup_prompts")
 _CHUNK_DOCUMENTS = 256  # documents sorted by length together; a gathering resumes at these
 
 
@@ -41,11 +50,17 @@ class StatisticsHyperparameters(Schema):
     """Where second moments come from: a ``corpus`` as :func:`~clme_lib.editors.locate_then_edit.corpora.open_corpus` takes it,
     and so many of its documents, however long, or of its tokens. Neither: forty tokens per dimension of the key, or the whole
     corpus if that is at least ten.
+
+    ``lookup_weight`` is how many times the second moment of lookup tokens' keys is added, gathered from the prompts of ``lookup_records``
+    cases; ``statistics_ridge`` is added to the diagonal, in units of its mean.
     """
 
     corpus: str = "embedded"
     corpus_documents: int | None = Field(default=None, gt=0)
     corpus_tokens: int | None = Field(default=None, gt=0)
+    lookup_weight: float = Field(default=0.0, ge=0)
+    lookup_records: int = Field(default=200, gt=0)
+    statistics_ridge: float = Field(default=0.0, ge=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +74,16 @@ class SecondMoment:
 
     def describe(self) -> dict:
         """Corpus, documents and tokens, for a run's provenance."""
-        return {name: self.header[name] for name in ("corpus", "identity", "documents", "tokens")}
+        return {name: self.header[name] for name in _DESCRIBED if name in self.header}
+
+    def adjusted(self, lookup_keys: torch.Tensor | None, weight: float, ridge: float) -> SecondMoment:
+        """With ``weight`` times the second moment of ``lookup_keys`` (P, d_f) added, and ``ridge`` times the diagonal's mean to the diagonal."""
+        matrix, header = self.matrix.double(), self.header
+        if lookup_keys is not None:
+            keys = lookup_keys.double().cpu()
+            matrix, header = matrix + weight * keys.T @ keys / len(keys), {**header, "lookup_prompts": len(keys)}
+        diagonal = ridge * matrix.trace() / len(matrix) * torch.eye(len(matrix), dtype=torch.double)
+        return replace(self, matrix=(matrix + diagonal).float(), header=header)
 
     @cached_property
     def factor(self) -> torch.Tensor:

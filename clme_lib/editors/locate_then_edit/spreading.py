@@ -32,7 +32,6 @@ from ...datasets.cases import Case
 from ...edits.base import EditLog
 from ...edits.weights import LowRankUpdate
 from ...forward.blockwise import BlockPass, Blockwise
-from ...forward.tokens import encode
 from ...support.batching import of_like_length
 from ...support.schema import Layers
 from ..operations import Phase, Sizes
@@ -141,7 +140,7 @@ class SpreadingEditor(RewritingEditor[Hparams]):
         Each is an edit of its own; ``together``, the sum of all is what makes every case's lookup token hold its state.
         """
         layers, contexts = self.layers, len(self.contexts)
-        prompts = [encode(self.subject.tokenizer, context + case.prompt) for case in cases for context in self.contexts]
+        prompts = [self._lookup_tokens(case, context) for case in cases for context in self.contexts]
         walk = Blockwise(self.subject, prompts)
         every = torch.arange(len(prompts), device=self.subject.device)
         bare, columns = every[::contexts], self._key_columns(prompts)
