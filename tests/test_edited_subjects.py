@@ -256,7 +256,7 @@ def test_a_codebook_is_not_consulted_for_single_columns(fresh, cases, tmp_path):
     edited = fresh.edited(codebook(fresh, PROMPT))
     editor = load_editor("pmet", edited, layers=[2], steps=2, corpus=str(tmp_path))
     with pytest.raises(Exception, match="layer 2 has a codebook"), torch.enable_grad():
-        editor.target_states(cases[:1])
+        editor.learn(cases[:1])
 
 
 def test_documents_and_prompts_have_keys_of_the_edited_model(fresh):

@@ -24,7 +24,7 @@ from clme_lib.datasets.cases import Case
 from clme_lib.metrics.base import MEASURES
 from clme_lib.metrics.executes import EXECUTION_METRICS
 from clme_lib.study import benchmark, numbers, rq1, rq4, run_folder, spot_check
-from clme_lib.study.appendices import encoder_settings, selection, statistics, weight_updates
+from clme_lib.study.appendices import encoder_settings, lookups, selection, statistics, weight_updates
 from clme_lib.study.rq2 import tables as rq2
 from clme_lib.study.rq3 import tables as rq3
 from clme_lib.study.tables import Table, cells, score_rows, table, to_markdown
@@ -172,11 +172,13 @@ def tables_of(text: str, records: pd.DataFrame) -> dict[str, tuple[Table, list[s
             }
         ]
     )
+    options = {"label": "tab", "caption": text}
+    lookups_row = {"editor": text, "lookup": "colon", "weight": 1.0, "ridge": 0.0, "cases": 1, "reach": 0.5, **SETTING}
+    lookups_table = lookups.lookup_table(pd.DataFrame([{**lookups_row, "editor": text}]), **options)
     compared = spot_check.compare(named.assign(editor="x"), named.assign(editor="x"))
     case = Case(1, "cnle", text, text, (text,), (text,))
     grid = pd.DataFrame([{**SETTING, "setting": text, "editor": text}])
     updates = pd.DataFrame([{**UPDATES, "editor": text, "layers": text}])
-    options = {"label": "tab", "caption": text}
     upper, commit = text.upper(), text[:10]
     return {
         "proficiency": (rq1.proficiency_table(named, **options), [text]),
@@ -205,6 +207,7 @@ def tables_of(text: str, records: pd.DataFrame) -> dict[str, tuple[Table, list[s
         "levels": (benchmark.level_table(pd.DataFrame({"level": [text], "share": 1.0, "pairs": 1}), **options), [text]),
         "encoders": (encoder_settings.setting_table(measured, **options), [text]),
         "sizes": (encoder_settings.size_table(measured, **options), [text]),
+        "lookups": (lookups_table, [upper]),
         "updates": (weight_updates.diagnosis_table(updates, **options), [upper]),
         "PMET": (weight_updates.pmet_table(updates, **options), [f"{'block' if text.isdigit() else 'blocks'} {text}"]),
         "grid": (selection.selection_table(grid, label="tab"), []),

@@ -15,13 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from clme_lib.datasets import registry as datasets
 from clme_lib.editors.base import EDITORS
 from clme_lib.editors.locate_then_edit import learning as rewriting
-from clme_lib.editors.locate_then_edit.learning import Rewriting, misplaced, rewriting_rows
+from clme_lib.editors.locate_then_edit.learning import Rewriting, RewritingEditor, misplaced, rewriting_rows
 from clme_lib.editors.locate_then_edit.second_moments import SecondMoment, second_moments
 from clme_lib.editors.registry import load_editor
 from clme_lib.edits.base import Edit
 from clme_lib.edits.weights import LowRankUpdate
 from clme_lib.forward.tokens import tokenize
-from clme_lib.study.appendices import statistics
+from clme_lib.study.appendices import lookups, statistics
 from clme_lib.study.appendices import weight_updates as diagnosis
 from clme_lib.study.appendices.weight_updates import diagnose
 from clme_lib.support.errors import StudyError
@@ -149,6 +149,41 @@ def test_statistics_that_nothing_uses_and_a_prompt_without_content_are_refused(l
     with pytest.raises(StudyError, match="lookup: content ends at a line break"):
         load_editor("rome", llama, **SMALL["rome"], lookup="content").edit([bare])
     assert not load_editor("rome", llama, **SMALL["rome"]).needs_training
+
+
+def test_a_memory_of_keys_has_no_other_lookup_token_or_statistics(llama):
+    for change in ({"lookup": "content"}, {"lookup_weight": 1.0}, {"statistics_ridge": 0.1}):
+        with pytest.raises(StudyError, match="do not apply"):
+            load_editor("neuraldb", llama, **change)
+
+
+def test_the_same_learnt_vectors_are_written_under_every_statistics(llama, cases, corpus, tmp_path, monkeypatch):
+    """A row is what the editor with its values does, except that what is learnt is learnt once for each token."""
+    monkeypatch.setattr(datasets, "load_cases", lambda _name: [case for case in cases if case.dataset == _name])
+    monkeypatch.setattr(datasets, "selection_ids", lambda _name: {case.case_id for case in cases[:4]})
+    monkeypatch.setattr(lookups, "WEIGHTS_AND_RIDGES", ((0.0, 0.0), (2.0, 0.1)))
+    monkeypatch.setattr(lookups, "CONTROL", ((0.0, 0.0),))
+    learnt = []
+    small = {"corpus": corpus, "layer": 1, "steps": 6}
+    monkeypatch.setattr(
+        lookups, "load_editor", lambda name, subject, **changes: load_editor(name, subject, **small, **changes)
+    )
+    learn = RewritingEditor.learn
+    monkeypatch.setattr(RewritingEditor, "learn", lambda self, cases: learnt.append(self.name) or learn(self, cases))
+    file = tmp_path / "lookups.csv"
+    dataset = cases[0].dataset
+    table = lookups.sweep_lookups(llama, "rome", file, cases=2, datasets=[dataset])
+    assert learnt == ["rome", "rome"] and list(table["lookup"]) == ["colon"] * 3 + ["content"] * 2
+    assert list(table["weight"].fillna(-1)) == [-1, 0, 2, -1, 0]
+    chosen, others = datasets.selection_cases(dataset, 2)
+    made = load_editor("rome", llama, **small, covariance=True, lookup_weight=2.0, statistics_ridge=0.1)
+    made.fit(others)
+    diagnosed = diagnose(llama, chosen, made.edit(chosen))
+    assert table["reach"][2] == pytest.approx(diagnosed["reach"].mean(), rel=1e-3)
+    assert table["reach"][2] != pytest.approx(table["reach"][0], rel=1e-3)
+    assert pd.read_csv(file)["cases"].tolist() == [2] * 5
+    with pytest.raises(StudyError, match="'grace' does not write at a lookup token"):
+        lookups.sweep_lookups(llama, "grace", file)
 
 
 @pytest.mark.parametrize(("name", "changes"), SPREADING)

@@ -12,7 +12,7 @@ from itertools import product
 from typing import ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..edits.codebooks import AdditiveCodebook
 from ..forward.blockwise import Blockwise
@@ -25,6 +25,14 @@ class NeuralDBHyperparameters(RewritingHyperparameters):
 
     layer: int = Field(default=5, ge=0)
     gate: float = Field(default=0.8, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _nothing_is_written(self):
+        if self.lookup != "colon" or self.lookup_weight or self.statistics_ridge:
+            raise ValueError(
+                "its memory is asked with keys as they are: lookup, lookup_weight and statistics_ridge do not apply"
+            )
+        return self
 
 
 class NeuralDB(RewritingEditor[NeuralDBHyperparameters]):
@@ -43,12 +51,12 @@ class NeuralDB(RewritingEditor[NeuralDBHyperparameters]):
         """None: nothing is written along a direction."""
         return {}
 
-    def _edit_batch(self, cases, tokenized):
+    @torch.no_grad()
+    def write(self, cases, _rewriting, values, logs):
+        """The cases' memories, each of one key and the residual that makes its lookup token's output the value (B, d)."""
         layer = self.hparams.layer
-        _, values, logs = self._learn(cases)
-        with torch.no_grad():
-            plain = Blockwise(self.subject, [encode(self.subject.tokenizer, case.prompt) for case in cases])
-            read = plain.block(layer, plain.up_to(layer))
+        plain = Blockwise(self.subject, [encode(self.subject.tokenizer, case.prompt) for case in cases])
+        read = plain.block(layer, plain.up_to(layer))
         keys, residuals = read.keys[:, -1].float(), values - read.outputs[:, -1].float()
         gates = torch.full((1,), self.hparams.gate, device=self.subject.device)
         return [

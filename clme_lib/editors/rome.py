@@ -17,6 +17,7 @@ from functools import cached_property
 from itertools import product
 from typing import ClassVar
 
+import torch
 from pydantic import Field, model_validator
 
 from ..edits.weights import LowRankUpdate
@@ -52,9 +53,10 @@ class ROME(RewritingEditor[ROMEHyperparameters]):
         """The second moment of the edited layer's keys (with ``covariance`` only)."""
         return super().moments if self.hparams.covariance else {}
 
-    def _edit_batch(self, cases, tokenized):
+    @torch.no_grad()
+    def write(self, cases, rewriting, values, logs):
+        """The cases' edits: each maps its bare prompt's key to its value (B, d)."""
         layer = self.hparams.layer
-        rewriting, values, logs = self._learn(cases)
         keys = rewriting.by_case(rewriting.at_lookup(rewriting.forward.keys)).float().mean(dim=1)
         directions = self.moments[layer].solve(keys).float() if self.hparams.covariance else keys
         directions = directions / directions.norm(dim=-1, keepdim=True)

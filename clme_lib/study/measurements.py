@@ -25,6 +25,10 @@ MEASUREMENTS = {
         "appendices.weight_updates:take_pmet_apart",
         "what leaving out the attention's vector and spreading cost PMET",
     ),
+    "lookups": (
+        "appendices.lookups:sweep_lookups",
+        "an editor's writes under lookup-aware statistics, and at another token",
+    ),
     "statistics": (
         "appendices.statistics:compare_statistics",
         "MEMIT's writes under statistics of more and of less text",

@@ -23,7 +23,7 @@ line break, in the place of the colon that all prompts end in.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeVar
@@ -186,12 +186,17 @@ class RewritingEditor(Editor[Hparams]):
     compat: ClassVar = {"padding": "released", "targets": "alone"}
     without_early_stop: ClassVar = {"loss_floor": 0.0}
     default_batch = 4
-    #: by data set, prompts of cases that are not edited, each as far as its lookup token
+    #: of cases, with what :meth:`learn` gives for them: their edits
+    write: Callable[..., list[Any]]
+    #: prompts of cases that are not edited, each as far as its lookup token
     lookup_prompts: Sequence[str] = ()
 
     @classmethod
     def trains(cls, hparams):
         return hparams.lookup_weight > 0
+
+    def _edit_batch(self, cases, tokenized):
+        return self.write(cases, *self.learn(cases))
 
     def fit(self, cases, edited=()):
         """With ``lookup_weight``: take prompts to gather the lookup token's second moment from."""
@@ -268,9 +273,9 @@ class RewritingEditor(Editor[Hparams]):
         """(B,) which of ``cases`` have learnt enough; may change their NLL ``factor`` (of all cases) for the next evaluation."""
         return total < self.hparams.loss_floor
 
-    def _learn(self, cases: Sequence[Case]) -> tuple[Rewriting, torch.Tensor, list[EditLog]]:
-        """Learn delta at the last edited layer: the rows it was learnt on, ``v_0 + delta`` (B, d) in float32, and each case's log;
-        StudyError if a loss is not finite before the first update."""
+    def learn(self, cases: Sequence[Case]) -> tuple[Any, ...]:
+        """Learn delta at the last edited layer: the :class:`Rewriting` it was learnt on, ``v_0 + delta`` (B, d) in float32, and each
+        case's log; needs gradients. CaseError if a loss is not finite before the first update."""
         hparams, count, device = self.hparams, len(cases), self.subject.device
         read_as = hparams.padding, hparams.targets, hparams.end_of_target, hparams.lookup
         rows = [row for case in cases for row in rewriting_rows(self.subject, case, self.contexts, *read_as)]

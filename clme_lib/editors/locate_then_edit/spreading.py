@@ -66,9 +66,6 @@ class SpreadingEditor(RewritingEditor[Hparams]):
             Phase("solve", 2 * len(layers) * sizes.inner**2, 8 * len(layers) * sizes.inner**2),
         ]
 
-    def _edit_batch(self, cases, tokenized):
-        return self.write(cases, *self.target_states(cases))
-
     def edit_together(self, cases):
         return self._together(cases, self._edit_jointly)
 
@@ -79,15 +76,15 @@ class SpreadingEditor(RewritingEditor[Hparams]):
         states: dict[int, torch.Tensor] = {}
         logs: dict[int, EditLog] = {}
         for batch in batches:
-            learnt, of_batch = self.target_states([cases[n] for n in batch])
+            learnt, of_batch = self.learn([cases[n] for n in batch])
             states.update(zip(batch, learnt))
             logs.update(zip(batch, of_batch))
         order = range(len(cases))
         return self.write(cases, torch.stack([states[n] for n in order]), [logs[n] for n in order], together=True)
 
-    def target_states(self, cases: Sequence[Case]) -> tuple[torch.Tensor, list[EditLog]]:
+    def learn(self, cases):
         """What the lookup token should hold after the last edited layer, (B, d) float32, and the logs; needs gradients."""
-        _, states, logs = self._learn(cases)
+        _, states, logs = super().learn(cases)
         return states, logs
 
     def _outputs(self, forward):

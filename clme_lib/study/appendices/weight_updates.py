@@ -151,7 +151,7 @@ def take_pmet_apart(subject: Subject, file: Path, cases: int = 6) -> pd.DataFram
     for attention in (True, False):
         learner = pmet(attention=attention)
         with torch.enable_grad():
-            target_states, logs = learner.target_states(chosen)
+            target_states, logs = learner.learn(chosen)
         window = learner.hparams.layers
         for first in reversed(range(len(window))):
             layers = f"{window[first]}-{window[-1]}" if first < len(window) - 1 else str(window[-1])

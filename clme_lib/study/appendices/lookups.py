@@ -1,0 +1,129 @@
+"""Why an update reaches the neighbours, and what keeps it from them: lookup-aware statistics, or another token to write at.
+
+All prompts of a data set end in the same token, at which the editors of the ROME family read their key. Two things may make their updates
+act on every prompt: that the keys of that token resemble each other, which the statistics of a text hardly know of
+(locate_then_edit/second_moments.py), or that this token is not where the prompts differ. The same learnt vectors are written under several
+statistics; and, as the control, vectors learnt and written at the last token of the prompt's content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from ...datasets.paper import PAPER_DATASET_NAMES
+from ...datasets.registry import selection_cases
+from ...editors.locate_then_edit.learning import RewritingEditor
+from ...editors.registry import get_editor, load_editor
+from ...evaluation.evaluate import evaluate
+from ...evaluation.records import finite
+from ...subjects.subject import Subject
+from ...support.errors import StudyError
+from ...support.journal import Journal
+from ...support.seeds import seed_of
+from ..tables import editor_name, percent, table, write_csv
+from .selection import SCORES
+from .weight_updates import diagnose
+
+WEIGHTS_AND_RIDGES = ((0.0, 0.0), (0.1, 0.0), (1.0, 0.0), (10.0, 0.0), (1.0, 0.01), (1.0, 0.1))
+CONTROL = ((0.0, 0.0), (1.0, 0.0))
+
+
+@table
+def lookup_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
+    """Each setting's scores and reach, from what ``clme measure lookups`` writes (:func:`sweep_lookups`)."""
+    for row in measured.itertuples():
+        no_statistics = pd.isna(row.weight)
+        yield {
+            "Editor": editor_name(row.editor),
+            "Written at": {"colon": "the colon", "content": "the content's last token"}[row.lookup],
+            "Statistics": "none"
+            if no_statistics
+            else "of text"
+            if not row.weight
+            else f"of text + {row.weight:g} × lookup",
+            "Ridge": "–" if no_statistics else f"{row.ridge:g}",
+            "n": str(row.cases),
+            "Eff.": percent(row.effectiveness_em),
+            "Gen.": percent(row.generalization_em),
+            "Neighbours unchanged": percent(row.specificity_rate),
+            "Reach": f"{100 * row.reach:.0f} %",
+        }
+
+
+def sweep_lookups(
+    subject: Subject,
+    editor: str,
+    file: Path,
+    cases: int | None = None,
+    datasets: Sequence[str] = PAPER_DATASET_NAMES,
+) -> pd.DataFrame:
+    """Write the same learnt vectors under several statistics, at the colon and at the content's last token; written as CSV, a row each.
+
+    What is learnt does not depend on the statistics, and is learnt once for each token.
+
+    Args:
+        file: the table to be; what has been measured is kept beside it, so that an interrupted command goes on.
+        cases: of each data set's selection cases, the first so many (None: all 30).
+
+    Raises:
+        StudyError: the editor does not write at a lookup token.
+    """
+    if not issubclass(get_editor(editor), RewritingEditor):
+        raise StudyError(
+            f"{editor!r} does not write at a lookup token; the editors that do: rome, memit, pmet, alphaedit, emmet"
+        )
+    unfinished = file.with_name(f"{file.name}.part")
+    done = Journal(unfinished, lambda row: (row["identity"], row["dataset"], str(row["setting"])))
+    rows = []
+    for dataset in datasets:
+        chosen, others = selection_cases(dataset, cases)
+        for lookup, pairs in (("colon", WEIGHTS_AND_RIDGES), ("content", CONTROL)):
+            learner = load_editor(editor, subject, lookup=lookup)
+            assert isinstance(learner, RewritingEditor)
+            digest = "".join(case.sha256 for case in chosen)
+            identity = seed_of(subject.fingerprint, subject.dtype_name, editor, learner.hparams, digest)
+            settings = [_setting(editor, lookup, weight, ridge) for weight, ridge in pairs]
+            # ROME's published program has no statistics at all
+            settings = ([{"lookup": lookup}] if "covariance" in settings[0] else []) + settings
+            learnt: tuple[Any, ...] | None = None
+            for setting in tqdm(settings, desc=f"{dataset} {editor} {lookup}", unit="setting"):
+                row: dict[str, Any] = {"identity": identity, "dataset": dataset, "setting": setting}
+                if row not in done:
+                    if learnt is None:
+                        with torch.enable_grad():
+                            learnt = learner.learn(chosen)
+                    writer = load_editor(editor, subject, **setting)
+                    assert isinstance(writer, RewritingEditor)
+                    writer.fit(others)
+                    edits = writer.write(chosen, *learnt)
+                    mean = evaluate(subject, chosen, edits)[SCORES[:-1]].mean()
+                    mean["reach"] = diagnose(subject, chosen, edits)["reach"].mean()
+                    done.append(
+                        {**row, "cases": len(chosen), "scores": {name: finite(value) for name, value in mean.items()}}
+                    )
+                kept = done[row]
+                shown = {
+                    "editor": editor,
+                    "lookup": lookup,
+                    "weight": setting.get("lookup_weight"),
+                    "ridge": setting.get("statistics_ridge"),
+                }
+                rows.append({**shown, "cases": kept["cases"], **kept["scores"]})
+    measured = pd.DataFrame(rows)
+    kinds = measured.groupby(["editor", "lookup", "weight", "ridge"], sort=False, dropna=False)
+    # data sets have as many cases each
+    means = kinds["cases"].sum().to_frame().join(kinds[[*SCORES[:-1], "reach"]].mean()).reset_index()
+    write_csv(means, file)
+    unfinished.unlink(missing_ok=True)
+    return means
+
+
+def _setting(editor: str, lookup: str, weight: float, ridge: float) -> dict[str, Any]:
+    switched_on = {"covariance": True} if "covariance" in get_editor(editor).Hyperparameters.model_fields else {}
+    return {"lookup": lookup, "lookup_weight": weight, "statistics_ridge": ridge, **switched_on}
