@@ -347,7 +347,7 @@ def test_a_killed_construction_goes_on(conala, tmp_path):
     process = multiprocessing.get_context("spawn").Process(target=slow_build, args=(conala, tmp_path / "killed"))
     process.start()
     file = tmp_path / "killed" / "02-score.jsonl"
-    until = time.monotonic() + 60
+    until = time.monotonic() + 120  # on a machine with other work the first import alone may take one minute
     while time.monotonic() < until and not (file.is_file() and file.stat().st_size):
         time.sleep(0.05)
     process.kill()

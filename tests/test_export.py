@@ -79,7 +79,7 @@ def test_an_export_writes_what_the_edited_subject_writes(base, cases, name, tmp_
         models.append(
             PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
         )
-    prompts = [prompt for case in cases for prompt in (case.prompt, *case.unrelated)]
+    prompts = [prompt for case in cases[:2] for prompt in (case.prompt, *case.unrelated)]
     expected = [text.text for text in generate(together, [Request(prompt, TOKENS) for prompt in prompts])]
     unedited = [text.text for text in generate(base, [Request(prompt, TOKENS) for prompt in prompts])]
     assert expected != unedited

@@ -35,13 +35,13 @@ def whole(tmp_path_factory):
     return source, folder / "run", made_alone, seconds
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_killed_again_and_again_is_the_run(whole, tmp_path, sent):
+@pytest.mark.parametrize(("sent", "times"), [(signal.SIGKILL, 2), (signal.SIGINT, 1), (signal.SIGTERM, 1)])
+def test_a_run_that_is_killed_again_and_again_is_the_run(whole, tmp_path, sent, times):
     """Killed at random moments of its life: what was recorded stays, and in the end every case is there once, with the same texts."""
     source, _, undisturbed, seconds = whole
     out, moments = tmp_path / "run", random.Random(sent)
     kept: set = set()
-    for _ in range(2):
+    for _ in range(times):
         process = start(source, out)
         process.join(moments.uniform(0.1, 0.9) * seconds)
         if process.is_alive():

@@ -140,6 +140,7 @@ def test_what_a_codebook_writes_is_taken_apart():
 
 @pytest.mark.parametrize("preset", ["clean", "compat"])
 def test_the_papers_texts_are_the_beginnings_of_the_free_ones(subject, cases, preset):
+    cases = cases[:2]
     edits = load_editor("grace", subject, layer=2).edit(cases)
     records = score(subject, cases, edits, Circumstances("grace", preset=preset))
     for n, (case, record) in enumerate(zip(cases, records)):

@@ -14,6 +14,7 @@ from clme_lib.datasets import published
 from clme_lib.datasets.cases import Case
 from clme_lib.datasets.paper import CNLE, CSNE
 from clme_lib.editors.malmen.editor import MALMEN
+from clme_lib.editors.registry import load_editor
 from clme_lib.evaluation.evaluate import evaluate
 from clme_lib.evaluation.records import FAILED, SCORED, UNSCORED, read_records
 from clme_lib.metrics.base import TEXTS
@@ -24,6 +25,7 @@ from clme_lib.study.rq1 import examples, findings, proficiency_figure, proficien
 from clme_lib.study.spot_check import agreement_table, compare, describe
 from clme_lib.study.tables import interval
 from clme_lib.study.tables import scored as scored_records
+from clme_lib.study.work import Work, circumstances_of
 from clme_lib.support.display import inline_code
 from clme_lib.support.errors import StudyError
 from clme_lib.support.journal import append_rows, read_rows
@@ -143,10 +145,11 @@ def test_a_changed_case_is_refused(tiny, source, tmp_path):
 def test_one_bad_case_spoils_no_other(tiny, source, tmp_path):
     cases = published.read(source, CNLE)
     bad = Case(2, "cnle", cases[2].prompt, "  ", cases[2].rephrased, cases[2].unrelated)
-    editor = runs.load_editor("grace", tiny, steps=2, layer=1)
+    editor = load_editor("grace", tiny, steps=2, layer=1)
     start = {"id": "1", "library": "l", "commit": "c"}
-    work = runs._Work(config(source, tmp_path / "run"), tiny, editor, "cnle", start)
-    records = work._attempt([cases[0], bad, cases[1]])
+    configured = config(source, tmp_path / "run")
+    work = Work(configured, tiny, editor, circumstances_of(configured, "grace", "cnle", cases, start))
+    records = work.attempt([cases[0], bad, cases[1]])
     assert [record.state for record in records] == [SCORED, FAILED, SCORED]
     assert "case 2 of cnle" in records[1].error and records[1].scores is None
     assert {(record.start, record.library, record.commit) for record in records} == {("1", "l", "c")}

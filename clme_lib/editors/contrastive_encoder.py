@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -152,10 +153,11 @@ def trained_encoder(
         "held_out": _digest(held_out),
     }
     file = Artifact.cached("encoders", f"{subject.name}-{dataset}-{query}", identity)
-    if not file.exists():
-        learnt, checked = (make_pairs(subject, part, hparams.layer, query) for part in (training, held_out))
-        encoder, log = train(learnt, checked, hparams, margin, (seed, subject.name, dataset, "a-grace", query))
-        file.write(encoder.state_dict(), log=log, cases=len(training))
+    with nullcontext() if file.exists() else file.made_once():
+        if not file.exists():
+            learnt, checked = (make_pairs(subject, part, hparams.layer, query) for part in (training, held_out))
+            encoder, log = train(learnt, checked, hparams, margin, (seed, subject.name, dataset, "a-grace", query))
+            file.write(encoder.state_dict(), log=log, cases=len(training))
     header, tensors = file.read()
     return TrainedEncoder(Encoder.from_tensors(tensors, hparams.architecture).to(subject.device), header)
 

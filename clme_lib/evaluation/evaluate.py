@@ -44,11 +44,11 @@ class Circumstances:
     library: str = UNKNOWN
     commit: str = UNKNOWN
 
-    def record(self, subject: Subject, case: Case, position: int = 1, **fields) -> Record:
+    def record(self, subject: str, case: Case, position: int = 1, **fields) -> Record:
         """The record of a case with these fields, or of one that could not be edited or scored: with the reason as its ``error``."""
         return Record(
             **{name: value for name, value in vars(self).items() if name in Record.model_fields},
-            subject=subject.name,
+            subject=subject,
             dataset=case.dataset,
             position=position,
             fold=self.folds.get(case.case_id, 0),
@@ -101,7 +101,7 @@ def score(
         has_codebook = any(text.distance is not None for text in looked_up)
         log = edit.log if logs is None else logs.get(case.case_id, EditLog())
         record = circumstances.record(
-            subject,
+            subject.name,
             case,
             position,
             edit_seconds=log.seconds,

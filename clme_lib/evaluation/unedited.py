@@ -36,6 +36,19 @@ def answers_for(subject: Subject, prompts: Sequence[str]) -> list[str]:
 
 def unedited(subject: Subject, requests: Sequence[Request]) -> list[Generated]:
     """What the subject writes without any edit: from the cache, or generated now."""
+    known = kept_texts(subject)
+    known.refresh()
+    keys = [_key(request) for request in requests]
+    missing = {key: replace(request, edit=-1) for key, request in zip(keys, requests) if key not in known.rows}
+    if missing:
+        generated = generate(subject, list(missing.values()))
+        rows = [{"key": key, "text": made.text, "ids": made.ids} for key, made in zip(missing, generated)]
+        known.append(*({**row, "sha256": _row_sha256(known.path.stem, row)} for row in rows))
+    return [Generated(known.rows[key]["text"], known.rows[key]["ids"]) for key in keys]
+
+
+def kept_texts(subject: Subject) -> Journal:
+    """The rows of the cache that are this subject's, as it is loaded."""
     identity = {
         "fingerprint": subject.fingerprint,
         "dtype": subject.dtype_name,
@@ -43,16 +56,7 @@ def unedited(subject: Subject, requests: Sequence[Request]) -> list[Generated]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    name = name_for(subject.name, identity)
-    known = _journal(cache_dir() / "unedited" / f"{name}.jsonl")
-    known.refresh()
-    keys = [_key(request) for request in requests]
-    missing = {key: replace(request, edit=-1) for key, request in zip(keys, requests) if key not in known.rows}
-    if missing:
-        generated = generate(subject, list(missing.values()))
-        rows = [{"key": key, "text": made.text, "ids": made.ids} for key, made in zip(missing, generated)]
-        known.append(*({**row, "sha256": _row_sha256(name, row)} for row in rows))
-    return [Generated(known.rows[key]["text"], known.rows[key]["ids"]) for key in keys]
+    return _journal(cache_dir() / "unedited" / f"{name_for(subject.name, identity)}.jsonl")
 
 
 def unchanged(subject: Subject, requests: Sequence[Request], edits: Sequence[Edit]) -> dict[int, Generated]:

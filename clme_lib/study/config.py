@@ -73,6 +73,19 @@ def _is_count(value: Any) -> bool:
     return re.fullmatch(r"[0-9]{1,9}", str(value)) is not None and 1 <= int(value) <= _LARGEST_BATCH
 
 
+def _share(value: Any) -> Any:
+    """A number of GPUs: a whole number, or a part of one."""
+    if value == "auto":
+        return value
+    try:
+        share = float(value)
+    except (TypeError, ValueError):
+        share = -1.0
+    if not 0 <= share <= 64 or (share > 1 and share != int(share)):
+        raise ValueError("auto, a part of a GPU or a whole number of them is needed")
+    return share
+
+
 def _overrides(given: Any) -> Any:
     """``"grace.radius=2.5,memit.layers=[4, 5]"``, or a list of such, as a value by editor and hyper-parameter."""
     if isinstance(given, dict):
@@ -180,6 +193,16 @@ class RunConfig(Schema):
     dtype: _Dtype = _DTYPE
     batch_size: Annotated[int | Literal["auto"], BeforeValidator(_batch_size)] = Field(
         8, description="cases edited and scored together, or auto: what memory allows"
+    )
+
+    on: Literal["here", "ray"] = Field("here", description="here, or ray: on this machine's workers or a cluster's")
+    ray_address: str | None = Field(None, description="a cluster's (default: $RAY_ADDRESS, else this machine)")
+    workers: Annotated[int | Literal["auto"], BeforeValidator(_batch_size)] = Field(
+        "auto", description="on Ray, or auto: as many as fit"
+    )
+    cpus_per_worker: Annotated[int, Field(ge=1, le=4096)] = Field(1, description="on Ray: threads of each")
+    gpus_per_worker: Annotated[float | Literal["auto"], BeforeValidator(_share)] = Field(
+        "auto", description="on Ray (auto: 1 where there are GPUs, else 0)"
     )
 
     @model_validator(mode="after")

@@ -22,7 +22,8 @@ from . import provenance
 from .config import make_config
 from .paper import UNEDITED
 from .run_folder import check_cases, is_recorded, load_manifest, load_run, record_files, write_copy
-from .runs import planned, sampled
+from .runs import sampled
+from .work import planned
 
 
 def publish(run: Path, target: Path) -> int:
@@ -85,7 +86,8 @@ def _finished_sample(run: Path, manifest: dict, records: list[Record]) -> set[in
             fields = {**manifest["config"], "cases": start["cases"][dataset], "sample": start["sample"], "out": run}
             config = make_config(**fields)
             sample = sampled(config, dataset)
-            steps = [step for part in planned(config, dataset, editor, sample) for step in part.steps]
+            parts = planned(config, editor, sample, load_cases(dataset, config.source))
+            steps = [step for part in parts for step in part.steps]
             if len(sample) > len(largest) and all(is_recorded(step, keys) for step in steps):
                 largest = {case.case_id for case in sample}
     if not largest:

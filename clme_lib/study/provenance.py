@@ -48,6 +48,11 @@ def hardware(subject: Subject) -> dict[str, str | int]:
     return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "cores": os.cpu_count() or 0}
 
 
+def model(subject: Subject) -> dict:
+    """What is edited, and where: hardware, dtype and the fingerprint of the weights."""
+    return {"hardware": hardware(subject), "dtype": subject.dtype_name, "model": subject.fingerprint}
+
+
 def commit() -> str:
     """The repository's commit, with ``+changes`` when the working tree differs, or ``unknown`` outside a repository."""
     try:

@@ -12,10 +12,12 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -23,7 +25,28 @@ from safetensors.torch import save_file
 
 from .cache import cache_dir, name_for
 from .errors import StudyError
+from .locks import wait_for_lock
 from .reading import parse_json
+
+
+class Sharing(Protocol):
+    """How caches of several machines share what is made once."""
+
+    def made_once(self, file: Path) -> contextlib.AbstractContextManager[None]:
+        """Hold the file's name alone, over all machines, inside the block; it is fetched first if another machine has made it."""
+
+
+_sharing: ContextVar[Sharing | None] = ContextVar("sharing", default=None)
+
+
+@contextmanager
+def shared_by(sharing: Sharing) -> Iterator[None]:
+    """Inside the block artifacts are made once over several machines."""
+    token = _sharing.set(sharing)
+    try:
+        yield
+    finally:
+        _sharing.reset(token)
 
 
 @dataclass(frozen=True)
@@ -71,7 +94,20 @@ class Artifact:
             whole = content.get_slice(name)
             return torch.cat([whole[row : row + 1] for row in rows])
 
-    @contextlib.contextmanager
+    @contextmanager
+    def made_once(self) -> Iterator[None]:
+        """Hold the file alone inside the block, whose caller makes it there if it is not finished by then; others that want to wait.
+
+        The lock is free when its holder dies. On a cluster it holds over the nodes, and the file is there if another node has made it.
+        """
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.with_suffix(".lock").open("a") as lock:
+            wait_for_lock(lock)
+            sharing = _sharing.get()
+            with sharing.made_once(self.file) if sharing else nullcontext():
+                yield
+
+    @contextmanager
     def _opened(self) -> Iterator[Any]:
         try:
             state = self.file.stat()

@@ -15,6 +15,7 @@ the editors use in the place of ``C``::
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -128,8 +129,14 @@ def second_moments(
         "document_tokens": DOCUMENT_TOKENS,
     }
     files = {layer: _artifact(identity, layer=layer) for layer in layers}
-    if absent := {layer: file for layer, file in sorted(files.items()) if not file.exists()}:
-        _gather(subject, absent, corpus, identity, least)
+    if not all(file.exists() for file in files.values()):
+        with contextlib.ExitStack() as held:
+            for _, file in sorted(
+                files.items()
+            ):  # in the same order everywhere, so that nobody waits for who waits for them
+                held.enter_context(file.made_once())
+            if absent := {layer: file for layer, file in sorted(files.items()) if not file.exists()}:
+                _gather(subject, absent, corpus, identity, least)
     moments = {}
     for layer, file in files.items():
         header, tensors = file.read()

@@ -117,14 +117,19 @@ class Training:
     def finish(self) -> Hypernetwork:
         """Load what there is, do the missing iterations, keep the result."""
         self._load()
+        if self.iteration < self.hparams.iterations:
+            with self.artifact.made_once():
+                self._load()  # another process may have finished it
+                self._train()
+        return self.network.requires_grad_(False)
+
+    def _train(self) -> None:
         last, size = self.hparams.iterations, min(self.hparams.batch, len(self.records))
-        if self.iteration < last:
-            prompts = [prompt for case in self.records for prompt in case.unrelated]
-            self.answers = dict(zip(prompts, answers_for(self.subject, prompts)))
+        prompts = [prompt for case in self.records for prompt in case.unrelated]
+        self.answers = dict(zip(prompts, answers_for(self.subject, prompts)))
         description = f"malmen: train on {len(self.records)} {self.records[0].dataset} cases"
         left = range(self.iteration, last)
-        bar = tqdm(left, total=last, initial=self.iteration, desc=description, unit="step", disable=not left)
-        for iteration in bar:
+        for iteration in (bar := tqdm(left, total=last, initial=self.iteration, desc=description, unit="step")):
             # records come in a new seeded order every epoch, of which the rest is dropped
             epoch, within = divmod(iteration, len(self.records) // size)
             order = _ordered(self.records, self.seed, "epoch", epoch)
@@ -132,7 +137,6 @@ class Training:
             bar.set_postfix(generalization=f"{generalization:.2f}", locality=f"{locality:.3f}")
             if self.iteration == last or self.iteration % _CHECKPOINT_EVERY == 0:
                 self._save()
-        return self.network.requires_grad_(False)
 
     def step(self, batch: Sequence[Case]) -> tuple[float, float]:
         """One iteration; returns the two losses before its update."""

@@ -1,0 +1,416 @@
+"""The one process that plans a run, asks workers for units of it, and alone writes its folder; workers are Ray actors (worker.py).
+
+A worker that dies is replaced, and what it had is asked for again (queue.py says how often). A record is written once, whoever sends it.
+Killing the driver loses the batches under way; the same command goes on, with Ray or without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ...datasets.base import get_dataset
+from ...datasets.cases import Case
+from ...datasets.registry import load_cases
+from ...support.errors import StudyError
+from ...support.journal import append_rows
+from .. import provenance, run_folder
+from ..config import RunConfig
+from ..starts import begin
+from ..work import circumstances_of
+from .queue import Place, Queue, Unit, groups_of
+from .sharing import Registry
+from .worker import MUST_AGREE, Job, Result, Worker
+
+_LOOKS_EVERY = 1.0  # seconds, without news
+_COUNTS_NODES_EVERY = 10.0  # seconds
+_FIRST_SIZE = 8  # of a batch, where its size is left to the workers
+
+
+def complete_on_ray(
+    config: RunConfig, chosen: dict[str, list[Case]], data: dict[str, str], pending: Sequence[tuple[str, str]]
+) -> None:
+    """Complete a run on a cluster, or on this machine's workers.
+
+    Args:
+        data: SHA-256 of each data set's cases.
+        pending: data sets and editors of which records are missing.
+
+    Raises:
+        StudyError: Ray is not installed or cannot be reached, no worker can start, workers differ from this process, or
+            something ends the run that ends it in one process.
+    """
+    everything = {name: load_cases(name, config.source) for name in config.dataset}
+    ids = {name: [case.case_id for case in cases] for name, cases in chosen.items()}
+    datasets = [replace(get_dataset(name), load=_no_cases) for name in config.dataset]
+    with connected(config) as ray:
+        job = ray.put(Job(config, datasets, everything, ids))
+        registry = ray.remote(Registry).options(num_cpus=0, max_restarts=-1).remote()
+        options = _resources(ray, config)
+
+        def start_worker(name: str) -> Any:
+            actor = ray.remote(_Actor).options(max_restarts=0, scheduling_strategy="SPREAD", **options)
+            return actor.remote(job, name, registry, int(options["num_cpus"]))
+
+        crew = Crew(ray, start_worker, lambda: _room(ray, config, options), registry)
+        Driver(config, chosen, everything, data, pending, crew).run()
+
+
+def _no_cases(source: str) -> Sequence[Case]:
+    raise StudyError(f"workers are given their cases, and load none from {source}")
+
+
+class _Actor(Worker):
+    """A worker as an actor, which reaches the registry through Ray."""
+
+    def __init__(self, job: Job, name: str, registry: Any, threads: int) -> None:
+        import ray
+
+        super().__init__(job, name, lambda method, *args: ray.get(getattr(registry, method).remote(*args)), threads)
+
+
+@contextlib.contextmanager
+def connected(config: RunConfig) -> Iterator[Any]:
+    """Ray, connected inside the block: to ``ray_address`` or ``$RAY_ADDRESS``, else started on this machine and bound to it alone."""
+    address = config.ray_address or os.environ.get("RAY_ADDRESS")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not address:
+        # Read when Ray is imported: it makes Ray use the loopback, on any system.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    try:
+        import ray
+    except ImportError:
+        raise StudyError('on: Ray is not installed: pip install -c constraints.txt -e ".[cluster]"') from None
+    if ray.is_initialized():
+        yield ray
+        return
+    place: dict[str, Any] = {"address": address} if address else {"address": "local", "include_dashboard": False}
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **place)
+    except Exception as error:  # Ray's own and its transport's
+        raise StudyError(
+            f"ray_address: no cluster can be reached or started at {address or 'this machine'}: {error}"
+        ) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _resources(ray: Any, config: RunConfig) -> dict[str, float]:
+    has_gpus = ray.cluster_resources().get("GPU", 0) > 0 and config.device != "cpu"
+    gpus = (1.0 if has_gpus else 0.0) if config.gpus_per_worker == "auto" else float(config.gpus_per_worker)
+    return {"num_cpus": config.cpus_per_worker, "num_gpus": gpus}
+
+
+def _room(ray: Any, config: RunConfig, options: Mapping[str, float]) -> int:
+    """How many workers there should be: as asked for, or as many as fit on the nodes that are alive."""
+    if config.workers != "auto":
+        return int(config.workers)
+    room = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            has = node["Resources"]
+            fits = [
+                has.get(name, 0) // options[key]
+                for name, key in (("CPU", "num_cpus"), ("GPU", "num_gpus"))
+                if options[key]
+            ]
+            room += int(min(fits))
+    return room
+
+
+@dataclass
+class Member:
+    """A worker as the driver knows it."""
+
+    name: str
+    actor: Any
+    about: dict[str, Any] = field(default_factory=dict)  # what it said of itself; nothing before it is ready
+    unit: Unit | None = None
+    at: Place | None = None
+    size: int | None = None
+    records: int = 0
+    busy: float = 0.0
+    state: str = "starting"
+
+    def describe(self) -> dict[str, Any]:
+        node = {"node": self.about.get("node", "unknown"), "hardware": self.about.get("hardware", {})}
+        return {
+            "name": self.name,
+            **node,
+            "records": self.records,
+            "busy_seconds": round(self.busy, 1),
+            "state": self.state,
+        }
+
+
+class Crew:
+    """The workers: starting, asking, and replacing them.
+
+    Args:
+        start_worker: an actor with a :class:`Worker`'s methods, by its name.
+        room: how many workers there should be now.
+        registry: told when a worker dies.
+    """
+
+    def __init__(
+        self, ray: Any, start_worker: Callable[[str], Any], room: Callable[[], int], registry: Any = None
+    ) -> None:
+        self.ray, self._start, self._room, self._registry = ray, start_worker, room, registry
+        self.members: dict[str, Member] = {}
+        self.past: list[Member] = []
+        self._asked: dict[Any, Member] = {}
+        self._counted = -_COUNTS_NODES_EVERY
+        self._started = self._left_out = 0
+
+    def fill(self) -> None:
+        """Start as many workers as there is room for."""
+        if time.monotonic() - self._counted < _COUNTS_NODES_EVERY and self.members:
+            return
+        self._counted = time.monotonic()
+        room = self._room()
+        if room == 0 and not self.members:
+            raise StudyError(
+                "on: no node of the cluster has what a worker needs; see cpus_per_worker and gpus_per_worker"
+            )
+        for _ in range(room - len(self.members) - self._left_out):
+            self._started += 1
+            name = f"worker-{self._started}"
+            member = self.members[name] = Member(name, self._start(name))
+            self._asked[member.actor.hello.remote()] = member
+
+    def ask(self, member: Member, method: str, *args: Any) -> None:
+        self._asked[getattr(member.actor, method).remote(*args)] = member
+
+    def news(self) -> Iterator[tuple[Member, Any]]:
+        """Answers that are there, or the errors in their place; waits a moment for the first."""
+        asked = list(self._asked)
+        ready, _ = self.ray.wait(asked, num_returns=1, timeout=_LOOKS_EVERY)
+        if ready and len(asked) > 1:
+            ready, _ = self.ray.wait(asked, num_returns=len(asked), timeout=0)
+        for reference in ready:
+            member = self._asked.pop(reference)
+            try:
+                answer = self.ray.get(reference)
+            except self.ray.exceptions.RayTaskError as error:
+                answer = error
+            except self.ray.exceptions.RayError as error:
+                self.dismiss(member, "died")
+                answer = error
+            yield member, answer
+
+    def dismiss(self, member: Member, state: str) -> None:
+        """A worker is none any more, because it died or is of no use."""
+        member.state = state
+        self.past.append(self.members.pop(member.name))
+        self._counted = -_COUNTS_NODES_EVERY  # another may take its place
+        if self._registry is not None:
+            self._registry.forget.remote(member.name)
+        with contextlib.suppress(Exception):
+            self.ray.kill(member.actor)
+
+    def leave_out(self, member: Member, reason: str) -> None:
+        """Do without a worker that cannot start, and without another in its place.
+
+        Raises:
+            StudyError: there is no other.
+        """
+        self._left_out += 1
+        if member.name in self.members:
+            self.dismiss(member, "left out")
+        member.state = f"left out: {reason}"
+        if not self.members:
+            raise StudyError(f"on: no worker can start: {reason}")
+        print(f"\nclme: {member.name} is left out: {reason}", file=sys.stderr)
+
+    def end(self) -> None:
+        """Stop all workers that this run started."""
+        for member in list(self.members.values()):
+            self.dismiss(member, "finished")
+
+
+class Driver:
+    """Completes the ``pending`` part of a run with a crew."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        chosen: dict[str, list[Case]],
+        everything: Mapping[str, Sequence[Case]],
+        data: dict[str, str],
+        pending: Sequence[tuple[str, str]],
+        crew: Crew,
+    ) -> None:
+        self._config, self._chosen, self._everything, self._data = config, chosen, everything, data
+        self._crew, self._pending = crew, pending
+        self._keys = {pair: run_folder.recorded(config, *pair, everything[pair[0]]) for pair in pending}
+        self._queue = Queue(
+            group
+            for name, editor in pending
+            for group in groups_of(config, name, editor, chosen[name], everything[name], self._keys[name, editor])
+        )
+        self._start: dict[str, Any] = {}
+        self._model: dict[str, Any] = {}
+        self._retried = 0
+        self._caches: set[str] = set()
+        # of the unedited subject, by data set and case: which of the lists has them
+        self._texts: dict[tuple[str, int], list[list[dict]]] = defaultdict(list)
+
+    def run(self) -> None:
+        total = sum(group.left for group in self._queue.groups.values())
+        try:
+            with tqdm(total=total, desc="on Ray", unit="case") as self._bar:
+                while self._queue.unfinished:
+                    self._crew.fill()
+                    self._give_out()
+                    for member, answer in self._crew.news():
+                        self._hear(member, answer)
+                    alive = sum(bool(member.about) for member in self._crew.members.values())
+                    self._bar.set_postfix(workers=alive, retried=self._retried)
+        finally:
+            self._crew.end()
+            if self._start:
+                workers = [member.describe() for member in self._crew.past]
+                made = {"workers": workers, "retried": self._retried, "rates": self._queue.rates()}
+                finished = {} if self._queue.unfinished else {"finished": provenance.now()}
+                run_folder.write_manifest(self._config, {**self._start, **made, **finished})
+
+    def _give_out(self) -> None:
+        ready = [member for member in self._crew.members.values() if member.about]
+        for member in ready:
+            if member.unit is None:
+                size = member.size or (_FIRST_SIZE if self._config.batch_size == "auto" else self._config.batch_size)
+                unit = self._queue.next(member.at, size, len(ready))
+                if unit is None:
+                    break
+                self._ask(member, unit)
+
+    def _ask(self, member: Member, unit: Unit) -> None:
+        member.unit, member.at = unit, unit.place
+        made_by = {name: self._start[name] for name in ("id", "library", "commit")}
+        if unit.kind == "prepare":
+            self._crew.ask(member, "prepare", unit, made_by)
+        elif unit.kind == "edit":
+            texts = None
+            if len(self._caches) > 1:
+                known = [rows for case in unit.cases for rows in self._texts[unit.place[0], case]]
+                texts = [row for rows in {id(rows): rows for rows in known}.values() for row in rows]
+            self._crew.ask(member, "edit", unit, made_by, texts)
+        else:
+            file = self._state_file(unit)
+            state = file.read_bytes() if file.is_file() else None
+            self._crew.ask(member, "begin_walk", unit, made_by, self._keys[unit.place[:2]], state)
+
+    def _hear(self, member: Member, answer: Any) -> None:
+        unit = member.unit
+        if isinstance(answer, self._crew.ray.exceptions.RayTaskError):
+            self._failed(member, answer)
+        elif isinstance(answer, Exception):
+            if unit is None:
+                self._crew.leave_out(member, "it died as it started; Ray's logs say more")
+            else:
+                self._retried += 1
+                for case_id in self._queue.died(unit):
+                    self._blame(unit, case_id)
+        elif not member.about and "problem" in answer:
+            self._crew.leave_out(member, f"node {answer['node']}: {answer['problem']}")
+        elif not member.about:
+            self._welcome(member, answer)
+        elif unit is not None and unit.kind == "prepare":
+            self._prepared(unit, answer)
+            member.unit = None
+            self._queue.finished(unit)
+        elif unit is not None:
+            self._came(member, unit, answer)
+
+    def _welcome(self, member: Member, about: dict[str, Any]) -> None:
+        own = {"library": provenance.library_sha256(), **{name: provenance.versions()[name] for name in MUST_AGREE}}
+        for name, value in own.items():
+            if about[name] != value:
+                raise StudyError(
+                    f"on: node {about['node']} has {name} {about[name]}, and this process has {value}: install the same on all nodes"
+                )
+        if not self._start:
+            self._model = {name: about[name] for name in ("hardware", "dtype", "model")}
+            run_folder.check_same_run(self._config, self._data, about["model"])
+            self._start = begin(self._config, self._model, {}, {}, self._chosen)
+        for name in ("model", "dtype"):
+            if about[name] != self._model[name]:
+                raise StudyError(
+                    f"on: node {about['node']} has another {name} than the first: {about[name]}, not {self._model[name]}"
+                )
+        member.about, member.state = about, "working"
+        self._caches.add(about["cache"])
+
+    def _failed(self, member: Member, error: Any) -> None:
+        cause = error.cause if isinstance(getattr(error, "cause", None), Exception) else error
+        kind = "" if isinstance(cause, StudyError) else f"{type(cause).__name__}: "
+        raise StudyError(f"{member.name} on node {member.about.get('node', 'unknown')}: {kind}{cause}") from error
+
+    def _prepared(self, unit: Unit, prepared: dict[str, Any]) -> None:
+        editor = unit.place[1]
+        values = {**self._start["hyperparameters"], editor: prepared["hyperparameters"]}
+        setup = {**self._start["setup"], **({editor: prepared["setup"]} if prepared["setup"] else {})}
+        overrides = {name: self._config.set[name] for name in values if name in self._config.set}
+        self._start |= {"hyperparameters": values, "setup": setup, "set": overrides}
+        run_folder.write_manifest(self._config, self._start)
+
+    def _came(self, member: Member, unit: Unit, result: Result) -> None:
+        if result.state is not None:
+            write_bytes(self._state_file(unit), result.state)
+        self._keep(unit, result.records)
+        self._queue.came(unit, len(result.records), result.seconds)
+        member.records, member.busy = member.records + len(result.records), member.busy + result.seconds
+        member.size = result.size if self._config.batch_size == "auto" else None
+        for case_id in unit.cases if result.texts else ():
+            self._texts[unit.place[0], case_id].append(result.texts)
+        if result.finished:
+            member.unit = None
+            self._queue.finished(unit)
+        else:
+            member.unit = replace(unit, deaths=0)  # it got on
+            self._crew.ask(member, "go_on", unit)
+
+    def _keep(self, unit: Unit, rows: Sequence[dict[str, Any]]) -> None:
+        """Append records that are not there yet."""
+        keys = self._keys[unit.place[:2]]
+        new = [row for row in rows if (row["position"], row["case_id"]) not in keys]
+        append_rows(run_folder.records_file(self._config, *unit.place[:2]), new)
+        keys.update((row["position"], row["case_id"]) for row in new)
+        self._bar.update(len(new))
+
+    def _blame(self, unit: Unit, case_id: int) -> None:
+        dataset, editor, _ = unit.place
+        cases = self._everything[dataset]
+        case = next(case for case in cases if case.case_id == case_id)
+        circumstances = circumstances_of(self._config, editor, dataset, cases, self._start)
+        reason = f"{unit.deaths + 1} workers died of this case alone"
+        self._keep(unit, [circumstances.record(self._config.subject, case, error=reason).model_dump()])
+
+    def _state_file(self, unit: Unit) -> Path:
+        return run_folder.state_file(self._config, *unit.place[:2])
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Write a file whole, or leave the old one."""
+    unfinished = file.with_name(f".{file.name}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_bytes(content)
+        os.replace(unfinished, file)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise StudyError(
+            f"{file}: could not be written: {error}. Is the disk full, or the folder read-only?"
+        ) from error

@@ -1,0 +1,186 @@
+"""What a worker does: it loads the subject once and turns units of work into records. On a cluster an actor; it can be used without Ray."""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...datasets.base import DataSet, list_datasets, register_dataset
+from ...datasets.cases import Case
+from ...evaluation.loading import check_lengths, load_subject
+from ...evaluation.unedited import kept_texts
+from ...subjects.subject import Subject
+from ...support.artifact import shared_by
+from ...support.errors import StudyError
+from .. import provenance
+from ..config import RunConfig
+from ..work import Part, Work, circumstances_of, make_editor, planned
+from .queue import Place, Unit
+from .sharing import Sharing
+
+MUST_AGREE = ("torch", "transformers", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all workers of a run are given: the configuration, each data set's cases, and the ids of those that are edited."""
+
+    config: RunConfig
+    datasets: Sequence[DataSet]
+    everything: Mapping[str, Sequence[Case]]
+    chosen: Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a unit, or of a part of it.
+
+    Attributes:
+        records: as they are appended, without those that were kept before.
+        seconds: that the worker spent.
+        finished: nothing is left of the unit.
+        size: how many cases the worker takes at once from now on.
+        state: of a walk, the file of the last state.
+        texts: of the unedited subject, newly generated; for other caches.
+    """
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    finished: bool = True
+    size: int | None = None
+    state: bytes | None = None
+    texts: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Worker:
+    """Works for one run.
+
+    Args:
+        ask: calls one of the registry's methods by its name; None where the cache is the only one.
+    """
+
+    def __init__(self, job: Job, name: str, ask: Callable[..., Any] | None = None, threads: int | None = None) -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        self._job, self._name = job, name
+        self._sharing = Sharing(name, ask) if ask else None
+        for dataset in job.datasets:
+            if dataset.name not in list_datasets():
+                register_dataset(dataset)
+        self._subject: Subject
+        self._parts: dict[tuple[str, str], list[Part]] = {}
+        self._prepared: dict[str, Place] = {}
+        self._works: dict[tuple[str, str], Work] = {}
+        self._size: int | None = None
+        self._walked: tuple[Unit, Iterator[Result]] | None = None
+
+    def hello(self) -> dict[str, Any]:
+        """Load the subject; who this is, and what has to be the same for all workers of a run. If it cannot work, the ``problem``."""
+        config = self._job.config
+        try:
+            self._subject = load_subject(config.subject, config.device, config.dtype)
+            for dataset, cases in self._edited().items():
+                check_lengths(self._subject, cases, dataset)
+        except StudyError as error:
+            return {"node": platform.node(), "problem": str(error)}
+        return {
+            "node": platform.node(),
+            "cache": self._sharing.cache if self._sharing else "",
+            "library": provenance.library_sha256(),
+            **{name: provenance.versions()[name] for name in MUST_AGREE},
+            **provenance.model(self._subject),
+        }
+
+    def prepare(self, unit: Unit, start: Mapping[str, str]) -> dict[str, Any]:
+        """Have an editor learn and gather what it needs at a place; its hyper-parameters, and what it prepared."""
+        with shared_by(self._sharing) if self._sharing else nullcontext():
+            editor = self._work(unit.place, start).editor
+            return {"hyperparameters": provenance.hyperparameters(editor), "setup": editor.setup()}
+
+    def edit(self, unit: Unit, start: Mapping[str, str], texts: Sequence[dict] | None = None) -> Result:
+        """Records of a batch of cases.
+
+        ``texts`` are the unedited subject's, as workers with other caches have generated them; None if there is but this cache.
+        """
+        began = time.perf_counter()
+        known = kept_texts(self._subject)
+        if unknown := [row for row in texts or () if row not in known]:
+            known.append(*unknown)
+        before = set(known.rows) if texts is not None else set()
+        with shared_by(self._sharing) if self._sharing else nullcontext():
+            work = self._work(unit.place, start)
+            cases = {case.case_id: case for case in self._job.everything[unit.place[0]]}
+            batches = work.batches([cases[case_id] for case_id in unit.cases], self._size)
+            records = [record.model_dump() for batch in work.alone(batches) for record in batch]
+        # a batch that did not fit makes all that follow smaller; one that left room makes them larger
+        self._size = batches.size
+        new = [known.rows[key] for key in known.rows.keys() - before] if texts is not None else []
+        return Result(records, time.perf_counter() - began, size=self._size, texts=new)
+
+    def begin_walk(
+        self, unit: Unit, start: Mapping[str, str], keys: set[tuple[int, int]], state: bytes | None
+    ) -> Result:
+        """Take up the steps at a place that build on each other, from a state that was kept; :meth:`go_on` gives the records."""
+        self._walked = unit, self._walk(unit, start, keys, state)
+        return self.go_on(unit)
+
+    def go_on(self, unit: Unit) -> Result:
+        """The walk's next records, and its state where it has changed."""
+        assert self._walked is not None and self._walked[0].place == unit.place
+        return next(self._walked[1], Result())
+
+    def _walk(
+        self, unit: Unit, start: Mapping[str, str], keys: set[tuple[int, int]], state: bytes | None
+    ) -> Iterator[Result]:
+        part = self._part(unit.place)
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "state.safetensors"
+            if state is not None:
+                file.write_bytes(state)
+            written = file.stat().st_mtime_ns if state is not None else None
+            with shared_by(self._sharing) if self._sharing else nullcontext():
+                for records in self._work(unit.place, start).walk(part.steps, keys, file):
+                    changed = file.is_file() and file.stat().st_mtime_ns != written
+                    written = file.stat().st_mtime_ns if changed else written
+                    seconds, began = time.perf_counter() - began, time.perf_counter()
+                    rows = [record.model_dump() for record in records]
+                    yield Result(rows, seconds, finished=False, state=file.read_bytes() if changed else None)
+
+    def _edited(self) -> dict[str, list[Case]]:
+        job = self._job
+        ids = {name: set(chosen) for name, chosen in job.chosen.items()}
+        return {name: [case for case in job.everything[name] if case.case_id in ids[name]] for name in ids}
+
+    def _part(self, place: Place) -> Part:
+        dataset, editor, number = place
+        if (dataset, editor) not in self._parts:
+            everything = self._job.everything[dataset]
+            by_id = {case.case_id: case for case in everything}
+            cases = [by_id[case_id] for case_id in self._job.chosen[dataset]]
+            self._parts[dataset, editor] = planned(self._job.config, editor, cases, everything)
+        return self._parts[dataset, editor][number]
+
+    def _work(self, place: Place, start: Mapping[str, str]) -> Work:
+        """Work at a place, whose editor has learnt what it needs there."""
+        dataset, name, _ = place
+        config, everything = self._job.config, self._job.everything[dataset]
+        if (dataset, name) not in self._works:
+            known = next((work.editor for (_, other), work in self._works.items() if other == name), None)
+            editor = known or make_editor(config, name, self._subject)
+            circumstances = circumstances_of(config, name, dataset, everything, start)
+            self._works[dataset, name] = Work(config, self._subject, editor, circumstances)
+        work = self._works[dataset, name]
+        if self._prepared.get(name) != place:
+            work.learn(self._part(place))
+            work.editor.setup()
+            self._prepared[name] = place
+        return work
