@@ -126,6 +126,11 @@ def _run(config: Any) -> bool:
     from .study.runs import run
     from .study.tables import summary
 
+    if config.dry_run:
+        from .study.plan import describe_plan
+
+        print(describe_plan(config))
+        return True
     records = run(config)
     if config.scored:
         print(summary(records).to_string())

@@ -79,12 +79,12 @@ def make_subject(architecture: str, blocks: int = 4) -> Subject:
     return prepare(name, model.to(DEVICE), tokenizer, load_settings(name), "random-seed-0")
 
 
-def write_source(folder: Path) -> Path:
-    """A published-layout file of five cases with five neighbours each."""
+def write_source(folder: Path, copies: int = 1) -> Path:
+    """A published-layout file of five cases with five neighbours each, or of several like them."""
     cases = [
         Case(n, "cnle", CNLE.prompt(intent), snippet, (CNLE.prompt(other),),
              tuple(CNLE.prompt(f"task {n} {k}") for k in range(5)))
-        for n, (intent, snippet, other) in enumerate(ROWS)
+        for n, (intent, snippet, other) in enumerate(ROWS * copies)
     ]  # fmt: skip
     published.write(folder / "EditConala.json", cases)
     return folder / "EditConala.json"

