@@ -125,15 +125,15 @@ publish: .venv/.ready
 	test -d $(PUBLISHED) || { $(BIN)/clme run --editor $(ALL),$(RQ3) --cases 100 --out runs/publish/$(NAME) && \
 	  $(BIN)/clme notebook notebooks/rq3_a_grace.py runs/publish/rq3.ipynb -p cases 100 -p name $(NAME) -p out runs/publish/$(NAME) && \
 	  $(BIN)/clme publish runs/publish/$(NAME)-compat $(PUBLISHED)-compat && $(BIN)/clme publish runs/publish/$(NAME) $(PUBLISHED); }
-	test -d $(PUBLISHED)-code || { $(BIN)/clme run --subject smollm2-135m-code --dataset cnle --editor none,grace --cases 100 --name $(NAME)-code --out runs/publish/code && \
+	test -d $(PUBLISHED)-code || { $(BIN)/clme run --subject smollm2-135m-code --dataset cnle --editor none,grace,grace-tuned,ft-l,a-grace --cases 100 --name $(NAME)-code --out runs/publish/code && \
 	  $(BIN)/clme score runs/publish/code runs/publish/$(NAME)-code --metrics $(EXECUTED) && $(BIN)/clme publish runs/publish/$(NAME)-code $(PUBLISHED)-code; }
-	$(BIN)/clme notebook notebooks/rq1_proficiency.py results/notebooks/rq1_proficiency.ipynb -p editors $(ALL) -p cases 100 -p name $(NAME) -p out $(PUBLISHED)
+	$(BIN)/clme notebook notebooks/rq1_proficiency.py results/notebooks/rq1_proficiency.ipynb -p editors $(ALL) -p cases 100 -p name $(NAME) -p out $(PUBLISHED) -p beside $(PUBLISHED)-code
 	$(BIN)/clme bench --threads 2 --out results/efficiency
 	for subject in $(SHAPES); do test -f results/efficiency/$$subject-random.jsonl || $(BIN)/clme bench --subject $$subject --random-weights \
 	  --dtype bfloat16 --device cpu --threads 2 --cases 1 --batches "" --out results/efficiency || exit 1; done
 	$(BIN)/clme notebook notebooks/rq2_efficiency.py results/notebooks/rq2_efficiency.ipynb -p show results/efficiency \
 	  -p plain results/benchmarks/whole_case.csv
-	$(BIN)/clme notebook notebooks/rq3_a_grace.py results/notebooks/rq3_a_grace.ipynb -p cases 100 -p name $(NAME) -p out $(PUBLISHED)
+	$(BIN)/clme notebook notebooks/rq3_a_grace.py results/notebooks/rq3_a_grace.ipynb -p cases 100 -p name $(NAME) -p out $(PUBLISHED) -p beside $(PUBLISHED)-code
 	for protocol in $(subst $(comma), ,$(MANY_PROTOCOLS)); do test -d $(MANY)/$$protocol-0 || { \
 	  $(BIN)/clme run --subject smollm2-135m-code --dataset cnle --protocol $$protocol --cases 10 --name $(NAME)-code-$$protocol-0 --out runs/publish/many/$$protocol-0 \
 	    --editor $$(test $$protocol = simie && echo ft-l,rome || echo none,in-context,ft-l,rome,grace-tuned) && \

@@ -5,7 +5,9 @@ overhead: cases a second of one worker against the plain process, and of two wor
 scaling: the real driver and Ray, with workers that sleep for times that edits of the published runs took; the sleeps of many workers share
 a few processes, because a machine has no room for a thousand.
 
-usage: python benchmarks/cluster.py faults|overhead|scaling [--kills 50] [--workers 64,256,1024] [--out results/benchmarks/cluster_NAME.csv]
+study: hours of the whole study, from what scaling and RQ2 have measured.
+
+usage: python benchmarks/cluster.py faults|overhead|scaling|study [--kills 50] [--workers 64,256,1024] [--out results/benchmarks/cluster_NAME.csv]
 """
 
 import argparse
@@ -26,7 +28,7 @@ import pandas as pd
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-PUBLISHED = ROOT / "results" / "runs" / "smollm2-135m"
+PUBLISHED = ROOT / "results" / "runs" / "smollm2-135m-code"
 SEED = 0
 
 
@@ -141,13 +143,19 @@ def overhead(cases: int) -> pd.DataFrame:
 class Sleepers:
     """Many workers in one process: each call sleeps for as long as an edit took."""
 
-    def __init__(self, seconds: list[float], row: dict) -> None:
+    def __init__(self, seconds: list[float], row: dict, workers: int) -> None:
         self._seconds, self._row, self._draw = seconds, row, random.Random(SEED)
+        self._awaited = workers
 
     async def hello(self, about: dict) -> dict:
+        self._awaited -= 1
         return about
 
     async def prepare(self, unit, start):
+        # what is measured begins when all workers are there
+        while self._awaited:
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(2)
         return {"hyperparameters": {"values": {}}, "setup": {}}
 
     async def edit(self, unit, start, texts=None):
@@ -174,6 +182,13 @@ def scaling(sizes: list[int], each: int, processes: int = 4) -> pd.DataFrame:
     from clme_lib.study.cluster.worker import MUST_AGREE
     from clme_lib.study.config import make_config
 
+    class Timed(Driver):
+        """Notes when the workers begin to edit."""
+
+        def _prepared(self, unit, prepared) -> None:
+            super()._prepared(unit, prepared)
+            self.began, self.usage = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF)
+
     lines = (PUBLISHED / "records" / "cnle.grace.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     seconds = [record["edit_seconds"] for record in records]
@@ -183,14 +198,16 @@ def scaling(sizes: list[int], each: int, processes: int = 4) -> pd.DataFrame:
     rows = []
     for workers in sizes:
         folder = Path(tempfile.mkdtemp(prefix="clme-cluster-"))
-        cases = [Case(n, "cnle", CNLE.prompt(f"task {n}"), "x = 1", (CNLE.prompt(f"do task {n}"),), (CNLE.prompt("other"),))
+        cases = [Case(n, "cnle", CNLE.prompt(f"task {n}"), "x = 1", (CNLE.prompt(f"do task {n}"),), tuple(CNLE.prompt(f"other {k}") for k in range(5)))
                  for n in range(workers * each)]  # fmt: skip
         published.write(folder / "EditConala.json", cases)
         config = make_config(subject="smollm2-135m", dataset="cnle", editors="grace", cases=len(cases), source=str(folder / "EditConala.json"),
                              out=folder / "run", batch_size=1, on="ray", workers=workers)  # fmt: skip
         loaded = load_cases("cnle", config.source)
         actors = [
-            ray.remote(Sleepers).options(num_cpus=0, max_concurrency=workers).remote(seconds, records[0])
+            ray.remote(Sleepers)
+            .options(num_cpus=0, max_concurrency=workers)
+            .remote(seconds, records[0], workers // processes)
             for _ in range(processes)
         ]
 
@@ -201,13 +218,11 @@ def scaling(sizes: list[int], each: int, processes: int = 4) -> pd.DataFrame:
 
         names = iter(range(workers))
         crew = Crew(ray, lambda name: Handle(actors[next(names) % processes]), lambda: workers)  # noqa: B023
-        driver = Driver(
+        driver = Timed(
             config, {"cnle": loaded}, {"cnle": loaded}, {"cnle": dataset_sha256(loaded)}, [("cnle", "grace")], crew
         )
-        before = resource.getrusage(resource.RUSAGE_SELF)
-        began = time.monotonic()
         driver.run()
-        wall = time.monotonic() - began
+        wall, before = time.monotonic() - driver.began, driver.usage
         after = resource.getrusage(resource.RUSAGE_SELF)
         busy = sum(member.busy for member in crew.past)
         rows.append({"workers": workers, "cases": len(cases), "mean seconds of an edit": round(busy / len(cases), 2), "seconds": round(wall, 1),
@@ -221,19 +236,44 @@ def scaling(sizes: list[int], each: int, processes: int = 4) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def study() -> pd.DataFrame:
+    """Hours of the whole study on 1, 8 and 64 workers: work divided by the workers and by the utilisation that scaling has measured."""
+    from clme_lib.study.rq2.measure import load_measurements
+    from clme_lib.study.rq2.tables import PAPER_CASES, projection_table
+
+    scaled = pd.read_csv(ROOT / "results" / "benchmarks" / "cluster_scaling.csv").set_index("workers")
+    used = float(scaled.loc[64, "utilisation"].removesuffix(" %")) / 100
+    measured = projection_table(load_measurements(ROOT / "results" / "efficiency"), label="tab").data
+    (hours,) = measured.loc[measured["Subject"] == "smollm2-135m", "in batches (h)"].astype(float)
+    work = {
+        "smollm2-135m, hours": hours,
+        "any subject, hours for each second of a case": 9 * sum(PAPER_CASES.values()) / 3600,
+    }
+    return pd.DataFrame(
+        {
+            "what": what,
+            "1 worker": f"{alone:.1f}",
+            **{f"{count} workers": f"{alone / count / used:.1f}" for count in (8, 64)},
+        }
+        for what, alone in work.items()
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["faults", "overhead", "scaling"])
+    parser.add_argument("what", choices=["faults", "overhead", "scaling", "study"])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--cases", type=int, default=24)
     parser.add_argument("--workers", default="64,256,1024")
-    parser.add_argument("--each", type=int, default=10)
+    parser.add_argument("--each", type=int, default=25)
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
     if options.what == "faults":
         table = faults(options.kills)
     elif options.what == "overhead":
         table = overhead(options.cases)
+    elif options.what == "study":
+        table = study()
     else:
         table = scaling(list(map(int, options.workers.split(","))), options.each)
     print(table.to_string(index=False))

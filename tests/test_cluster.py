@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from conftest import make_subject, run_config, write_source
 
 from clme_lib.cli import main
@@ -26,6 +28,7 @@ from clme_lib.study.cluster.driver import Driver
 from clme_lib.study.cluster.queue import Group, Queue, Unit
 from clme_lib.study.cluster.sharing import Registry, Sharing, cache_id
 from clme_lib.study.cluster.worker import Job, Worker
+from clme_lib.study.config import RunConfig
 from clme_lib.support.artifact import Artifact, shared_by
 from clme_lib.support.errors import StudyError
 
@@ -131,8 +134,8 @@ def test_processes_that_share_a_cache_wait_for_who_makes_a_file_or_dies(tmp_path
     threading.Timer(0.3, process.kill).start()
     file = Artifact.cached("encoders", "x", {})
     with file.made_once():
-        assert not process.is_alive() and not file.exists()
-    process.join()
+        process.join(10)
+        assert process.exitcode == -signal.SIGKILL and not file.exists()
 
 
 # Ray's part in one process: every answer is there when it is asked for.
@@ -346,6 +349,27 @@ def test_a_plan_says_what_is_left(folder, tmp_path, monkeypatch, capsys):
     assert re.search(r"cnle +none +3 +2 +\d+\.\d s", shown) and "expected: 0.00 hours" in shown
     with pytest.raises(StudyError, match="dry_run: a plan is printed by"):
         runs.run(config(folder, tmp_path / "run", dry_run=True))
+
+
+def test_the_pages_scripts_are_well_formed():
+    page = (Path(__file__).resolve().parent.parent / "book" / "many_machines.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"```bash\n(.+?)```", page, re.S)
+    checked = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+    assert checked.returncode == 0 and not checked.stderr and script.startswith("#!/bin/bash\n#SBATCH")
+    (manifest,) = map(yaml.safe_load, re.findall(r"```yaml\n(.+?)```", page, re.S))
+    pins = dict(
+        re.findall(
+            r"^([\w.-]+)==(\S+)$", (Path(__file__).resolve().parent.parent / "constraints.txt").read_text(), re.M
+        )
+    )
+    assert manifest["kind"] == "RayJob" and manifest["spec"]["rayClusterSpec"]["rayVersion"] == pins["ray"]
+    for command in (script, manifest["spec"]["entrypoint"], page):
+        for line in re.findall(r"clme run ([^`\n]+(?:\\\n[^`\n]+)*)", command):
+            words = shlex.split(
+                line.replace("\\\n", " ").rstrip("\\ ").replace("$SCRATCH", "x").replace("$address", "x")
+            )
+            known = {f"--{name.replace('_', '-')}" for name in RunConfig.model_fields} | {"--editor"}
+            assert {word for word in words if word.startswith("--")} <= known, line
 
 
 # With Ray itself.

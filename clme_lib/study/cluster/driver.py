@@ -95,6 +95,8 @@ class Driver:
             for name, editor in pending
             for group in groups_of(config, name, editor, chosen[name], everything[name], self._keys[name, editor])
         )
+        versions = provenance.versions()
+        self._own = {"library": provenance.library_sha256(), **{name: versions[name] for name in MUST_AGREE}}
         self._start: dict[str, Any] = {}
         self._model: dict[str, Any] = {}
         self._retried = 0
@@ -170,8 +172,7 @@ class Driver:
             self._came(member, unit, answer)
 
     def _welcome(self, member: Member, about: dict[str, Any]) -> None:
-        own = {"library": provenance.library_sha256(), **{name: provenance.versions()[name] for name in MUST_AGREE}}
-        for name, value in own.items():
+        for name, value in self._own.items():
             if about[name] != value:
                 raise StudyError(
                     f"on: node {about['node']} has {name} {about[name]}, and this process has {value}: install the same on all nodes"
