@@ -44,7 +44,8 @@ _ACTIVE = {
 def pages() -> list[str]:
     """The pages of the table of contents, in its order, without their suffix."""
     contents = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
-    return [contents["root"], *(chapter["file"] for chapter in contents["chapters"])]
+    chapters = [chapter for part in contents.get("parts", [contents]) for chapter in part["chapters"]]
+    return [contents["root"], *(chapter["file"] for chapter in chapters)]
 
 
 def stage(replacements: dict[str, Path]) -> None:

@@ -15,7 +15,7 @@
 
 # %% [markdown]
 # (rq2)=
-# # RQ2: efficiency
+# # RQ2: Efficiency
 #
 # What does an edit cost in time and memory, one at a time as the paper measures it? How much is gained when many cases are
 # edited together, and how far is each editor from the least time that its arithmetic allows?

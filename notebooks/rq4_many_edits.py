@@ -15,7 +15,7 @@
 
 # %% [markdown]
 # (rq4)=
-# # RQ4: many edits in one model
+# # RQ4: Many edits in one model
 #
 # The paper edits one case, evaluates it, and takes the edit away again. Whoever uses an edited model keeps the edits. How many can one model hold before the
 # early ones are lost, or the answers to everything else change?

@@ -11,7 +11,7 @@ from clme_lib.evaluation.records import SCORED
 from clme_lib.metrics.base import get_metric
 from clme_lib.metrics.paper import PAPER_METRICS
 from clme_lib.study.comparisons import SIGNIFICANT, as_good_as_the_best, holm, paired_p
-from clme_lib.study.rq1 import protocol_table, reach_table
+from clme_lib.study.rq1 import protocol_table, reach_table, transfer_findings
 from clme_lib.study.tables import score_rows
 
 
@@ -137,3 +137,20 @@ def test_a_codebooks_generalization_is_taken_apart():
     (row,) = reach_table(pd.concat([made, codebook]), label="tab").data.to_dict("records")
     shown = [row[title].split(" %")[0] for title in ("Fires", "Right where fired", "Gen. EM")]
     assert row["Editor"] == "GRACE" and shown == ["40.0", "75.0", "30.0"] and row["Right where fired"].endswith("of 4")
+
+
+def test_the_order_of_the_tasks_is_tested_by_editor():
+    """Fisher's test by hand: 20 of 20 against 5 of 20 differs, 10 against 11 of 20 does not; an editor with one data set is left out."""
+
+    def rows(editor, dataset, held, n=20):
+        return [
+            {"editor": editor, "dataset": dataset, "case_id": k, "state": SCORED, "effectiveness_em": float(k < held)}
+            for k in range(n)
+        ]
+
+    records = pd.DataFrame(
+        rows("ft-l", "cnle", 20) + rows("ft-l", "csne", 5) + rows("rome", "cnle", 3) + rows("rome", "csne", 18)
+        + rows("grace", "cnle", 10) + rows("grace", "csne", 11) + rows("pmet", "cnle", 20) + rows("none", "cnle", 0) + rows("none", "csne", 9)
+    )  # fmt: skip
+    assert transfer_findings(records) == {"more": ["FT-L"], "less": ["ROME"], "alike": ["GRACE"]}
+    assert transfer_findings(records[records["dataset"] == "cnle"]) == {"more": [], "less": [], "alike": []}

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.browser
 
 def chapters() -> list[str]:
     contents = yaml.safe_load((ROOT / "_toc.yml").read_text())
-    return [contents["root"], *(chapter["file"] for chapter in contents["chapters"])]
+    return [contents["root"], *(chapter["file"] for part in contents["parts"] for chapter in part["chapters"])]
 
 
 def rendered(page: str, profile: Path) -> str:

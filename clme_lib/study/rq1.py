@@ -20,7 +20,7 @@ from ..metrics.executes import EXECUTION_METRICS
 from ..metrics.free import FREE_METRICS
 from ..metrics.paper import COMPARISONS
 from ..support.display import Markup, inline_code
-from .comparisons import holm, paired_p
+from .comparisons import SIGNIFICANT, holm, paired_p
 from .figures import bars, legend, panels, plain
 from .paper import UNEDITED
 from .tables import (
@@ -151,6 +151,29 @@ def transfer_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
                 csne, cnle = means.loc[(editor, CSNE.name), score], means.loc[(editor, CNLE.name), score]
                 row[get_metric(score).title.split()[-1]] = f"{csne:.2f} → {cnle:.2f} ({cnle - csne:+.2f})"
             yield row
+
+
+def transfer_findings(records: pd.DataFrame) -> dict[str, list[str]]:
+    """Which editors are more (``more``), less or not distinguishably (``alike``) effective on CNLE than on CSNE.
+
+    By exact match, whose cases differ between data sets: Fisher's exact test, two-sided, by Holm over the editors.
+    """
+    from scipy.stats import fisher_exact
+
+    data, counts = scored(records), dict[str, tuple[tuple[int, int], ...]]()
+    for editor, of_editor in data[data["editor"] != UNEDITED].groupby("editor", sort=False):
+        of_datasets = [
+            of_editor.loc[of_editor["dataset"] == dataset.name, "effectiveness_em"] for dataset in (CNLE, CSNE)
+        ]
+        if all(map(len, of_datasets)):
+            counts[str(editor)] = tuple((int(scores.sum()), int((1 - scores).sum())) for scores in of_datasets)
+    p_values = holm({editor: fisher_exact(table_of).pvalue for editor, table_of in counts.items()})
+    directions: dict[str, list[str]] = {"more": [], "less": [], "alike": []}
+    for editor, ((held, not_held), (held_csne, not_held_csne)) in counts.items():
+        higher = held / (held + not_held) > held_csne / (held_csne + not_held_csne)
+        direction = "alike" if p_values[editor] >= SIGNIFICANT else "more" if higher else "less"
+        directions[direction].append(editor_name(editor))
+    return directions
 
 
 def proficiency_figure(records: pd.DataFrame):
