@@ -12,6 +12,7 @@ usage: python benchmarks/cluster.py faults|overhead|scaling|study [--kills 50] [
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -168,15 +169,14 @@ class Sleepers:
         )
 
 
-def scaling(sizes: list[int], each: int, processes: int = 4) -> pd.DataFrame:
-    """Every worker edits about ``each`` cases, one at a time."""
-    import ray
-
+def scaling(sizes: list[int], each: int, faster: float, processes: int = 4) -> pd.DataFrame:
+    """Every worker edits about ``each`` cases, one at a time, so many times ``faster`` than the published run's machine."""
     from clme_lib.datasets import published
     from clme_lib.datasets.cases import Case, dataset_sha256
     from clme_lib.datasets.paper import CNLE
     from clme_lib.datasets.registry import load_cases
     from clme_lib.study import provenance
+    from clme_lib.study.cluster.connection import connected
     from clme_lib.study.cluster.crew import Crew
     from clme_lib.study.cluster.driver import Driver
     from clme_lib.study.cluster.worker import MUST_AGREE
@@ -191,8 +191,9 @@ def scaling(sizes: list[int], each: int, processes: int = 4) -> pd.DataFrame:
 
     lines = (PUBLISHED / "records" / "cnle.grace.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    seconds = [record["edit_seconds"] for record in records]
-    ray.init(include_dashboard=False, log_to_driver=False)
+    seconds = [record["edit_seconds"] / faster for record in records]
+    stack = contextlib.ExitStack()
+    ray = stack.enter_context(connected(make_config()))
     about = {"node": "this", "cache": "", "library": provenance.library_sha256(), "model": "m", "dtype": "float32", "hardware": {"device": "cpu"},
              **{name: provenance.versions()[name] for name in MUST_AGREE}}  # fmt: skip
     rows = []
@@ -232,7 +233,7 @@ def scaling(sizes: list[int], each: int, processes: int = 4) -> pd.DataFrame:
         for actor in actors:
             ray.kill(actor)
         shutil.rmtree(folder)
-    ray.shutdown()
+    stack.close()
     return pd.DataFrame(rows)
 
 
@@ -265,7 +266,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--cases", type=int, default=24)
     parser.add_argument("--workers", default="64,256,1024")
-    parser.add_argument("--each", type=int, default=25)
+    parser.add_argument("--each", type=int, default=50)
+    parser.add_argument("--faster", type=float, default=4.0)
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
     if options.what == "faults":
@@ -275,7 +277,7 @@ def main() -> None:
     elif options.what == "study":
         table = study()
     else:
-        table = scaling(list(map(int, options.workers.split(","))), options.each)
+        table = scaling(list(map(int, options.workers.split(","))), options.each, options.faster)
     print(table.to_string(index=False))
     if options.out:
         table.to_csv(options.out, index=False)

@@ -352,14 +352,14 @@ def test_an_encoder_is_refused_for_anything_else(llama, cases):
         load_editor("a-grace", llama, **{**SMALL, "steps": 10**9}).edit(cases)  # before any value is learnt
     with pytest.raises(StudyError, match="margin: no value for 'cnle'"):
         fitted("a-grace", llama, cases, margin={"csne": 1.0})
-    (file,) = (queries_module.cache_dir() / "encoders").iterdir()
+    (file,) = (queries_module.cache_dir() / "encoders").glob("*.safetensors")
     expected = editor.trained.header
     assert torch.equal(Artifact(file, expected).read()[1]["first.weight"], editor.trained.encoder.first.weight.cpu())
     for name in ("fingerprint", "layer", "query", "dataset", "margin", "training"):
         with pytest.raises(StudyError, match=f"its {name} is .*, needed is 'else'; remove the file"):
             Artifact(file, {**expected, name: "else"}).read()
     of_fewer = fitted("a-grace", llama, cases[:4]).trained
-    (other_file,) = set((queries_module.cache_dir() / "encoders").iterdir()) - {file}
+    (other_file,) = set((queries_module.cache_dir() / "encoders").glob("*.safetensors")) - {file}
     file.write_bytes(other_file.read_bytes())
     with pytest.raises(StudyError, match=f"its training is '{of_fewer.header['training']}'"):
         fitted("a-grace", llama, cases)

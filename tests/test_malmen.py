@@ -207,7 +207,7 @@ def test_interrupted_training_goes_on(llama, cases, monkeypatch):
     from clme_lib.editors.malmen import training as malmen_training
 
     whole = trained(llama, cases)
-    for file in (cache_dir() / "malmen").iterdir():
+    for file in (cache_dir() / "malmen").glob("*.safetensors"):
         file.unlink()
     monkeypatch.setattr(malmen_training, "_CHECKPOINT_EVERY", 2)
     step = Training.step
@@ -240,7 +240,7 @@ def test_constants_beyond_the_memory_bound_are_recomputed(llama, cases, monkeypa
     from clme_lib.editors.malmen import training as malmen_training
 
     kept = trained(llama, cases)
-    for file in (cache_dir() / "malmen").iterdir():
+    for file in (cache_dir() / "malmen").glob("*.safetensors"):
         file.unlink()
     monkeypatch.setattr(malmen_training, "_KEPT_BYTES", 0)
     for edit, other in zip(kept.edit(cases), trained(llama, cases).edit(cases)):
@@ -256,7 +256,7 @@ def test_misuse_is_explained(llama, cases):
     with pytest.raises(StudyError, match="case 0 has none"):
         editor.fit([replace(cases[0], rephrased=())])
     editor.fit(cases)
-    (file,) = Training(llama, editor.hparams, cases, 42).artifact.file.parent.iterdir()
+    (file,) = Training(llama, editor.hparams, cases, 42).artifact.file.parent.glob("*.safetensors")
     file.write_bytes(b"not safetensors")
     with pytest.raises(StudyError, match="cannot be read as a safetensors file.*remove it to make it anew"):
         load_editor("malmen", llama, **SMALL).fit(cases)
