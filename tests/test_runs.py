@@ -18,7 +18,7 @@ from clme_lib.editors.registry import load_editor
 from clme_lib.evaluation.evaluate import evaluate
 from clme_lib.evaluation.records import FAILED, SCORED, UNSCORED, read_records
 from clme_lib.metrics.base import TEXTS
-from clme_lib.study import provenance, run_folder, runs
+from clme_lib.study import provenance, run_folder, runs, work
 from clme_lib.study.copies import publish
 from clme_lib.study.notebook import config_from_notebook
 from clme_lib.study.rq1 import examples, findings, proficiency_figure, proficiency_table, transfer_table
@@ -69,9 +69,9 @@ def test_scores_can_wait(tiny, source, tmp_path, capsys):
 
 def test_trained_editors_learn_from_the_other_fold(tiny, source, tmp_path, monkeypatch):
     monkeypatch.setenv("CLME_CACHE", str(tmp_path / "cache"))
-    load_editor = runs.load_editor
+    load_editor = work.load_editor
     small = {"layers": [2, 3], "rank": 8, "iterations": 2}
-    monkeypatch.setattr(runs, "load_editor", lambda *given, **named: load_editor(*given, **named, **small))
+    monkeypatch.setattr(work, "load_editor", lambda *given, **named: load_editor(*given, **named, **small))
     learnt, edited = [], []
     fit, edit = MALMEN.fit, MALMEN.edit
     monkeypatch.setattr(
@@ -92,8 +92,8 @@ def test_trained_editors_learn_from_the_other_fold(tiny, source, tmp_path, monke
 
 
 def test_what_an_editor_prepared_is_recorded(tiny, source, tmp_path, monkeypatch):
-    load_editor = runs.load_editor
-    monkeypatch.setattr(runs, "load_editor", lambda *given, **named: load_editor(*given, **named, steps=2, layer=1))
+    load_editor = work.load_editor
+    monkeypatch.setattr(work, "load_editor", lambda *given, **named: load_editor(*given, **named, steps=2, layer=1))
     runs.run(config(source, tmp_path / "run", editors="rome", cases=2))
     (start,) = json.loads((tmp_path / "run" / "run.json").read_text())["starts"]
     contexts = start["setup"]["rome"]["contexts"]
@@ -148,8 +148,8 @@ def test_one_bad_case_spoils_no_other(tiny, source, tmp_path):
     editor = load_editor("grace", tiny, steps=2, layer=1)
     start = {"id": "1", "library": "l", "commit": "c"}
     configured = config(source, tmp_path / "run")
-    work = Work(configured, tiny, editor, circumstances_of(configured, "grace", "cnle", cases, start))
-    records = work.attempt([cases[0], bad, cases[1]])
+    working = Work(configured, tiny, editor, circumstances_of(configured, "grace", "cnle", cases, start))
+    records = working.attempt([cases[0], bad, cases[1]])
     assert [record.state for record in records] == [SCORED, FAILED, SCORED]
     assert "case 2 of cnle" in records[1].error and records[1].scores is None
     assert {(record.start, record.library, record.commit) for record in records} == {("1", "l", "c")}
