@@ -116,13 +116,14 @@ def overhead(cases: int) -> pd.DataFrame:
                        "--set", "grace.steps=10", "--cases", str(cases), "--sample", str(turn), "--batch-size", str(batch), "--out",
                        str(folder / "run"), *options]  # fmt: skip
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-            process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            log = (folder / "log").open("w")
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
             times: dict[int, float] = {}
             while process.poll() is None:
                 count = len(file.read_bytes().splitlines()) if file.is_file() else 0
                 times.setdefault(count, time.monotonic())
                 time.sleep(0.02)
-            assert process.returncode == 0
+            assert process.returncode == 0, (folder / "log").read_text()[-2000:]
             count = len(file.read_bytes().splitlines())
             times.setdefault(count, time.monotonic())
             counts = sorted(number for number in times if number)

@@ -46,7 +46,7 @@ def connected(config: RunConfig) -> Iterator[Any]:
 
 def resources_of(ray: Any, config: RunConfig) -> dict[str, float]:
     """CPUs and GPUs of a worker, as Ray's options name them."""
-    has_gpus = ray.clusterresources_of().get("GPU", 0) > 0 and config.device != "cpu"
+    has_gpus = ray.cluster_resources().get("GPU", 0) > 0 and config.device != "cpu"
     gpus = (1.0 if has_gpus else 0.0) if config.gpus_per_worker == "auto" else float(config.gpus_per_worker)
     return {"num_cpus": config.cpus_per_worker, "num_gpus": gpus}
 

@@ -100,6 +100,7 @@ class Driver:
         self._start: dict[str, Any] = {}
         self._model: dict[str, Any] = {}
         self._retried = 0
+        self._unwritten: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
         self._caches: set[str] = set()
         # of the unedited subject, by data set and case: which of the lists has them
         self._texts: dict[tuple[str, int], list[list[dict]]] = defaultdict(list)
@@ -111,11 +112,14 @@ class Driver:
                 while self._queue.unfinished:
                     self._crew.fill()
                     self._give_out()
+                    # while the workers are busy again
+                    self._write()
                     for member, answer in self._crew.news():
                         self._hear(member, answer)
                     alive = sum(bool(member.about) for member in self._crew.members.values())
                     self._bar.set_postfix(workers=alive, retried=self._retried)
         finally:
+            self._write()
             self._crew.end()
             if self._start:
                 workers = [member.describe() for member in self._crew.past]
@@ -219,12 +223,18 @@ class Driver:
             self._crew.ask(member, "go_on", unit)
 
     def _keep(self, unit: Unit, rows: Sequence[dict[str, Any]]) -> None:
-        """Append records that are not there yet."""
+        """Take over records that are not there yet; :meth:`_write` appends them."""
         keys = self._keys[unit.place[:2]]
         new = [row for row in rows if (row["position"], row["case_id"]) not in keys]
-        append_rows(run_folder.records_file(self._config, *unit.place[:2]), new)
         keys.update((row["position"], row["case_id"]) for row in new)
-        self._bar.update(len(new))
+        self._unwritten[unit.place[:2]] += new
+
+    def _write(self) -> None:
+        for pair, rows in self._unwritten.items():
+            if rows:
+                append_rows(run_folder.records_file(self._config, *pair), rows)
+                self._bar.update(len(rows))
+        self._unwritten.clear()
 
     def _blame(self, unit: Unit, case_id: int) -> None:
         dataset, editor, _ = unit.place
