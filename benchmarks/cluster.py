@@ -99,8 +99,8 @@ def faults(kills: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def overhead(cases: int) -> pd.DataFrame:
-    """Cases a second between the first and the last batch, so that no start counts; each variant twice, in turns."""
+def overhead(cases: int, turns: int) -> pd.DataFrame:
+    """Cases a second between the first and the last batch, so that no start counts; the variants take turns."""
     variants = {
         "one process, one thread": (1, []),
         "one worker, one thread": (1, ["--on", "ray", "--workers", "1"]),
@@ -108,7 +108,7 @@ def overhead(cases: int) -> pd.DataFrame:
         "two workers, one thread each": (1, ["--on", "ray", "--workers", "2"]),
     }
     batch, rates = 4, {name: [] for name in variants}
-    for turn in range(2):
+    for turn in range(turns):
         for name, (threads, options) in variants.items():
             folder = Path(tempfile.mkdtemp(prefix="clme-cluster-"))
             file = folder / "run" / "records" / "cnle.grace.jsonl"
@@ -134,7 +134,7 @@ def overhead(cases: int) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "variant": name,
-            "cases": cases,
+            "cases": cases * turns,
             "cases a minute": round(60 * mean, 1),
             "time, to the plain process": round(base[name] / mean, 2),
         }
@@ -266,6 +266,7 @@ def main() -> None:
     parser.add_argument("what", choices=["faults", "overhead", "scaling", "study"])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--cases", type=int, default=24)
+    parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--workers", default="64,256,1024")
     parser.add_argument("--each", type=int, default=50)
     parser.add_argument("--faster", type=float, default=4.0)
@@ -274,7 +275,7 @@ def main() -> None:
     if options.what == "faults":
         table = faults(options.kills)
     elif options.what == "overhead":
-        table = overhead(options.cases)
+        table = overhead(options.cases, options.turns)
     elif options.what == "study":
         table = study()
     else:
