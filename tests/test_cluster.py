@@ -293,6 +293,21 @@ def test_workers_that_differ_or_cannot_start(folder, tmp_path, monkeypatch, caps
     with pytest.raises(StudyError, match="on: no worker can start: node node-7: no folder tiny"):
         drive(config(folder, tmp_path / "none"), Lacks)
 
+    class DiesAtFirst(Worker):
+        def hello(self):
+            if self._name in ("worker-1", "worker-2"):
+                raise Dead("its node is gone")
+            return super().hello()
+
+    assert len(drive(config(folder, tmp_path / "again"), DiesAtFirst)) == 10
+
+    class AlwaysDies(Worker):
+        def hello(self):
+            raise Dead("out of memory")
+
+    with pytest.raises(StudyError, match="on: no worker can start: it died as it started"):
+        drive(config(folder, tmp_path / "never"), AlwaysDies)
+
     class Breaks(Worker):
         def edit(self, unit, *args):
             raise StudyError("the disk is full")

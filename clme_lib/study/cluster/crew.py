@@ -14,6 +14,7 @@ from .queue import Place, Unit
 
 _LOOKS_EVERY = 1.0  # seconds, without news
 COUNTS_NODES_EVERY = 10.0  # seconds
+_DEATHS_OF_STARTING = 4  # workers of a run, before no other takes the place of the next
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Crew:
         self.past: list[Member] = []
         self._asked: dict[Any, Member] = {}
         self._counted = -COUNTS_NODES_EVERY
-        self._started = self._left_out = 0
+        self._started = self._left_out = self._died_starting = 0
 
     def fill(self) -> None:
         """Start as many workers as there is room for."""
@@ -105,6 +106,12 @@ class Crew:
             self._registry.forget.remote(member.name)
         with contextlib.suppress(Exception):
             self.ray.kill(member.actor)
+
+    def died_starting(self, member: Member) -> None:
+        """A worker died before it was ready. Its node may be gone, so that another takes its place, unless that happens again and again."""
+        self._died_starting += 1
+        if self._died_starting > _DEATHS_OF_STARTING:
+            self.leave_out(member, "it died as it started, as others did before it; Ray's logs say more")
 
     def leave_out(self, member: Member, reason: str) -> None:
         """Do without a worker that cannot start, and without another in its place.

@@ -159,7 +159,7 @@ class Driver:
             self._failed(member, answer)
         elif isinstance(answer, Exception):
             if unit is None:
-                self._crew.leave_out(member, "it died as it started; Ray's logs say more")
+                self._crew.died_starting(member)
             else:
                 self._retried += 1
                 for case_id in self._queue.died(unit):
