@@ -51,7 +51,12 @@ def complete_on_ray(
     datasets = [replace(get_dataset(name), load=_no_cases) for name in config.dataset]
     with connected(config) as ray:
         job = ray.put(Job(config, datasets, everything, ids))
-        registry = ray.remote(Registry).options(num_cpus=0, max_restarts=-1).remote()
+        # where the driver is: no other node's death takes it along
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        )
+        placed = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+        registry = ray.remote(Registry).options(**placed).remote()
         options = resources_of(ray, config)
 
         def start_worker(name: str) -> Any:
