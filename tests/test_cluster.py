@@ -347,6 +347,15 @@ def test_workers_are_started_where_nodes_join(folder, tmp_path, monkeypatch):
     assert len(start["workers"]) == 3 and all(worker["records"] for worker in start["workers"])
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://localhost:1", "127.0.0.1:99999999999"])
+def test_an_address_where_nobody_listens_is_said_at_once(folder, tmp_path, monkeypatch, address):
+    pytest.importorskip("ray", reason="Ray has no wheel for this Python")
+    began = time.monotonic()
+    with pytest.raises(StudyError, match=f"ray_address: nothing can be reached at {address}: .* Start a cluster there"):
+        runs.run(config(folder, tmp_path / "run", on="ray", ray_address=address))
+    assert time.monotonic() - began < 30 and not list((tmp_path / "run").glob("records/*"))
+
+
 def test_a_plan_says_what_is_left(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CLME_CACHE", str(tmp_path / "cache"))
     options = ["--subject", str(folder / "tiny"), "--dataset", "cnle", "--editor", "none,malmen", "--source", str(folder / "EditConala.json"),

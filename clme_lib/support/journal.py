@@ -80,11 +80,16 @@ def append_rows(path: Path, rows: Iterable[dict]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole: a process killed in the middle leaves the old one, or none."""
+    """Write a file whole, as UTF-8; see :func:`write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole: a process killed in the middle leaves the old one, or none. StudyError if the disk does not take it."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_bytes(content)
         os.replace(unfinished, path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)

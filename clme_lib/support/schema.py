@@ -21,8 +21,8 @@ class Schema(BaseModel):
     @classmethod
     def _true_is_no_number(cls, content: Any) -> Any:
         for name in _numbers(cls) if isinstance(content, dict) else ():
-            if _holds_truth(content.get(name)):
-                raise ValueError(f"{name} is a number, not true or false")
+            if place := _truth_at(name, content.get(name)):
+                raise ValueError(f"{place} is a number, not true or false")
         return content
 
 
@@ -33,9 +33,12 @@ def _numbers(schema: type[Schema]) -> list[str]:
     return [name for name, kind in types.items() if re.search(r"\b(int|float)\b", kind) and "bool" not in kind]
 
 
-def _holds_truth(value: Any) -> bool:
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return isinstance(value, bool) or any(map(_holds_truth, parts))
+def _truth_at(name: str, value: Any) -> str | None:
+    """Where ``true`` or ``false`` stands in a value, as the name of the field and of the parts it lies in."""
+    if isinstance(value, bool):
+        return name
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return next((place for part, held in parts if (place := _truth_at(f"{name}.{part}", held))), None)
 
 
 def _ascending(layers: tuple[int, ...]) -> tuple[int, ...]:
@@ -60,7 +63,11 @@ def parse(schema: type[Parsed], content: Any, where: str, *, strict: bool = Fals
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "(top level)"
-        reason = first["msg"].replace("Extra inputs are not permitted", "unknown key")
+        reason = first["msg"].removeprefix("Value error, ").replace("Extra inputs are not permitted", "unknown key")
+        if (
+            not first["loc"] and first["type"] == "value_error"
+        ):  # how several fields go together, not what one of them holds
+            raise StudyError(f"{where}: {reason}") from None
         # A list of the fields helps with a misspelt name, not with a wrong value.
         known = f"; known: {', '.join(schema.model_fields)}" if first["type"] == "extra_forbidden" else ""
         raise StudyError(f"{where}: {field}: {reason} (got {first.get('input')!r}){known}") from None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +29,8 @@ def connected(config: RunConfig) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
+    if address:
+        _check_reachable(address)
     place: dict[str, Any] = {"address": address} if address else {"address": "local", "include_dashboard": False}
     for last in (False, True):
         try:
@@ -42,6 +46,19 @@ def connected(config: RunConfig) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Say at once that nobody listens, which Ray takes minutes to find out."""
+    match = re.fullmatch(r"(?:ray://)?(?P<host>.+):(?P<port>[0-9]+)", address)
+    if match is None:
+        return  # such as auto, which Ray looks up
+    try:
+        socket.create_connection((match["host"], int(match["port"])), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise StudyError(
+            f"ray_address: nothing can be reached at {address}: {error}. Start a cluster there (ray start --head), or leave the address out"
+        ) from error
 
 
 def resources_of(ray: Any, config: RunConfig) -> dict[str, float]:

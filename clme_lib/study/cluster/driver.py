@@ -6,7 +6,6 @@ Killing the driver loses the batches under way; the same command goes on, with R
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from ...datasets.base import get_dataset
 from ...datasets.cases import Case
 from ...datasets.registry import load_cases
 from ...support.errors import StudyError
-from ...support.journal import append_rows
+from ...support.journal import append_rows, write_bytes
 from .. import provenance, run_folder
 from ..config import RunConfig
 from ..starts import begin
@@ -251,17 +250,3 @@ class Driver:
 
     def _state_file(self, unit: Unit) -> Path:
         return run_folder.state_file(self._config, *unit.place[:2])
-
-
-def write_bytes(file: Path, content: bytes) -> None:
-    """Write a file whole, or leave the old one."""
-    unfinished = file.with_name(f".{file.name}.part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(content)
-        os.replace(unfinished, file)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise StudyError(
-            f"{file}: could not be written: {error}. Is the disk full, or the folder read-only?"
-        ) from error

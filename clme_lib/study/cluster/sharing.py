@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...support.cache import cache_dir
+from ...support.journal import write_bytes
 
 _ASK_EVERY = 0.5  # seconds
 
@@ -85,9 +86,7 @@ class Sharing:
         while (answer := self._ask("acquire", name, self._worker, self.cache)) == "wait":
             time.sleep(_ASK_EVERY)
         if isinstance(answer, bytes):
-            unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-            unfinished.write_bytes(answer)
-            os.replace(unfinished, file)
+            write_bytes(file, answer)
         try:
             yield
         except BaseException:
