@@ -390,7 +390,7 @@ def test_the_pages_scripts_are_well_formed():
     for command in (script, manifest["spec"]["entrypoint"], page):
         for line in re.findall(r"clme run ([^`\n]+(?:\\\n[^`\n]+)*)", command):
             words = shlex.split(
-                line.replace("\\\n", " ").rstrip("\\ ").replace("$SCRATCH", "x").replace("$address", "x")
+                line.replace("\\\n", " ").rstrip("\\ ").replace("$SCRATCH", "x").replace("$ip:6379", "x")
             )
             known = {f"--{name.replace('_', '-')}" for name in RunConfig.model_fields} | {"--editor"}
             assert {word for word in words if word.startswith("--")} <= known, line
