@@ -63,7 +63,7 @@ def _all(value: Any) -> Any:
     return None if isinstance(value, str) and value in ("all", "None", "") else value
 
 
-def _batch_size(value: Any) -> Any:
+def _count_or_auto(value: Any) -> Any:
     if value != "auto" and not _is_count(value):
         raise ValueError(f"a whole number from 1 to {_LARGEST_BATCH} is needed, or auto")
     return value
@@ -191,13 +191,13 @@ class RunConfig(Schema):
     seed: _Seed = _SEED
     device: _Device = _DEVICE
     dtype: _Dtype = _DTYPE
-    batch_size: Annotated[int | Literal["auto"], BeforeValidator(_batch_size)] = Field(
+    batch_size: Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)] = Field(
         8, description="cases edited and scored together, or auto: what memory allows"
     )
 
     on: Literal["here", "ray"] = Field("here", description="here, or ray: on this machine's workers or a cluster's")
     ray_address: str | None = Field(None, description="a cluster's (default: $RAY_ADDRESS, else this machine)")
-    workers: Annotated[int | Literal["auto"], BeforeValidator(_batch_size)] = Field(
+    workers: Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)] = Field(
         "auto", description="on Ray, or auto: as many as fit"
     )
     cpus_per_worker: Annotated[int, Field(ge=1, le=4096)] = Field(1, description="on Ray: threads of each")

@@ -101,9 +101,8 @@ class Worker:
 
     def prepare(self, unit: Unit, start: Mapping[str, str]) -> dict[str, Any]:
         """Have an editor learn and gather what it needs at a place; its hyper-parameters, and what it prepared."""
-        with shared_by(self._sharing) if self._sharing else nullcontext():
-            editor = self._work(unit.place, start).editor
-            return {"hyperparameters": provenance.hyperparameters(editor), "setup": editor.setup()}
+        editor = self._work(unit.place, start).editor
+        return {"hyperparameters": provenance.hyperparameters(editor), "setup": editor.setup()}
 
     def edit(self, unit: Unit, start: Mapping[str, str], texts: Sequence[dict] | None = None) -> Result:
         """Records of a batch of cases.
@@ -115,11 +114,10 @@ class Worker:
         if unknown := [row for row in texts or () if row not in known]:
             known.append(*unknown)
         before = set(known.rows) if texts is not None else set()
-        with shared_by(self._sharing) if self._sharing else nullcontext():
-            work = self._work(unit.place, start)
-            cases = {case.case_id: case for case in self._job.everything[unit.place[0]]}
-            batches = work.batches([cases[case_id] for case_id in unit.cases], self._size)
-            records = [record.model_dump() for batch in work.alone(batches) for record in batch]
+        work = self._work(unit.place, start)
+        cases = {case.case_id: case for case in self._job.everything[unit.place[0]]}
+        batches = work.batches([cases[case_id] for case_id in unit.cases], self._size)
+        records = [record.model_dump() for batch in work.alone(batches) for record in batch]
         # a batch that did not fit makes all that follow smaller; one that left room makes them larger
         self._size = batches.size
         new = [known.rows[key] for key in known.rows.keys() - before] if texts is not None else []
@@ -147,13 +145,12 @@ class Worker:
             if state is not None:
                 file.write_bytes(state)
             written = file.stat().st_mtime_ns if state is not None else None
-            with shared_by(self._sharing) if self._sharing else nullcontext():
-                for records in self._work(unit.place, start).walk(part.steps, keys, file):
-                    changed = file.is_file() and file.stat().st_mtime_ns != written
-                    written = file.stat().st_mtime_ns if changed else written
-                    seconds, began = time.perf_counter() - began, time.perf_counter()
-                    rows = [record.model_dump() for record in records]
-                    yield Result(rows, seconds, finished=False, state=file.read_bytes() if changed else None)
+            for records in self._work(unit.place, start).walk(part.steps, keys, file):
+                changed = file.is_file() and file.stat().st_mtime_ns != written
+                written = file.stat().st_mtime_ns if changed else written
+                seconds, began = time.perf_counter() - began, time.perf_counter()
+                rows = [record.model_dump() for record in records]
+                yield Result(rows, seconds, finished=False, state=file.read_bytes() if changed else None)
 
     def _edited(self) -> dict[str, list[Case]]:
         job = self._job
@@ -180,7 +177,8 @@ class Worker:
             self._works[dataset, name] = Work(config, self._subject, editor, circumstances)
         work = self._works[dataset, name]
         if self._prepared.get(name) != place:
-            work.learn(self._part(place))
-            work.editor.setup()
+            with shared_by(self._sharing) if self._sharing else nullcontext():
+                work.learn(self._part(place))
+                work.editor.setup()
             self._prepared[name] = place
         return work
