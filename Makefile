@@ -141,6 +141,7 @@ publish: .venv/.ready
 	$(BIN)/clme notebook notebooks/rq4_many_edits.py results/notebooks/rq4_many_edits.ipynb -p cases 10 -p protocols $(MANY_PROTOCOLS) -p out $(MANY)
 	for page in benchmark $(basename $(notdir $(wildcard notebooks/appendix_*.py))); do \
 	  $(BIN)/clme notebook notebooks/$$page.py results/notebooks/$$page.ipynb || exit 1; done
+	$(BIN)/clme notebook notebooks/scorecard.py results/notebooks/scorecard.ipynb
 	$(BIN)/python -m clme_lib.study.numbers
 
 clean:

@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 PUBLISHED = ROOT / "results" / "runs" / "smollm2-135m-code"
 SEED = 0
+PATIENCE = 90  # seconds after which something is killed though nothing was written
 
 
 def workers_alive() -> list[int]:
@@ -38,7 +39,7 @@ def workers_alive() -> list[int]:
 
 
 def faults(kills: int) -> pd.DataFrame:
-    """Kill something at random every few seconds, until so many were killed; then let the run end."""
+    """Kill something at random each time that records were written, until so many were killed; then let the run end."""
     from conftest import make_subject, write_source
     from ray.cluster_utils import Cluster
 
@@ -66,11 +67,18 @@ def faults(kills: int) -> pd.DataFrame:
         return subprocess.Popen(command("run", "--on", "ray", "--ray-address", cluster.address), stderr=subprocess.DEVNULL,
                                 stdout=subprocess.DEVNULL)  # fmt: skip
 
-    driver, began = drive(), time.monotonic()
+    def lines() -> int:
+        return sum(len(file.read_bytes().splitlines()) for file in (folder / "run").glob("records/*.jsonl"))
+
+    driver, began, seen, patience = drive(), time.monotonic(), 0, time.monotonic() + PATIENCE
     while driver.poll() is None or driver.returncode:
         if driver.poll() is not None:
             driver = drive()
-        time.sleep(draw.uniform(3, 9))
+        time.sleep(draw.uniform(0.5, 3))
+        # what is killed should be at work, and not only start
+        if lines() == seen and time.monotonic() < patience:
+            continue
+        seen, patience = lines(), time.monotonic() + PATIENCE
         what = draw.choices(["worker", "node", "driver"], [6, 2, 2])[0]
         if sum(killed.values()) >= kills or driver.poll() is not None:
             continue
@@ -91,7 +99,7 @@ def faults(kills: int) -> pd.DataFrame:
     ]
     columns = ["state", *(f"sha256_{name}" for name in TEXTS)]
     alone, run = (records[columns].astype(str) for records in runs)
-    doubled = sum(len(file.read_bytes().splitlines()) for file in (folder / "run" / "records").iterdir()) - len(run)
+    doubled = lines() - len(run)
     differing = int((run.reindex(alone.index) != alone).any(axis=1).sum())
     rows = [{**{f"{name}s killed": count for name, count in killed.items()}, "records": len(run), "lost": len(alone.index.difference(run.index)),
              "doubled": doubled, "differing": differing, "seconds": round(seconds)}]  # fmt: skip

@@ -30,6 +30,12 @@ _DEFINITION = re.compile(
 # where it refers to one: {role}`label`, {role}`text <label>`, [text](#label)
 _REFERENCE = re.compile(r"\{\w+\}`(?:[^`<]*<)?(?P<role>[^`<>]+)>?`|\]\(#(?P<link>[^\s()]+)\)")
 
+# a table of ours; it is wide with so many columns, or so many characters in a row
+_TABLE = re.compile(r"(?P<head>^```\{table\}.*\n)(?P<rest>:name: \S+\n\n(?P<rows>(?:\|.*\n)+))", re.M)
+_WIDE = 6, 500
+# tags of cells whose code a page does not show where it stands
+_HIDDEN = {"hide-input", "parameters", "injected-parameters"}
+
 # what no output of a notebook needs: what runs, loads or reads something, as HTML and as MyST
 _ACTIVE = {
     "text/html": re.compile(
@@ -63,6 +69,7 @@ def stage(replacements: dict[str, Path]) -> None:
     for page in pages():
         _refuse_active_outputs(page)
         used |= _make_labels_unique(page, used)
+        _present(page)
 
 
 def _file(page: str) -> Path:
@@ -143,6 +150,44 @@ def _refuse_active_outputs(page: str) -> None:
                     sys.exit(
                         f"{page}: an output of cell {number} holds {part[0] or kind!r}: show it as text or as an image"
                     )
+
+
+def _present(page: str) -> None:
+    """A notebook as a page: what it hides is in one box at its end, and its figures are described by their captions."""
+    if (file := _file(page)).suffix == ".md":
+        return
+    _rewrite(file, _widen)
+    content = json.loads(file.read_text(encoding="utf-8"))
+    hidden: list[str] = []
+    for cell in content["cells"]:
+        tags = cell["metadata"].get("tags", [])
+        if cell["cell_type"] == "code" and _HIDDEN & set(tags):
+            cell["metadata"]["tags"] = [tag for tag in tags if tag not in _HIDDEN] + ["remove-input"]
+            hidden.append("".join(cell["source"]))
+        if caption := cell["metadata"].get("mystnb", {}).get("figure", {}).get("caption"):
+            cell["metadata"]["mystnb"]["image"] = {"alt": caption}
+    if hidden:
+        code = "\n\n".join(hidden)
+        fence = "`" * (2 + max([1, *map(len, re.findall("`+", code))]))
+        given = content["metadata"].get("papermill", {}).get("parameters", {})
+        listed = "".join(f" `{name} = {json.dumps(value)}`" for name, value in given.items()) or " none beside its own"
+        box = (
+            f"{fence}`{{admonition}} How this was made\n:class: dropdown\n\npapermill executed the notebook below; it was passed:{listed}."
+            f"\n\n{fence}python\n{code}\n{fence}\n{fence}`"
+        )
+        content["cells"].append({"cell_type": "markdown", "id": "how-this-was-made", "metadata": {}, "source": box})
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _widen(text: str) -> str:
+    """Tables of many columns or long cells take the margin of the page as well."""
+
+    def widened(match: re.Match[str]) -> str:
+        rows, (columns, characters) = match["rows"].splitlines(), _WIDE
+        wide = rows[0].count("|") > columns or max(map(len, rows)) > characters
+        return match["head"] + (":class: full-width\n" if wide else "") + match["rest"]
+
+    return _TABLE.sub(widened, text)
 
 
 def render() -> None:

@@ -23,7 +23,7 @@ from clme_lib import cli
 from clme_lib.datasets.cases import Case
 from clme_lib.metrics.base import MEASURES
 from clme_lib.metrics.executes import EXECUTION_METRICS
-from clme_lib.study import benchmark, numbers, rq1, rq4, run_folder, spot_check
+from clme_lib.study import benchmark, numbers, rq1, rq4, run_folder, scorecard, spot_check
 from clme_lib.study.appendices import encoder_settings, lookups, selection, statistics, weight_updates
 from clme_lib.study.rq2 import tables as rq2
 from clme_lib.study.rq3 import tables as rq3
@@ -64,18 +64,23 @@ def literal(text: str, line_break: str = "⏎") -> str:
     return "".join(line_break if character == "\n" else shown for character, shown in zip(text, seen))
 
 
-def visible(markdown: str) -> list[str]:
-    """The texts that a page shows of Markdown in the book's dialect; fails when there is any markup that is not the library's."""
-    texts = []
+def visible(markdown: str, links: int = 0) -> list[str]:
+    """The texts that a page shows of Markdown in the book's dialect; fails when there is any markup that is not the library's, or another
+    number of links to labels."""
+    texts, targets = [], []
     for token in PARSER.parse(markdown):
         assert token.type in OUR_TOKENS, f"{token.type}: {token.content!r} in {markdown!r}"
         if token.type == "html_block":
             texts += html_texts(token.content)
         elif token.type == "inline":
+            targets += [part.attrs["href"] for part in token.children if part.type == "link_open"]
             for part in token.children:
-                assert part.type in OUR_TOKENS, f"{part.type}: {part.content!r} in {markdown!r}"
+                assert part.type in OUR_TOKENS | {"link_open", "link_close"}, (
+                    f"{part.type}: {part.content!r} in {markdown!r}"
+                )
                 assert part.type != "html_inline" or tags(part.content) <= OUR_TAGS, markdown
             texts.append("".join(part.content for part in token.children if part.type == "text"))
+    assert len(targets) == links and all(target.startswith("#") for target in targets), targets
     return texts
 
 
@@ -191,6 +196,7 @@ def tables_of(text: str, records: pd.DataFrame) -> dict[str, tuple[Table, list[s
         "transfer": (rq1.transfer_table(edited, **options), [upper]),
         "retention": (rq4.retention_table(named.assign(protocol=text, turn=0), **options), [text]),
         "ablation": (rq3.ablation_table(named, **options), [text]),
+        "scorecard": (scorecard.scorecard_table({text: scorecard.Evidence(named, named[:0], alone[:0])}, **options), [text]),
         "paired": (rq3.paired_table(named, **options), [text]),
         "presets of RQ3": (rq3.preset_table(named, named.assign(preset=text), **options), [text]),
         "overhead": (rq3.overhead_table(alone, **options), [text]),
@@ -232,7 +238,7 @@ def test_every_table_shows_text_literally(text, records):
         myst = shown.to_myst()
         head, _, body = myst.partition("\n:name: tab\n\n")
         assert body.endswith("\n```") and "\n" not in head, name
-        seen = visible(body.removesuffix("\n```"))
+        seen = visible(body.removesuffix("\n```"), links=len(scorecard.CLAIMS) if name == "scorecard" else 0)
         assert seen.count("") < len(seen) or not texts
         for expected in texts:
             assert literal(expected) in seen, (name, seen)

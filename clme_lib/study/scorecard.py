@@ -1,0 +1,358 @@
+"""The paper's claims, and what records say of each: the first table of the book.
+
+A claim is a sentence of the paper with the figures of it that are known, and a function that looks for evidence in the records of one
+subject. Nothing here states a result: figures, p values and verdicts are computed. p values are two-sided and corrected by Holm over all of a
+table, subjects included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from ..datasets.base import dataset_title
+from ..datasets.paper import CNLE, CSNE, PAPER_DATASET_NAMES
+from ..metrics.base import get_metric
+from ..support.display import Markup, inline
+from .comparisons import SIGNIFICANT, as_good_as_the_best, holm, paired_p
+from .paper import A_GRACE, PAPER_EDITORS, UNEDITED
+from .rq2.measure import load_measurements
+from .run_folder import load_run
+from .tables import editor_name, interval, scored, table
+
+REPLICATED, REVERSED, UNDECIDED = "replicated", "reversed", "undecided"
+NOT_TESTABLE, INVALID = "not testable here", "invalid by a defect"
+# how many points "as good as" may be worse, so that an absence of evidence is not taken for evidence of absence
+MARGIN = 10.0
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What there is of a subject.
+
+    Attributes:
+        records: of its run.
+        compat: of the same cases with the released program's defects; may be empty.
+        measured: times of edits made alone (rq2/measure.py), of this subject; may be empty.
+    """
+
+    records: pd.DataFrame
+    compat: pd.DataFrame
+    measured: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the records of one data set say of a claim.
+
+    Attributes:
+        data: the data set's title, or what else was compared.
+        here: the figures.
+        n: of how many cases.
+        agrees: whether the figures go the paper's way.
+        p: of the difference, two-sided, not yet corrected; None where nothing was tested.
+        decided: the verdict where ``p`` does not give it.
+        low: of a claim that nothing is lost, the lower bound of the difference's 95 % interval, in points.
+    """
+
+    data: str
+    here: str
+    n: int
+    agrees: bool
+    p: float | None = None
+    decided: str | None = None
+    low: float | None = None
+
+    def verdict(self, p: float | None) -> str:
+        """By a corrected ``p``. That nothing is lost is replicated where a loss of more than ``MARGIN`` points is ruled out."""
+        if self.decided is not None:
+            return self.decided
+        if self.low is not None:
+            lost = p is not None and p < SIGNIFICANT and not self.agrees
+            return REVERSED if lost else REPLICATED if self.low > -MARGIN else UNDECIDED
+        if p is None or p >= SIGNIFICANT:
+            return UNDECIDED
+        return REPLICATED if self.agrees else REVERSED
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper.
+
+    Attributes:
+        name: which of its findings or answers.
+        says: the claim in our words, with the paper's figures where they are known.
+        test: what is tested here, or why nothing can be.
+        page: label of where the figures are shown in full.
+        evidence: of what it is judged; None if it cannot be.
+    """
+
+    name: str
+    says: str
+    test: str
+    page: str
+    evidence: Callable[[Evidence], Iterator[Outcome]] | None = None
+
+
+def _of(records: pd.DataFrame, editors: Sequence[str] | None = None) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Scored records of each data set, of some editors."""
+    rows = scored(records)
+    rows = rows if editors is None else rows[rows["editor"].isin(editors)]
+    for dataset in rows["dataset"].unique():
+        yield str(dataset), rows[rows["dataset"] == dataset]
+
+
+def _best(metric: str) -> Callable[[Evidence], Iterator[Outcome]]:
+    """GRACE is the best of the paper's six, or not significantly worse than the best; undecided while some have not been measured."""
+
+    def evidence(known: Evidence) -> Iterator[Outcome]:
+        for dataset, rows in _of(known.records, PAPER_EDITORS):
+            means = 100 * rows.groupby("editor")[metric].mean()
+            if "grace" not in means or len(means) < 2:
+                continue
+            best = {name for _, name, _ in as_good_as_the_best(rows, [get_metric(metric)])}
+            others = ", ".join(
+                f"{editor_name(name)} {mean:.1f} %" for name, mean in means.drop("grace").nlargest(2).items()
+            )
+            complete = len(means) == len(PAPER_EDITORS)
+            of = "" if complete else f", of {len(means)} editors measured"
+            held = "grace" in best
+            verdict = REVERSED if not held else REPLICATED if complete else UNDECIDED
+            yield Outcome(dataset_title(dataset), f"GRACE {means['grace']:.1f} %, then {others}{of}", int((rows["editor"] == "grace").sum()),
+                          held, decided=verdict)  # fmt: skip
+
+    return evidence
+
+
+def _none_generalizes(known: Evidence) -> Iterator[Outcome]:
+    for dataset, rows in _of(known.records, PAPER_EDITORS):
+        shares = rows.groupby("editor")["generalization_em"].agg(["mean", "sum", "size"])
+        name, (mean, right, n) = shares["mean"].idxmax(), shares.loc[shares["mean"].idxmax()]
+        p = stats.binomtest(int(right), int(n), 0.5).pvalue
+        complete = len(shares) == len(PAPER_EDITORS)
+        of = "" if complete else f", of {len(shares)} editors measured"
+        yield Outcome(
+            dataset_title(dataset),
+            f"at most {100 * mean:.1f} % ({editor_name(str(name))}){of}",
+            int(n),
+            bool(mean < 0.5),
+            float(p),
+            decided=UNDECIDED if mean < 0.5 and not complete else None,
+        )
+
+
+def _task(known: Evidence) -> Iterator[Outcome]:
+    for editor in PAPER_EDITORS:
+        scores = {name: rows["effectiveness_em"] for name, rows in _of(known.records, [editor])}
+        if set(PAPER_DATASET_NAMES) <= set(scores):
+            cnle, csne = scores[CNLE.name], scores[CSNE.name]
+            counts = [[int(held.sum()), int((1 - held).sum())] for held in (cnle, csne)]
+            p = float(stats.fisher_exact(counts).pvalue)
+            here = f"{100 * csne.mean():.1f} → {100 * cnle.mean():.1f} %"
+            yield Outcome(editor_name(editor), here, len(cnle) + len(csne), bool(cnle.mean() < csne.mean()), p)
+
+
+def _longer(known: Evidence) -> Iterator[Outcome]:
+    medians = _medians(known)
+    if set(PAPER_DATASET_NAMES) <= set(medians):
+        pairs = medians.dropna()
+        longer = int((pairs[CSNE.name] > pairs[CNLE.name]).sum())
+        p = float(stats.binomtest(longer, len(pairs)).pvalue)
+        yield Outcome("", f"{longer} of {len(pairs)} editors", len(known.measured), longer > len(pairs) / 2, p)
+
+
+def _fastest(known: Evidence) -> Iterator[Outcome]:
+    medians = _medians(known)
+    for dataset in medians:
+        seconds = medians[dataset].dropna()
+        six = seconds[[name for name in PAPER_EDITORS if name in seconds]]
+        if {"malmen", "memit", "pmet"} <= set(six.index):
+            first, last = str(six.idxmin()), str(six.idxmax())
+            held = first == "malmen" and last in ("memit", "pmet")
+            here = f"from {six[first]:.1f} s ({editor_name(first)}) to {six[last]:.1f} s ({editor_name(last)})"
+            n = int((known.measured["dataset"] == dataset).sum())
+            yield Outcome(dataset_title(str(dataset)), here, n, held, decided=REPLICATED if held else REVERSED)
+
+
+def _medians(known: Evidence) -> pd.DataFrame:
+    """Median seconds of an edit made alone, by editor (rows) and data set."""
+    if known.measured.empty:
+        return pd.DataFrame()
+    edits = known.measured[known.measured["kind"] == "edit"]
+    return edits.groupby(["editor", "dataset"])["seconds"].median().unstack()
+
+
+def _farther(known: Evidence) -> Iterator[Outcome]:
+    for dataset, rows in _of(known.records, ["grace"]):
+        distances = np.array([row[1:] for row in rows["distances"].dropna()], dtype=float)
+        if len(distances):
+            rephrased, neighbours = distances[:, 0], distances[:, 1:].mean(axis=1)
+            here = f"OI–GRI {rephrased.mean():.2f} (SD {rephrased.std(ddof=1):.2f}), OI–SRI {distances[:, 1:].mean():.2f} (SD {distances[:, 1:].std(ddof=1):.2f})"
+            difference = rephrased - neighbours
+            yield Outcome(
+                dataset_title(dataset), here, len(distances), bool(difference.mean() > 0), paired_p(difference)
+            )
+
+
+def _differences(records: pd.DataFrame, metric: str, editor: str, other: str) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Of each data set a column for each of two editors, on the cases that both have."""
+    for dataset, rows in _of(records, [editor, other]):
+        wide = rows.pivot(index="case_id", columns="editor", values=metric).astype(float)
+        if {editor, other} <= set(wide):
+            yield dataset, wide[[editor, other]].dropna()
+
+
+def _higher(metric: str, editor: str, other: str) -> Callable[[Evidence], Iterator[Outcome]]:
+    """One editor's score is higher than another's."""
+
+    def evidence(known: Evidence) -> Iterator[Outcome]:
+        for dataset, both in _differences(known.records, metric, editor, other):
+            difference = (both[editor] - both[other]).to_numpy()
+            here = f"{100 * both[other].mean():.1f} → {100 * both[editor].mean():.1f} %"
+            yield Outcome(dataset_title(dataset), here, len(both), bool(difference.mean() > 0), paired_p(difference))
+
+    return evidence
+
+
+def _kept(metric: str, editor: str, other: str, sign: int = 1) -> Callable[[Evidence], Iterator[Outcome]]:
+    """One editor's score is no lower (with ``sign`` -1: no higher) than another's."""
+
+    def evidence(known: Evidence) -> Iterator[Outcome]:
+        unit = " %" if get_metric(metric).highest == 1 else ""
+        for dataset, both in _differences(known.records, metric, editor, other):
+            difference = sign * 100 * (both[editor] - both[other]).to_numpy()
+            if difference.any():
+                low = interval(difference, binary=False, shares=False).low
+            else:  # what no case has lost may still be lost by as many as n cases cannot rule out
+                low = -100 * interval(difference, binary=True).high
+            here = f"{100 * both[other].mean():.1f} → {100 * both[editor].mean():.1f}{unit}"
+            yield Outcome(
+                dataset_title(dataset),
+                here,
+                len(both),
+                bool(difference.mean() >= 0),
+                paired_p(difference / 100),
+                low=low,
+            )
+
+    return evidence
+
+
+def _disabled(metric: str) -> Callable[[Evidence], Iterator[Outcome]]:
+    """With the released program's defects the score is the unedited model's; without them it is what is shown after it."""
+
+    def evidence(known: Evidence) -> Iterator[Outcome]:
+        unit = " %" if get_metric(metric).highest == 1 else ""
+        repaired = dict(_differences(known.records, metric, A_GRACE, UNEDITED))
+        for dataset, released in _of(known.compat, [A_GRACE]):
+            if dataset not in repaired:
+                continue
+            wide = repaired[dataset]
+            wide["released"] = released.set_index("case_id")[metric].astype(float)
+            wide = wide.dropna()
+            equal = int(np.isclose(wide["released"], wide[UNEDITED]).sum())
+            here = (
+                f"as released {100 * wide['released'].mean():.1f}{unit}, as without an edit in {equal} of {len(wide)} cases; "
+                f"repaired {100 * wide[A_GRACE].mean():.1f}{unit}"
+            )
+            decided = INVALID if equal == len(wide) else UNDECIDED
+            yield Outcome(dataset_title(dataset), here, len(wide), False, decided=decided)
+
+    return evidence
+
+
+CLAIMS = (
+    Claim("F1", "GRACE is the most effective of the six editors.", "paired with the best, Holm", "rq1", _best("effectiveness_em")),
+    Claim("F1", "GRACE is the most specific.", "paired with the best, Holm", "rq1", _best("specificity_em")),
+    Claim("F2", "Editing is less effective on code models than on general ones.", "needs a general benchmark and model, which this study does not have", "rq1"),
+    Claim("F1", "Generalization is poor for all six.", "the best editor against half of the cases, binomial", "rq1", _none_generalizes),
+    Claim("F3", "All editors are less effective on CNLE than on CSNE.", "each editor, CSNE → CNLE, Fisher", "tab-rq1-transfer", _task),
+    Claim("RQ2", "Edits take longer on CSNE than on CNLE.", "editors by medians, sign test", "rq2", _longer),
+    Claim("RQ2", "MALMEN is the fastest (about 2 s per edit), MEMIT and PMET are the slowest.", "order of medians", "rq2", _fastest),
+    Claim("RQ2", "Editing needs less than 48 GB in nearly all cases, about 30 GB for CodeLlama on CSNE.", "needs a GPU and the paper's models", "rq2"),
+    Claim("RQ3", "By GRACE's keys a rephrased prompt (GRI) is farther from the edit prompt (OI) than a neighbour (SRI) is: on CodeLlama and CNLE 12.10 (SD 3.99) and 10.56 (SD 5.04).",
+          "paired with the mean of its neighbours, Wilcoxon", "fig-rq3-distances", _farther),
+    Claim("RQ3", "A-GRACE generalizes far better than GRACE: 80.86 % on CNLE (from a digest of the paper, which leaves open whether this is the level or the gain).",
+          "GRACE → A-GRACE, McNemar", "tab-rq3-ablation", _higher("generalization_em", A_GRACE, "grace")),
+    Claim("RQ3", "A-GRACE is as effective as GRACE.", "GRACE → A-GRACE, McNemar", "tab-rq3-ablation", _kept("effectiveness_em", A_GRACE, "grace")),
+    Claim("RQ3", "A-GRACE is about as specific as GRACE.", "whether the released program's score is the unedited model's", "defect", _disabled("specificity_em")),
+    Claim("RQ3", "A-GRACE's texts are as fluent.", "whether the released program's score is the unedited model's", "defect", _disabled("fluency")),
+    Claim("Ablation", "Without the encoder (w/o CL) nothing is gained over GRACE in generalization.", "GRACE → w/o CL, McNemar", "tab-rq3-ablation",
+          _kept("generalization_em", "a-grace-wo-cl", "grace", sign=-1)),
+    Claim("Ablation", "Without the mean over the prompt (w/o Mean) nothing is gained over GRACE in generalization.", "GRACE → w/o Mean, McNemar", "tab-rq3-ablation",
+          _kept("generalization_em", "a-grace-wo-mean", "grace", sign=-1)),
+)  # fmt: skip
+
+
+def load_evidence(results: Path, subjects: Sequence[str]) -> dict[str, Evidence]:
+    """What a folder of results has of some subjects, by name.
+
+    Raises:
+        StudyError: it has no published run of a subject.
+    """
+    measured = load_measurements(results / "efficiency")
+    of_subjects = {}
+    for subject in subjects:
+        run, compat = results / "runs" / subject, results / "runs" / f"{subject}-compat"
+        records = load_run(run)
+        own = (measured["subject"] == subject) & ~measured["random_weights"].astype(bool)
+        of_subjects[subject] = Evidence(records, load_run(compat) if compat.is_dir() else records[:0], measured[own])
+    return of_subjects
+
+
+def judged(of_subjects: dict[str, Evidence]) -> list[tuple[Claim, dict[str, list[tuple[Outcome, str, float | None]]]]]:
+    """Each claim with its outcomes by subject, each outcome with its verdict and its corrected p."""
+    outcomes = {
+        (number, subject, place): outcome
+        for number, claim in enumerate(CLAIMS)
+        for subject, evidence in of_subjects.items()
+        for place, outcome in enumerate(claim.evidence(evidence) if claim.evidence else ())
+    }
+    corrected = holm({key: outcome.p for key, outcome in outcomes.items() if outcome.p is not None})
+    cards = []
+    for number, claim in enumerate(CLAIMS):
+        of_claim: dict[str, list[tuple[Outcome, str, float | None]]] = {subject: [] for subject in of_subjects}
+        for key, outcome in outcomes.items():
+            if key[0] == number:
+                of_claim[key[1]].append((outcome, outcome.verdict(corrected.get(key)), corrected.get(key)))
+        cards.append((claim, of_claim))
+    return cards
+
+
+@table
+def scorecard_table(of_subjects: dict[str, Evidence]) -> Iterator[dict[str, Any]]:
+    """A row for each claim: the paper's, what the records say of each subject, and how it was tested.
+
+    Args:
+        of_subjects: evidence by the subject's name.
+    """
+    for claim, of_claim in judged(of_subjects):
+        row: dict[str, Any] = {"": Markup(f"[{claim.name}](#{claim.page})"), "The paper": claim.says}
+        for subject, outcomes in of_claim.items():
+            verdict = NOT_TESTABLE if claim.evidence is None else "not measured"
+            row[subject] = Markup("<br>".join(map(_shown, outcomes)) or f"<strong>{verdict}</strong>")
+        yield row | {"Test": claim.test}
+
+
+def _shown(judgement: tuple[Outcome, str, float | None]) -> str:
+    outcome, verdict, p = judgement
+    tested = "" if p is None else f", p {'&lt; 0.001' if p < 0.001 else f'= {p:.3f}'}"
+    data = f"{outcome.data}: " if outcome.data else ""
+    return f"<strong>{verdict}</strong><br><small>{inline(data + outcome.here)}; n = {outcome.n}{tested}</small>"
+
+
+def counts(of_subjects: dict[str, Evidence]) -> dict[str, dict[str, int]]:
+    """By subject, how many outcomes have which verdict; a claim that cannot be tested counts once."""
+    by_subject: dict[str, dict[str, int]] = {subject: {} for subject in of_subjects}
+    for claim, of_claim in judged(of_subjects):
+        for subject, outcomes in of_claim.items():
+            verdicts = [verdict for _, verdict, _ in outcomes] or [NOT_TESTABLE] * (claim.evidence is None)
+            for verdict in verdicts:
+                by_subject[subject][verdict] = by_subject[subject].get(verdict, 0) + 1
+    return by_subject

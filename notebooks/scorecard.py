@@ -1,0 +1,101 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# (scorecard)=
+# # Scorecard
+#
+# Does the paper replicate? Each row is one of its claims, in our words and with those of its figures that are known to us; beside it, what this
+# study's records say on each embedded model. The models and the data are not the paper's ([](#threats)): *replicated* means that the claim holds here as well, *reversed* that the
+# opposite does, and neither says what the paper's own models do.
+
+# %% tags=["parameters", "hide-input"]
+subjects: str = "smollm2-135m,smollm2-135m-code"  # whose published runs are judged
+results: str = "results"  # folder of the published runs and measurements
+
+# %% tags=["hide-input"]
+from pathlib import Path
+
+import torch
+from IPython.display import Markdown
+
+from clme_lib.study import scorecard
+from clme_lib.support.display import inline
+
+evidence = scorecard.load_evidence(Path(results), subjects.split(","))
+
+# %% tags=["hide-input"]
+sentences = []
+for subject, of_verdicts in scorecard.counts(evidence).items():
+    listed = ", ".join(f"{count} {verdict}" for verdict, count in of_verdicts.items())
+    sentences.append(f"Of the comparisons made on {subject}: {listed}.")
+Markdown(inline(" ".join(sentences)))
+
+# %% tags=["hide-input"]
+caption = (
+    "The paper's claims (F1 to F3 are the findings that its abstract and introduction name) and what this study's records say. A claim is compared for each "
+    "data set, or each editor, by itself. p values are two-sided, with Holm's correction over the whole table. Of two that should be equal, replicated means that a loss of more "
+    f"than {scorecard.MARGIN:.0f} points is ruled out by the 95 % interval. What has no figure of the paper beside it: we do not have the paper's tables."
+)
+scorecard.scorecard_table(evidence, label="tab-scorecard", caption=caption)
+
+# %% [markdown]
+# **Why some claims are reversed.** *The task* (F3): the embedded CNLE targets are single lines that the models can nearly write, and hand-written intents
+# resemble one another; CSNE's descriptions are as long and less predictable. *The ablations*: in the paper neither part of A-GRACE helps alone. Here an encoder on the last token's key
+# does (w/o Mean), and so does the mean key without an encoder (w/o CL) where the other wording is the same function with other names. *Generalization*: MALMEN, the only
+# one of the six that is trained on other wordings, carries most of its edits over, but leaves no neighbour alone.
+#
+# What an encoder does beyond a larger radius is in [](#rq3).
+#
+# (defect)=
+# ## A finding of its own: the specificity that is published for A-GRACE is the unedited model's
+#
+# In the authors' program (commit `30584f3`), A-GRACE's codebook is consulted during the first call of `generate` after an edit, and in none after it:
+#
+# - `AGRACE.py`: A-GRACE's query is the mean of the states up to a position that is remembered between calls. `generate` resets the position to −1, and the flag that would have it determined again
+#   (`ensure_replace_token_loc`) stays set. The upper end of the mean is then min(−1, *L* − 1) + 1 = 0: the mean over no states, which is *not a number*.
+# - A distance to such a query is no number either, and no number is at most the radius: the codebook never fires.
+# - `clme_evaluate.py`: the first call writes the texts of effectiveness and generalization, the next ones those of specificity and fluency.
+#
+# So effectiveness and generalization are measured with the edit, specificity and fluency without. The arithmetic in three lines, on any states:
+
+# %%
+states, key, radius = (
+    torch.randn(12, 8),
+    torch.randn(8),
+    1e9,
+)  # a prompt's states; an edit's key; a radius that reaches everything
+end = min(-1, len(states) - 1) + 1  # the remembered position is -1
+query = states[:end].mean(dim=0)
+fires = bool((query - key).norm() <= radius)
+query, fires
+
+# %% [markdown]
+# With `preset="compat"` this study repeats the defect ([](#sec-departures)); the default consults the codebook for every text.
+
+# %% tags=["hide-input"]
+lines = [
+    f"{subject}, {outcome.data}. {claim.says} Here: {outcome.here}."
+    for claim, of_subjects in scorecard.judged(evidence)
+    for subject, outcomes in of_subjects.items()
+    for outcome, verdict, _ in outcomes
+    if verdict == scorecard.INVALID
+]
+Markdown("\n".join(f"- {inline(line)}" for line in lines))
+
+# %% [markdown]
+# *What it does to the paper's Table VI*: the rows of A-GRACE and of w/o CL show the unedited model's specificity and fluency, whatever the edit does to neighbours; their effectiveness and generalization are not
+# affected. W/o Mean reads the last token and is not affected. That A-GRACE keeps GRACE's specificity therefore rests on no measurement; repaired, it does not here ([](#tab-rq3-presets)).
+# That GRACE itself keeps it is not in doubt: its key is read anew for every text.

@@ -1,0 +1,124 @@
+"""The verdicts: each follows from its records, and turns when they do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from scipy import stats
+
+from clme_lib.study import scorecard
+from clme_lib.study.rq1 import transfer_findings
+from clme_lib.study.scorecard import INVALID, NOT_TESTABLE, REPLICATED, REVERSED, UNDECIDED, Evidence
+
+ROOT = Path(__file__).resolve().parent.parent
+SUBJECT = "smollm2-135m"
+
+
+@pytest.fixture(scope="module")
+def published() -> Evidence:
+    return scorecard.load_evidence(ROOT / "results", [SUBJECT])[SUBJECT]
+
+
+def verdicts(evidence: Evidence, claim: str) -> dict[str, str]:
+    """By data set or editor, of the claim that begins so."""
+    (of_claim,) = [outcomes["x"] for each, outcomes in scorecard.judged({"x": evidence}) if each.says.startswith(claim)]
+    return {outcome.data: verdict for outcome, verdict, _ in of_claim}
+
+
+def changed(evidence: Evidence, editor: str, dataset: str, **scores: float) -> Evidence:
+    records = evidence.records.copy()
+    rows = (records["editor"] == editor) & (records["dataset"] == dataset)
+    for name, score in scores.items():
+        records.loc[rows, name] = score
+    return Evidence(records, evidence.compat, evidence.measured)
+
+
+def test_each_verdict_turns_with_its_records(published):
+    """From what is published to the opposite, claim by claim: a verdict that cannot change would say nothing."""
+    no_grace = changed(published, "grace", "cnle", effectiveness_em=0.0, specificity_em=0.0)
+    assert verdicts(published, "GRACE is the most effective")["CNLE"] == REPLICATED
+    assert verdicts(no_grace, "GRACE is the most effective")["CNLE"] == REVERSED
+    assert verdicts(published, "GRACE is the most specific")["CNLE"] == REPLICATED
+    assert verdicts(no_grace, "GRACE is the most effective")["CSNE"] == REPLICATED
+    # a seventh of the neighbours would have to be unchanged for another to be more specific
+    specific = changed(no_grace, "ft-l", "cnle", specificity_em=1.0)
+    assert verdicts(specific, "GRACE is the most specific")["CNLE"] == REVERSED
+
+    assert verdicts(published, "Generalization is poor")["CNLE"] == REVERSED
+    poor = changed(published, "malmen", "cnle", generalization_em=0.0)
+    assert verdicts(poor, "Generalization is poor")["CNLE"] == REPLICATED
+
+    assert verdicts(published, "A-GRACE generalizes")["CSNE"] == REPLICATED
+    worse = changed(published, "a-grace", "csne", generalization_em=0.0)
+    assert verdicts(worse, "A-GRACE generalizes")["CSNE"] == REVERSED
+    assert verdicts(published, "A-GRACE is as effective")["CNLE"] == REPLICATED
+    lost = changed(published, "a-grace", "cnle", effectiveness_em=0.0)
+    assert verdicts(lost, "A-GRACE is as effective")["CNLE"] == REVERSED
+
+    assert verdicts(published, "Without the encoder")["CSNE"] == REVERSED
+    alike = changed(published, "a-grace-wo-cl", "csne", generalization_em=0.0)
+    assert verdicts(alike, "Without the encoder")["CSNE"] == REPLICATED
+
+
+def test_where_editors_are_missing_nothing_is_replicated_but_much_can_be_reversed(published):
+    records = published.records[published.records["editor"].isin(["none", "grace", "ft-l"])]
+    few = Evidence(records, published.compat, published.measured)
+    assert set(verdicts(few, "GRACE is the most effective").values()) == {UNDECIDED}
+    low = changed(few, "ft-l", "csne", generalization_em=0.0)
+    assert verdicts(low, "Generalization is poor")["CSNE"] == UNDECIDED
+    high = changed(few, "ft-l", "csne", generalization_em=1.0)
+    assert verdicts(high, "Generalization is poor")["CSNE"] == REVERSED
+
+
+def test_the_defect_is_seen_and_would_not_be_if_one_case_differed(published):
+    claims = ["A-GRACE is about as specific", "A-GRACE's texts"]
+    assert {verdict for claim in claims for verdict in verdicts(published, claim).values()} == {INVALID}
+    compat = published.compat.copy()
+    row = compat.index[(compat["editor"] == "a-grace") & (compat["dataset"] == "cnle")][0]
+    compat.loc[row, ["specificity_em", "fluency"]] = 0.0, 1.0
+    repaired = Evidence(published.records, compat, published.measured)
+    for claim in claims:
+        assert verdicts(repaired, claim) == {"CNLE": UNDECIDED, "CSNE": INVALID}
+
+
+def test_a_claim_without_evidence_is_not_testable_and_one_without_records_not_measured(published):
+    shown = scorecard.scorecard_table(
+        {"x": Evidence(published.records[:0], published.compat[:0], published.measured[:0])}, label="tab"
+    ).data
+    untestable = [claim.evidence is None for claim in scorecard.CLAIMS]
+    assert 0 < sum(untestable) < len(untestable)
+    for said, cell in zip(untestable, shown["x"], strict=True):
+        assert (NOT_TESTABLE if said else "not measured") in cell
+
+
+def test_p_values_are_those_of_the_tests_named_and_corrected_over_the_table(published):
+    judged = scorecard.judged({"x": published})
+    of = {claim.says[:20]: [outcome for outcome, _, _ in by["x"]] for claim, by in judged}
+    wide = published.records.pivot(index=["dataset", "case_id"], columns="editor", values="generalization_em").astype(
+        float
+    )
+    both = wide.loc["csne", ["grace", "a-grace"]].dropna()
+    only = int(((both["a-grace"] == 1) & (both["grace"] == 0)).sum())
+    lost = int(((both["a-grace"] == 0) & (both["grace"] == 1)).sum())
+    (csne,) = [outcome for outcome in of["A-GRACE generalizes "] if outcome.data == "CSNE"]
+    assert csne.p == pytest.approx(stats.binomtest(only, only + lost).pvalue) and csne.n == len(both)
+    # Bonferroni's smallest and Holm's agree on the smallest of all
+    tested = [(outcome.p, p) for _, by in judged for outcome, _, p in by["x"] if outcome.p is not None]
+    least, corrected = min(tested)
+    assert corrected == pytest.approx(min(1.0, least * len(tested))) and all(p >= raw for raw, p in tested)
+
+
+def test_the_order_of_the_tasks_is_rq1s(published):
+    directions = transfer_findings(published.records)
+    judged = verdicts(published, "All editors are less effective")
+    assert sorted(name for name, verdict in judged.items() if verdict == REVERSED) == sorted(directions["more"])
+    assert not directions["less"] and REPLICATED not in judged.values()
+
+
+def test_counts_are_those_of_the_table(published):
+    evidence = {"x": published}
+    of_table = pd.Series(" ".join(scorecard.scorecard_table(evidence, label="tab").data["x"]).split("<strong>")[1:])
+    counted = of_table.str.partition("</strong>")[0].value_counts().to_dict()
+    assert scorecard.counts(evidence)["x"] == counted
