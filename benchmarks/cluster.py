@@ -155,7 +155,7 @@ class Sleepers:
 
     def __init__(self, seconds: list[float], row: dict, workers: int) -> None:
         self._seconds, self._row, self._draw = seconds, row, random.Random(SEED)
-        self._awaited = workers
+        self._awaited, self._at_work = workers, {}
 
     async def hello(self, about: dict) -> dict:
         self._awaited -= 1
@@ -168,14 +168,15 @@ class Sleepers:
         await asyncio.sleep(2)
         return {"hyperparameters": {"values": {}}, "setup": {}}
 
-    async def edit(self, unit, start, texts=None):
+    async def edit(self, worker, unit, start, texts=None):
         from clme_lib.study.cluster.worker import Result
 
-        began = time.perf_counter()
-        await asyncio.sleep(sum(self._draw.choice(self._seconds) for _ in unit.cases))
-        return Result(
-            [{**self._row, "case_id": case, "start": start["id"]} for case in unit.cases], time.perf_counter() - began
-        )
+        # a worker does one thing after the other, in the order in which it was asked
+        async with self._at_work.setdefault(worker, asyncio.Lock()):
+            began = time.perf_counter()
+            await asyncio.sleep(sum(self._draw.choice(self._seconds) for _ in unit.cases))
+            seconds = time.perf_counter() - began
+        return Result([{**self._row, "case_id": case, "start": start["id"]} for case in unit.cases], seconds)
 
 
 def scaling(sizes: list[int], each: int, faster: float, processes: int = 4) -> pd.DataFrame:
@@ -216,18 +217,19 @@ def scaling(sizes: list[int], each: int, faster: float, processes: int = 4) -> p
         loaded = load_cases("cnle", config.source)
         actors = [
             ray.remote(Sleepers)
-            .options(num_cpus=0, max_concurrency=workers)
+            .options(num_cpus=0, max_concurrency=2 * workers)
             .remote(seconds, records[0], workers // processes)
             for _ in range(processes)
         ]
 
         class Handle:
-            def __init__(self, actor) -> None:
-                self.prepare, self.edit, self._actor = actor.prepare, actor.edit, actor
+            def __init__(self, actor, name) -> None:
+                self.prepare, self._actor = actor.prepare, actor
+                self.edit = type("Edit", (), {"remote": staticmethod(lambda *args: actor.edit.remote(name, *args))})
                 self.hello = type("Hello", (), {"remote": staticmethod(lambda: actor.hello.remote(about))})
 
         names = iter(range(workers))
-        crew = Crew(ray, lambda name: Handle(actors[next(names) % processes]), lambda: workers)  # noqa: B023
+        crew = Crew(ray, lambda name: Handle(actors[next(names) % processes], name), lambda: workers)  # noqa: B023
         driver = Timed(
             config, {"cnle": loaded}, {"cnle": loaded}, {"cnle": dataset_sha256(loaded)}, [("cnle", "grace")], crew
         )

@@ -17,6 +17,8 @@ from pathlib import Path
 import layers
 import yaml
 
+from clme_lib.study import leaderboard
+
 ROOT = Path(__file__).resolve().parent.parent
 STAGE = ROOT / "_build" / "source"
 HTML = ROOT / "_build" / "html"
@@ -65,6 +67,8 @@ def stage(replacements: dict[str, Path]) -> None:
     for page, notebook in replacements.items():
         _replace(page, notebook)
     (STAGE / "book" / "_static" / "layers.svg").write_text(layers.draw(ROOT / "clme_lib"), encoding="utf-8")
+    board = leaderboard.write(STAGE / "results", STAGE / "book" / "_static" / "leaderboard")
+    (STAGE / "book" / "_leaderboard.md").write_text(board + "\n", encoding="utf-8")
     used: set[str] = set()
     for page in pages():
         _refuse_active_outputs(page)

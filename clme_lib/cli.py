@@ -191,6 +191,14 @@ def _publish(config: Any) -> None:
     print(f"{publish(config.run, config.target)} records in {config.target}")
 
 
+def _submit(config: Any) -> None:
+    from .study.submissions import submit
+
+    checked = submit(config).checked
+    print(f"{checked.greedy_same} of {checked.greedy} texts of {checked.cases} cases came out the same again")
+    print(f"{config.target}: add this folder in a pull request")
+
+
 def _prepare(_config: Any) -> None:
     from .datasets.paper import PAPER_DATASETS
     from .datasets.registry import load_cases
@@ -326,6 +334,7 @@ VERBS = {
     "check": Verb("CheckConfig", _check, "compare a run with the published records of the same cases"),
     "notebook": Verb("NotebookConfig", _notebook, "execute a text notebook with papermill"),
     "publish": Verb("PublishConfig", _publish, "copy a finished run to where the repository keeps it"),
+    "submit": Verb("SubmitConfig", _submit, "check a run and write the folder that adds it to the leaderboard"),
     "export": Verb("ExportConfig", _export, "edits as an adapter for peft, or merged into a model for transformers"),
     "prepare": Verb("Schema", _prepare, "fetch the embedded model and mine embedded CSNE now rather than on first use"),
     "adapt": Verb(

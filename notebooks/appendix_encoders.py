@@ -65,6 +65,6 @@ encoder_settings.size_table(measured, label="tab-encoder-sizes", caption=caption
 
 # %% tags=["hide-input"]
 Markdown(
-    f"`clme measure encoders --out table.csv` makes the table anew: it trains {len(measured)} encoders, which take seconds each once the prompts "
+    f"`clme measure encoders --out table.csv` remakes the table: it trains {len(measured)} encoders, which take seconds each once the prompts "
     "have been read."
 )

@@ -41,7 +41,7 @@ selection.preset_table(measured, label="tab-presets", caption=caption)
 
 # %% [markdown]
 # **Padding.** The released program reads every row of a batch but the longest too far left, so the vector is learnt at a token in the middle of the prompt, for labels
-# that are out of place, and then written at the colon. The loss reached is about twice (PMET) to six times as large, and few edits hold, or none.
+# that are out of place, and then written at the colon. The loss reached is about twice (PMET) to six times as large, and few edits succeed, or none.
 #
 # **Targets alone.** A target tokenised without the space before it starts with a token that the model does not write there. This costs ROME and MEMIT less than the padding does, and less on CSNE
 # than on CNLE; of the few edits of PMET that hold otherwise it leaves none.

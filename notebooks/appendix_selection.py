@@ -60,7 +60,7 @@ for subject in subjects.split(","):
 # sweep, and A-GRACE's margins in {ref}`encoders`.
 #
 # Of `smollm2-135m-code` every editor in the table has the same budget: eight settings, each on 20 selection cases, the first ten of each data set. A-GRACE's
-# ablations have its values. No setting of MALMEN keeps half of the neighbours and makes half of the edits hold; its locality factor trades the two. MALMEN, which trains for each data set anew, takes all its 20 cases from CNLE, and its values are used for CSNE too.
+# ablations have its values. No setting of MALMEN keeps half of the neighbours unchanged and reaches half of the targets; its locality factor trades the two. MALMEN, which trains for each data set anew, takes all its 20 cases from CNLE, and its values are used for CSNE too.
 #
 # MALMEN's networks train for the minutes that {numref}`tab-speed-malmen` gives, on 150 records and for 150 iterations of four (the paper: on half the data
 # set, 1000). Its *loss* is the unedited subject's, whose gradient the network turns into the edit; the others' is the last value of what they minimise,

@@ -18,7 +18,7 @@
 # # Appendix: what updates of weights do
 #
 # ROME, MEMIT and PMET write at the lookup token, and in this study's prompts the lookup token is always the colon that ends the
-# prompt. These tables look at the updates before any text is generated, to tell the method, the model and the code apart.
+# prompt. These tables look at the updates before any text is generated, to separate effects of the method, the model and the implementation.
 
 # %% tags=["parameters", "hide-input"]
 subject: str = "smollm2-135m"  # whose measurements are shown

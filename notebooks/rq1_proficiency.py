@@ -52,7 +52,7 @@ from clme_lib.support.display import Markup, code_block, inline, inline_code
 records = clme.run(config)
 
 # %% [markdown]
-# ## How the editors do
+# ## Main results
 
 # %% tags=["hide-input"]
 caption = Markup(
@@ -74,20 +74,20 @@ paragraphs = []
 for data, shown in report.findings(records).items():
     best = {measure: f"{inline(' and '.join(names))}: {share}" for measure, (names, share) in shown["best"].items()}
     text = (
-        f"**{inline(data)}.** The most edits hold exactly with {best['effectiveness']}. The target follows the most rephrased prompts with "
-        f"{best['generalization']}. All five neighbours of a case stay unchanged most often with {best['specificity']}. "
+        f"({inline(data)}). Highest effectiveness: {best['effectiveness']}. Best generalization: {best['generalization']}. "
+        f"Most specific (all five neighbours unchanged): {best['specificity']}. "
     )
     if careful := shown["careful"]:
         farthest = max(careful, key=careful.get)
-        half = "at least half of the edits hold and keeps all neighbours in at least half of the cases"
-        share = f"{100 * careful[farthest]:.1f} % of the edits"
+        half = "effectiveness and specificity of at least 50%"
+        share = f"{100 * careful[farthest]:.1f} %"
         if len(careful) == 1:
-            text += f"Only {inline(farthest)} makes {half}; it carries {share} over to the rephrased prompt."
+            text += f"Only {inline(farthest)} has {half}; its generalization is {share}."
         else:
-            text += f"Each of {inline(', '.join(careful))} makes {half}; the one that carries most over to the rephrased prompt is {inline(farthest)}, with {share}."
+            text += f"{inline(', '.join(careful))} have {half}; the best generalization among them is {share} ({inline(farthest)})."
     else:
-        text += "No editor both makes half of the edits hold and keeps all neighbours in half of the cases."
-    paragraphs.append(text)
+        text += "No editor has both effectiveness and specificity of at least 50%."
+    paragraphs.append(f"> **Finding** {text}")
 Markdown("\n\n".join(paragraphs) or "_Nothing to read yet: these records have no edited case with scores._")
 
 # %% tags=["hide-input"]
@@ -98,12 +98,12 @@ if config.beside:
     display(report.subjects_table(both, label="tab-rq1-subjects", caption=caption))
 
 # %% [markdown]
-# ## From CSNE to CNLE
+# ## Task sensitivity: PL2NL against NL2PL
 #
 # The paper's Table V asks whether an editor is as effective on code targets as on natural-language ones.
 
 # %% tags=["hide-input"]
-caption = "Effectiveness from CSNE to CNLE, in points (the paper's Table V)."
+caption = "Effectiveness on CSNE → on CNLE and its relative change (the paper's Table V, where every change is a decrease); an editor whose CSNE score is 0 has none."
 report.transfer_table(records, label="tab-rq1-transfer", caption=caption)
 
 # %% tags=["hide-input"]
@@ -121,7 +121,7 @@ if compared:
     ]
     verdict = "the same here" if len(directions["less"]) == compared else "*reversed* here" if directions["more"] and not directions["less"] else "not the same here"
     text = (
-        f"In the paper every editor is less effective on CNLE (its F3): the direction is {verdict}. By exact match {'; '.join(parts)} (Fisher's exact test, two-sided, Holm over the "
+        f"> **Finding.** In the paper every editor is less effective on CNLE (its F3): the direction is {verdict}. By exact match {'; '.join(parts)} (Fisher's exact test, two-sided, Holm over the "
         "editors). The data sets are not the paper's: CNLE's targets are short lines of common form here, CSNE's are descriptions that people wrote, and both differ from mined ones in length and in how likely the "
         "unedited model finds them. So this says that the order of the tasks depends on the data, not that the paper's is wrong."
     )
@@ -168,7 +168,7 @@ failures = report.failure_table(records, label="tab-rq1-failures", caption=capti
 failures if len(failures.data) else Markdown("_No code of these records was run._")
 
 # %% [markdown]
-# ## What the edited models write
+# ## Example outputs
 #
 # Line breaks are shown as ⏎. Texts are as long as the target, those after a neighbour 16 tokens; a neighbour's should be the one in the unedited row.
 
@@ -191,7 +191,10 @@ for number, (case, written) in enumerate(report.examples(records, with_texts), 1
 Markdown("\n\n".join(parts) or "_These records keep no texts to show._")
 
 # %% [markdown]
-# [](#weight-editors) looks at updates of weights before any text is generated, to tell the method, the model and the code apart.
+# **Threats.** The models are small and the data embedded; ROME, MEMIT and PMET have fewer cases of the chat model, which *n* shows. Specificity of the chat model counts a lost code fence as
+# damage ([](#threats)).
+#
+# [](#weight-editors) looks at updates of weights before any text is generated, to separate effects of the method, the model and the implementation.
 
 # %% tags=["hide-input"]
 from clme_lib.study import spot_check

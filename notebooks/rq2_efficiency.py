@@ -56,12 +56,12 @@ measured = bench(config)
 
 # %% tags=["hide-input"]
 caption = (
-    "What was measured, on what. Random weights stand for a subject whose trained weights were not at hand: the sizes are exact."
+    "What was measured, on what. Random weights stand for a subject whose trained weights were unavailable: the sizes are exact."
 )
 rq2.circumstances(measured, label="tab-rq2-circumstances", caption=caption)
 
 # %% [markdown]
-# Where a subject's trained weights are not at hand, its exact architecture is filled with seeded random weights: time and memory of an
+# Where a subject's trained weights are unavailable, its exact architecture is filled with seeded random weights: time and memory of an
 # edit depend on sizes. Nothing stops early then, every editor takes all of its steps; second moments are random positive-definite
 # matrices; networks and encoders are untrained; the tokenizer is trained on the embedded cases. Such rows and figures say *random weights*.
 #
@@ -92,9 +92,9 @@ if counts := shown["malmen"]:
         f"The paper finds MALMEN fastest and MEMIT and PMET slowest: of the {counts['pairs']} pairs of subject and data set in which all "
         f"three were measured, MALMEN is the fastest in {counts['fastest']} and one of the other two the slowest in {counts['slowest']}."
     )
-if counts := shown["dearer"]:
+if counts := shown["csne_longer"]:
     sentences.append(
-        f"It finds CSNE dearer than CNLE: so it is in {counts['longer']} of {counts['pairs']} pairs of subject and editor."
+        f"The paper finds that CSNE edits take longer than CNLE edits; here they do in {counts['longer']} of {counts['pairs']} pairs of editor and subject."
     )
 if largest := shown["shapes"]:
     slow, large = largest["seconds"], largest["peak_mib"]
@@ -111,7 +111,7 @@ if shown["too_large"]:
 if not shown["on_gpu"]:
     sentences.append("Nothing of this was measured on a GPU.")
 if shown["unmeasured"]:
-    sentences.append(f"Not measured, for want of a device that holds them: {', '.join(shown['unmeasured'])}.")
+    sentences.append(f"Not measured, because no device that holds them was available: {', '.join(shown['unmeasured'])}.")
 Markdown("\n".join(f"- {inline(sentence)}" for sentence in sentences))
 
 # %% tags=["hide-input"]
@@ -155,12 +155,12 @@ rq2.floor_table(measured, label="tab-rq2-floor", caption=caption)
 #   labels at a time. Cases of like length are read and edited together since.
 # - Every step joined the prefix's keys and values to the new columns', which copied them once for each head that shares them and
 #   computed a gradient that nobody needs. Only the scores are joined now.
-# - ROME, MEMIT and PMET took their divergence from products of its own with the vocabulary; it now comes from the logits that the loss has.
+# - ROME, MEMIT and PMET computed the KL term with a separate projection to the vocabulary; it now comes from the logits that the loss has.
 # - They also read each step's losses to find the cases that had stopped, for which a GPU has to be waited for. The device keeps this account
 #   now, and is asked every fifth step. What that gains on a GPU has not been measured.
 # - Compiled blocks were tried and are slower here ({numref}`tab-speed-compiled`).
 #
-# What is left is for the most part matrix products that run at the rate of large ones.
+# The remainder is mostly matrix multiplication at near-peak throughput.
 
 # %% [markdown]
 # ## What the whole study would take

@@ -55,7 +55,7 @@ compat = measurements.compat_run(config)
 records = clme.run(config)
 
 # %% [markdown]
-# ## A-GRACE and what it is made of
+# ## Ablation of A-GRACE
 #
 # In the paper A-GRACE raises GRACE's generalization on CNLE from almost zero to 80.86 % exact match, on average over its subjects. Its encoder
 # learns from 10,528 cases there, from a few hundred here; [](#encoders) shows what more of them change.
@@ -101,7 +101,7 @@ for shown in rq3.findings(records, compat):
             f"With the released program's defects all five neighbours stay unchanged in {released:.1f} % of {count} cases, without "
             f"them in {repaired:.1f} % of the same cases{'' if same == count else f' (of {same} of them)'}."
         )
-Markdown(inline(" ".join(sentences)) if sentences else "_GRACE and A-GRACE are needed for a comparison: add them to `editors`._")
+Markdown(f"> **Finding.** {inline(' '.join(sentences))}" if sentences else "_GRACE and A-GRACE are needed for a comparison: add them to `editors`._")
 
 # %% tags=["hide-input"]
 caption = (
@@ -138,7 +138,7 @@ plt.show()
 # %% tags=["hide-input"]
 sentences = [
     f"On {shown['data']} with {shown['editor']}'s keys, the rephrased prompt is nearer than every neighbour in {shown['nearer']} of "
-    f"{shown['cases']} cases, and within the radius in {shown['rephrased']}; a neighbour is within it in {shown['neighbour']}."
+    f"{shown['cases']} cases, and within the radius in {shown['rephrased']}; in {shown['neighbour']} cases at least one neighbour lies within the radius."
     for shown in rq3.distance_findings(records)
 ]
 Markdown(inline(" ".join(sentences)))
@@ -196,14 +196,14 @@ Markdown(inline(" ".join(sentences)))
 # %% tags=["hide-input"]
 caption = (
     f"The same sweep ({sweep['cases'].iloc[0]} selection cases of each data set): the paper's radius, and the one with the largest harmonic mean of "
-    "generalization and unchanged neighbours, as hyper-parameters are selected. The best is chosen and measured on the same cases, and so flatters itself."
+    "generalization and unchanged neighbours, as hyper-parameters are selected. The best is chosen and measured on the same cases, so this estimate is optimistic."
 )
 rq3.radius_table(sweep, label="tab-rq3-radius", caption=caption)
 
 # %% [markdown]
-# ## What an edit costs
+# ## Overhead of A-GRACE
 #
-# The variants take turns on each case, so that other work of the machine slows all of them alike. The ratio is the median over cases, not the ratio of the two medians.
+# Variants are timed alternately on each case, so ratios are robust to background load although absolute times are not. The ratio is the median over cases, not the ratio of the two medians.
 
 # %% tags=["hide-input"]
 alone = measurements.overhead(config)

@@ -60,7 +60,7 @@ scorecard.scorecard_table(evidence, label="tab-scorecard", caption=caption)
 # What an encoder does beyond a larger radius is in [](#rq3).
 #
 # (defect)=
-# ## A finding of its own: the specificity that is published for A-GRACE is the unedited model's
+# ## A finding in itself: the specificity published for A-GRACE is the unedited model's
 #
 # In the authors' program (commit `30584f3`), A-GRACE's codebook is consulted during the first call of `generate` after an edit, and in none after it:
 #
@@ -98,4 +98,4 @@ Markdown("\n".join(f"- {inline(line)}" for line in lines))
 # %% [markdown]
 # *What it does to the paper's Table VI*: the rows of A-GRACE and of w/o CL show the unedited model's specificity and fluency, whatever the edit does to neighbours; their effectiveness and generalization are not
 # affected. W/o Mean reads the last token and is not affected. That A-GRACE keeps GRACE's specificity therefore rests on no measurement; repaired, it does not here ([](#tab-rq3-presets)).
-# That GRACE itself keeps it is not in doubt: its key is read anew for every text.
+# That GRACE itself keeps it is not in doubt: its key is read again for every text.

@@ -137,7 +137,7 @@ def test_rq2_says_only_what_was_measured(show, monkeypatch):
     assert "of the 1 pairs of subject and data set in which all three were measured, MALMEN is the fastest in 1" in text
     assert "by the editors measured on all, large has the largest median time and memory." in text
     assert "The largest peak in 16 bits is 100.0 GiB (PMET on small (random weights, bfloat16))." in text
-    assert "Nothing of this was measured on a GPU." in text and "dearer" not in text and "Did not fit" not in text
+    assert "Nothing of this was measured on a GPU." in text and "take longer" not in text and "Did not fit" not in text
     failed = {**row, "kind": "setup", "subject": "large", "editor": "rome", "error": "out of memory"}
     measured = pd.concat([measured[measured["editor"] == "grace"].assign(device="cuda"), pd.DataFrame([failed])])
     text = show("rq2_efficiency")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,6 +77,19 @@ def test_what_kills_workers_is_halved_until_the_case_is_known():
             else contextlib.nullcontext()
         ):
             queue.died(queue.next(None, 1, 1))
+
+
+def test_workers_are_asked_ahead_while_there_is_plenty_and_what_they_had_not_begun_is_nobodys_fault():
+    queue = queue_of(Group(PLACE, list(range(12))))
+    queue.finished(queue.next(None, 2, 1))
+    first = queue.next(PLACE, 2, 1)
+    ahead = queue.ahead(PLACE, 2, 1)
+    assert (first.cases, ahead.cases) == ((0, 1), (2, 3))
+    queue.returned(ahead)
+    assert queue.died(first) == ()
+    assert [queue.next(PLACE, 2, 1) for _ in range(2)] == [replace(first, deaths=1), ahead]
+    assert queue.ahead(PLACE, 2, 1).cases == (4, 5)
+    assert queue.ahead(PLACE, 2, 1) is None, "towards the end others would wait for it"
 
 
 def test_a_single_death_is_nobodys_fault():
@@ -245,10 +259,11 @@ class Dies(Worker):
         return super().edit(unit, *args)
 
 
-def test_a_case_that_kills_workers_fails_and_the_others_do_not(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_case_that_kills_workers_fails_and_the_others_do_not(folder, tmp_path, monkeypatch, batch_size):
     monkeypatch.setenv("CLME_CACHE", str(tmp_path / "cache"))
     runs.run(config(folder, tmp_path / "alone"))
-    records = drive(config(folder, tmp_path / "run", batch_size=4), Dies)
+    records = drive(config(folder, tmp_path / "run", batch_size=batch_size), Dies)
     failed = records[records["state"] == FAILED]
     assert failed[["editor", "case_id", "error"]].values.tolist() == [["grace", 2, "2 workers died of this case alone"]]
     both = texts(tmp_path / "alone"), texts(tmp_path / "run")

@@ -155,7 +155,7 @@ def test_every_editor_is_measured_and_the_command_resumes(small_paper_subject, t
     cheapest = counted["costs"].loc["stablecode-3b (random weights, float32)", "CNLE"]
     assert (cheapest["least"], cheapest["fastest"]) == (middle[fastest, "cnle"], editor_name(fastest))
     longer = (middle.unstack("dataset")["csne"] > middle.unstack("dataset")["cnle"]).sum()
-    assert counted["dearer"] == {"pairs": 9, "longer": longer} and counted["on_gpu"] is False
+    assert counted["csne_longer"] == {"pairs": 9, "longer": longer} and counted["on_gpu"] is False
     assert counted["half"] is None and counted["shapes"] is None and not counted["too_large"]
     projection = rq2.projection_table(measured, label="tab").data.set_index("Subject")
     assert projection.loc["codellama-7b", "Machine"] == "not measured"
@@ -242,7 +242,7 @@ def test_the_papers_orderings_are_counted_where_all_of_them_were_measured():
         for editor, value in of_subject.items()
     )
     counted = rq2.findings(measured)
-    assert counted["malmen"] == {"pairs": 1, "fastest": 1, "slowest": 1} and counted["dearer"] is None
+    assert counted["malmen"] == {"pairs": 1, "fastest": 1, "slowest": 1} and counted["csne_longer"] is None
     assert counted["shapes"] == {"seconds": "two", "peak_mib": "two"}
 
 

@@ -297,6 +297,15 @@ class PublishConfig(Schema):
     target: Path = _argument("results/runs/NAME")
 
 
+class SubmitConfig(Schema):
+    run: Path = _RUN
+    target: Path = _argument("results/submissions/NAME, the folder to write")
+    authors: str = Field(min_length=1, description="whose results they are")
+    about: str = Field(min_length=1, description="a sentence on the editor, with what is needed to find it")
+    url: str | None = Field(None, pattern=r"^https://", description="of its paper or program")
+    check_cases: Annotated[int, Field(ge=1)] = Field(2, description="per data set and editor, edited again now")
+
+
 class ExportConfig(Schema):
     edits: Path = _argument("file that save_edits wrote")
     to: Path = Field(description="new folder of the adapter or model")

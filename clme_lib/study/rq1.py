@@ -139,18 +139,27 @@ def reach_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 @table
 def transfer_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """The paper's Table V: change of effectiveness from CSNE to CNLE, in points; ``n`` is of both data sets, in this order."""
+    """The paper's Table V: effectiveness on CSNE and CNLE and its relative change, with the mean over editors; ``n`` is of both data sets, in
+    this order."""
     scores = [f"effectiveness_{name}" for name in COMPARISONS]
     groups = scored(records).groupby(["editor", "dataset"], sort=False)
     means, counts = groups[scores].mean() * 100, groups.size()
+    changes: dict[str, list[float]] = {score: [] for score in scores}
     for editor in records["editor"].unique():
         if editor != UNEDITED and all((editor, dataset) in means.index for dataset in PAPER_DATASET_NAMES):
             row = {"Editor": editor_name(editor)}
             row["n"] = ", ".join(str(counts[editor, dataset.name]) for dataset in (CSNE, CNLE))
             for score in scores:
                 csne, cnle = means.loc[(editor, CSNE.name), score], means.loc[(editor, CNLE.name), score]
-                row[get_metric(score).title.split()[-1]] = f"{csne:.2f} → {cnle:.2f} ({cnle - csne:+.2f})"
+                cell = f"{csne:.2f} → {cnle:.2f}"
+                if csne:
+                    changes[score].append(100 * (cnle / csne - 1))
+                    cell += f" ({changes[score][-1]:+.1f}%)"
+                row[get_metric(score).title.split()[-1]] = cell
             yield row
+    if all(map(len, changes.values())):
+        row = {"Editor": "mean change", "n": ""}
+        yield row | {get_metric(score).title.split()[-1]: f"{np.mean(changes[score]):+.1f}%" for score in scores}
 
 
 def transfer_findings(records: pd.DataFrame) -> dict[str, list[str]]:

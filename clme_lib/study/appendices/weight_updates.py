@@ -1,4 +1,4 @@
-"""What an update of weights does before any text is generated: to tell the method, the model and the code apart.
+"""What an update of weights does before any text is generated: to separate effects of the method, the model and the implementation.
 
 If the learnt loss is low but the target's loss under the edit is not, the writing lost it; if it is low everywhere but at the
 target's first token, something holds that token back; if the update moves a neighbour's last column as far as the edit

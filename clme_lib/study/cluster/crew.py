@@ -24,7 +24,7 @@ class Member:
     name: str
     actor: Any
     about: dict[str, Any] = field(default_factory=dict)  # what it said of itself; nothing before it is ready
-    unit: Unit | None = None
+    units: list[Unit] = field(default_factory=list)  # what it was asked for, in this order: it works on the first
     at: Place | None = None
     size: int | None = None
     records: int = 0
@@ -57,7 +57,7 @@ class Crew:
         self.ray, self._start, self._room, self._registry = ray, start_worker, room, registry
         self.members: dict[str, Member] = {}
         self.past: list[Member] = []
-        self._asked: dict[Any, Member] = {}
+        self._asked: dict[Any, tuple[Member, Unit | None]] = {}
         self._counted = -COUNTS_NODES_EVERY
         self._started = self._left_out = self._died_starting = 0
 
@@ -75,19 +75,21 @@ class Crew:
             self._started += 1
             name = f"worker-{self._started}"
             member = self.members[name] = Member(name, self._start(name))
-            self._asked[member.actor.hello.remote()] = member
+            self._asked[member.actor.hello.remote()] = member, None
 
-    def ask(self, member: Member, method: str, *args: Any) -> None:
-        self._asked[getattr(member.actor, method).remote(*args)] = member
+    def ask(self, member: Member, method: str, unit: Unit, *args: Any) -> None:
+        self._asked[getattr(member.actor, method).remote(unit, *args)] = member, unit
 
-    def news(self) -> Iterator[tuple[Member, Any]]:
-        """Answers that are there, or the errors in their place; waits a moment for the first."""
+    def news(self) -> Iterator[tuple[Member, Unit | None, Any]]:
+        """Whose answers are there, to what, and the answers or the errors in their place; waits a moment for the first."""
         asked = list(self._asked)
         ready, _ = self.ray.wait(asked, num_returns=1, timeout=_LOOKS_EVERY)
         if ready and len(asked) > 1:
             ready, _ = self.ray.wait(asked, num_returns=len(asked), timeout=0)
         for reference in ready:
-            member = self._asked.pop(reference)
+            if reference not in self._asked:  # of a worker that has just died
+                continue
+            member, unit = self._asked.pop(reference)
             try:
                 answer = self.ray.get(reference)
             except self.ray.exceptions.RayTaskError as error:
@@ -95,12 +97,13 @@ class Crew:
             except self.ray.exceptions.RayError as error:
                 self.dismiss(member, "died")
                 answer = error
-            yield member, answer
+            yield member, unit, answer
 
     def dismiss(self, member: Member, state: str) -> None:
         """A worker is none any more, because it died or is of no use."""
         member.state = state
         self.past.append(self.members.pop(member.name))
+        self._asked = {reference: asked for reference, asked in self._asked.items() if asked[0] is not member}
         self._counted = -COUNTS_NODES_EVERY  # another may take its place
         if self._registry is not None:
             self._registry.forget.remote(member.name)

@@ -118,8 +118,8 @@ class Driver:
                     self._give_out()
                     # while the workers are busy again
                     self._write()
-                    for member, answer in self._crew.news():
-                        self._hear(member, answer)
+                    for member, unit, answer in self._crew.news():
+                        self._hear(member, unit, answer)
                     alive = sum(bool(member.about) for member in self._crew.members.values())
                     self._bar.set_postfix(workers=alive, retried=self._retried)
         finally:
@@ -133,16 +133,24 @@ class Driver:
 
     def _give_out(self) -> None:
         ready = [member for member in self._crew.members.values() if member.about]
+        for member in [member for member in ready if not member.units]:
+            unit = self._queue.next(member.at, self._size(member), len(ready))
+            if unit is None:
+                return
+            self._ask(member, unit)
         for member in ready:
-            if member.unit is None:
-                size = member.size or (_FIRST_SIZE if self._config.batch_size == "auto" else self._config.batch_size)
-                unit = self._queue.next(member.at, size, len(ready))
-                if unit is None:
-                    break
-                self._ask(member, unit)
+            if len(member.units) == 1 and member.units[0].kind == "edit":
+                ahead = self._queue.ahead(member.units[0].place, self._size(member), len(ready))
+                if ahead is not None:
+                    self._ask(member, ahead)
+
+    def _size(self, member: Member) -> int:
+        """How many cases a worker is asked for at once."""
+        return member.size or (_FIRST_SIZE if self._config.batch_size == "auto" else self._config.batch_size)
 
     def _ask(self, member: Member, unit: Unit) -> None:
-        member.unit, member.at = unit, unit.place
+        member.units.append(unit)
+        member.at = unit.place
         made_by = {name: self._start[name] for name in ("id", "library", "commit")}
         if unit.kind == "prepare":
             self._crew.ask(member, "prepare", unit, made_by)
@@ -157,8 +165,7 @@ class Driver:
             state = file.read_bytes() if file.is_file() else None
             self._crew.ask(member, "begin_walk", unit, made_by, self._keys[unit.place[:2]], state)
 
-    def _hear(self, member: Member, answer: Any) -> None:
-        unit = member.unit
+    def _hear(self, member: Member, unit: Unit | None, answer: Any) -> None:
         if isinstance(answer, self._crew.ray.exceptions.RayTaskError):
             self._failed(member, answer)
         elif isinstance(answer, Exception):
@@ -166,15 +173,18 @@ class Driver:
                 self._crew.died_starting(member)
             else:
                 self._retried += 1
-                for case_id in self._queue.died(unit):
-                    self._blame(unit, case_id)
+                first, *others = member.units
+                for other in others:
+                    self._queue.returned(other)
+                for case_id in self._queue.died(first):
+                    self._blame(first, case_id)
         elif not member.about and "problem" in answer:
             self._crew.leave_out(member, f"node {answer['node']}: {answer['problem']}")
         elif not member.about:
             self._welcome(member, answer)
         elif unit is not None and unit.kind == "prepare":
             self._prepared(unit, answer)
-            member.unit = None
+            member.units.remove(unit)
             self._queue.finished(unit)
         elif unit is not None:
             self._came(member, unit, answer)
@@ -220,11 +230,11 @@ class Driver:
         for case_id in unit.cases if result.texts else ():
             self._texts[unit.place[0], case_id].append(result.texts)
         if result.finished:
-            member.unit = None
+            member.units.remove(unit)
             self._queue.finished(unit)
         else:
-            member.unit = replace(unit, deaths=0)  # it got on
-            self._crew.ask(member, "go_on", unit)
+            member.units[0] = replace(unit, deaths=0)  # it got on
+            self._crew.ask(member, "go_on", member.units[0])
 
     def _keep(self, unit: Unit, rows: Sequence[dict[str, Any]]) -> None:
         """Take over records that are not there yet; :meth:`_write` appends them."""

@@ -19,6 +19,7 @@ from ..work import edited_alone, planned
 
 Place = tuple[str, str, int]  # data set, editor, and which part of its plan
 SUSPECT_AFTER = 2  # workers that died of a unit
+_AHEAD_WHILE = 4  # batches that wait for each worker, at least, while workers are asked ahead
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,14 @@ class Queue:
                 return unit
         return None
 
+    def ahead(self, at: Place, size: int, workers: int) -> Unit | None:
+        """A batch for a worker that has one still, so that it need not wait for the driver; None towards the end, when others would wait for it."""
+        group = self.groups[at]
+        if len(group.waiting) < _AHEAD_WHILE * size * workers:
+            return None
+        group.underway += 1
+        return group.take(size)
+
     def came(self, unit: Unit, records: int, seconds: float) -> None:
         """Records of a unit came, in so many seconds of a worker."""
         group = self.groups[unit.place]
@@ -129,6 +138,12 @@ class Queue:
         group = self.groups[unit.place]
         group.underway -= 1
         group.prepared |= unit.kind == "prepare"
+
+    def returned(self, unit: Unit) -> None:
+        """A worker died before it came to the unit: it is given to another."""
+        group = self.groups[unit.place]
+        group.underway -= 1
+        group.units.append(unit)
 
     def died(self, unit: Unit) -> tuple[int, ...]:
         """A worker died with the unit: it is given to another. What two workers died of is halved; a single case of which they did is

@@ -38,7 +38,7 @@ def circumstances(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
         ]
         yield {
             "Subject": subject,
-            "Weights": "random" if random_weights else "its own",
+            "Weights": "random" if random_weights else "trained",
             "dtype": dtype,
             "Machine": machine if rows["device"].iloc[0] == "cuda" else f"{machine}, {threads} threads",
             "Median tokens (prompt + target)": Markup("<br>".join(tokens)),
@@ -255,7 +255,7 @@ def findings(measured: pd.DataFrame) -> dict[str, Any]:
     Returns:
         ``costs``: median seconds of an edit, a row for each subject (its label) and data set, with the ``fastest`` and the
         ``slowest`` editor and its ``least`` and ``most`` seconds. ``malmen``: in how many of the ``pairs`` of subject and data
-        set that have all three MALMEN is the ``fastest``, and MEMIT or PMET the ``slowest``. ``dearer``: in how many ``pairs``
+        set that have all three MALMEN is the ``fastest``, and MEMIT or PMET the ``slowest``. ``csne_longer``: in how many ``pairs``
         of subject and editor CSNE takes ``longer``. ``shapes``: of several subjects with random weights, by the editors
         measured on all of them, the one with the largest median ``seconds`` and ``peak_mib``. ``half``: ``gib``, ``editor`` and
         ``subject`` of the largest peak in 16 bits. These four are None where there is nothing to count. ``too_large``: by
@@ -269,7 +269,7 @@ def findings(measured: pd.DataFrame) -> dict[str, Any]:
     failed = setups[setups["error"].notna()].groupby("label")["editor"]
     shown: dict[str, Any] = {
         "costs": pd.DataFrame(costs).rename(index=dataset_title, level="dataset"),
-        **dict.fromkeys(("malmen", "dearer", "shapes", "half")),
+        **dict.fromkeys(("malmen", "csne_longer", "shapes", "half")),
         "too_large": {label: list(map(editor_name, sorted(set(editors)))) for label, editors in failed},
         "on_gpu": bool((measured["device"] == "cuda").any()),
         "unmeasured": unmeasured(measured),
@@ -280,7 +280,7 @@ def findings(measured: pd.DataFrame) -> dict[str, Any]:
         shown["malmen"] = {"pairs": len(whole), "fastest": first.sum(), "slowest": last.sum()}
     if set(PAPER_CASES) <= set(medians.index.get_level_values("dataset")):
         both = medians.stack().unstack("dataset").dropna()
-        shown["dearer"] = {"pairs": len(both), "longer": (both[CSNE.name] > both[CNLE.name]).sum()}
+        shown["csne_longer"] = {"pairs": len(both), "longer": (both[CSNE.name] > both[CNLE.name]).sum()}
     # by the editors that all of them have: one may not fit
     random = edits[edits["random_weights"]]
     common = random.groupby("editor")["subject"].transform("nunique") == random["subject"].nunique()
