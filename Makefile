@@ -1,5 +1,6 @@
 # make book   everything: environment, a real run on this machine, its comparison with the published run, the site
 # make site   render the book without running anything
+# make pdf    the whole book as one PDF (needs Chromium)
 # make test   the test suite
 # Variables: PYTHON (3.11 to 3.13), CASES (per data set), SAMPLE (which random cases are checked), TORCH_INDEX
 #            (e.g. https://download.pytorch.org/whl/cpu for the small CPU build of torch), BUILDS (folders of data sets that
@@ -44,7 +45,7 @@ GPU_READY := .venv/.ready
 GPU_RUN = $(BIN)/python
 endif
 
-.PHONY: setup book site test lint bench check gpu gpu-tests gpu-bench gpu-run publish clean
+.PHONY: setup book site pdf test lint bench check gpu gpu-tests gpu-bench gpu-run publish clean
 
 setup: .venv/.ready
 
@@ -71,6 +72,9 @@ $(BENCHMARK): .venv/.ready notebooks/benchmark.py $(wildcard $(addsuffix /*,$(BU
 site: .venv/.ready $(if $(BUILDS),$(BENCHMARK))
 	@$(BIN)/python book/build.py $(addprefix book/own_run=,$(wildcard $(OWN)/rq1_proficiency.ipynb)) \
 	  $(addprefix results/notebooks/benchmark=,$(or $(filter $(BENCHMARK),$^),$(wildcard $(BENCHMARK))))
+
+pdf: .venv/.ready
+	@$(BIN)/python book/pdf.py
 
 test: .venv/.ready
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile

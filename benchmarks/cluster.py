@@ -157,6 +157,10 @@ class Sleepers:
         self._seconds, self._row, self._draw = seconds, row, random.Random(SEED)
         self._awaited, self._at_work = workers, {}
 
+    async def load(self) -> None:
+        """A worker has loaded the library before it says hello."""
+        import clme_lib.study.cluster.worker  # noqa: F401
+
     async def hello(self, about: dict) -> dict:
         self._awaited -= 1
         return about
@@ -193,11 +197,15 @@ def scaling(sizes: list[int], each: int, faster: float, processes: int = 4) -> p
     from clme_lib.study.config import make_config
 
     class Timed(Driver):
-        """Notes when the workers begin to edit."""
+        """Notes when the workers begin to edit, and when the last of their records came."""
 
         def _prepared(self, unit, prepared) -> None:
             super()._prepared(unit, prepared)
             self.began, self.usage = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF)
+
+        def _came(self, *args) -> None:
+            super()._came(*args)
+            self.ended = time.monotonic()
 
     lines = (PUBLISHED / "records" / "cnle.grace.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
@@ -222,6 +230,8 @@ def scaling(sizes: list[int], each: int, faster: float, processes: int = 4) -> p
             for _ in range(processes)
         ]
 
+        ray.get([actor.load.remote() for actor in actors])
+
         class Handle:
             def __init__(self, actor, name) -> None:
                 self.prepare, self._actor = actor.prepare, actor
@@ -234,7 +244,7 @@ def scaling(sizes: list[int], each: int, faster: float, processes: int = 4) -> p
             config, {"cnle": loaded}, {"cnle": loaded}, {"cnle": dataset_sha256(loaded)}, [("cnle", "grace")], crew
         )
         driver.run()
-        wall, before = time.monotonic() - driver.began, driver.usage
+        wall, before = driver.ended - driver.began, driver.usage
         after = resource.getrusage(resource.RUSAGE_SELF)
         busy = sum(member.busy for member in crew.past)
         rows.append({"workers": workers, "cases": len(cases), "mean seconds of an edit": round(busy / len(cases), 2), "seconds": round(wall, 1),

@@ -6,6 +6,7 @@ The working tree is not touched. A NOTEBOOK that was executed on this machine ta
 contents, under that page's title: the reader's own run that of book/own_run, which otherwise says that there is none.
 """
 
+import datetime
 import json
 import re
 import shutil
@@ -17,7 +18,8 @@ from pathlib import Path
 import layers
 import yaml
 
-from clme_lib.study import leaderboard
+from clme_lib.evaluation.records import Record
+from clme_lib.study import leaderboard, provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGE = ROOT / "_build" / "source"
@@ -45,6 +47,9 @@ _ACTIVE = {
         re.I,
     ),
     "text/markdown": re.compile(r"\{(?:raw|eval-rst|include|literalinclude|code-cell)\}"),
+    "image/svg+xml": re.compile(
+        r"<(?:script|foreignObject|iframe)\b|<[^>]*\s(?:on\w+\s*=|href\s*=[\s\"']*(?!#)\S)", re.I
+    ),
     "application/javascript": re.compile(""),
 }
 
@@ -60,8 +65,12 @@ def stage(replacements: dict[str, Path]) -> None:
     """Copy what the book consists of, with executed notebooks in place of some pages."""
     shutil.rmtree(STAGE, ignore_errors=True)
     STAGE.mkdir(parents=True)
-    for name in ("_config.yml", "_toc.yml", "CONTRIBUTING.md"):
+    for name in ("_config.yml", "_toc.yml", "CONTRIBUTING.md", "CHANGELOG.md"):
         shutil.copy(ROOT / name, STAGE)
+    config = (STAGE / "_config.yml").read_text(encoding="utf-8")
+    today = datetime.date.today().isoformat()
+    config = config.replace("COMMIT", provenance.commit()[:10]).replace("DATE", today)
+    (STAGE / "_config.yml").write_text(config, encoding="utf-8")
     for name in ("book", "results"):
         shutil.copytree(ROOT / name, STAGE / name, ignore=_LOCAL_STATE)
     for page, notebook in replacements.items():
@@ -69,11 +78,18 @@ def stage(replacements: dict[str, Path]) -> None:
     (STAGE / "book" / "_static" / "layers.svg").write_text(layers.draw(ROOT / "clme_lib"), encoding="utf-8")
     board = leaderboard.write(STAGE / "results", STAGE / "book" / "_static" / "leaderboard")
     (STAGE / "book" / "_leaderboard.md").write_text(board + "\n", encoding="utf-8")
+    (STAGE / "book" / "_fields.md").write_text(_fields(), encoding="utf-8")
     used: set[str] = set()
     for page in pages():
         _refuse_active_outputs(page)
         used |= _make_labels_unique(page, used)
         _present(page)
+
+
+def _fields() -> str:
+    """The fields of a record, as its schema describes them."""
+    rows = [f"| `{name}` | {field.description} |" for name, field in Record.model_fields.items()]
+    return "\n".join(["| Field | |", "| --- | --- |", *rows, ""])
 
 
 def _file(page: str) -> Path:
@@ -194,10 +210,10 @@ def _widen(text: str) -> str:
     return _TABLE.sub(widened, text)
 
 
-def render() -> None:
+def render(builder: str = "html", target: Path = HTML) -> None:
     """Jupyter Book, every warning an error."""
-    shutil.rmtree(HTML, ignore_errors=True)
-    options = ["--path-output", str(ROOT), "-W", "-n", "--keep-going", "--all"]
+    shutil.rmtree(target, ignore_errors=True)
+    options = ["--path-output", str(ROOT), "-W", "-n", "--keep-going", "--all", "--builder", builder]
     program = str(Path(sys.executable).parent / "jupyter-book")
     done = subprocess.run([program, "build", str(STAGE), *options], capture_output=True, text=True)
     (ROOT / "_build" / "build.log").write_text(done.stdout + done.stderr, encoding="utf-8")

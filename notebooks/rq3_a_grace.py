@@ -213,3 +213,12 @@ caption = (
     "case's time to GRACE's. On a CPU the peak is the whole process's. The encoder's training is not part of an edit and not in here."
 )
 rq3.overhead_table(alone, label="tab-rq3-overhead", caption=caption)
+
+# %% [markdown]
+# ## Your own question
+#
+# What the tables above are computed from is a pandas table, a row for each edited case; [](#sec-records) says what its columns are.
+
+# %%
+shares = records.groupby(["dataset", "editor"], sort=False)[["effectiveness_em", "generalization_em", "specificity_rate"]].mean()
+(100 * shares).round(1)

@@ -82,3 +82,12 @@ for shown in rq4.findings(records):
             f"{percent(effective[0])} %), and {percent(kept[1])} % of the neighbours' answers are the original model's."
         )
 display(Markdown("\n".join(f"- {sentence}" for sentence in sentences)))
+
+# %% [markdown]
+# ## Your own question
+#
+# What the tables above are computed from is a pandas table, a row for each edited case and number of edits held; [](#sec-records) says what its columns are.
+
+# %%
+by_state = records.groupby(["protocol", "editor", "position"], sort=False)
+(100 * by_state[["effectiveness_em", "specificity_rate"]].mean()).round(1)

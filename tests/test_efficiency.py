@@ -180,8 +180,7 @@ def test_every_editor_is_measured_and_the_command_resumes(small_paper_subject, t
     assert "plain procedure (h)" not in rq2.projection_table(embedded, plain.iloc[4:], label="tab").data
     assert "plain procedure (h)" not in rq2.projection_table(embedded.assign(threads=3), plain, label="tab").data
     assert counted["unmeasured"] == ["codellama-7b", "codeqwen1.5-7b", "smollm2-135m"]
-    for column in ("seconds", "peak_mib"):
-        assert len(rq2.cost_figure(measured, column).axes) == 2
+    assert len(rq2.cost_figure(measured).axes) == 2
 
 
 def test_a_batch_that_does_not_fit_ends_the_growth(small_paper_subject, monkeypatch, tmp_path):
@@ -215,7 +214,7 @@ def test_an_editor_that_does_not_fit_is_said_so(small_paper_subject, monkeypatch
     assert costs.loc["MEMIT", "n"] == "0" and float(costs.loc["GRACE", "CNLE s / edit"]) > 0
     assert list(rq2.findings(measured)["too_large"].values()) == [["MEMIT"]]
     assert "nan" not in shown.to_myst() and len(rq2.floor_table(measured, label="tab").data) == 1
-    assert len(rq2.cost_figure(measured, "peak_mib").axes) == 2
+    assert len(rq2.cost_figure(measured).axes) == 2
 
 
 def test_the_papers_orderings_are_counted_where_all_of_them_were_measured():

@@ -58,49 +58,56 @@ _Measured = Annotated[float | None, Field(ge=0)]
 
 
 class Record(Schema):
-    """One case under one editor.
+    """One case under one editor."""
 
-    ``protocol`` says how cases were edited, and ``position`` how many edits the model held when the case was evaluated.
-    ``start`` is the id, in ``run.json``, of the start that made the record; ``library`` and ``commit`` are of the code that did.
-    ``scores`` has a value for each metric (in [0, 1]; fluency in bits; None where a case has nothing to measure it on), or is None when
-    the texts have not been scored yet. Seconds and memory describe the batch the edit was made in, seconds divided by its size.
-    ``distances`` are a codebook's query distances: edit prompt, rephrased prompt, then the neighbours (None where it was not consulted).
-    ``texts`` holds what was written, by measure, or None where it is not ours to publish; ``sha256`` its hashes always; ``answers`` the
-    unedited subject's, with which specificity is compared (None in published records and in those of the first schema).
-    ``free_tokens`` are the lengths of the free texts (edit prompt, then rephrased), without the end of text, which those of fewer than
-    64 have reached; ``target_tokens`` is the target's. Records that are older than free texts have none of them.
-    """
-
-    schema_version: Literal[2] = 2
-    run: _Name
-    subject: str
-    dataset: _Name
-    source: str
-    editor: _Name
-    preset: Preset
-    protocol: _Name
-    position: int = Field(ge=1)
-    fold: int = Field(ge=0, le=1)
-    case_id: int = Field(ge=0, lt=2**53)  # what every reader of JSON holds exactly
-    case_sha256: _Hash
-    start: str = UNKNOWN
-    library: str = UNKNOWN
-    commit: str = UNKNOWN
-    scores: Annotated[dict[str, float | None] | None, AfterValidator(_in_range)] = None
-    edit_seconds: _Measured = None
-    edit_batch: int | None = Field(None, ge=1)
-    steps: int | None = Field(None, ge=0)
-    loss: float | None = None
-    peak_memory_mib: _Measured = None
-    initial_sha256: str = ""
-    distances: list[_Measured] | None = None
-    fired: list[bool] | None = None
-    texts: Annotated[dict[str, list[str]] | None, AfterValidator(_of_each_measure)] = None
-    sha256: Annotated[dict[str, list[_Hash]] | None, AfterValidator(_of_each_measure)] = None
-    answers: list[str] | None = None
-    free_tokens: list[Annotated[int, Field(ge=0)]] | None = None
-    target_tokens: int | None = Field(None, ge=1)
-    error: str | None = None
+    schema_version: Literal[2] = Field(2, description="2")
+    run: _Name = Field(description="name of the run")
+    subject: str = Field(description="the model under edit")
+    dataset: _Name = Field(description="data set")
+    source: str = Field(description="where its cases come from: embedded, published, or a file")
+    editor: _Name = Field(description="editor; none: the unedited subject")
+    preset: Preset = Field(description="clean, or compat: with the released program's defects")
+    protocol: _Name = Field(description="how cases were edited: single, or many in one model")
+    position: int = Field(ge=1, description="how many edits the model held when the case was evaluated")
+    fold: int = Field(ge=0, le=1, description="half of the cases that it is in; trained editors learnt from the other")
+    case_id: int = Field(
+        ge=0, lt=2**53, description="its id in the data set"
+    )  # what every reader of JSON holds exactly
+    case_sha256: _Hash = Field(description="SHA-256 of the case's texts, which a record does not have")
+    start: str = Field(UNKNOWN, description="id, in run.json, of the start that made the record")
+    library: str = Field(UNKNOWN, description="SHA-256 of the library's files that made it")
+    commit: str = Field(UNKNOWN, description="their commit; +changes: with changes that were not committed")
+    scores: Annotated[dict[str, float | None] | None, AfterValidator(_in_range)] = Field(
+        None,
+        description="by metric, from 0 to 1 (fluency in bits, overrun in tokens); null where the case has nothing to measure it on, and all "
+        "null when the texts have not been scored yet",
+    )
+    edit_seconds: _Measured = Field(None, description="of the batch that the edit was made in, divided by its size")
+    edit_batch: int | None = Field(None, ge=1, description="size of that batch")
+    steps: int | None = Field(None, ge=0, description="optimisation steps that the edit took")
+    loss: float | None = Field(None, description="last loss, in nats per token of the target")
+    peak_memory_mib: _Measured = Field(None, description="peak memory of that batch (on a CPU, of the process)")
+    initial_sha256: str = Field("", description="SHA-256 of what the optimisation began from")
+    distances: list[_Measured] | None = Field(
+        None,
+        description="from a codebook's key to the queries of the edit prompt, the rephrased prompt and each neighbour; null where it was not "
+        "consulted",
+    )
+    fired: list[bool] | None = Field(None, description="whether the codebook fired there, in the same order")
+    texts: Annotated[dict[str, list[str]] | None, AfterValidator(_of_each_measure)] = Field(
+        None, description="what was written, by measure; null where it is not ours to publish"
+    )
+    sha256: Annotated[dict[str, list[_Hash]] | None, AfterValidator(_of_each_measure)] = Field(
+        None, description="SHA-256 of each of these texts"
+    )
+    answers: list[str] | None = Field(
+        None, description="the unedited subject's answers to the neighbours; null in published records"
+    )
+    free_tokens: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, description="tokens of the free texts (edit prompt, then rephrased), fewer than 64 where they ended"
+    )
+    target_tokens: int | None = Field(None, ge=1, description="tokens of the target")
+    error: str | None = Field(None, description="why the case could not be edited; such a record has no scores")
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Record:

@@ -14,7 +14,7 @@ from ...editors.operations import Phase
 from ...editors.registry import list_editors
 from ...subjects.settings import list_subjects, load_settings
 from ...support.display import Markup, inline, inline_code
-from ..figures import bars, legend, panels, plain
+from ..figures import legend, panels, plain, positions
 from ..paper import PAPER_VARIANTS
 from ..tables import editor_name, in_order, table
 from .floor import Ceilings
@@ -118,32 +118,26 @@ def _rows(measured: pd.DataFrame, *kinds: str) -> pd.DataFrame:
     )
 
 
-def cost_figure(measured: pd.DataFrame, column: str):
-    """The paper's efficiency figures: ``seconds`` or ``peak_mib`` of one edit, a panel a data set; a matplotlib figure.
-
-    Of the memory, the paler part was in use before the edit.
-    """
+def cost_figure(measured: pd.DataFrame):
+    """The paper's figure of the time of one edit: medians with quartiles, a panel for each data set; a matplotlib figure."""
     import seaborn as sns
 
     edits = _rows(measured, "edit")
     subjects, editors = edits["label"].unique(), in_order(edits["editor"].unique())
     figure, axes = panels(1, edits["dataset"].nunique(), 4.6, 3.2, sharey=True)
-    colours = sns.color_palette("colorblind", len(subjects))
+    looks = list(zip(sns.color_palette("colorblind", len(subjects)), "osD^vPX*<>" * len(subjects)))
     for axis, (dataset, of_dataset) in zip(axes[0], edits.groupby("dataset", sort=False)):
-        for n, (subject, colour) in enumerate(zip(subjects, colours)):
-            groups = of_dataset[of_dataset["label"] == subject].groupby("editor")[["seconds", "peak_mib", "base_mib"]]
-            low, middle, high = (groups.quantile(share).reindex(editors) for share in (0.25, 0.5, 0.75))
-            counts = groups.count()["seconds"].reindex(editors, fill_value=0)
-            places = bars(axis, n, len(subjects), middle[column], counts, color=colour, label=plain(subject))
-            if column == "seconds":
-                spread = [(middle - low)[column], (high - middle)[column]]
-                axis.errorbar(places, middle[column], yerr=spread, fmt="none", ecolor="k", elinewidth=0.8)
-                axis.set_yscale("log")
-            else:
-                bars(axis, n, len(subjects), middle["base_mib"], color="white", alpha=0.6)
+        for n, (subject, (colour, marker)) in enumerate(zip(subjects, looks)):
+            seconds = of_dataset[of_dataset["label"] == subject].groupby("editor")["seconds"]
+            low, middle, high = (seconds.quantile(share).reindex(editors) for share in (0.25, 0.5, 0.75))
+            counts = seconds.count().reindex(editors, fill_value=0)
+            places = positions(axis, n, len(subjects), len(editors), counts)
+            look = {"fmt": marker, "color": colour, "ms": 4, "elinewidth": 0.8, "label": plain(subject)}
+            axis.errorbar(places, middle, yerr=[middle - low, high - middle], **look)
+        axis.set_yscale("log")
         axis.set_xticks(range(len(editors)), [plain(editor_name(name)) for name in editors], rotation=40, ha="right")
         axis.set_title(plain(dataset_title(str(dataset))))
-    axes[0][0].set_ylabel("seconds per edit" if column == "seconds" else "peak memory (MiB)")
+    axes[0][0].set_ylabel("seconds per edit")
     return legend(figure, axes, top=0.98, columns=2, loc="lower center")
 
 
