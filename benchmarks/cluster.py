@@ -143,8 +143,8 @@ def overhead(cases: int, turns: int) -> pd.DataFrame:
         {
             "variant": name,
             "cases": cases * turns,
-            "cases a minute": round(60 * mean, 1),
-            "time, to the plain process": round(base[name] / mean, 2),
+            "cases per minute": round(60 * mean, 1),
+            "time relative to the plain process": round(base[name] / mean, 2),
         }
         for name, mean in means.items()
     )
@@ -248,8 +248,8 @@ def scaling(sizes: list[int], each: int, faster: float, processes: int = 4) -> p
         after = resource.getrusage(resource.RUSAGE_SELF)
         busy = sum(member.busy for member in crew.past)
         rows.append({"workers": workers, "cases": len(cases), "mean seconds of an edit": round(busy / len(cases), 2), "seconds": round(wall, 1),
-                     "utilisation": f"{100 * busy / (workers * wall):.1f} %", "records a second": round(len(cases) / wall),
-                     "driver's CPU": f"{100 * (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / wall:.0f} %",
+                     "utilisation": f"{100 * busy / (workers * wall):.1f}%", "records a second": round(len(cases) / wall),
+                     "driver's CPU": f"{100 * (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / wall:.0f}%",
                      "driver's memory MiB": round(after.ru_maxrss / 1024)})  # fmt: skip
         for actor in actors:
             ray.kill(actor)
@@ -264,7 +264,7 @@ def study() -> pd.DataFrame:
     from clme_lib.study.rq2.tables import PAPER_CASES, projection_table
 
     scaled = pd.read_csv(ROOT / "results" / "benchmarks" / "cluster_scaling.csv").set_index("workers")
-    used = float(scaled.loc[64, "utilisation"].removesuffix(" %")) / 100
+    used = float(scaled.loc[64, "utilisation"].removesuffix("%")) / 100
     measured = projection_table(load_measurements(ROOT / "results" / "efficiency"), label="tab").data
     (hours,) = measured.loc[measured["Subject"] == "smollm2-135m", "in batches (h)"].astype(float)
     work = {

@@ -70,7 +70,7 @@ calls = set().union(*map(embedded_cnle.calls, snippets))
 Markdown(f"""{len(targets)} targets and {len(pool)} non-targeted pairs, written for this study in CoNaLa's style: an intent with back-quoted
 names, a one-line snippet (median {median} characters), and, for targets, another wording of the intent. The targets use
 {len(calls)} distinct calls. Tests check that every snippet parses, that the module attributes it names exist, and that no two snippets
-share more than 70 % of their tokens. Unrelated prompts are the five nearest pool intents by TF-IDF.""")
+share more than 70% of their tokens. Unrelated prompts are the five nearest pool intents by TF-IDF.""")
 
 # %% [markdown]
 # ## Embedded CSNE
@@ -78,7 +78,7 @@ share more than 70 % of their tokens. Unrelated prompts are the five nearest poo
 # %% tags=["hide-input"]
 Markdown(f"""{embedded_csne.TARGETS} targets and a pool of {embedded_csne.POOL}, mined on the reader's machine from the pinned packages that the study installs
 anyway: functions of at most 256 tokens, docstring and comments cut out, the docstring's first sentence as the description,
-near-duplicates removed, no package above 15 %. Nothing mined is in the repository; the set's SHA-256 is, and is checked.
+near-duplicates removed, no package above 15%. Nothing mined is in the repository; the set's SHA-256 is, and is checked.
 The rephrased prompt is the same function with its variables renamed, chosen by how alike names are used in the corpus and
 verified to leave the syntax tree and the symbol table the same up to names. At least two of the five neighbours come from
 another package.""")
@@ -165,7 +165,7 @@ benchmark.level_table(benchmark.level_counts(built.get("cnle", measured)), label
 # ```
 #
 # Whether people agree with a scorer:
-# `clme data labels data/cnle labels.csv` draws as many pairs as a margin of 5 points at 95 % confidence needs, and, once two people have filled
+# `clme data labels data/cnle labels.csv` draws as many pairs as a margin of 5 points at 95% confidence needs, and, once two people have filled
 # them in, prints Cohen's kappa between them and with the scorer.
 #
 # `clme data check FILE` reports on any file in the published layout: counts and lengths, duplicates, neighbours that are targeted or too close,

@@ -57,13 +57,13 @@ records = clme.run(config)
 # %% tags=["hide-input"]
 caption = Markup(
     f"Proficiency on {inline(', '.join(records['subject'].unique()))} (the paper's Table IV): effectiveness (Eff.), generalization (Gen.), "
-    "specificity (Spec.) and fluency (FL.) by exact match, BLEU and ROUGE-L (R-L), times 100, with 95 % intervals below; <em>kept</em> is the "
+    "specificity (Spec.) and fluency (FL.) by exact match, BLEU and ROUGE-L (R-L), times 100, with 95% intervals below; <em>kept</em> is the "
     "share of neighbours left unchanged. In bold are the best edited rows of a data set and those that are not significantly worse on the "
     "same cases (McNemar's exact test for exact match, else Wilcoxon's signed-rank test, with Holm's correction over the table)."
 )
 report.proficiency_table(records, label="tab-rq1-proficiency", caption=caption)
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Exact match by editor and measure; lines are 95 % Wilson intervals, and the number of cases stands under each bar.", "name": "fig-rq1-proficiency"}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Exact match by editor and measure; lines are 95% Wilson intervals, and the number of cases stands under each bar.", "name": "fig-rq1-proficiency"}}
 import matplotlib.pyplot as plt
 
 report.proficiency_figure(records)
@@ -80,7 +80,7 @@ for data, shown in report.findings(records).items():
     if careful := shown["careful"]:
         farthest = max(careful, key=careful.get)
         half = "effectiveness and specificity of at least 50%"
-        share = f"{100 * careful[farthest]:.1f} %"
+        share = f"{100 * careful[farthest]:.1f}%"
         if len(careful) == 1:
             text += f"Only {inline(farthest)} has {half}; its generalization is {share}."
         else:
@@ -94,7 +94,7 @@ Markdown("\n\n".join(paragraphs) or "_Nothing to read yet: these records have no
 if config.beside:
     both = pd.concat([records, clme.load_run(config.beside)])
     names = " and ".join(both["subject"].unique())
-    caption = f"{names} side by side: exact match of effectiveness and generalization, and the share of neighbours left unchanged, with 95 % intervals."
+    caption = f"{names} side by side: exact match of effectiveness and generalization, and the share of neighbours left unchanged, with 95% intervals."
     display(report.subjects_table(both, label="tab-rq1-subjects", caption=caption))
 
 # %% [markdown]
@@ -139,14 +139,14 @@ Markdown(text)
 
 # %% tags=["hide-input"]
 caption = (
-    "Scores beside the paper's, times 100 with 95 % intervals below; intervals and bold as in the table above. A score that no record has is left out, "
+    "Scores beside the paper's, times 100 with 95% intervals below; intervals and bold as in the table above. A score that no record has is left out, "
     "and so is a row without any."
 )
 report.free_table(records, label="tab-rq1-free", caption=caption)
 
 # %% tags=["hide-input"]
 caption = (
-    "The paper's score → the free or executed score of the same cases, and below the change in points with its 95 % interval (McNemar's exact "
+    "The paper's score → the free or executed score of the same cases, and below the change in points with its 95% interval (McNemar's exact "
     "test or Wilcoxon's signed-rank test, with Holm's correction over the table). <em>Spec. kept</em> takes a new or missing code fence for a change of the "
     "neighbour; <em>no fence</em> does not."
 )
@@ -158,7 +158,7 @@ changes if len(changes.data) else Markdown("_These records have no free scores b
 # whether the value still makes the model write the target there, is the value's: the encoder decides which prompts are counted in it, but not what is written.
 
 # %% tags=["hide-input"]
-caption = "Generalization of the codebooks, taken apart: shares of the rephrased prompts with 95 % intervals; the second is of those where the codebook fired."
+caption = "Generalization of the codebooks, taken apart: shares of the rephrased prompts with 95% intervals; the second is of those where the codebook fired."
 reach = report.reach_table(records, label="tab-rq1-reach", caption=caption)
 reach if len(reach.data) else Markdown("_No codebook was asked in these records._")
 

@@ -57,13 +57,13 @@ records = clme.run(config)
 # %% [markdown]
 # ## Ablation of A-GRACE
 #
-# In the paper A-GRACE raises GRACE's generalization on CNLE from almost zero to 80.86 % exact match, on average over its subjects. Its encoder
+# In the paper A-GRACE raises GRACE's generalization on CNLE from almost zero to 80.86% exact match, on average over its subjects. Its encoder
 # learns from 10,528 cases there, from a few hundred here; [](#encoders) shows what more of them change.
 
 # %% tags=["hide-input"]
 caption = (
     f"GRACE, A-GRACE and A-GRACE without one of its parts on {', '.join(records['subject'].unique())} (the paper's Table VI): exact "
-    "match, BLEU and ROUGE-L (R-L) times 100, fluency times 100, with 95 % intervals below. In bold: the best, and what is not significantly worse on the same cases."
+    "match, BLEU and ROUGE-L (R-L) times 100, fluency times 100, with 95% intervals below. In bold: the best, and what is not significantly worse on the same cases."
 )
 rq3.ablation_table(records, label="tab-rq3-ablation", caption=caption)
 
@@ -80,10 +80,10 @@ for shown in rq3.findings(records, compat):
     before, after = means.loc["grace"], means.loc["a-grace"]
     sentences.append(
         f"On the {shown['cases']} {shown['data']} cases that all variants edited, the target follows the rephrased prompt in "
-        f"{after['generalization_em']:.1f} % with A-GRACE and in {before['generalization_em']:.1f} % with GRACE; effectiveness is "
-        f"{after['effectiveness_em']:.1f} and {before['effectiveness_em']:.1f} %. With the codebook active in every generation, "
-        f"{after['specificity_rate']:.1f} % of the neighbours stay unchanged, and all five in {after['specificity_em']:.1f} % of the cases "
-        f"(GRACE: {before['specificity_em']:.1f} %)."
+        f"{after['generalization_em']:.1f}% with A-GRACE and in {before['generalization_em']:.1f}% with GRACE; effectiveness is "
+        f"{after['effectiveness_em']:.1f} and {before['effectiveness_em']:.1f}%. With the codebook active in every generation, "
+        f"{after['specificity_rate']:.1f}% of the neighbours stay unchanged, and all five in {after['specificity_em']:.1f}% of the cases "
+        f"(GRACE: {before['specificity_em']:.1f}%)."
     )
     for editor, left_out in (
         ("a-grace-wo-cl", "the encoder (A-GRACE w/o CL)"),
@@ -92,20 +92,20 @@ for shown in rq3.findings(records, compat):
         if editor in means.index:
             ablated = means.loc[editor]
             sentences.append(
-                f"Without {left_out} it generalizes in {ablated['generalization_em']:.1f} % and keeps "
-                f"{ablated['specificity_rate']:.1f} % of the neighbours."
+                f"Without {left_out} it generalizes in {ablated['generalization_em']:.1f}% and keeps "
+                f"{ablated['specificity_rate']:.1f}% of the neighbours."
             )
     if shown["released"]:
         (released, count), (repaired, same) = shown["released"], shown["repaired"]
         sentences.append(
-            f"With the released program's defects all five neighbours stay unchanged in {released:.1f} % of {count} cases, without "
-            f"them in {repaired:.1f} % of the same cases{'' if same == count else f' (of {same} of them)'}."
+            f"With the released program's defects all five neighbours stay unchanged in {released:.1f}% of {count} cases, without "
+            f"them in {repaired:.1f}% of the same cases{'' if same == count else f' (of {same} of them)'}."
         )
 Markdown(f"> **Finding.** {inline(' '.join(sentences))}" if sentences else "_GRACE and A-GRACE are needed for a comparison: add them to `editors`._")
 
 # %% tags=["hide-input"]
 caption = (
-    "A-GRACE minus GRACE on the same cases, in points, with 95 % intervals, and p (exact match: McNemar's exact test; otherwise "
+    "A-GRACE minus GRACE on the same cases, in points, with 95% intervals, and p (exact match: McNemar's exact test; otherwise "
     "Wilcoxon's signed-rank test; with Holm's correction over the table)."
 )
 rq3.paired_table(records, label="tab-rq3-paired", caption=caption)
@@ -119,7 +119,7 @@ rq3.paired_table(records, label="tab-rq3-paired", caption=caption)
 
 # %% tags=["hide-input"]
 caption = (
-    "Generalization of the codebooks, taken apart: shares of the rephrased prompts with 95 % intervals; the second is of those where the "
+    "Generalization of the codebooks, taken apart: shares of the rephrased prompts with 95% intervals; the second is of those where the "
     "codebook fired. Records without their texts cannot be taken apart."
 )
 rq1.reach_table(records, label="tab-rq3-reach", caption=caption)
@@ -181,9 +181,9 @@ plt.show()
 
 # %% tags=["hide-input"]
 sentences = [
-    f"On {data}, GRACE at its best radius ({grace['radius']:.2f}) generalizes in {100 * grace['generalization']:.1f} % and leaves "
-    f"{100 * grace['specificity_rate']:.1f} % of the neighbours unchanged; A-GRACE at its best (margin {encoded['margin']:g}, radius "
-    f"{encoded['radius']:.2f}) {100 * encoded['generalization']:.1f} % and {100 * encoded['specificity_rate']:.1f} %. "
+    f"On {data}, GRACE at its best radius ({grace['radius']:.2f}) generalizes in {100 * grace['generalization']:.1f}% and leaves "
+    f"{100 * grace['specificity_rate']:.1f}% of the neighbours unchanged; A-GRACE at its best (margin {encoded['margin']:g}, radius "
+    f"{encoded['radius']:.2f}) {100 * encoded['generalization']:.1f}% and {100 * encoded['specificity_rate']:.1f}%. "
     + (
         "So on these cases a radius that is chosen for it does without an encoder what A-GRACE does."
         if rq3.reached(grace) >= rq3.reached(encoded)

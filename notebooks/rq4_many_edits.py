@@ -67,7 +67,7 @@ plt.show()
 
 # %% tags=["hide-input"]
 caption = (
-    f"Many edits in {', '.join(records['subject'].unique())}: each row is a state of the model, and all edits that it holds. Shares in percent, with 95 % intervals "
+    f"Many edits in {', '.join(records['subject'].unique())}: each row is a state of the model, and all edits that it holds. Shares in percent, with 95% intervals "
     "over cases and samples; n counts both."
 )
 rq4.retention_table(records, label="tab-rq4-retention", caption=caption)
@@ -78,8 +78,8 @@ for shown in rq4.findings(records):
     if shown["editor"] != "none" and shown["held"][0] < shown["held"][1]:
         effective, kept = shown["effectiveness_em"], shown["specificity_rate"]
         sentences.append(
-            f"{inline(editor_name(shown['editor']))} ({inline(protocol_title(shown['protocol']))}): of {shown['held'][1]} edits {percent(effective[1])} % are right (of the first alone "
-            f"{percent(effective[0])} %), and {percent(kept[1])} % of the neighbours' answers are the original model's."
+            f"{inline(editor_name(shown['editor']))} ({inline(protocol_title(shown['protocol']))}): of {shown['held'][1]} edits {percent(effective[1])}% are right (of the first alone "
+            f"{percent(effective[0])}%), and {percent(kept[1])}% of the neighbours' answers are the original model's."
         )
 display(Markdown("\n".join(f"- {sentence}" for sentence in sentences)))
 

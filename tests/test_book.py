@@ -96,7 +96,7 @@ def test_rq1_says_what_the_records_show(show, monkeypatch, published):
     assert "**CNLE.** The most edits hold exactly with GRACE and FT-L: " in read(twins)
     perfect = cnle[grace].assign(effectiveness_em=1.0, specificity_em=1.0, generalization_em=0.25)
     text = read(perfect)
-    assert "Only GRACE makes at least half of the edits hold" in text and "it carries 25.0 % of the edits over" in text
+    assert "Only GRACE makes at least half of the edits hold" in text and "it carries 25.0% of the edits over" in text
     assert (
         "**Example 3**" in text and f"(case {perfect['case_id'].min()})" in text and ":name: tab-rq1-transfer" in text
     )
@@ -161,8 +161,7 @@ def test_rq4_says_what_is_left(show, monkeypatch):
     monkeypatch.setattr(rq4, "run_many", lambda config: records)
     text = show("rq4_many_edits")
     assert (
-        "- GRACE (one after another): of 30 edits 20.0 % are right (of the first alone 100.0 %), and 50.0 % of the"
-        in text
+        "- GRACE (one after another): of 30 edits 20.0% are right (of the first alone 100.0%), and 50.0% of the" in text
     )
     assert ":name: tab-rq4-retention" in text and "| 30 | 30 | 20.0 (" in text
 
@@ -213,7 +212,7 @@ def test_numbers_of_the_prose_are_the_records(tmp_path):
     exact = run_folder.load_run(RUN)[lambda rows: (rows["dataset"] == "cnle") & (rows["editor"] == "grace")][
         "effectiveness_em"
     ]
-    assert known["cnle_grace_effectiveness"] == f"{100 * exact.mean():.1f} %"
+    assert known["cnle_grace_effectiveness"] == f"{100 * exact.mean():.1f}%"
     used = {name for page in (ROOT / "book").glob("*.md") for name in re.findall(r"\{\{ (\w+) \}\}", page.read_text())}
     assert used and used <= set(known)
 

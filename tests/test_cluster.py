@@ -380,12 +380,15 @@ def test_a_plan_says_what_is_left(folder, tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "workers: 3\nexpected: unknown; run a few cases" in shown
     assert re.search(r"cnle +none +5 +3 +unknown +–\n", shown)
+    lacking = f"missing: malmen of {folder / 'tiny'} for cnle, made once before malmen edits"
+    assert lacking in shown
     assert re.search(r"cnle +malmen +5 +\d +unknown +2 times, from [23] and [23] cases\n", shown)
     assert main(["run", *options, "--cases", "2"]) == 0
     capsys.readouterr()
     assert main(plan) == 0
     shown = capsys.readouterr().out
     assert re.search(r"cnle +none +3 +2 +\d+\.\d s", shown) and "expected: 0.00 hours" in shown
+    assert lacking not in shown
     with pytest.raises(StudyError, match="dry_run: a plan is printed by"):
         runs.run(config(folder, tmp_path / "run", dry_run=True))
 

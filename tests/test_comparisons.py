@@ -135,7 +135,7 @@ def test_a_codebooks_generalization_is_taken_apart():
     codebook["right_where_fired"] = [1.0, 1.0, 1.0, 0.0] + [None] * 6
     codebook["generalization_em"] = [1.0] * 3 + [0.0] * 7
     (row,) = reach_table(pd.concat([made, codebook]), label="tab").data.to_dict("records")
-    shown = [row[title].split(" %")[0] for title in ("Fires", "Right where fired", "Gen. EM")]
+    shown = [row[title].split("%")[0] for title in ("Fires", "Right where fired", "Gen. EM")]
     assert row["Editor"] == "GRACE" and shown == ["40.0", "75.0", "30.0"] and row["Right where fired"].endswith("of 4")
 
 

@@ -94,7 +94,7 @@ def test_gumbel_noise_samples_the_top_five():
     counts = torch.bincount(_sample(logits.expand(len(noise), -1), noise), minlength=7).double()
     expected = torch.softmax(logits[:5].double(), 0) * len(noise)
     assert counts[5:].sum() == 0
-    assert ((counts[:5] - expected) ** 2 / expected).sum() < 18.5  # 0.1 % point of chi-square with 4 degrees
+    assert ((counts[:5] - expected) ** 2 / expected).sum() < 18.5  # 0.1% point of chi-square with 4 degrees
 
 
 def test_seeds():

@@ -111,7 +111,7 @@ const clme = (() => {
     filters.push(choice("group", "Scores", groups, state.group, (value) => { state.group = value; }));
     const about = [["subject", "Subject"], ["dataset", "Data"], ["editor", "Editor"], ["preset", "Preset"], ["protocol", "Protocol"], ["n", "n"]];
     const titles = [...about, ...columns().map((name) => [name, board.columns[name].title])];
-    const table = make("table", { class: "table" }, make("caption", {}, "Means times 100 with 95 % intervals."),
+    const table = make("table", { class: "table" }, make("caption", {}, "Means times 100 with 95% intervals."),
       make("thead", {}, make("tr", {}, ...titles.map(([name, title]) => head(name, title)))), make("tbody", {}, ...rows.map(line)));
     const opened = place.querySelector(".leaderboard-cases");
     place.replaceChildren(make("form", { class: "leaderboard-filters", onsubmit: (event) => event.preventDefault() }, ...filters),

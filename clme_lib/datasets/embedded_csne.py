@@ -45,7 +45,7 @@ PACKAGES = {
 }  # fmt: skip
 TARGETS = 600
 POOL = 2_200
-PACKAGE_QUOTA = 155  # of 2,800: well under the bound of 15 % from one package
+PACKAGE_QUOTA = 155  # of 2,800: well under the bound of 15% from one package
 MAX_TOKENS = 256
 _MAX_CHARACTERS = 1_500  # nothing longer has 256 tokens or fewer in practice; spares the costly checks
 

@@ -74,6 +74,11 @@ class AGRACE(AGRACEWithoutCL[EncoderHparams]):
     name, title, order, colour = "a-grace", "A-GRACE", 7, 3
     Hyperparameters: ClassVar[type[Schema]] = AGRACEHyperparameters
     needs_training = True
+
+    @classmethod
+    def cached_in(cls, hparams):
+        return "encoders"
+
     compat: ClassVar = {"later_calls": "unedited", "selection": "edited"}
     selection_grid: ClassVar = [{"margin": dict.fromkeys(PAPER_DATASET_NAMES, margin)} for margin in REACHES]
     selects_reach = True

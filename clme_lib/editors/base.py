@@ -107,6 +107,11 @@ class Editor(ABC, Generic[Hparams]):
         """Whether ``fit`` has to be called before ``edit`` with these hyper-parameters: as the class says, where they make no difference."""
         return cls.needs_training
 
+    @classmethod
+    def cached_in(cls, hparams: Schema) -> str | None:
+        """Folder of the cache where it keeps what it makes once before it edits, with these hyper-parameters; None if it makes nothing."""
+        return None
+
     def of(self, subject: Subject) -> Editor[Hparams]:
         """This editor, with what it has gathered and learnt, for an edited state of its subject."""
         if subject.original is not self.subject.original:

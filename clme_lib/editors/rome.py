@@ -48,6 +48,10 @@ class ROME(RewritingEditor[ROMEHyperparameters]):
         {"kl_factor": kl, "layer": layer} for kl, layer in product((0.0625, 0.0), (5, 10, 15, 20))
     ]
 
+    @classmethod
+    def cached_in(cls, hparams):
+        return super().cached_in(hparams) if hparams.covariance else None
+
     @cached_property
     def moments(self):
         """The second moment of the edited layer's keys (with ``covariance`` only)."""

@@ -89,7 +89,7 @@ def check_behaviour(subject: Subject) -> None:
     relative, nats = _TOLERANCES[subject.dtype_name]
     for what, (difference, is_relative) in differences.items():
         if not difference <= (relative if is_relative else nats):  # also when it is no number
-            size = f"{100 * difference:.3g} %" if is_relative else f"{difference:.2g} nats"
+            size = f"{100 * difference:.3g}%" if is_relative else f"{difference:.2g} nats"
             raise StudyError(f"{kind} the study's passes do not reproduce: {what} differ by {size}. {remedy}")
 
 

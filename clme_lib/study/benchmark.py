@@ -23,7 +23,7 @@ def level_counts(build: Path) -> pd.DataFrame:
 @table
 def level_table(counts: pd.DataFrame) -> pd.DataFrame:
     """The paper's Table II: pairs by relevance level (:func:`level_counts`)."""
-    shares = [f"{percent(share)} %" for share in counts["share"]]
+    shares = [f"{percent(share)}%" for share in counts["share"]]
     return pd.DataFrame({"Relevance": counts["level"], "Pairs": counts["pairs"].astype(str), "Share": shares})
 
 

@@ -345,7 +345,7 @@ class DataBuildConfig(Schema):
 class DataLabelsConfig(Schema):
     build: Path = _argument("folder of a built CNLE")
     file: Path = _argument("CSV; written when it does not exist, else read")
-    margin: float = Field(0.05, description="of a share, at 95 % confidence")
+    margin: float = Field(0.05, description="of a share, at 95% confidence")
 
 
 class DataFineTuneConfig(Schema):

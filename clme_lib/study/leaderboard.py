@@ -37,7 +37,7 @@ _SHOWN_PLAIN = ("effectiveness_em", "generalization_em", "specificity_em", "spec
 def run_folders(results: Path) -> list[Path]:
     """Folders of published runs: the study's, those of many edits in one model, and submissions."""
     patterns = ("runs/*/run.json", "many/*/*/run.json", f"{SUBMISSIONS}/*/run.json")
-    return sorted(file.parent for pattern in patterns for file in results.glob(pattern))
+    return [file.parent for pattern in patterns for file in sorted(results.glob(pattern))]
 
 
 def board(results: Path) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
@@ -65,7 +65,7 @@ def board(results: Path) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
 
 
 def _score(values: pd.Series, name: str) -> list[float | None]:
-    """Mean, bounds of the 95 % interval and the number of cases; a bound that there is not is None."""
+    """Mean, bounds of the 95% interval and the number of cases; a bound that there is not is None."""
     metric = get_metric(name)
     score = interval(values.astype(float), metric.binary, shares=metric.highest == 1)
     numbers = (score.mean, score.low, score.high)

@@ -48,7 +48,7 @@ def prose_numbers(results: Path) -> dict[str, str]:
     for (dataset, editor), rows in records.groupby(["dataset", "editor"]):
         for measure in MEASURES:
             share = interval(rows[f"{measure}_em"], binary=True).mean
-            numbers[f"{dataset}_{editor.replace('-', '_')}_{measure}"] = f"{percent(share)} %"
+            numbers[f"{dataset}_{editor.replace('-', '_')}_{measure}"] = f"{percent(share)}%"
     return numbers
 
 
@@ -72,7 +72,7 @@ def _code_subject(results: Path) -> dict[str, str]:
                     "texts": str(made.held_out_texts[kind]),
                     "before": f"{before:.3f}",
                     "after": f"{made.losses_after[kind]:.3f}",
-                    "perplexity": f"{100 * (math.exp(made.losses_after[kind] - before) - 1):+.0f} %",
+                    "perplexity": f"{100 * (math.exp(made.losses_after[kind] - before) - 1):+.0f}%",
                 }
                 for kind, before in made.losses_before.items()
             )
@@ -85,7 +85,7 @@ def _unedited_row(folder: Path) -> dict[str, str]:
     records = load_run(folder, editors=[UNEDITED])[lambda rows: rows["dataset"] == CNLE.name]
     answers = [text for texts in records["generated_specificity"] for text in texts]
     row = {"Subject": folder.name, "n": str(len(records))}
-    row["neighbours answered in a code fence"] = f"{percent(sum(map(opens_with_fence, answers)) / len(answers))} %"
+    row["neighbours answered in a code fence"] = f"{percent(sum(map(opens_with_fence, answers)) / len(answers))}%"
     for name in ("effectiveness_bleu", "effectiveness_rouge_l", "parses", "stops", "free_effectiveness_executes"):
         shown = interval(records[name], get_metric(name).binary) if name in records else None
         row[get_metric(name).title] = "not measured" if shown is None or shown.n == 0 else str(shown)

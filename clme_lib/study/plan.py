@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ..datasets.registry import load_cases
+from ..editors.registry import get_editor
 from ..subjects import embedded
 from ..subjects.settings import load_settings
 from ..subjects.subject import is_cached
+from ..support.cache import cache_dir, file_name
 from . import run_folder
 from .cluster.connection import connected, room
 from .cluster.queue import groups_of
@@ -21,6 +24,7 @@ from .work import planned
 def describe_plan(config: RunConfig) -> str:
     """The plan as text: a line for each data set and editor, then workers, hours and set-up."""
     rows, seconds, known = [], 0.0, True
+    unmade: dict[str, None] = {}  # in order, each once
     rates = _rates(config)
     for dataset in config.dataset:
         everything, cases = load_cases(dataset, config.source), sampled(config, dataset)
@@ -35,6 +39,8 @@ def describe_plan(config: RunConfig) -> str:
             known, seconds = known and (rate is not None or not left), seconds + (rate or 0.0) * left
             each = "unknown" if rate is None else f"{rate:.1f} s"
             learnt = f"{len(learns)} times, from {' and '.join(map(str, learns))} cases" if learns and left else "–"
+            if left and (lacking := _unmade(config, dataset, editor)):
+                unmade[lacking] = None
             rows.append((dataset, editor, str(left), str(units), each, learnt))
     heads = ("data set", "editor", "records left", "units", "each", "learns first")
     widths = [max(map(len, column)) for column in zip(heads, *rows)]
@@ -45,7 +51,22 @@ def describe_plan(config: RunConfig) -> str:
         lines.append(f"expected: {seconds / workers / 3600:.2f} hours, at the rates of this folder's earlier starts")
     else:
         lines.append("expected: unknown; run a few cases into this folder, and ask again")
-    return "\n".join([*lines, *_to_prepare(config)])
+    return "\n".join([*lines, *_to_prepare(config), *unmade])
+
+
+def _unmade(config: RunConfig, dataset: str, editor: str) -> str | None:
+    """What an editor makes before it edits, if the cache of this machine has none of this subject; of other values it may be there."""
+    hparams = run_folder.hparams_of(config, editor)
+    folder = get_editor(editor).cached_in(hparams)
+    if folder is None:
+        return None
+    of_dataset = f"-{dataset}" if run_folder.trains(config, editor) and folder != "statistics" else ""
+    prefix = file_name(
+        f"{Path(config.subject).stem if config.subject.endswith('.yaml') else config.subject}{of_dataset}-"
+    )
+    if any(prefix in file.name for file in (cache_dir() / folder).glob("*.safetensors")):
+        return None
+    return f"missing: {folder} of {config.subject}{' for ' + dataset if of_dataset else ''}, made once before {editor} edits"
 
 
 def _rates(config: RunConfig) -> dict[tuple[str, str], float]:

@@ -1,6 +1,6 @@
 """RQ1's tables, figure and findings, all computed from records.
 
-Scores are shown times 100, as in the paper (fluency too, which is in bits). Intervals are 95 %: Wilson's for
+Scores are shown times 100, as in the paper (fluency too, which is in bits). Intervals are 95%: Wilson's for
 exact match, percentile bootstrap over cases for everything else.
 """
 
@@ -97,7 +97,7 @@ PROTOCOL_CHANGES = (
 def protocol_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
     """What the paper's protocol hides: of each edited row its score, and another one on the same cases.
 
-    Differences of means in points with a 95 % bootstrap interval over cases; p by a paired test, with Holm's correction over the table.
+    Differences of means in points with a 95% bootstrap interval over cases; p by a paired test, with Holm's correction over the table.
     A score that no record has is left out.
     """
     edited = scored(records)[lambda rows: rows["editor"] != UNEDITED]
@@ -186,7 +186,7 @@ def transfer_findings(records: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def proficiency_figure(records: pd.DataFrame):
-    """Exact match of the three measures by editor, a panel for each data set, with 95 % intervals (a matplotlib figure); where no
+    """Exact match of the three measures by editor, a panel for each data set, with 95% intervals (a matplotlib figure); where no
     record has scores, a figure that says so."""
     data = scored(records)
     if data.empty:

@@ -55,7 +55,7 @@ def _run_of(config: ManyEditsConfig, protocol: str, sample: int) -> RunConfig | 
 def retention_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
     """What is left of all edits, of the first ten and of the last ten, and of the neighbours, as the model holds more of them.
 
-    Shares in percent with 95 % intervals over cases and samples; seconds are an edit's own, on average over those that the model holds.
+    Shares in percent with 95% intervals over cases and samples; seconds are an edit's own, on average over those that the model holds.
     """
     for (dataset, protocol, editor, held), rows in _states(records):
         row = {

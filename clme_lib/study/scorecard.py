@@ -58,7 +58,7 @@ class Outcome:
         agrees: whether the figures go the paper's way.
         p: of the difference, two-sided, not yet corrected; None where nothing was tested.
         decided: the verdict where ``p`` does not give it.
-        low: of a claim that nothing is lost, the lower bound of the difference's 95 % interval, in points.
+        low: of a claim that nothing is lost, the lower bound of the difference's 95% interval, in points.
     """
 
     data: str
@@ -118,13 +118,13 @@ def _best(metric: str) -> Callable[[Evidence], Iterator[Outcome]]:
                 continue
             best = {name for _, name, _ in as_good_as_the_best(rows, [get_metric(metric)])}
             others = ", ".join(
-                f"{editor_name(name)} {mean:.1f} %" for name, mean in means.drop("grace").nlargest(2).items()
+                f"{editor_name(name)} {mean:.1f}%" for name, mean in means.drop("grace").nlargest(2).items()
             )
             complete = len(means) == len(PAPER_EDITORS)
             of = "" if complete else f", of {len(means)} editors measured"
             held = "grace" in best
             verdict = REVERSED if not held else REPLICATED if complete else UNDECIDED
-            yield Outcome(dataset_title(dataset), f"GRACE {means['grace']:.1f} %, then {others}{of}", int((rows["editor"] == "grace").sum()),
+            yield Outcome(dataset_title(dataset), f"GRACE {means['grace']:.1f}%, then {others}{of}", int((rows["editor"] == "grace").sum()),
                           held, decided=verdict)  # fmt: skip
 
     return evidence
@@ -139,7 +139,7 @@ def _none_generalizes(known: Evidence) -> Iterator[Outcome]:
         of = "" if complete else f", of {len(shares)} editors measured"
         yield Outcome(
             dataset_title(dataset),
-            f"at most {100 * mean:.1f} % ({editor_name(str(name))}){of}",
+            f"at most {100 * mean:.1f}% ({editor_name(str(name))}){of}",
             int(n),
             bool(mean < 0.5),
             float(p),
@@ -154,7 +154,7 @@ def _task(known: Evidence) -> Iterator[Outcome]:
             cnle, csne = scores[CNLE.name], scores[CSNE.name]
             counts = [[int(held.sum()), int((1 - held).sum())] for held in (cnle, csne)]
             p = float(stats.fisher_exact(counts).pvalue)
-            here = f"{100 * csne.mean():.1f} → {100 * cnle.mean():.1f} %"
+            here = f"{100 * csne.mean():.1f} → {100 * cnle.mean():.1f}%"
             yield Outcome(editor_name(editor), here, len(cnle) + len(csne), bool(cnle.mean() < csne.mean()), p)
 
 
@@ -214,7 +214,7 @@ def _higher(metric: str, editor: str, other: str) -> Callable[[Evidence], Iterat
     def evidence(known: Evidence) -> Iterator[Outcome]:
         for dataset, both in _differences(known.records, metric, editor, other):
             difference = (both[editor] - both[other]).to_numpy()
-            here = f"{100 * both[other].mean():.1f} → {100 * both[editor].mean():.1f} %"
+            here = f"{100 * both[other].mean():.1f} → {100 * both[editor].mean():.1f}%"
             yield Outcome(dataset_title(dataset), here, len(both), bool(difference.mean() > 0), paired_p(difference))
 
     return evidence
@@ -224,7 +224,7 @@ def _kept(metric: str, editor: str, other: str, sign: int = 1) -> Callable[[Evid
     """One editor's score is no lower (with ``sign`` -1: no higher) than another's."""
 
     def evidence(known: Evidence) -> Iterator[Outcome]:
-        unit = " %" if get_metric(metric).highest == 1 else ""
+        unit = "%" if get_metric(metric).highest == 1 else ""
         for dataset, both in _differences(known.records, metric, editor, other):
             difference = sign * 100 * (both[editor] - both[other]).to_numpy()
             if difference.any():
@@ -248,7 +248,7 @@ def _disabled(metric: str) -> Callable[[Evidence], Iterator[Outcome]]:
     """With the released program's defects the score is the unedited model's; without them it is what is shown after it."""
 
     def evidence(known: Evidence) -> Iterator[Outcome]:
-        unit = " %" if get_metric(metric).highest == 1 else ""
+        unit = "%" if get_metric(metric).highest == 1 else ""
         repaired = dict(_differences(known.records, metric, A_GRACE, UNEDITED))
         for dataset, released in _of(known.compat, [A_GRACE]):
             if dataset not in repaired:
@@ -278,7 +278,7 @@ CLAIMS = (
     Claim("RQ2", "Editing needs less than 48 GB in nearly all cases, about 30 GB for CodeLlama on CSNE.", "needs a GPU and the paper's models", "rq2"),
     Claim("RQ3", "By GRACE's keys a rephrased prompt (GRI) is farther from the edit prompt (OI) than a neighbour (SRI) is: on CodeLlama and CNLE 12.10 (SD 3.99) and 10.56 (SD 5.04).",
           "paired with the mean of its neighbours, Wilcoxon", "fig-rq3-distances", _farther),
-    Claim("RQ3", "A-GRACE generalizes far better than GRACE: 80.86 % on CNLE (from a digest of the paper, which leaves open whether this is the level or the gain).",
+    Claim("RQ3", "A-GRACE generalizes far better than GRACE: 80.86% on CNLE (from a digest of the paper, which leaves open whether this is the level or the gain).",
           "GRACE → A-GRACE, McNemar", "tab-rq3-ablation", _higher("generalization_em", A_GRACE, "grace")),
     Claim("RQ3", "A-GRACE is as effective as GRACE.", "GRACE → A-GRACE, McNemar", "tab-rq3-ablation", _kept("effectiveness_em", A_GRACE, "grace")),
     Claim("RQ3", "A-GRACE is about as specific as GRACE.", "whether the released program's score is the unedited model's", "defect", _disabled("specificity_em")),

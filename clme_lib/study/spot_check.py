@@ -102,8 +102,8 @@ def describe(comparison: Comparison) -> str:
         lines.append(f"differs: {case}: {published} -> {text.here!r}")
     lines += [f"unedited row moved: {score}" for score in comparison.moved]
     verdict = "passed" if comparison.passed else "FAILED"
-    least = f"at least {100 * comparison.agreement.min():.1f} % of every editor's greedy texts are the same"
-    return "\n".join([*lines, f"spot check {verdict}: {least} (needed: {100 * GREEDY_AGREEMENT:.0f} %)"])
+    least = f"at least {100 * comparison.agreement.min():.1f}% of every editor's greedy texts are the same"
+    return "\n".join([*lines, f"spot check {verdict}: {least} (needed: {100 * GREEDY_AGREEMENT:.0f}%)"])
 
 
 @table

@@ -30,7 +30,7 @@ _GREY = 7  # of the palette, for editors of which only records are known here
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % interval, on the scale of the values; the bounds are NaN of a single value that is not 0 or 1."""
+    """A mean and its 95% interval, on the scale of the values; the bounds are NaN of a single value that is not 0 or 1."""
 
     mean: float
     low: float
@@ -38,7 +38,7 @@ class Interval:
     n: int
 
     def __str__(self) -> str:
-        return f"{percent(self.mean)} % ({percent(self.low)}–{percent(self.high)})"
+        return f"{percent(self.mean)}% ({percent(self.low)}–{percent(self.high)})"
 
 
 def interval(values: Sequence[float] | np.ndarray, binary: bool, shares: bool = True) -> Interval:
@@ -167,7 +167,7 @@ def score_rows(records: pd.DataFrame, metrics: Sequence[str] = PAPER_METRICS) ->
 
 
 def difference_cell(difference: np.ndarray, p: float) -> Markup:
-    """A mean of paired differences (cases,) in points, with its 95 % bootstrap interval over cases and ``p``."""
+    """A mean of paired differences (cases,) in points, with its 95% bootstrap interval over cases and ``p``."""
     if not difference.any():
         return Markup("0.00<br><small>the same</small>")
     mean = interval(difference, binary=False, shares=False)

@@ -24,7 +24,7 @@ from .stages import StageRow
 
 
 def sample_size(population: int, margin: float) -> int:
-    """How many to label so that a share is known within ``margin`` at 95 % confidence (Cochran, corrected for a finite population).
+    """How many to label so that a share is known within ``margin`` at 95% confidence (Cochran, corrected for a finite population).
 
     Raises:
         StudyError: the margin is not from 0.001 to 1.

@@ -195,6 +195,10 @@ class RewritingEditor(Editor[Hparams]):
     def trains(cls, hparams):
         return hparams.lookup_weight > 0
 
+    @classmethod
+    def cached_in(cls, hparams):
+        return "statistics"
+
     def _edit_batch(self, cases, tokenized):
         return self.write(cases, *self.learn(cases))
 

@@ -36,6 +36,11 @@ class MALMEN(Editor[MALMENHyperparameters]):
     name, title, order, colour = "malmen", "MALMEN", 5, 9
     Hyperparameters = MALMENHyperparameters
     needs_training = True
+
+    @classmethod
+    def cached_in(cls, hparams):
+        return "malmen"
+
     timed_untrained = True
     compat: ClassVar = {"cached": "released", "targets": "alone"}
     # Trained on few records, so that a laptop can; the first setting is the paper's but for that. The step size moves

@@ -72,8 +72,8 @@ def _score_cells(halves: pd.DataFrame) -> dict[str, str]:
         "Held out": f"{means['held_out']:.3f}",
         "Other half": f"{means['accuracy']:.3f}",
         "At its best radius": f"{means['best']:.3f} ({means['best_radius']:.2f})",
-        "Rephrased inside": f"{100 * means['inside']:.0f} %",
-        "Neighbours inside": f"{100 * means['neighbours_inside']:.0f} %",
+        "Rephrased inside": f"{100 * means['inside']:.0f}%",
+        "Neighbours inside": f"{100 * means['neighbours_inside']:.0f}%",
     }
 
 

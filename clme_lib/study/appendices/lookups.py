@@ -52,7 +52,7 @@ def lookup_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
             "Eff.": percent(row.effectiveness_em),
             "Gen.": percent(row.generalization_em),
             "Neighbours unchanged": percent(row.specificity_rate),
-            "Reach": f"{100 * row.reach:.0f} %",
+            "Reach": f"{100 * row.reach:.0f}%",
         }
 
 

@@ -30,7 +30,7 @@ def statistics_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
             "Cosine": f"{row.cosine:.3f}",
             "Share": percent(row.share),
             "of four times as many": percent(row.share_of_four),
-            "Difference": f"{percent(row.difference)} %",
+            "Difference": f"{percent(row.difference)}%",
         }
 
 

@@ -39,7 +39,7 @@ def diagnosis_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
             **_loss_cells(row),
             "First": f"{row.first_before:.2f} → {row.first_after:.2f}",
             "Norm": f"{row.norm:.2f}",
-            "Reach": f"{100 * row.reach:.0f} %",
+            "Reach": f"{100 * row.reach:.0f}%",
         }
 
 
@@ -61,7 +61,7 @@ def _loss_cells(row: Any) -> dict[str, str]:
     return {"n": str(row.cases), "Learnt": f"{row.learnt:.2f}", "NLL": f"{row.nll_before:.2f} → {row.nll_after:.2f}"}
 
 
-# the subject's own weight, which writes about 60 % of a residual, and one that writes nearly all of it
+# the subject's own weight, which writes about 60% of a residual, and one that writes nearly all of it
 PARTS_WEIGHTS = (2_093.0, 200.0)
 DIAGNOSED = ("ft-l", "rome", "memit", "pmet")
 _PARTS_COLUMNS = ["learnt", "nll_before", "nll_after", "first_after", "norm"]

@@ -39,7 +39,7 @@ def ablation_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
 def paired_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
     """What A-GRACE has over GRACE on the same cases.
 
-    Differences of means in points with a 95 % bootstrap interval over cases; p by a paired test, with Holm's correction over the table.
+    Differences of means in points with a 95% bootstrap interval over cases; p by a paired test, with Holm's correction over the table.
     """
     differences: dict[tuple[str, str], np.ndarray] = {}
     compared = scored(records)[lambda rows: rows["editor"].isin(_COMPARED)]
