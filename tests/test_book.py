@@ -90,17 +90,19 @@ def test_rq1_says_what_the_records_show(show, monkeypatch, published):
         return show("rq1_proficiency")
 
     cnle = published[published["dataset"] == "cnle"]
-    assert "**CNLE.** The most edits hold exactly with GRACE: " in read(cnle)
+    assert "**Finding** (CNLE). Highest effectiveness: GRACE: " in read(cnle)
     grace = cnle["editor"] == "grace"
     twins = pd.concat([cnle[grace], cnle[grace].assign(editor="ft-l")])
-    assert "**CNLE.** The most edits hold exactly with GRACE and FT-L: " in read(twins)
+    assert "**Finding** (CNLE). Highest effectiveness: GRACE and FT-L: " in read(twins)
     perfect = cnle[grace].assign(effectiveness_em=1.0, specificity_em=1.0, generalization_em=0.25)
     text = read(perfect)
-    assert "Only GRACE makes at least half of the edits hold" in text and "it carries 25.0% of the edits over" in text
+    assert "Only GRACE has effectiveness and specificity of at least 50%; its generalization is 25.0%." in text
     assert (
         "**Example 3**" in text and f"(case {perfect['case_id'].min()})" in text and ":name: tab-rq1-transfer" in text
     )
-    assert "No editor both makes half of the edits hold" in read(cnle[grace].assign(specificity_em=0.0))
+    assert "No editor has both effectiveness and specificity of at least 50%." in read(
+        cnle[grace].assign(specificity_em=0.0)
+    )
     text = read(cnle.assign(state=UNSCORED))
     assert "_Nothing to read yet" in text and text.count("(nothing to show)") == 3
     text = read(cnle[cnle["editor"] == "none"])
@@ -226,6 +228,7 @@ def tree(tmp_path):
     for file in (
         "_config.yml",
         "CONTRIBUTING.md",
+        "CHANGELOG.md",
         "book/build.py",
         "book/layers.py",
         "book/references.bib",
@@ -241,7 +244,7 @@ def tree(tmp_path):
     sections = [
         "(own-run)=\n# Re-run\n\nSee {ref}`RQ1 <rq1>`.",
         "(sec-method)=\n## Method\n\n(sec-free)=\n## Free writing",
-        "(weight-editors)=\n## Updates",
+        "(weight-editors)=\n## Updates\n\n(sec-records)=\n## Records\n\n(threats)=\n## Threats",
     ]
     (tmp_path / "book" / "own_run.md").write_text("\n\n".join(sections))
     pages = ["results/notebooks/rq1_proficiency", "results/notebooks/mine"]
