@@ -259,7 +259,7 @@ class Dies(Worker):
         return super().edit(unit, *args)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("batch_size", [1, 4, "auto"])
 def test_a_case_that_kills_workers_fails_and_the_others_do_not(folder, tmp_path, monkeypatch, batch_size):
     monkeypatch.setenv("CLME_CACHE", str(tmp_path / "cache"))
     runs.run(config(folder, tmp_path / "alone"))
@@ -272,6 +272,8 @@ def test_a_case_that_kills_workers_fails_and_the_others_do_not(folder, tmp_path,
     assert good.sum() == 9 and both[0][good].equals(both[1][good])
     (start,) = run_folder.load_manifest(tmp_path / "run")["starts"]
     assert start["retried"] > 0 and "died" in {worker["state"] for worker in start["workers"]}
+    again = drive(config(folder, tmp_path / "run", batch_size=batch_size, retry_failed=True), Worker)
+    assert (again["state"] == SCORED).all() and texts(tmp_path / "run").equals(both[0])
 
 
 def test_workers_that_differ_or_cannot_start(folder, tmp_path, monkeypatch, capsys):
