@@ -192,7 +192,7 @@ Markdown("\n\n".join(parts) or "_These records keep no texts to show._")
 
 # %% [markdown]
 # **Threats.** The models are small and the data embedded; ROME, MEMIT and PMET have fewer cases of the chat model, which *n* shows. Specificity of the chat model counts a lost code fence as
-# damage ([](#threats)).
+# damage ([](#sec-threats)).
 #
 # [](#weight-editors) looks at updates of weights before any text is generated, to separate effects of the method, the model and the implementation.
 

@@ -14,11 +14,11 @@
 # ---
 
 # %% [markdown]
-# (scorecard)=
+# (sec-scorecard)=
 # # Scorecard
 #
 # Does the paper replicate? Each row is one of its claims, in our words and with those of its figures that are known to us; beside it, what this
-# study's records say on each embedded model. The models and the data are not the paper's ([](#threats)): *replicated* means that the claim holds here as well, *reversed* that the
+# study's records say on each embedded model. The models and the data are not the paper's ([](#sec-threats)): *replicated* means that the claim holds here as well, *reversed* that the
 # opposite does, and neither says what the paper's own models do.
 
 # %% tags=["parameters", "hide-input"]
