@@ -35,31 +35,24 @@ def changed(evidence: Evidence, editor: str, dataset: str, **scores: float) -> E
     return Evidence(records, evidence.compat, evidence.measured)
 
 
-def test_each_verdict_turns_with_its_records(published):
-    """From what is published to the opposite, claim by claim: a verdict that cannot change would say nothing."""
-    no_grace = changed(published, "grace", "cnle", effectiveness_em=0.0, specificity_em=0.0)
-    assert verdicts(published, "GRACE is the most effective")["CNLE"] == REPLICATED
-    assert verdicts(no_grace, "GRACE is the most effective")["CNLE"] == REVERSED
-    assert verdicts(published, "GRACE is the most specific")["CNLE"] == REPLICATED
-    assert verdicts(no_grace, "GRACE is the most effective")["CSNE"] == REPLICATED
-    # a seventh of the neighbours would have to be unchanged for another to be more specific
-    specific = changed(no_grace, "ft-l", "cnle", specificity_em=1.0)
-    assert verdicts(specific, "GRACE is the most specific")["CNLE"] == REVERSED
-
-    assert verdicts(published, "Generalization is poor")["CNLE"] == REVERSED
-    poor = changed(published, "malmen", "cnle", generalization_em=0.0)
-    assert verdicts(poor, "Generalization is poor")["CNLE"] == REPLICATED
-
-    assert verdicts(published, "A-GRACE generalizes")["CSNE"] == REPLICATED
-    worse = changed(published, "a-grace", "csne", generalization_em=0.0)
-    assert verdicts(worse, "A-GRACE generalizes")["CSNE"] == REVERSED
-    assert verdicts(published, "A-GRACE is as effective")["CNLE"] == REPLICATED
-    lost = changed(published, "a-grace", "cnle", effectiveness_em=0.0)
-    assert verdicts(lost, "A-GRACE is as effective")["CNLE"] == REVERSED
-
-    assert verdicts(published, "Without the encoder")["CSNE"] == REVERSED
-    alike = changed(published, "a-grace-wo-cl", "csne", generalization_em=0.0)
-    assert verdicts(alike, "Without the encoder")["CSNE"] == REPLICATED
+@pytest.mark.parametrize(
+    ("claim", "data", "verdict", "changes", "opposite"),
+    [
+        ("GRACE is the most effective", "CNLE", REPLICATED, [("grace", {"effectiveness_em": 0.0})], REVERSED),
+        ("GRACE is the most specific", "CNLE", REPLICATED, [("grace", {"specificity_em": 0.0}), ("ft-l", {"specificity_em": 1.0})], REVERSED),
+        ("Generalization is poor", "CNLE", REVERSED, [("malmen", {"generalization_em": 0.0})], REPLICATED),
+        ("A-GRACE generalizes", "CSNE", REPLICATED, [("a-grace", {"generalization_em": 0.0})], REVERSED),
+        ("A-GRACE is as effective", "CNLE", REPLICATED, [("a-grace", {"effectiveness_em": 0.0})], REVERSED),
+        ("Without the encoder", "CSNE", REVERSED, [("a-grace-wo-cl", {"generalization_em": 0.0})], REPLICATED),
+    ],
+)  # fmt: skip
+def test_each_verdict_turns_with_its_records(published, claim, data, verdict, changes, opposite):
+    """A verdict that cannot change would say nothing; those of the other data set stay."""
+    before, evidence = verdicts(published, claim), published
+    for editor, scores in changes:
+        evidence = changed(evidence, editor, data.lower(), **scores)
+    assert before[data] == verdict
+    assert verdicts(evidence, claim) == before | {data: opposite}
 
 
 def test_where_editors_are_missing_nothing_is_replicated_but_much_can_be_reversed(published):

@@ -108,6 +108,11 @@ def _of(records: pd.DataFrame, editors: Sequence[str] | None = None) -> Iterator
         yield str(dataset), rows[rows["dataset"] == dataset]
 
 
+def _measured(editors: int) -> tuple[bool, str]:
+    """Whether these are all of the paper's six, and what to say where they are not."""
+    return editors == len(PAPER_EDITORS), "" if editors == len(PAPER_EDITORS) else f"; editors measured: {editors}"
+
+
 def _best(metric: str) -> Callable[[Evidence], Iterator[Outcome]]:
     """GRACE is the best of the paper's six, or not significantly worse than the best; undecided while some have not been measured."""
 
@@ -120,8 +125,7 @@ def _best(metric: str) -> Callable[[Evidence], Iterator[Outcome]]:
             others = ", ".join(
                 f"{editor_name(name)} {mean:.1f}%" for name, mean in means.drop("grace").nlargest(2).items()
             )
-            complete = len(means) == len(PAPER_EDITORS)
-            of = "" if complete else f", of {len(means)} editors measured"
+            complete, of = _measured(len(means))
             held = "grace" in best
             verdict = REVERSED if not held else REPLICATED if complete else UNDECIDED
             yield Outcome(dataset_title(dataset), f"GRACE {means['grace']:.1f}%, then {others}{of}", int((rows["editor"] == "grace").sum()),
@@ -135,8 +139,7 @@ def _none_generalizes(known: Evidence) -> Iterator[Outcome]:
         shares = rows.groupby("editor")["generalization_em"].agg(["mean", "sum", "size"])
         name, (mean, right, n) = shares["mean"].idxmax(), shares.loc[shares["mean"].idxmax()]
         p = stats.binomtest(int(right), int(n), 0.5).pvalue
-        complete = len(shares) == len(PAPER_EDITORS)
-        of = "" if complete else f", of {len(shares)} editors measured"
+        complete, of = _measured(len(shares))
         yield Outcome(
             dataset_title(dataset),
             f"at most {100 * mean:.1f}% ({editor_name(str(name))}){of}",
