@@ -50,7 +50,14 @@ def test_a_submission_is_checked_edited_again_and_readable(run, tmp_path):
     assert set(submission.packages) == {"none", "grace"} and submission.packages["grace"].startswith("clme ")
     assert sorted(path.name for path in target.parent.iterdir()) == ["mine"], "nothing else is left behind"
     rows = [row for row, _ in leaderboard.board(tmp_path / "results")]
-    assert [(row["editor"], row["submitted"], row["n"]) for row in rows] == [("unedited", True, 3), ("GRACE", True, 3)]
+    assert [(row["editor"], row["authors"], row["n"]) for row in rows] == [
+        ("unedited", "A. Author", 3),
+        ("GRACE", "A. Author", 3),
+    ]
+    hostile = {**json.loads((target / "submission.json").read_text()), "authors": "<img src=x onerror=alert(1)>"}
+    (target / "submission.json").write_text(json.dumps(hostile))
+    plain = leaderboard.write(tmp_path / "results", tmp_path / "site")
+    assert "<img" not in plain and "img src&#61;x" in plain
     with pytest.raises(StudyError, match="exists already"):
         submit(run, target)
 

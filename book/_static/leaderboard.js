@@ -79,7 +79,7 @@ const clme = (() => {
 
   const line = (row) => {
     const protocol = row.protocol + (row.edits > 1 ? `, ${row.edits} edits` : "");
-    const editor = row.submitted ? `${row.editor} (submitted)` : row.editor;
+    const editor = row.authors ? `${row.editor} (submitted by ${row.authors})` : row.editor;
     return make("tr", {}, make("td", {}, row.subject), make("td", {}, row.dataset), make("th", { scope: "row" }, editor), make("td", {}, row.preset),
       make("td", {}, protocol), make("td", {}, String(row.n)), ...columns().map((name) => cell(row, name)));
   };
@@ -139,6 +139,7 @@ const clme = (() => {
       make("th", { scope: "row" }, make("button", { type: "button", onclick: () => detail(row, name, each.id).catch(fail) }, `case ${each.id}`)),
       make("td", {}, hundred(value(each))), make("td", {}, each.steps === null ? "–" : String(each.steps)), make("td", {}, each.loss === null ? "–" : each.loss.toFixed(3))));
     place_of(make("h2", {}, `${board.columns[name].title}: ${row.editor}, ${row.dataset}, ${row.subject}`),
+      row.about ? make("p", {}, row.about) : "",
       make("div", { class: "leaderboard-scroll", tabindex: "0", role: "region", "aria-label": "cases" }, make("table", { class: "table" },
         make("thead", {}, make("tr", {}, ...["Case", board.columns[name].title, "Steps", "Last loss"].map((title) => make("th", { scope: "col" }, title)))),
         make("tbody", {}, ...lines))));

@@ -22,8 +22,10 @@ from ..metrics.executes import EXECUTION_METRICS
 from ..metrics.free import FREE_METRICS
 from ..metrics.paper import PAPER_METRICS
 from ..support.journal import write_text
+from ..support.reading import read_json
 from .protocols import protocol_title
 from .run_folder import load_run
+from .submissions import FILE
 from .tables import cells, editor_name, interval, scored, to_markdown
 
 SUBMISSIONS = "submissions"
@@ -44,13 +46,15 @@ def board(results: Path) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
     """A row for each result, and the records it is computed from."""
     for folder in run_folders(results):
         records = scored(load_run(folder))
+        submission = read_json(folder / FILE) if folder.parent.name == SUBMISSIONS else {}
         for key, rows in records.groupby(_BY, sort=False):
             subject, dataset, editor, preset, protocol, position = key
             columns = [name for name in list_metrics() if name in rows and rows[name].notna().any()]
             yield (
                 {
                     "run": folder.relative_to(results).as_posix(),
-                    "submitted": folder.parent.name == SUBMISSIONS,
+                    "authors": submission.get("authors"),
+                    "about": submission.get("about"),
                     "subject": subject,
                     "dataset": dataset_title(str(dataset)),
                     "editor": editor_name(str(editor)),
@@ -132,7 +136,8 @@ def _write(target: Path, name: str, content: Any) -> None:
 
 def _plain_rows(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, str]]:
     for row in rows:
-        about = {"Subject": row["subject"], "Data": row["dataset"], "Editor": row["editor"], "Preset": row["preset"]}
+        editor = row["editor"] + (f" (submitted by {row['authors']})" if row["authors"] else "")
+        about = {"Subject": row["subject"], "Data": row["dataset"], "Editor": editor, "Preset": row["preset"]}
         protocol = row["protocol"] + (f", {row['edits']} edits" if row["edits"] > 1 else "")
         scores = {
             get_metric(name).title: f"{100 * row['scores'][name][0]:.1f}"
