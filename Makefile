@@ -2,8 +2,8 @@
 # make site   render the book without running anything
 # make pdf    the whole book as one PDF (needs Chromium)
 # make test   the test suite
-# Variables: PYTHON (3.11 to 3.13), CASES (per data set), SAMPLE (which random cases are checked), TORCH_INDEX
-#            (e.g. https://download.pytorch.org/whl/cpu for the small CPU build of torch), BUILDS (folders of data sets that
+# Variables: PYTHON (3.11 to 3.13), CASES (per dataset), SAMPLE (which random cases are checked), TORCH_INDEX
+#            (e.g. https://download.pytorch.org/whl/cpu for the small CPU build of torch), BUILDS (folders of datasets that
 #            clme data build made, for the benchmark chapter to show)
 SHELL := /bin/bash
 PYTHON ?= python3

@@ -229,7 +229,7 @@ def seconds(subject, act):
 
 
 def main(description, measure):
-    """Read the command line, and measure every editor and data set that it asks for."""
+    """Read the command line, and measure every editor and dataset that it asks for."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cases", type=int, default=12)

@@ -3,7 +3,7 @@
 Plain: the plain edit of fast_path.py, then one call of Hugging Face's ``generate`` for each text of the case (the target and the
 rephrased prompt, five neighbours, two sampled texts), one prompt at a time from the same edit. Ours: ``editor.edit`` and ``evaluate`` on
 the same cases together. The unedited subject's answers to the neighbours are there before the clock starts, in both, as in the
-published data sets. So are, in ours, the texts that a codebook's radius leaves unedited, because all such editors share
+published datasets. So are, in ours, the texts that a codebook's radius leaves unedited, because all such editors share
 them. *Same texts* counts the greedy ones that both write alike.
 
 usage: python benchmarks/whole_case.py, with the options of fast_path.py

@@ -1,4 +1,4 @@
-"""clme_lib: model editing for code language models (data sets, editors, metrics).
+"""clme_lib: model editing for code language models (datasets, editors, metrics).
 
     import clme_lib as clme
     subject = clme.load_subject("smollm2-135m")

@@ -66,7 +66,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="clme", description="Edit code language models and measure what happens.")
     parser.add_argument("--version", action="version", version=f"clme {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    data = commands.add_parser("data", help="build and check data sets").add_subparsers(required=True, metavar="ACTION")
+    data = commands.add_parser("data", help="build and check datasets").add_subparsers(required=True, metavar="ACTION")
     for name, verb in VERBS.items():
         *group, word = name.split()
         command = (data if group else commands).add_parser(word, help=verb.help, description=verb.help)
@@ -109,10 +109,10 @@ def _list(_config: Any) -> None:
     sections: dict[str, dict[str, str]] = {
         "subjects": {name: weights(name) for name in list_subjects()}
         | {"any": "Hugging Face id or folder laid out like Llama, Qwen2 or StableLM"},
-        "data sets (those of the paper from --source embedded, published, or a file)": {
+        "datasets (those of the paper from --source embedded, published, or a file)": {
             name: template(name) for name in list_datasets()
         }
-        | {"any": "JSON file that describes a data set"},
+        | {"any": "JSON file that describes a dataset"},
         "editors": {name: first_sentence(name) for name in list_editors()},
         "metrics": {name: get_metric(name).title for name in list_metrics()},
         "protocols": {name: get_protocol(name).title for name in list_protocols()},
@@ -326,7 +326,7 @@ def _data_check(config: Any) -> bool:
 
 
 VERBS = {
-    "list": Verb("Schema", _list, "subjects, data sets, editors, metrics and protocols, and what needs a network"),
+    "list": Verb("Schema", _list, "subjects, datasets, editors, metrics and protocols, and what needs a network"),
     "run": Verb("RunConfig", _run, "edit, generate and score; resumes where it stopped"),
     "score": Verb("ScoreConfig", _score, "score a run's texts, or compute other metrics from them"),
     "measure": Verb("MeasureConfig", _measure, "a measurement of the appendices, written as a table"),
@@ -346,7 +346,7 @@ VERBS = {
     "data build": Verb("DataBuildConfig", _data_build, "CNLE or CSNE from its source, stage by stage; resumes"),
     "data labels": Verb("DataLabelsConfig", _data_labels, "pairs for people to label, or their agreement"),
     "data fine-tune": Verb("DataFineTuneConfig", _data_fine_tune, "an encoder on code search, for CSNE's neighbours"),
-    "data check": Verb("DataCheckConfig", _data_check, "what is wrong with a data set; fails on errors"),
+    "data check": Verb("DataCheckConfig", _data_check, "what is wrong with a dataset; fails on errors"),
 }
 # what was a verb of its own and is a measurement now
 _RENAMED = {name: name for name in ("presets", "pmet-parts", "radius", "encoders", "statistics")}

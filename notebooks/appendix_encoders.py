@@ -15,10 +15,10 @@
 
 # %% [markdown]
 # (encoders)=
-# # Appendix: A-GRACE's encoder
+# # Appendix E: A-GRACE's encoder
 #
 # What A-GRACE's encoder is asked: does the radius around an edit's key hold its rephrased prompt, and none of its neighbours? Each encoder was
-# trained on one half of a whole data set, a few hundred cases (layer 20's mean keys, w/o Mean: last-token keys), and asked about the other, with the radius that the editor uses.
+# trained on one half of a whole dataset, a few hundred cases (layer 20's mean keys, w/o Mean: last-token keys), and asked about the other, with the radius that the editor uses.
 
 # %% tags=["parameters", "hide-input"]
 subject: str = "smollm2-135m"  # whose measurements are shown
@@ -47,11 +47,11 @@ encoder_settings.setting_table(measured, label="tab-encoders", caption=caption)
 # balanced accuracy is that of a constant, and after five epochs without improvement the training ends. With patience 30 training leaves this plateau, and so
 # it does with the more cases of RQ3's sweep, whose encoders learn from both halves. A margin above the radius leaves room between the two.
 #
-# **The data sets differ.** A rephrased CSNE prompt is the same function with other variable names, and finding it is easy; a rephrased CNLE prompt has other
+# **The datasets differ.** A rephrased CSNE prompt is the same function with other variable names, and finding it is easy; a rephrased CNLE prompt has other
 # words, and its neighbours were chosen because their words resemble it.
 #
-# The margins of the embedded subject were chosen by the *held out* column, the training cases that choose the epoch: the best of the margins of A-GRACE for each data
-# set. Its ablation has the same. Since both halves count, cases that RQ3 edits are among them: one number for each data set was chosen with their help. The epoch is chosen by held-out training cases, in the paper by the cases that are edited afterwards
+# The margins of the embedded subject were chosen by the *held out* column, the training cases that choose the epoch: the best of the margins of A-GRACE for each dataset.
+# Its ablation has the same. Since both halves count, cases that RQ3 edits are among them: one number for each dataset was chosen with their help. The epoch is chosen by held-out training cases, in the paper by the cases that are edited afterwards
 # (*the edited cases*); the difference is in the table.
 
 # %% tags=["hide-input"]

@@ -15,10 +15,10 @@
 
 # %% [markdown]
 # (presets)=
-# # Appendix: what the released program's defects do
+# # Appendix D: what the released program's defects do
 #
 # The defects of the released program that `preset="compat"` reproduces ([](#sec-method) describes them), each alone and both together (MALMEN's together only), on selection cases with the
-# embedded subject's values. A data set's first row has none of them.
+# embedded subject's values. A dataset's first row has none of them.
 
 # %% tags=["parameters", "hide-input"]
 subject: str = "smollm2-135m"  # whose measurements are shown
@@ -46,7 +46,7 @@ selection.preset_table(measured, label="tab-presets", caption=caption)
 # **Targets alone.** A target tokenised without the space before it starts with a token that the model does not write there. This costs ROME and MEMIT less than the padding does, and less on CSNE
 # than on CNLE; of the few edits of PMET that hold otherwise it leaves none.
 #
-# **Cached tokens.** MALMEN was trained and used with both of its defects or with neither: with both, not one edit holds on either data set. *Loss* is the unedited model's, read
+# **Cached tokens.** MALMEN was trained and used with both of its defects or with neither: with both, not one edit holds on either dataset. *Loss* is the unedited model's, read
 # with the target as the setting tokenises it, because MALMEN's edit is computed from that loss's gradient.
 #
 # **The budget.** When a text may only be as long as its target tokenised alone, hardly any is cut off before its end: the last column differs from *Eff.* at most by a case.

@@ -15,7 +15,7 @@
 
 # %% [markdown]
 # (weight-editors)=
-# # Appendix: what updates of weights do
+# # Appendix C: what updates of weights do
 #
 # ROME, MEMIT and PMET write at the lookup token, and in this study's prompts the lookup token is always the colon that ends the
 # prompt. These tables look at the updates before any text is generated, to separate effects of the method, the model and the implementation.
@@ -47,7 +47,7 @@ weight_updates.diagnosis_table(measured, label="tab-diagnosis", caption=caption)
 # weighs. With the paper's factor the later tokens are learnt and the first is not, and a text that starts with another token does
 # not match. This is why the selected values of ROME and MEMIT have no KL term.
 #
-# **A colon is a colon.** The update is written along the key of the lookup token, and all prompts of a data set end in the same token after
+# **A colon is a colon.** The update is written along the key of the lookup token, and all prompts of a dataset end in the same token after
 # the same suffix, so their keys are close. *Reach* is how much of the edit arrives at the neighbours: nearly all of it, whether or not
 # the target was learnt. It comes from where these methods write.
 #

@@ -17,13 +17,13 @@
 # (benchmark)=
 # # Benchmark
 #
-# CLMEEval {cite:p}`li2025model` has two data sets. **CNLE** edits natural language → Python, from CoNaLa
+# CLMEEval {cite:p}`li2025model` has two datasets. **CNLE** edits natural language → Python, from CoNaLa
 # {cite:p}`yin2018conala`; **CSNE** edits Python → natural language, from CodeSearchNet {cite:p}`husain2019codesearchnet`. A case has
 # an edit prompt and its target, one rephrased prompt, and five unrelated prompts nearest to it.
 
 # %% tags=["parameters", "hide-input"]
 builds: str = ""  # folders that `clme data build` made, separated by spaces: their tables and samples are shown as well
-samples_of: str = "cnle"  # comma-separated data sets of which cases are shown; the texts of CSNE are not ours to publish
+samples_of: str = "cnle"  # comma-separated datasets of which cases are shown; the texts of CSNE are not ours to publish
 results: str = "results"  # folder of the measurements
 
 # %% tags=["hide-input"]
@@ -42,7 +42,7 @@ if embedded_csne.is_mined():
 built = {pipeline.built_cases(folder)[0].dataset: folder for folder in map(Path, builds.split())}
 shown |= {f"{name.upper()} (built)": pipeline.built_cases(folder) for name, folder in built.items()}
 
-# of a data set that was built as well, cases of the built one are shown
+# of a dataset that was built as well, cases of the built one are shown
 samples = {name.split()[0]: benchmark.sample_cases(cases) for name, cases in shown.items()}
 samples = {name: tables for name, tables in samples.items() if name.lower() in samples_of.split(",")}
 
@@ -195,5 +195,5 @@ Markdown(f"""| | Paper | Embedded |
 
 # %% [markdown]
 # Packages like these are probably in the training data of most code models, and so is CodeSearchNet. The unedited row of a table shows how often a subject
-# writes the target anyway ({numref}`tab-rq1-proficiency`). Thirty cases of each data set are reserved for
-# choosing hyper-parameters and are edited in no run of RQ1 or RQ3.
+# writes the target anyway ({numref}`tab-rq1-proficiency`). Thirty cases of each dataset are reserved for
+# choosing hyperparameters and are edited in no run of RQ1 or RQ3.

@@ -26,7 +26,7 @@
 subject: str = "smollm2-135m"  # registry name, Hugging Face id or folder
 dataset: str = "cnle,csne"  # comma-separated
 editors: str = "none,ft-l,grace"  # comma-separated; `clme list` shows all
-cases: int = 8  # per data set
+cases: int = 8  # per dataset
 sample: int = 0  # which random sample of cases
 out: str = "runs/rq1"  # the run's folder; running again resumes it
 beside: str = ""  # folder of another subject's run, which is shown beside this one
@@ -58,7 +58,7 @@ records = clme.run(config)
 caption = Markup(
     f"Proficiency on {inline(', '.join(records['subject'].unique()))} (the paper's Table IV): effectiveness (Eff.), generalization (Gen.), "
     "specificity (Spec.) and fluency (FL.) by exact match, BLEU and ROUGE-L (R-L), times 100, with 95% intervals below; <em>kept</em> is the "
-    "share of neighbours left unchanged. In bold are the best edited rows of a data set and those that are not significantly worse on the "
+    "share of neighbours left unchanged. In bold are the best edited rows of a dataset and those that are not significantly worse on the "
     "same cases (McNemar's exact test for exact match, else Wilcoxon's signed-rank test, with Holm's correction over the table)."
 )
 report.proficiency_table(records, label="tab-rq1-proficiency", caption=caption)
@@ -122,7 +122,7 @@ if compared:
     verdict = "the same here" if len(directions["less"]) == compared else "*reversed* here" if directions["more"] and not directions["less"] else "not the same here"
     text = (
         f"> **Finding.** In the paper every editor is less effective on CNLE (its F3): the direction is {verdict}. By exact match {'; '.join(parts)} (Fisher's exact test, two-sided, Holm over the "
-        "editors). The data sets are not the paper's: CNLE's targets are short lines of common form here, CSNE's are descriptions that people wrote, and both differ from mined ones in length and in how likely the "
+        "editors). The datasets are not the paper's: CNLE's targets are short lines of common form here, CSNE's are descriptions that people wrote, and both differ from mined ones in length and in how likely the "
         "unedited model finds them. So this says that the order of the tasks depends on the data, not that the paper's is wrong."
     )
 else:

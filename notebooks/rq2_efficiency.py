@@ -25,7 +25,7 @@ subject: str = "smollm2-135m"  # registry name, Hugging Face id or folder
 random_weights: bool = False  # random weights of a registered subject's exact shape
 dataset: str = "cnle,csne"  # comma-separated
 editors: str = "ft-l,rome,memit,pmet,malmen,grace,a-grace,a-grace-wo-cl,a-grace-wo-mean"  # comma-separated
-cases: int = 10  # edited alone, per data set and editor
+cases: int = 10  # edited alone, per dataset and editor
 batches: str = "1,8"  # comma-separated sizes whose throughput is measured
 threads: int = 0  # CPU threads (0: as PyTorch chooses)
 out: str = "runs/bench"  # folder of measurements; running again resumes it
@@ -86,7 +86,7 @@ for subject_label, costs in shown["costs"].groupby(level="label", sort=False):
     sentences.append(f"On {subject_label}, an edit takes {' and '.join(each)}.")
 if counts := shown["malmen"]:
     sentences.append(
-        f"The paper finds MALMEN fastest and MEMIT and PMET slowest: of the {counts['pairs']} pairs of subject and data set in which all "
+        f"The paper finds MALMEN fastest and MEMIT and PMET slowest: of the {counts['pairs']} pairs of subject and dataset in which all "
         f"three were measured, MALMEN is the fastest in {counts['fastest']} and one of the other two the slowest in {counts['slowest']}."
     )
 if counts := shown["csne_longer"]:
@@ -109,12 +109,12 @@ if not shown["on_gpu"]:
     sentences.append("Nothing of this was measured on a GPU.")
 if shown["unmeasured"]:
     sentences.append(f"Not measured, because no device that holds them was available: {', '.join(shown['unmeasured'])}.")
-Markdown("\n".join(f"- {inline(sentence)}" for sentence in sentences))
+Markdown("> **Findings**\n>\n" + "\n".join(f"> - {inline(sentence)}" for sentence in sentences))
 
 # %% tags=["hide-input"]
 caption = (
     "One edit at a time: median seconds with quartiles, and median peak memory with what was in use before the edit. Set-up "
-    "(statistics, context templates and encoders, from the cache where they are there) and a warm-up are outside; n is per data set."
+    "(statistics, context templates and encoders, from the cache where they are there) and a warm-up are outside; n is per dataset."
 )
 rq2.cost_table(measured, label="tab-rq2-cost", caption=caption)
 
@@ -166,7 +166,7 @@ rq2.floor_table(measured, label="tab-rq2-floor", caption=caption)
 
 # %% tags=["hide-input"]
 caption = (
-    f"Projected hours for {sum(rq2.PAPER_CASES.values()):,} cases (the paper's data sets; CSNE's lengths as mined here) by "
+    f"Projected hours for {sum(rq2.PAPER_CASES.values()):,} cases (the paper's datasets; CSNE's lengths as mined here) by "
     f"{len(PAPER_VARIANTS)} editor variants, each edited and evaluated; training and set-up apart."
 )
 plain_seconds = None
@@ -174,6 +174,11 @@ if config.plain:
     plain_seconds = pd.read_csv(config.plain)
     caption += " The plain procedure's seconds per case are the speed appendix's, whose CSNE prompts have at least 110 tokens."
 rq2.projection_table(measured, plain_seconds, label="tab-rq2-projection", caption=caption)
+
+# %% [markdown]
+# **Threats.** Seconds of a CPU say which editor does more work, not what a GPU would take: there small products cost a fixed time each, which these do not. Random weights have the right
+# sizes, but nothing stops early with them, so that an editor that usually stops looks slower than it is. Where *n* is 1, the spread between cases is unknown. Plain seconds are of the plain procedure written for this study, not of the released
+# program.
 
 # %% [markdown]
 # ## Your own question

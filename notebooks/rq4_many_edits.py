@@ -43,7 +43,7 @@ config = clme.config_from_notebook(globals(), ManyEditsConfig)
 
 # %% tags=["hide-input"]
 import matplotlib.pyplot as plt
-from IPython.display import Markdown, display
+from IPython.display import Markdown
 
 from clme_lib.study import rq4
 from clme_lib.study.protocols import protocol_title
@@ -81,7 +81,11 @@ for shown in rq4.findings(records):
             f"{inline(editor_name(shown['editor']))} ({inline(protocol_title(shown['protocol']))}): of {shown['held'][1]} edits {percent(effective[1])}% are right (of the first alone "
             f"{percent(effective[0])}%), and {percent(kept[1])}% of the neighbours' answers are the original model's."
         )
-display(Markdown("\n".join(f"- {sentence}" for sentence in sentences)))
+Markdown("> **Findings**\n>\n" + "\n".join(f"> - {sentence}" for sentence in sentences) if sentences else "_No editor holds more than one edit here._")
+
+# %% [markdown]
+# **Threats.** The edits are in the order of one random sample unless several samples are named above; an interval over cases of one order does not say what another order would give. Edits are of one template and unrelated to
+# each other, where a user's would often concern the same library. What happens to knowledge that is no neighbour of an edit is not measured here ([](#sec-threats)).
 
 # %% [markdown]
 # ## Your own question

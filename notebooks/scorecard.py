@@ -46,7 +46,7 @@ Markdown(inline(" ".join(sentences)))
 # %% tags=["hide-input"]
 caption = (
     "The paper's claims (F1 to F3 are the findings that its abstract and introduction name) and what this study's records say. A claim is compared for each "
-    "data set, or each editor, by itself. p values are two-sided, with Holm's correction over the whole table. Of two that should be equal, replicated means that a loss of more "
+    "dataset, or each editor, by itself. p values are two-sided, with Holm's correction over the whole table. Of two that should be equal, replicated means that a loss of more "
     f"than {scorecard.MARGIN:.0f} points is ruled out by the 95% interval. What has no figure of the paper beside it: we do not have the paper's tables."
 )
 scorecard.scorecard_table(evidence, label="tab-scorecard", caption=caption)

@@ -335,7 +335,7 @@ def test_compat_leaves_later_generations_unedited(llama, cases):
 @pytest.mark.parametrize(
     ("margin", "message"),
     [
-        (2.0, "margin: .*a value for each data set is needed, such as"),
+        (2.0, "margin: .*a value for each dataset is needed, such as"),
         ({"cnle": -1.0}, r"margin.cnle: Input should be greater than 0 \(got -1.0\)"),
     ],
 )

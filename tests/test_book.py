@@ -79,7 +79,7 @@ def show(outputs_of):
 
 @pytest.fixture(scope="module")
 def published() -> pd.DataFrame:
-    """Ten cases per data set of the published run, unedited and by GRACE."""
+    """Ten cases per dataset of the published run, unedited and by GRACE."""
     records = run_folder.load_run(RUN, editors=["none", "grace"])
     return records.groupby(["dataset", "editor"], sort=False).head(10).reset_index(drop=True)
 
@@ -136,7 +136,7 @@ def test_rq2_says_only_what_was_measured(show, monkeypatch):
     monkeypatch.setattr(measure, "bench", lambda config: measured)
     text = show("rq2_efficiency")
     assert "an edit takes from 1 s (MALMEN) to 100 s (PMET) on CNLE" in text
-    assert "of the 1 pairs of subject and data set in which all three were measured, MALMEN is the fastest in 1" in text
+    assert "of the 1 pairs of subject and dataset in which all three were measured, MALMEN is the fastest in 1" in text
     assert "by the editors measured on all, large has the largest median time and memory." in text
     assert "The largest peak in 16 bits is 100.0 GiB (PMET on small (random weights, bfloat16))." in text
     assert "Nothing of this was measured on a GPU." in text and "take longer" not in text and "Did not fit" not in text
@@ -206,9 +206,10 @@ def test_executed_notebooks_are_their_sources(source):
 
 
 def test_numbers_of_the_prose_are_the_records(tmp_path):
-    (tmp_path / "runs").symlink_to(RUN.parent)
+    for name in ("runs", "efficiency"):
+        (tmp_path / name).symlink_to(ROOT / "results" / name)
     numbers.write_numbers(tmp_path)
-    for name in ("numbers.json", "hyperparameters.csv"):
+    for name in ("numbers.json", "hyperparameters.csv", "hyperparameters_differing.csv"):
         assert (tmp_path / name).read_text() == (ROOT / "results" / name).read_text(), "run `make publish`"
     known = json.loads((tmp_path / "numbers.json").read_text())
     exact = run_folder.load_run(RUN)[lambda rows: (rows["dataset"] == "cnle") & (rows["editor"] == "grace")][
@@ -264,7 +265,7 @@ def test_a_copied_notebook_builds(tree):
 
 
 def test_hostile_texts_are_shown_literally_and_do_nothing(tree, outputs_of, monkeypatch, published):
-    """A data set, records, an editor and a subject of which every text would run, load or break out, through to the page."""
+    """A dataset, records, an editor and a subject of which every text would run, load or break out, through to the page."""
     canary = tree / "canary"
     command = "{{ cycler.__init__.__globals__.os.system('touch " + str(canary) + "') }}"
     outbreak = (

@@ -140,7 +140,7 @@ def test_a_codebooks_generalization_is_taken_apart():
 
 
 def test_the_order_of_the_tasks_is_tested_by_editor():
-    """Fisher's test by hand: 20 of 20 against 5 of 20 differs, 10 against 11 of 20 does not; an editor with one data set is left out."""
+    """Fisher's test by hand: 20 of 20 against 5 of 20 differs, 10 against 11 of 20 does not; an editor with one dataset is left out."""
 
     def rows(editor, dataset, held, n=20):
         return [

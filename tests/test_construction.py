@@ -139,7 +139,7 @@ def test_cnle_is_built_by_a_model(conala, tmp_path, server, capsys):
     assert counts["collect", "dropped: no intent"] == 2 and counts["collect", "dropped: no snippet"] == 1
     assert counts["collect", "dropped: too long"] == 1 and counts["select", "dropped: not very relevant"] == 2
     assert pipeline.built_cases(tmp_path / "out") == cases
-    with pytest.raises(StudyError, match="no data set there; build it first: clme data build"):
+    with pytest.raises(StudyError, match="no dataset there; build it first: clme data build"):
         pipeline.built_cases(tmp_path)
     before = (tmp_path / "out" / "EditConala.json").read_bytes()
     assert build(conala, tmp_path / "out", server) == 0 and len(server.asked) == 32, "nothing is asked again"
@@ -717,7 +717,7 @@ def test_what_has_not_been_built_is_named(tmp_path, capsys):
         ["fine-tune", str(tmp_path), "--out", str(tmp_path / "tuned")],
     ):
         assert cli.main(["data", *arguments]) == 1
-        assert "build the data set first" in capsys.readouterr().err
+        assert "build the dataset first" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -67,7 +67,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
-    """A folder with the installed package, a tiny model, the subject's YAML and the data set's JSON."""
+    """A folder with the installed package, a tiny model, the subject's YAML and the dataset's JSON."""
     folder = tmp_path_factory.mktemp("elsewhere")
     package = folder / "site" / "clme_examples"
     package.mkdir(parents=True)
@@ -168,7 +168,7 @@ def test_what_others_add_is_listed_and_a_broken_package_spoils_nothing_else(answ
 
 
 def test_all_five_run_together(elsewhere, answers):
-    """The added editor and GRACE, two edits in one model, on the added data set, with the added metric, by the YAML's values."""
+    """The added editor and GRACE, two edits in one model, on the added dataset, with the added metric, by the YAML's values."""
     assert answers["all five"]["status"] == 0, answers["all five"]["err"]
     file = elsewhere / "run" / "records" / "units.grace.jsonl"
     records = load_run(elsewhere / "run")

@@ -1,4 +1,4 @@
-"""Data sets: the hand-written rows, the mined set, renaming, the published layout, samples and folds."""
+"""Datasets: the hand-written rows, the mined set, renaming, the published layout, samples and folds."""
 
 import ast
 import dis

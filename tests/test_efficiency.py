@@ -53,7 +53,7 @@ def own_cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def small_paper_subject(monkeypatch, five_neighbours):
-    """StableCode's settings with a tiny shape, and five cases in each data set."""
+    """StableCode's settings with a tiny shape, and five cases in each dataset."""
     settings = load_settings("stablecode-3b")
     shape = Shape(
         architecture="stablelm", hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
@@ -250,7 +250,7 @@ def test_the_papers_orderings_are_counted_where_all_of_them_were_measured():
     [
         ({"editors": "none"}, "editors: .*nothing to time of 'none'"),
         ({"batches": "0,2"}, "batches: .*a batch has from 1 to 65536 cases"),
-        ({"dataset": "conala"}, "unknown data set 'conala'; known: cnle, csne"),
+        ({"dataset": "conala"}, "unknown dataset 'conala'; known: cnle, csne"),
         ({"casess": 3}, "casess: unknown key .*known: subject, random_weights"),
     ],
 )

@@ -24,7 +24,7 @@ WHOLE = CASES * len(EDITORS)
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The data set of a run, and the run when nobody disturbs it."""
+    """The dataset of a run, and the run when nobody disturbs it."""
     folder = tmp_path_factory.mktemp("whole")
     source = write_source(folder)
     before = time.monotonic()

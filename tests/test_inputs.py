@@ -70,7 +70,7 @@ def _relevance_by_words():
 
 @pytest.fixture(scope="module")
 def world(_relevance_by_words, tmp_path_factory) -> Path:
-    """A model, its YAML, a data set of each layout, a finished run, edits, a built data set: all valid."""
+    """A model, its YAML, a dataset of each layout, a finished run, edits, a built dataset: all valid."""
     folder = tmp_path_factory.mktemp("world")
     tiny = make_subject("llama")
     tiny.model.save_pretrained(folder / "model")

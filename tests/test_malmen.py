@@ -251,7 +251,7 @@ def test_misuse_is_explained(llama, cases):
     with pytest.raises(StudyError, match="call fit"):
         load_editor("malmen", llama, **SMALL).edit(cases)
     editor = load_editor("malmen", llama, **SMALL)
-    with pytest.raises(StudyError, match="one data set"):
+    with pytest.raises(StudyError, match="one dataset"):
         editor.fit([cases[0], replace(cases[1], dataset="csne")])
     with pytest.raises(StudyError, match="case 0 has none"):
         editor.fit([replace(cases[0], rephrased=())])

@@ -91,7 +91,7 @@ def test_papermill_as_the_readme_says(tmp_path):
     ipynb = tmp_path / "rq1_proficiency.ipynb"
     jupytext.write(jupytext.read(RQ1), ipynb)
     known = papermill.inspect_notebook(str(ipynb))
-    assert known["cases"]["help"] == "per data set" and known["cases"]["inferred_type_name"] == "int"
+    assert known["cases"]["help"] == "per dataset" and known["cases"]["inferred_type_name"] == "int"
     command = [
         sys.executable,
         "-m",
@@ -144,7 +144,7 @@ def test_only_the_papers_data_sets_are_built_and_checked(command, capsys):
     assert main(command.split()) == 2
     assert (
         "dataset: " in (said := capsys.readouterr().err)
-        and "'units' is not one of the paper's data sets: cnle, csne" in said
+        and "'units' is not one of the paper's datasets: cnle, csne" in said
     )
 
 

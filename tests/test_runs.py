@@ -189,7 +189,7 @@ def in_notebook(parameters, **others):
         ({"set": "grace=1"}, "'grace=1' is not of the form editor.hyperparameter=value"),
         ({"protocol": "sequence"}, "unknown protocol 'sequence'; known: batch, sequential, simie, single"),
         ({"metrics": "em"}, "unknown metric 'em'; known: effectiveness_em"),
-        ({"dataset": "conala"}, "unknown data set 'conala'"),
+        ({"dataset": "conala"}, "unknown dataset 'conala'"),
         ({"preset": "dirty"}, "preset: .*'clean' or 'compat'"),
         ({"cases": 0}, "cases: .*greater than or equal to 1"),
     ],
@@ -370,7 +370,7 @@ def test_report_is_computed_from_records(tiny, source, tmp_path):
     perfect = table.assign(effectiveness_em=1.0, specificity_em=1.0, generalization_em=0.25)
     assert findings(perfect)["CNLE"]["careful"] == {"GRACE": 0.25}
     nothing = transfer_table(table, label="tab")
-    assert nothing.data.empty and "(nothing to show)" in nothing.to_myst(), "one data set has nothing to compare"
+    assert nothing.data.empty and "(nothing to show)" in nothing.to_myst(), "one dataset has nothing to compare"
     case, written = next(examples(table, published.read(source, CNLE)))
     assert case.case_id == min(table["case_id"]) and list(written["Editor"]) == ["unedited", "GRACE"]
     (unedited,) = table[(table["case_id"] == case.case_id) & (table["editor"] == "none")]["generated_effectiveness"]

@@ -22,7 +22,7 @@ def published() -> Evidence:
 
 
 def verdicts(evidence: Evidence, claim: str) -> dict[str, str]:
-    """By data set or editor, of the claim that begins so."""
+    """By dataset or editor, of the claim that begins so."""
     (of_claim,) = [outcomes["x"] for each, outcomes in scorecard.judged({"x": evidence}) if each.says.startswith(claim)]
     return {outcome.data: verdict for outcome, verdict, _ in of_claim}
 
@@ -47,7 +47,7 @@ def changed(evidence: Evidence, editor: str, dataset: str, **scores: float) -> E
     ],
 )  # fmt: skip
 def test_each_verdict_turns_with_its_records(published, claim, data, verdict, changes, opposite):
-    """A verdict that cannot change would say nothing; those of the other data set stay."""
+    """A verdict that cannot change would say nothing; those of the other dataset stay."""
     before, evidence = verdicts(published, claim), published
     for editor, scores in changes:
         evidence = changed(evidence, editor, data.lower(), **scores)

@@ -1,4 +1,4 @@
-"""Choosing hyper-parameters, and measuring what the released program's defects do."""
+"""Choosing hyperparameters, and measuring what the released program's defects do."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from clme_lib.support.errors import StudyError
 
 @pytest.fixture
 def small_sets(cases, monkeypatch, tmp_path):
-    """Two selection cases a data set, three others."""
+    """Two selection cases a dataset, three others."""
     monkeypatch.setenv("CLME_CACHE", str(tmp_path))
     monkeypatch.setattr(datasets, "load_cases", lambda name: [replace(case, dataset=name) for case in cases])
     monkeypatch.setattr(datasets, "selection_ids", lambda _name: {1, 3})
@@ -103,7 +103,7 @@ def test_budgets_are_counted():
     assert shown["Settings"].to_dict() == {"ROME": "2", "GRACE": "3", "A-GRACE": "2"}
     assert shown["Cases each"].to_dict() == {"ROME": "10 to 20", "GRACE": "20", "A-GRACE": "20"}
     assert shown["Edits"].to_dict() == {"ROME": "30", "GRACE": "60", "A-GRACE": "40"}
-    assert "for each data set" in shown["Chosen by"]["A-GRACE"] and "for each" not in shown["Chosen by"]["GRACE"]
+    assert "for each dataset" in shown["Chosen by"]["A-GRACE"] and "for each" not in shown["Chosen by"]["GRACE"]
 
 
 def test_learning_to_stop_is_measured(llama, small_sets, monkeypatch, tmp_path):
@@ -131,7 +131,7 @@ def test_presets_are_every_combination_of_defects(llama, small_sets, monkeypatch
     ]
     assert list(table["dataset"]) == ["cnle", "csne"] * 4
     assert list(table["cases"]) == [1] * 8 and table["released_budget_em"].notna().all()
-    assert table["loss"].nunique() == 4  # the fixture gives both data sets the same case
+    assert table["loss"].nunique() == 4  # the fixture gives both datasets the same case
     with pytest.raises(
         StudyError, match="'grace' has no presets to compare; known: rome, memit, pmet, malmen, a-grace"
     ):

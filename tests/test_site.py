@@ -1,5 +1,6 @@
 """The built site in a browser without network (run after `make book`; `.ci/run` does)."""
 
+import gzip
 import html
 import json
 import re
@@ -21,7 +22,8 @@ pytestmark = pytest.mark.browser
 
 def chapters() -> list[str]:
     contents = yaml.safe_load((ROOT / "_toc.yml").read_text())
-    return [contents["root"], *(chapter["file"] for part in contents["parts"] for chapter in part["chapters"])]
+    chapters = [chapter for part in contents["parts"] for chapter in part["chapters"]]
+    return [contents["root"], *(page["file"] for chapter in chapters for page in (chapter, *chapter.get("sections", ())))]
 
 
 def rendered(page: str, profile: Path) -> str:
@@ -173,3 +175,24 @@ def test_every_link_within_the_site_leads_somewhere():
             if not target.exists() or (anchor and target in ids and unquote(anchor) not in ids[target]):
                 broken.append(f"{file.relative_to(HTML)}: {address}")
     assert not broken, broken[:10]
+
+
+def test_a_page_weighs_less_than_a_megabyte():
+    """With its styles, scripts, pictures and fonts, as a server sends them (compressed); without those of other pages and the search."""
+    heavy, weighed = {}, 0
+    for page in chapters():
+        file = HTML / f"{page}.html"
+        loaded = {file}
+        for tag in re.findall(r"<(?:script|link|img)\b[^>]*>", file.read_text(encoding="utf-8")):
+            address = re.search(r'\b(?:src|href)="([^"#?]+)', tag)
+            part = (file.parent / unquote(address[1])).resolve() if address else file
+            if part.is_file() and part.suffix != ".html":
+                loaded.add(part)
+        weighed += len(loaded)
+        size = sum(
+            len(part.read_bytes() if part.suffix in (".woff2", ".png") else gzip.compress(part.read_bytes()))
+            for part in loaded
+        )
+        if size > 1e6:
+            heavy[page] = size
+    assert not heavy and weighed > 10 * len(chapters())

@@ -1,4 +1,4 @@
-"""Loading subjects and hyper-parameters: what works, and what every mistake is told."""
+"""Loading subjects and hyperparameters: what works, and what every mistake is told."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Text is data: what a data set, a model or a file says is shown literally, by every table, example, page and terminal."""
+"""Text is data: what a dataset, a model or a file says is shown literally, by every table, example, page and terminal."""
 
 import html
 import io
@@ -123,7 +123,7 @@ def test_markup_of_ours_is_shown_as_it_is_and_nothing_derived_from_it():
 
 @pytest.fixture(scope="module")
 def records() -> pd.DataFrame:
-    """Two cases of each data set and editor that RQ1 and RQ3 compare."""
+    """Two cases of each dataset and editor that RQ1 and RQ3 compare."""
     editors = ["none", "grace", "a-grace", "a-grace-wo-cl", "a-grace-wo-mean"]
     return run_folder.load_run(RUN, editors=editors).groupby(["dataset", "editor"], sort=False).head(2)
 

@@ -1,7 +1,7 @@
 """Sphinx extension: the numbers in the prose come from a file that is computed from the published records, never typed.
 
 ``{{ name }}`` in a page of book/ stands for a text of ``results/numbers.json``. It is replaced in the page's source, by nothing
-that could compute: notebooks show what data sets and models wrote, so MyST's own substitutions, which do, are off.
+that could compute: notebooks show what datasets and models wrote, so MyST's own substitutions, which do, are off.
 """
 
 import json

@@ -1,4 +1,4 @@
-// The leaderboard: its rows are sorted and filtered here; cases and prompts are loaded when they are asked for. Texts of data sets and
+// The leaderboard: its rows are sorted and filtered here; cases and prompts are loaded when they are asked for. Texts of datasets and
 // models only ever become text nodes.
 "use strict";
 const clme = (() => {
@@ -155,7 +155,7 @@ const clme = (() => {
       const told = names.map((title, number) => `${title} ${each.distances[number] === null ? "–" : each.distances[number].toFixed(2)}${each.fired && each.fired[number] ? " (fired)" : ""}`);
       parts.push(make("p", {}, `Distances: ${told.join("; ")}.`));
     }
-    if (each.texts === null) parts.push(make("p", {}, "The texts of this data set are not ours to publish; the record has their hashes."));
+    if (each.texts === null) parts.push(make("p", {}, "The texts of this dataset are not ours to publish; the record has their hashes."));
     else parts.push(make("dl", {}, ...Object.entries(each.texts).flatMap(([measure, texts]) => texts.flatMap((content, number) =>
       text(`${measure.replaceAll("_", " ")}${texts.length > 1 ? ` ${number + 1}` : ""}`, content)))));
     const scores = Object.entries(each.scores).filter(([, value]) => value !== null).map(([key, value]) => `${board.columns[key].title} ${hundred(value)}`);

@@ -1,6 +1,6 @@
-"""What a data set is: a name, a prompt template, what may be published of it, and how its cases are loaded.
+"""What a dataset is: a name, a prompt template, what may be published of it, and how its cases are loaded.
 
-A new one is an object of :class:`DataSet` in a file of its own, registered by :func:`register_dataset` or by the entry-point group
+A new one is an object of :class:`Dataset` in a file of its own, registered by :func:`register_dataset` or by the entry-point group
 ``clme_lib.datasets`` of an installed package; or a JSON file that says its own name and template (:mod:`clme_lib.datasets.registry`).
 """
 
@@ -23,7 +23,7 @@ EMBEDDED = Path(str(resources.files("clme_lib"))) / "datasets" / "embedded"  # t
 
 @dataclass(frozen=True)
 class Layout:
-    """How the paper's authors store a data set: field names of a case's edit input, target and rephrased input, and the file's name."""
+    """How the paper's authors store a dataset: field names of a case's edit input, target and rephrased input, and the file's name."""
 
     text: str
     target: str
@@ -32,8 +32,8 @@ class Layout:
 
 
 @dataclass(frozen=True, eq=False)
-class DataSet:
-    """A data set.
+class Dataset:
+    """A dataset.
 
     Attributes:
         name: as in options, records and file names.
@@ -42,10 +42,10 @@ class DataSet:
         load: its cases from a source: ``embedded``, ``published``, or the path of a file. Raises StudyError for a source it does not have.
         code: which of ``input`` and ``target`` are Python code.
         publish_texts: whether generated texts may be kept in a published run; else hashes and scores are.
-        paper_cases: how many the paper has; None for a data set that is not the paper's.
-        selection: ids of embedded cases that are for choosing hyper-parameters and enter no run.
+        paper_cases: how many the paper has; None for a dataset that is not the paper's.
+        selection: ids of embedded cases that are for choosing hyperparameters and enter no run.
         layout: the authors' file layout, if it has one.
-        file: the path of a data set that is one file; its records name it as their source.
+        file: the path of a dataset that is one file; its records name it as their source.
         order: place in tables.
     """
 
@@ -74,10 +74,10 @@ class DataSet:
         return prompt.removeprefix(self.before).removesuffix(self.after)
 
 
-_DATASETS: Registry[DataSet] = Registry("data set", "clme_lib.datasets", "clme_lib.datasets.paper")
+_DATASETS: Registry[Dataset] = Registry("dataset", "clme_lib.datasets", "clme_lib.datasets.paper")
 register_dataset, get_dataset, list_datasets = _DATASETS.register, _DATASETS.__getitem__, _DATASETS.names
 
 
 def dataset_title(name: str) -> str:
-    """A data set's name in tables; a name that is not registered here stands for itself."""
+    """A dataset's name in tables; a name that is not registered here stands for itself."""
     return _DATASETS[name].title if name in _DATASETS else name

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from ..support.sandbox import Check
 from ..support.seeds import seeded_order
-from .base import DataSet, get_dataset
+from .base import Dataset, get_dataset
 
 MOST_CASE_ID = 2**63 - 1  # tables of records hold ids in 64 bits
 
@@ -28,7 +28,7 @@ class Case:
     """One edit record (paper section III-C); prompts carry their template.
 
     Attributes:
-        case_id: number within its data set.
+        case_id: number within its dataset.
         prompt: x, the edit prompt.
         target: y, what the edited model should write after it.
         rephrased: C, prompts of the same meaning (same target).
@@ -46,7 +46,7 @@ class Case:
 
     @classmethod
     def of(
-        cls, dataset: DataSet, case_id: int, text: str, target: str, rephrased: Iterable[str], unrelated: Iterable[str]
+        cls, dataset: Dataset, case_id: int, text: str, target: str, rephrased: Iterable[str], unrelated: Iterable[str]
     ) -> Case:
         """A case of texts that have no template yet."""
         others = tuple(map(dataset.prompt, rephrased)), tuple(map(dataset.prompt, unrelated))
@@ -65,7 +65,7 @@ class Case:
 
 
 def dataset_sha256(cases: Sequence[Case]) -> str:
-    """Hash of a whole data set, independent of the cases' order."""
+    """Hash of a whole dataset, independent of the cases' order."""
     lines = [f"{case.case_id}:{case.sha256}" for case in sorted(cases, key=lambda case: case.case_id)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

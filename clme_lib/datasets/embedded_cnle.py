@@ -22,7 +22,7 @@ from ..support.journal import write_text
 from ..support.reading import parse_json
 from ..support.sandbox import Check
 from . import neighbours
-from .base import EMBEDDED, DataSet
+from .base import EMBEDDED, Dataset
 from .cases import Case
 from .neighbours import NEIGHBOURS, nearest
 
@@ -45,7 +45,7 @@ def read_rows(name: str) -> list[dict]:
     return rows
 
 
-def load(dataset: DataSet) -> list[Case]:
+def load(dataset: Dataset) -> list[Case]:
     """All embedded CNLE cases, each with its five nearest pool intents (TF-IDF), which are found once and kept in the user's cache."""
     targets, pool = read_rows("cnle-targets"), read_rows("cnle-pool")
     checks = {row["case_id"]: Check(row["setup"], row["test"]) for row in read_rows("cnle-checks")}

@@ -26,7 +26,7 @@ from ..support.cache import cache_dir
 from ..support.errors import StudyError
 from ..support.journal import write_text
 from ..support.seeds import seed_of
-from .base import EMBEDDED, DataSet
+from .base import EMBEDDED, Dataset
 from .cases import Case
 from .neighbours import nearest
 from .paper import CSNE
@@ -55,7 +55,7 @@ _SKIPPED_PARTS = re.compile(
 )
 
 
-def load(dataset: DataSet) -> list[Case]:
+def load(dataset: Dataset) -> list[Case]:
     """The embedded CSNE cases; see :func:`load_content`."""
     content = load_content()
     codes = [row["code"] for row in content["pool"]]

@@ -1,4 +1,4 @@
-"""The paper's two data sets (section III-C). Their names are spelt here alone."""
+"""The paper's two datasets (section III-C). Their names are spelt here alone."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..support.errors import StudyError
-from .base import EMBEDDED, DataSet, Layout, get_dataset, register_dataset
+from .base import EMBEDDED, Dataset, Layout, get_dataset, register_dataset
 
 if TYPE_CHECKING:
     from .cases import Case
 
 
 def _load(name: str, embedded: str, source: str) -> Sequence[Case]:
-    """Cases of one of the paper's data sets; ``embedded`` is the module that makes the embedded ones."""
+    """Cases of one of the paper's datasets; ``embedded`` is the module that makes the embedded ones."""
     published = import_module("clme_lib.datasets.published")
     dataset = get_dataset(name)
     if source == "embedded":
@@ -29,10 +29,10 @@ def _load(name: str, embedded: str, source: str) -> Sequence[Case]:
     raise StudyError(f"source {source!r} is neither 'embedded', 'published', nor the path of a JSON file")
 
 
-def _paper(name: str, embedded: str, **fields: Any) -> DataSet:
+def _paper(name: str, embedded: str, **fields: Any) -> Dataset:
     selection = json.loads((EMBEDDED / "selection.json").read_text(encoding="utf-8"))
     load, ids = partial(_load, name, embedded), frozenset(selection[name])
-    return register_dataset(DataSet(name, name.upper(), load=load, selection=ids, **fields))
+    return register_dataset(Dataset(name, name.upper(), load=load, selection=ids, **fields))
 
 
 CNLE = _paper(

@@ -25,7 +25,7 @@ from ..support.cache import cache_dir
 from ..support.errors import StudyError
 from ..support.journal import write_text
 from ..support.reading import read_json
-from .base import DataSet, Layout, get_dataset
+from .base import Dataset, Layout, get_dataset
 from .cases import MOST_CASE_ID, Case, checked_text
 from .neighbours import NEIGHBOURS
 
@@ -33,7 +33,7 @@ ZENODO_RECORD = "12818365"
 ZENODO_DOI = "10.5281/zenodo.12818365"
 
 
-def read(path: str | os.PathLike, dataset: DataSet) -> list[Case]:
+def read(path: str | os.PathLike, dataset: Dataset) -> list[Case]:
     """Read a file in the published layout.
 
     Raises:
@@ -57,21 +57,21 @@ def read_records(path: str | os.PathLike) -> list:
     return records
 
 
-def layout_of(dataset: DataSet) -> Layout:
-    """The authors' layout of a data set; StudyError when it is not one of theirs."""
+def layout_of(dataset: Dataset) -> Layout:
+    """The authors' layout of a dataset; StudyError when it is not one of theirs."""
     if dataset.layout is None:
         raise StudyError(
-            f"data set {dataset.name!r} has no layout of the paper's authors; give it a file that describes itself"
+            f"dataset {dataset.name!r} has no layout of the paper's authors; give it a file that describes itself"
         )
     return dataset.layout
 
 
-def file_in(folder: Path, dataset: DataSet) -> Path:
-    """The data set's file in a folder, named as the authors name it."""
+def file_in(folder: Path, dataset: Dataset) -> Path:
+    """The dataset's file in a folder, named as the authors name it."""
     return folder / f"{layout_of(dataset).file}.json"
 
 
-def parse_record(record: object, where: str, dataset: DataSet) -> Case:
+def parse_record(record: object, where: str, dataset: Dataset) -> Case:
     """A record of the published layout as a case; StudyError names the field that is wrong."""
     layout = layout_of(dataset)
     content = _object(record, where, ("case_id", "edit_request", "neighborhoods"))
@@ -145,13 +145,13 @@ def write(path: str | os.PathLike, cases: list[Case], answers: dict[str, list[li
     write_text(Path(path), json.dumps(records, indent=1))
 
 
-def fetch(dataset: DataSet, api: str = "https://zenodo.org/api") -> Path:
-    """Download the record's files into the cache (once) and return the data set's ``all.json`` or named file.
+def fetch(dataset: Dataset, api: str = "https://zenodo.org/api") -> Path:
+    """Download the record's files into the cache (once) and return the dataset's ``all.json`` or named file.
 
     Every file is checked against the record's own MD5 before it gets its name in the cache.
 
     Raises:
-        StudyError: no network, a checksum that does not match, or no file of this data set in the record.
+        StudyError: no network, a checksum that does not match, or no file of this dataset in the record.
     """
     folder = cache_dir() / "clmeeval" / ZENODO_RECORD
     if not folder.is_dir():
@@ -163,7 +163,7 @@ def fetch(dataset: DataSet, api: str = "https://zenodo.org/api") -> Path:
         raise StudyError(
             f"record {ZENODO_DOI} in {folder}: no JSON file named like {name}; it has {list(paths.values())}"
         )
-    # two-fold layout: <fold>/<data set>/{train,test}.json beside one all.json
+    # two-fold layout: <fold>/<dataset>/{train,test}.json beside one all.json
     return next((file for file in files if file.stem.lower() in ("all", name.lower())), files[0])
 
 

@@ -1,6 +1,6 @@
-"""From a data set's name, object or file to its cases.
+"""From a dataset's name, object or file to its cases.
 
-A data set in one JSON file that says its own name and template; no code is needed.
+A dataset in one JSON file that says its own name and template; no code is needed.
 
 ::
 
@@ -30,40 +30,40 @@ from ..support.errors import StudyError
 from ..support.reading import read_json
 from ..support.sandbox import Check
 from ..support.schema import Schema, parse
-from .base import DataSet, get_dataset, list_datasets, register_dataset
+from .base import Dataset, get_dataset, list_datasets, register_dataset
 from .cases import MOST_CASE_ID, Case, checked_text
 from .source_code import parsed
 
 
-def find_dataset(given: str | DataSet) -> DataSet:
-    """The data set of a registered name, or of a JSON file that describes itself, which is registered by it.
+def find_dataset(given: str | Dataset) -> Dataset:
+    """The dataset of a registered name, or of a JSON file that describes itself, which is registered by it.
 
     Raises:
-        StudyError: no such name or file, a malformed file, or a name that another data set has.
+        StudyError: no such name or file, a malformed file, or a name that another dataset has.
     """
-    if isinstance(given, DataSet):
+    if isinstance(given, Dataset):
         return register_dataset(given)
     if describes_itself(given):
         return _from_file(given)
     if given.endswith(".json"):
         raise StudyError(
-            f"{given}: no JSON file that describes a data set; a file in the published layout is a source: "
+            f"{given}: no JSON file that describes a dataset; a file in the published layout is a source: "
             f"source={given} with dataset={' or '.join(list_datasets()[:2])}"
         )
     return get_dataset(given)
 
 
-def load_cases(dataset: str | DataSet, source: str = "embedded") -> list[Case]:
-    """All cases of a data set.
+def load_cases(dataset: str | Dataset, source: str = "embedded") -> list[Case]:
+    """All cases of a dataset.
 
     Args:
-        dataset: ``cnle`` (natural language -> Python), ``csne`` (Python -> natural language), another registered name, a data set
+        dataset: ``cnle`` (natural language -> Python), ``csne`` (Python -> natural language), another registered name, a dataset
             itself, or the path of a JSON file that describes one.
         source: of the paper's two: ``embedded`` (hand-written CNLE; CSNE mined from installed packages, cached), ``published`` (the
             authors' files, downloaded from Zenodo once), or the path of a JSON file in their layout.
 
     Raises:
-        StudyError: unknown data set or source, failed download, malformed file.
+        StudyError: unknown dataset or source, failed download, malformed file.
     """
     if isinstance(dataset, str) and describes_itself(source) and _from_file(source).name == dataset:
         return list(_load(dataset, source))
@@ -71,7 +71,7 @@ def load_cases(dataset: str | DataSet, source: str = "embedded") -> list[Case]:
 
 
 @lru_cache(maxsize=8)
-def _from_file(path: str) -> DataSet:
+def _from_file(path: str) -> Dataset:
     dataset = read_dataset(path)
     try:
         return register_dataset(dataset)
@@ -85,12 +85,12 @@ def _load(name: str, source: str) -> tuple[Case, ...]:
 
 
 def selection_ids(dataset: str) -> frozenset[int]:
-    """The embedded cases (30 of the paper's data sets) that are for choosing hyper-parameters; they never enter a published table."""
+    """The embedded cases (30 of the paper's datasets) that are for choosing hyperparameters; they never enter a published table."""
     return get_dataset(dataset).selection
 
 
 def selection_cases(dataset: str, count: int | None = None) -> tuple[list[Case], list[Case]]:
-    """(the first ``count`` selection cases of a data set (None: all), all its cases that are not for selection).
+    """(the first ``count`` selection cases of a dataset (None: all), all its cases that are not for selection).
 
     Raises:
         StudyError: there are not so many.
@@ -159,8 +159,8 @@ def describes_itself(path: str | Path) -> bool:
         raise StudyError(f"{path}: cannot be read: {error}") from error
 
 
-def read_dataset(path: str | Path) -> DataSet:
-    """The data set of a file.
+def read_dataset(path: str | Path) -> Dataset:
+    """The dataset of a file.
 
     Raises:
         StudyError: the file cannot be read, or a field is missing or of the wrong type; the message names it.
@@ -169,7 +169,7 @@ def read_dataset(path: str | Path) -> DataSet:
     ids = [row.case_id for row in file.cases]
     if len(set(ids)) < len(ids):
         raise StudyError(f"{path}: cases: case_id {max(ids, key=ids.count)} occurs twice; number the cases")
-    dataset = DataSet(
+    dataset = Dataset(
         file.name,
         file.title or file.name.upper(),
         file.template.before,

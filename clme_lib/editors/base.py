@@ -1,4 +1,4 @@
-"""What an editor is: hyper-parameters, ``edit`` from cases to edits, and ``fit`` for those that learn.
+"""What an editor is: hyperparameters, ``edit`` from cases to edits, and ``fit`` for those that learn.
 
 A new editor is one file: a subclass of :class:`Editor` with a ``name``, in this folder or in another package that names it
 in its entry points (group ``clme_lib.editors``). It registers itself; its attributes say all that the study asks of it.
@@ -55,15 +55,15 @@ class Editor(ABC, Generic[Hparams]):
         title, order, colour: its name and place in tables, and its place in seaborn's colourblind palette; else its name, the
             last place, and a colour of its own.
         Hyperparameters: their types, ranges and defaults, the paper's values; a subject's YAML overrides single ones.
-        needs_training: ``fit`` has to be called before ``edit``; of an instance, with its hyper-parameters (:meth:`trains`).
+        needs_training: ``fit`` has to be called before ``edit``; of an instance, with its hyperparameters (:meth:`trains`).
         updates_weights: its edits change weights, which the diagnosis takes apart.
         reads_given_prompts: its edits depend on what the model makes of a prompt as it stands, without text before it.
         from_lookup: it changes no column before the lookup token, so that an optimisation step passes over the target's only.
         compat: what ``preset="compat"`` changes: the released program's defects that can change conclusions.
-        without_early_stop: the hyper-parameters under which every case takes all steps, whatever its loss.
+        without_early_stop: the hyperparameters under which every case takes all steps, whatever its loss.
         timed_untrained: what was learnt does not change an edit's cost, which is always measured with :meth:`stand_in`.
         selection_grid: the settings that are tried to select a subject's, the paper's first; as many for each of the study's editors.
-        selects_reach: the grid says how far from its prompt an edit acts, for each data set, and the other values are the subject's.
+        selects_reach: the grid says how far from its prompt an edit acts, for each dataset, and the other values are the subject's.
     """
 
     name: ClassVar[str]
@@ -104,12 +104,12 @@ class Editor(ABC, Generic[Hparams]):
 
     @classmethod
     def trains(cls, hparams: Schema) -> bool:
-        """Whether ``fit`` has to be called before ``edit`` with these hyper-parameters: as the class says, where they make no difference."""
+        """Whether ``fit`` has to be called before ``edit`` with these hyperparameters: as the class says, where they make no difference."""
         return cls.needs_training
 
     @classmethod
     def cached_in(cls, hparams: Schema) -> str | None:
-        """Folder of the cache where it keeps what it makes once before it edits, with these hyper-parameters; None if it makes nothing."""
+        """Folder of the cache where it keeps what it makes once before it edits, with these hyperparameters; None if it makes nothing."""
         return None
 
     def of(self, subject: Subject) -> Editor[Hparams]:
@@ -131,7 +131,7 @@ class Editor(ABC, Generic[Hparams]):
                 encoder by them, which its ``compat`` preset repeats.
 
         Raises:
-            StudyError: the cases are of several data sets, or lack what is learnt from.
+            StudyError: the cases are of several datasets, or lack what is learnt from.
         """
 
     def setup(self) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from .grace import GRACEHyperparameters, PerDataset
 class EncoderHyperparameters(GRACEHyperparameters):
     """GRACE's, and those of the encoder's training.
 
-    ``margin`` is the contrastive loss's, per data set, in units of the encoded space like ``radius``; ``selection`` says
+    ``margin`` is the contrastive loss's, per dataset, in units of the encoded space like ``radius``; ``selection`` says
     by which cases the epoch is chosen, ``patience`` how many epochs without improvement end the training.
     """
 
@@ -128,10 +128,10 @@ class TrainedEncoder:
 def trained_encoder(
     subject: Subject, hparams: EncoderHyperparameters, query: Query, cases: Cases, edited: Cases, seed: int
 ) -> TrainedEncoder:
-    """The encoder learnt from ``cases``, from the user's cache or trained now; StudyError if they are of several data sets, too few,
+    """The encoder learnt from ``cases``, from the user's cache or trained now; StudyError if they are of several datasets, too few,
     or have no margin."""
     if len({case.dataset for case in cases}) != 1:
-        raise StudyError("an encoder learns from the cases of one data set at a time, at least one of them")
+        raise StudyError("an encoder learns from the cases of one dataset at a time, at least one of them")
     dataset = cases[0].dataset
     if dataset not in hparams.margin:
         raise StudyError(f"margin: no value for {dataset!r}; given: {', '.join(hparams.margin) or 'none'}")

@@ -26,7 +26,7 @@ from .operations import Phase, Sizes
 
 def _per_dataset(value: Any) -> Any:
     if not isinstance(value, dict):
-        raise ValueError("a value for each data set is needed, such as {'cnle': 2.0, 'csne': 2.0}")
+        raise ValueError("a value for each dataset is needed, such as {'cnle': 2.0, 'csne': 2.0}")
     return value
 
 
@@ -36,7 +36,7 @@ PerDataset = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator
 
 
 def radius_of(radii: dict[str, float], case: Case) -> float:
-    """The radius for the case's data set; StudyError if there is none."""
+    """The radius for the case's dataset; StudyError if there is none."""
     if case.dataset not in radii:
         raise StudyError(f"radii: no value for {case.dataset!r}; given: {', '.join(radii) or 'none'}")
     return radii[case.dataset]

@@ -1,4 +1,4 @@
-"""GRACE with a radius for each data set, selected as A-GRACE's margins are (not in the paper, which leaves it at 1).
+"""GRACE with a radius for each dataset, selected as A-GRACE's margins are (not in the paper, which leaves it at 1).
 
 Without it a comparison with A-GRACE credits the encoder with what any selected radius does.
 """
@@ -12,13 +12,13 @@ from .grace import REACHES, CodebookEditor, GRACEHyperparameters, PerDataset, ra
 
 
 class GRACETunedHyperparameters(GRACEHyperparameters):
-    """GRACE's, with ``radii`` in the place of its ``radius``: one for each data set."""
+    """GRACE's, with ``radii`` in the place of its ``radius``: one for each dataset."""
 
     radii: PerDataset = dict.fromkeys(PAPER_DATASET_NAMES, 1.0)
 
 
 class GRACETuned(CodebookEditor[GRACETunedHyperparameters]):
-    """GRACE with a radius that was selected for each data set."""
+    """GRACE with a radius that was selected for each dataset."""
 
     name, title, order = "grace-tuned", "GRACE, tuned radius", 6
     Hyperparameters = GRACETunedHyperparameters

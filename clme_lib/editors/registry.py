@@ -1,4 +1,4 @@
-"""The editors by name, and one of them with its hyper-parameters for a subject.
+"""The editors by name, and one of them with its hyperparameters for a subject.
 
 A file in this folder that defines an editor is enough. Another package writes, for a class or the module that defines some::
 
@@ -31,7 +31,7 @@ def resolve_hparams(
     preset: Preset = "clean",
     **overrides: Any,
 ) -> Schema:
-    """An editor's hyper-parameters for a subject, from what :func:`load_editor` takes: the paper's, which are the class's defaults;
+    """An editor's hyperparameters for a subject, from what :func:`load_editor` takes: the paper's, which are the class's defaults;
     over them what the subject's YAML has, what the preset changes, and ``overrides``.
 
     Args:
@@ -66,10 +66,10 @@ def load_editor(
         values: ``subject`` for the subject's own values, ``transferred`` for the paper's carried over to it.
         preset: ``compat`` repeats the released program's defects that can change conclusions.
         seed: the study's seed.
-        **overrides: single hyper-parameters to change, such as ``layer=20``.
+        **overrides: single hyperparameters to change, such as ``layer=20``.
 
     Raises:
-        StudyError: unknown editor, unknown or ill-typed hyper-parameter, or a layer the subject does not have.
+        StudyError: unknown editor, unknown or ill-typed hyperparameter, or a layer the subject does not have.
     """
     hparams = resolve_hparams(name, subject.name, len(subject.blocks), values=values, preset=preset, **overrides)
     return get_editor(name)(subject, hparams, seed)

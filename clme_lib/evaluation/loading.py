@@ -41,7 +41,7 @@ def load_subject(name: str, device: str = "auto", dtype: str = "auto") -> Subjec
 
     Args:
         name: a registered one (:func:`list_subjects`; ``smollm2-135m`` needs no account), any hub id such as ``owner/model``, a
-            folder with safetensors weights, or a YAML that names one of these as its ``id`` and has hyper-parameters for it.
+            folder with safetensors weights, or a YAML that names one of these as its ``id`` and has hyperparameters for it.
         device: ``auto`` (CUDA when there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto`` (float32 on every device), ``float32``, ``bfloat16`` or ``float16``.
 

@@ -63,16 +63,14 @@ class Record(Schema):
     schema_version: Literal[2] = Field(2, description="2")
     run: _Name = Field(description="name of the run")
     subject: str = Field(description="the model under edit")
-    dataset: _Name = Field(description="data set")
+    dataset: _Name = Field(description="dataset")
     source: str = Field(description="where its cases come from: embedded, published, or a file")
     editor: _Name = Field(description="editor; none: the unedited subject")
     preset: Preset = Field(description="clean, or compat: with the released program's defects")
     protocol: _Name = Field(description="how cases were edited: single, or many in one model")
     position: int = Field(ge=1, description="how many edits the model held when the case was evaluated")
     fold: int = Field(ge=0, le=1, description="half of the cases that it is in; trained editors learnt from the other")
-    case_id: int = Field(
-        ge=0, lt=2**53, description="its id in the data set"
-    )  # what every reader of JSON holds exactly
+    case_id: int = Field(ge=0, lt=2**53, description="its id in the dataset")  # what every reader of JSON holds exactly
     case_sha256: _Hash = Field(description="SHA-256 of the case's texts, which a record does not have")
     start: str = Field(UNKNOWN, description="id, in run.json, of the start that made the record")
     library: str = Field(UNKNOWN, description="SHA-256 of the library's files that made it")
@@ -159,7 +157,7 @@ def finite(value: float | None) -> float | None:
 
 
 def read_records(paths: Iterable[Path]) -> list[Record]:
-    """Records of JSON Lines files named ``<data set>.<editor>.jsonl``, checked: types, ranges, hashes of the texts, and the file they
+    """Records of JSON Lines files named ``<dataset>.<editor>.jsonl``, checked: types, ranges, hashes of the texts, and the file they
     are in. A failed case that was tried again has its later record. StudyError names the file, line and field of a wrong one."""
     records: dict[tuple, Record] = {}
     for path in paths:

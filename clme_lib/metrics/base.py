@@ -29,7 +29,7 @@ class Evaluated:
     # what the edited subject wrote, by measure: after the edit prompt, the rephrased ones, the unrelated ones, and sampled; and freely
     texts: Mapping[str, Sequence[str]]
     answers: Sequence[str]  # what the unedited subject writes after the unrelated prompts, in their order
-    code: frozenset[str] = frozenset()  # which of the data set's ``input`` and ``target`` are Python code
+    code: frozenset[str] = frozenset()  # which of the dataset's ``input`` and ``target`` are Python code
     free_tokens: Sequence[int] = ()  # of the free texts, those after the edit prompt first, without an end of text
     target_tokens: int = 0
     fired: Sequence[bool] = ()  # of a codebook: at the edit prompt, the rephrased prompts, the unrelated ones

@@ -1,4 +1,4 @@
-"""What the benchmark chapter shows of a data set: the paper's Tables II and III for whatever was built, and sample cases."""
+"""What the benchmark chapter shows of a dataset: the paper's Tables II and III for whatever was built, and sample cases."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def level_table(counts: pd.DataFrame) -> pd.DataFrame:
 
 @table
 def length_table(cases_of: dict[str, Sequence[Case]]) -> Iterator[dict[str, str]]:
-    """The paper's Table III: number, mean and median length of each kind of text, for each data set by its name."""
+    """The paper's Table III: number, mean and median length of each kind of text, for each dataset by its name."""
     for name, cases in cases_of.items():
         for kind in lengths(cases):
             row = {"Data": name, "Text": kind.text, "Number": str(kind.number)}

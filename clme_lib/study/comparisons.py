@@ -38,9 +38,9 @@ def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
 
 
 def as_good_as_the_best(records: pd.DataFrame, metrics: Sequence[Metric]) -> set[tuple[str, str, str]]:
-    """(data set, editor, metric) of the edited rows that have the best mean, and of those that are not significantly worse.
+    """(dataset, editor, metric) of the edited rows that have the best mean, and of those that are not significantly worse.
 
-    Each is compared with the best on the cases that both have; Holm's correction is over all data sets, metrics and editors given.
+    Each is compared with the best on the cases that both have; Holm's correction is over all datasets, metrics and editors given.
     """
     edited = records[(records["state"] == SCORED) & (records["editor"] != UNEDITED)]
     best: set[tuple[str, str, str]] = set()

@@ -54,7 +54,7 @@ def _each(what: str, registry: str) -> Callable[[tuple[str, ...]], tuple[str, ..
 
 def _paper_dataset(name: str) -> str:
     if name not in PAPER_DATASET_NAMES:
-        raise ValueError(f"{name!r} is not one of the paper's data sets: {', '.join(PAPER_DATASET_NAMES)}")
+        raise ValueError(f"{name!r} is not one of the paper's datasets: {', '.join(PAPER_DATASET_NAMES)}")
     return name
 
 
@@ -87,7 +87,7 @@ def _share(value: Any) -> Any:
 
 
 def _overrides(given: Any) -> Any:
-    """``"grace.radius=2.5,memit.layers=[4, 5]"``, or a list of such, as a value by editor and hyper-parameter."""
+    """``"grace.radius=2.5,memit.layers=[4, 5]"``, or a list of such, as a value by editor and hyperparameter."""
     if isinstance(given, dict):
         return given
     texts = [given] if isinstance(given, str) else given
@@ -132,7 +132,7 @@ def _editors(default: tuple[str, ...] | None, description: str = "comma-separate
 
 
 _Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
-Datasets = Annotated[_Names, AfterValidator(_each("data set", "datasets.registry:find_dataset"))]
+Datasets = Annotated[_Names, AfterValidator(_each("dataset", "datasets.registry:find_dataset"))]
 Editors = Annotated[_Names, AfterValidator(_each("editor", "editors.registry:get_editor"))]
 Metrics = Annotated[_Names, AfterValidator(_each("metric", "metrics.base:get_metric"))]
 _Protocol = Annotated[str, AfterValidator(_name_in("study.protocols:get_protocol"))]
@@ -145,7 +145,7 @@ _Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 _Folder = Annotated[Path, BeforeValidator(_given)]
 _Seed = Annotated[int, Field(gt=-(2**53), lt=2**53)]  # what every reader of JSON holds exactly
 _SUBJECT = Field("smollm2-135m", min_length=1, description="registry name, Hugging Face id or folder")
-_DATASET = Field(PAPER_DATASET_NAMES, description="comma-separated: names, or JSON files that describe a data set")
+_DATASET = Field(PAPER_DATASET_NAMES, description="comma-separated: names, or JSON files that describe a dataset")
 _DEVICE = Field("auto", description="auto, cpu, cuda, cuda:N")
 _DTYPE: Any = Field("auto", description="auto (float32), float32, bfloat16, float16")
 _SEED = Field(DEFAULT_SEED, description="of every random draw")
@@ -156,13 +156,13 @@ class RunConfig(Schema):
     """What to run. Lists may be given as comma-separated text.
 
     Samples of one number are nested. ``within`` repeats a part of an earlier run: only cases are drawn that all of the editors have
-    there. A batch that does not fit is halved. The cases that are for choosing hyper-parameters are never drawn.
+    there. A batch that does not fit is halved. The cases that are for choosing hyperparameters are never drawn.
     """
 
     subject: str = _SUBJECT
     dataset: Datasets = _DATASET
     editors: Editors = _editors((UNEDITED, "ft-l", "grace"))
-    cases: _CountOrAll = Field(8, description="per data set, or all")
+    cases: _CountOrAll = Field(8, description="per dataset, or all")
     out: _Folder = Field(Path("runs/run"), description="the run's folder; the same command resumes it")
     name: Annotated[_FileName | None, BeforeValidator(_all)] = Field(
         None, description="in its records; if not given, the folder's name"
@@ -174,10 +174,10 @@ class RunConfig(Schema):
     values: str = Field(
         "subject",
         pattern="^(subject|transferred)$",
-        description="hyper-parameters: subject, or transferred (the paper's)",
+        description="hyperparameters: subject, or transferred (the paper's)",
     )
     set: Annotated[dict[str, dict[str, Any]], BeforeValidator(_overrides)] = Field(
-        {}, description="single hyper-parameters, such as grace.radius=2.5,memit.layers=[4,5]"
+        {}, description="single hyperparameters, such as grace.radius=2.5,memit.layers=[4,5]"
     )
     protocol: _Protocol = Field("single", description="how cases are edited")
     metrics: Metrics = Field(STUDY_METRICS, description="comma-separated (default: the study's); see clme list")
@@ -226,7 +226,7 @@ class ManyEditsConfig(RunConfig):
 
     subject: str = Field("smollm2-135m-code", min_length=1, description="registry name, Hugging Face id or folder")
     dataset: Datasets = Field(
-        PAPER_DATASET_NAMES[:1], description="comma-separated: names, or JSON files that describe a data set"
+        PAPER_DATASET_NAMES[:1], description="comma-separated: names, or JSON files that describe a dataset"
     )
     editors: Editors = _editors((UNEDITED, "in-context", "ft-l", "rome", "grace-tuned"))
     cases: _CountOrAll = Field(3, description="edits in one model")
@@ -246,7 +246,7 @@ class BenchConfig(Schema):
     random_weights: bool = Field(False, description="of a registered subject's exact shape")
     dataset: Datasets = _DATASET
     editors: Annotated[Editors, AfterValidator(_editable)] = _editors(PAPER_VARIANTS)
-    cases: int = Field(10, ge=1, description="edited alone, per data set and editor")
+    cases: int = Field(10, ge=1, description="edited alone, per dataset and editor")
     batches: Annotated[tuple[int, ...], BeforeValidator(_sizes)] = Field(
         (1, 8), description="comma-separated sizes whose throughput is measured; '' for none"
     )
@@ -266,7 +266,7 @@ class MeasureConfig(Schema):
     subject: str = _SUBJECT
     editors: Editors | None = _editors(None, "comma-separated")
     dataset: Datasets | None = Field(None, description="comma-separated")
-    cases: int | None = Field(None, ge=1, description="selection cases per data set, of 30")
+    cases: int | None = Field(None, ge=1, description="selection cases per dataset, of 30")
     out: Path | None = Field(None, description="CSV to write")
     device: _Device = _DEVICE
 
@@ -303,7 +303,7 @@ class SubmitConfig(Schema):
     authors: str = Field(min_length=1, description="whose results they are")
     about: str = Field(min_length=1, description="a sentence on the editor, with what is needed to find it")
     url: str | None = Field(None, pattern=r"^https://", description="of its paper or program")
-    check_cases: Annotated[int, Field(ge=1)] = Field(2, description="per data set and editor, edited again now")
+    check_cases: Annotated[int, Field(ge=1)] = Field(2, description="per dataset and editor, edited again now")
 
 
 class ExportConfig(Schema):
@@ -327,7 +327,7 @@ class NotebookConfig(Schema):
 
 class DataBuildConfig(Schema):
     dataset: _PaperDataset = _argument("which of the paper's")
-    out: _Folder = Field(description="folder of the stages and of the data set")
+    out: _Folder = Field(description="folder of the stages and of the dataset")
     source: str = Field("embedded", description="embedded, hub (CoNaLa, CodeSearchNet), or a file or folder")
     targets: _CountOrAll = Field(None, description="edit inputs at most")
     seed: int = Field(DEFAULT_SEED, description="of the split")

@@ -1,6 +1,6 @@
 """Copies of a run: published, which is what the repository keeps of it, or scored anew. Records are never edited.
 
-A data set says whether texts may be published. CSNE is mined from packages whose text is not ours to publish, so its records keep
+A dataset says whether texts may be published. CSNE is mined from packages whose text is not ours to publish, so its records keep
 scores and hashes only; whoever re-runs a case can still compare every string by its hash. Scoring needs the metrics' packages, and
 no model.
 """
@@ -29,7 +29,7 @@ from .work import planned
 def publish(run: Path, target: Path) -> int:
     """Copy a run to ``target`` for the repository; returns the number of records.
 
-    Of each editor and data set the largest finished sample is published: a run that was stopped while growing has more
+    Of each editor and dataset the largest finished sample is published: a run that was stopped while growing has more
     cases, and not random ones. The copy is marked as published, which :func:`~clme_lib.study.runs.run` only reads.
 
     Raises:
@@ -76,7 +76,7 @@ def publish(run: Path, target: Path) -> int:
 
 
 def _finished_sample(run: Path, manifest: dict, records: list[Record]) -> set[int]:
-    """Ids of the largest sample that the records of one editor and data set contain whole."""
+    """Ids of the largest sample that the records of one editor and dataset contain whole."""
     dataset, editor = records[0].dataset, records[0].editor
     keys = {(record.position, record.case_id) for record in records}
     largest: set[int] = set()

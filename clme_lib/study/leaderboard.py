@@ -1,8 +1,8 @@
 """The leaderboard's files: what the page of that name sorts, filters and opens, without a server.
 
-``board.js`` has a row for each result (a run's subject, data set, editor, preset, protocol and number of edits) and what its columns are;
+``board.js`` has a row for each result (a run's subject, dataset, editor, preset, protocol and number of edits) and what its columns are;
 ``cases/NAME.js`` the cases behind a row; ``prompts/DATASET.js`` what they were about. Each calls ``clme.loaded(NAME, DATA)`` with JSON, because a
-page that is opened from a disk may load scripts, but no data. Texts of a data set that may not be published are left out.
+page that is opened from a disk may load scripts, but no data. Texts of a dataset that may not be published are left out.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from .config import MeasureConfig
 
 # name -> where, and what it measures
 MEASUREMENTS = {
-    "selection": ("appendices.selection:select", "an editor's grid of hyper-parameters"),
+    "selection": ("appendices.selection:select", "an editor's grid of hyperparameters"),
     "presets": ("appendices.selection:compare_presets", "what the released program's defects do to an editor"),
     "end-of-target": ("appendices.selection:compare_ends", "what learning to stop after the target changes"),
     "weight-updates": (

@@ -17,9 +17,10 @@ from ..metrics.free import opens_with_fence
 from ..subjects.adapters import provenance
 from ..support.display import Markup, inline_code
 from ..support.journal import write_text
-from .appendices.selection import differing_values
+from .appendices.selection import all_values, differing_values
 from .paper import UNEDITED
 from .run_folder import load_manifest, load_run
+from .scorecard import CLAIMS, counts, load_evidence
 from .tables import cells, editor_name, in_order, interval, percent, to_markdown
 
 PUBLISHED = "smollm2-135m"
@@ -27,10 +28,11 @@ CODE_SUBJECT = "smollm2-135m-code"
 
 
 def write_numbers(results: Path) -> None:
-    """Write what the pages read: ``numbers.json``, by name and as text, and ``hyperparameters.csv``, the values in which the
-    published run's subject differs from the paper's."""
+    """Write what the pages read: ``numbers.json``, by name and as text; ``hyperparameters.csv``, all values of the registered
+    subjects; and ``hyperparameters_differing.csv``, those in which the published run's subject differs from the paper's."""
     write_text(results / "numbers.json", json.dumps(prose_numbers(results), indent=1, ensure_ascii=False) + "\n")
-    differing_values(own=PUBLISHED).to_csv(results / "hyperparameters.csv", index=False)
+    all_values().to_csv(results / "hyperparameters.csv", index=False)
+    differing_values(own=PUBLISHED).to_csv(results / "hyperparameters_differing.csv", index=False)
 
 
 def prose_numbers(results: Path) -> dict[str, str]:
@@ -43,6 +45,8 @@ def prose_numbers(results: Path) -> dict[str, str]:
         "run_folder": f"`results/runs/{folder.name}`",
         "run_table": provenance_table(load_manifest(folder)["starts"], records),
         "checks": str(len(read_rows("cnle-checks"))),
+        "claims": str(len(CLAIMS)),
+        **_verdicts(results),
         **_code_subject(results),
     }
     for (dataset, editor), rows in records.groupby(["dataset", "editor"]):
@@ -50,6 +54,14 @@ def prose_numbers(results: Path) -> dict[str, str]:
             share = interval(rows[f"{measure}_em"], binary=True).mean
             numbers[f"{dataset}_{editor.replace('-', '_')}_{measure}"] = f"{percent(share)}%"
     return numbers
+
+
+def _verdicts(results: Path) -> dict[str, str]:
+    """How many comparisons of the scorecard have which verdict, of the chat model and of the code model."""
+    of_subjects = counts(load_evidence(results, (PUBLISHED, CODE_SUBJECT)))
+    names = {"chat_verdicts": PUBLISHED, "code_verdicts": CODE_SUBJECT}
+    listed = {name: [f"{count} {verdict}" for verdict, count in of_subjects[subject].items()] for name, subject in names.items()}
+    return {name: ", ".join(verdicts) for name, verdicts in listed.items()}
 
 
 def _code_subject(results: Path) -> dict[str, str]:

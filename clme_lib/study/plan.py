@@ -22,7 +22,7 @@ from .work import planned
 
 
 def describe_plan(config: RunConfig) -> str:
-    """The plan as text: a line for each data set and editor, then workers, hours and set-up."""
+    """The plan as text: a line for each dataset and editor, then workers, hours and set-up."""
     rows, seconds, known = [], 0.0, True
     unmade: dict[str, None] = {}  # in order, each once
     rates = _rates(config)
@@ -42,7 +42,7 @@ def describe_plan(config: RunConfig) -> str:
             if left and (lacking := _unmade(config, dataset, editor)):
                 unmade[lacking] = None
             rows.append((dataset, editor, str(left), str(units), each, learnt))
-    heads = ("data set", "editor", "records left", "units", "each", "learns first")
+    heads = ("dataset", "editor", "records left", "units", "each", "learns first")
     widths = [max(map(len, column)) for column in zip(heads, *rows)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (heads, *rows)]
     workers = _workers(config)
@@ -70,7 +70,7 @@ def _unmade(config: RunConfig, dataset: str, editor: str) -> str | None:
 
 
 def _rates(config: RunConfig) -> dict[tuple[str, str], float]:
-    """Seconds of a worker for a record, by data set and editor, over the starts of the run so far."""
+    """Seconds of a worker for a record, by dataset and editor, over the starts of the run so far."""
     sums: dict[tuple[str, str], list[float]] = {}
     starts = run_folder.load_manifest(config.out)["starts"] if (config.out / "run.json").is_file() else []
     measured: Iterator[tuple[str, str, dict[str, Any]]] = (

@@ -43,7 +43,7 @@ class Protocol(ABC):
     """Plans what is done with the cases of a run.
 
     Attributes:
-        folded: a trained editor edits each half of the data set after learning from the other, as in the paper. Otherwise it learns from
+        folded: a trained editor edits each half of the dataset after learning from the other, as in the paper. Otherwise it learns from
             all cases that are not edited, so that one model can hold all edits.
         joins_weights: it joins updates of weights, and no other edits.
         reused: a step may take over the edits that an earlier step made of the same cases, because each is made of its case alone.

@@ -1,4 +1,4 @@
-"""Where a run comes from: versions, commit, hardware, and hashes of model, data and hyper-parameters."""
+"""Where a run comes from: versions, commit, hardware, and hashes of model, data and hyperparameters."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def reach_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 @table
 def transfer_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """The paper's Table V: effectiveness on CSNE and CNLE and its relative change, with the mean over editors; ``n`` is of both data sets, in
+    """The paper's Table V: effectiveness on CSNE and CNLE and its relative change, with the mean over editors; ``n`` is of both datasets, in
     this order."""
     scores = [f"effectiveness_{name}" for name in COMPARISONS]
     groups = scored(records).groupby(["editor", "dataset"], sort=False)
@@ -165,7 +165,7 @@ def transfer_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
 def transfer_findings(records: pd.DataFrame) -> dict[str, list[str]]:
     """Which editors are more (``more``), less or not distinguishably (``alike``) effective on CNLE than on CSNE.
 
-    By exact match, whose cases differ between data sets: Fisher's exact test, two-sided, by Holm over the editors.
+    By exact match, whose cases differ between datasets: Fisher's exact test, two-sided, by Holm over the editors.
     """
     from scipy.stats import fisher_exact
 
@@ -186,7 +186,7 @@ def transfer_findings(records: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def proficiency_figure(records: pd.DataFrame):
-    """Exact match of the three measures by editor, a panel for each data set, with 95% intervals (a matplotlib figure); where no
+    """Exact match of the three measures by editor, a panel for each dataset, with 95% intervals (a matplotlib figure); where no
     record has scores, a figure that says so."""
     data = scored(records)
     if data.empty:
@@ -236,10 +236,10 @@ def examples(records: pd.DataFrame, cases: Sequence[Case], count: int = 3) -> It
 
 
 def findings(records: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """What the exact matches of the edited models show, by data set.
+    """What the exact matches of the edited models show, by dataset.
 
     Returns:
-        For each data set ``best``: by measure the editors with the highest share of cases, and that share's interval;
+        For each dataset ``best``: by measure the editors with the highest share of cases, and that share's interval;
         and ``careful``: generalization of each editor that makes at least half of the edits hold and keeps all
         neighbours in at least half of the cases.
     """

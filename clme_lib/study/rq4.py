@@ -110,7 +110,7 @@ def retention_figure(records: pd.DataFrame) -> Any:
 
 
 def findings(records: pd.DataFrame) -> list[dict[str, Any]]:
-    """Of each data set, protocol and editor, the state with the most edits beside the first: effectiveness and neighbours kept."""
+    """Of each dataset, protocol and editor, the state with the most edits beside the first: effectiveness and neighbours kept."""
     rows = []
     states = dict(_states(records))
     for dataset, protocol, editor in dict.fromkeys(key[:3] for key in states):

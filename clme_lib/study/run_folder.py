@@ -3,9 +3,9 @@
 ::
 
     run.json                      configuration and, of each start, an id and its provenance
-    folds.json                    case ids of both folds, per data set
-    records/<data set>.<editor>.jsonl
-    states/<data set>.<editor>.safetensors    of protocols whose steps build on each other, the last state
+    folds.json                    case ids of both folds, per dataset
+    records/<dataset>.<editor>.jsonl
+    states/<dataset>.<editor>.safetensors    of protocols whose steps build on each other, the last state
 
 Records are only appended. A published run (copies.py) is only read.
 """
@@ -93,7 +93,7 @@ def load_run(
 
 
 def check_cases(folder: Path) -> None:
-    """Raise StudyError when a run has a record of a case that its data set does not have, or not as it was recorded."""
+    """Raise StudyError when a run has a record of a case that its dataset does not have, or not as it was recorded."""
     for file in record_files(folder):
         for record in read_records([file]):
             hashes = _case_hashes(record.dataset, record.source)
@@ -122,7 +122,7 @@ def record_files(folder: Path) -> list[Path]:
 
 
 def records_file(config: RunConfig, dataset: str, editor: str) -> Path:
-    """Where the records of a data set and editor are."""
+    """Where the records of a dataset and editor are."""
     return config.out / "records" / f"{dataset}.{editor}.jsonl"
 
 
@@ -132,11 +132,11 @@ def state_file(config: RunConfig, dataset: str, editor: str) -> Path:
 
 
 def recorded(config: RunConfig, dataset: str, editor: str, cases: Iterable[Case]) -> set[tuple[int, int]]:
-    """Position and case id of every record of a data set and editor that need not be made again: a failed case is tried again
+    """Position and case id of every record of a dataset and editor that need not be made again: a failed case is tried again
     when that is asked for, or when the library has changed.
 
     Args:
-        cases: all of the data set.
+        cases: all of the dataset.
 
     Raises:
         StudyError: a record is wrong, of another run, or of a case that is not there or has changed since.
@@ -202,9 +202,9 @@ def check_same_run(
     published run is only read: there the configuration is compared alone.
 
     Args:
-        data: SHA-256 of the cases, by data set.
+        data: SHA-256 of the cases, by dataset.
         model: the subject's fingerprint, where it is known.
-        counts: how many cases are edited, by data set.
+        counts: how many cases are edited, by dataset.
     """
     file = config.out / "run.json"
     if not file.is_file():
@@ -236,7 +236,7 @@ def check_same_run(
             differing.append((f"set {editor}", start.get("set", {}).get(editor, {}), now["set"].get(editor, {})))
             hparams = _comparable_hparams(config, editor)
             made_with = start["hyperparameters"][editor].get("values", {})
-            # A hyper-parameter that there was not yet had its default.
+            # A hyperparameter that there was not yet had its default.
             defaults = {name: field.default for name, field in get_editor(editor).Hyperparameters.model_fields.items()}
             differing += [
                 (f"{editor}.{name}", made_with.get(name, defaults[name]), value) for name, value in hparams.items()
@@ -254,7 +254,7 @@ def check_same_run(
 
 
 def hparams_of(config: RunConfig, editor: str) -> Schema:
-    """An editor's hyper-parameters in a run."""
+    """An editor's hyperparameters in a run."""
     options: dict[str, Any] = {"values": config.values, "preset": config.preset, **config.set.get(editor, {})}
     return resolve_hparams(editor, config.subject, **options)
 
@@ -265,7 +265,7 @@ def trains(config: RunConfig, editor: str) -> bool:
 
 
 def _comparable_hparams(config: RunConfig, editor: str) -> dict[str, Any]:
-    """An editor's hyper-parameters as they would be now, without layers that are the paper's (they move with the subject's depth)."""
+    """An editor's hyperparameters as they would be now, without layers that are the paper's (they move with the subject's depth)."""
     hparams = hparams_of(config, editor).model_dump(mode="json")
     own = load_settings(config.subject).editors.get(editor, {}) if config.values == "subject" else {}
     moved = {"layer", "layers"} - set(own) - set(config.set.get(editor, {}))

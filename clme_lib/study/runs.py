@@ -1,4 +1,4 @@
-"""Runs: a grid of data sets and editors over sampled cases, resumable, with provenance (run_folder.py has the files).
+"""Runs: a grid of datasets and editors over sampled cases, resumable, with provenance (run_folder.py has the files).
 
 Records are appended batch by batch. Killing the process loses at most the batch in flight; starting the same run again
 completes it. Asking for more cases extends it, because samples are nested.
@@ -80,7 +80,7 @@ def _complete(config: RunConfig, chosen: dict[str, list[Case]], data: dict[str, 
 def _complete_part(
     config: RunConfig, subject: Subject, editor: Editor, dataset: str, cases: Sequence[Case], start: dict
 ) -> dict[str, float]:
-    """Edit and score what has not been recorded yet of a data set and an editor; how many records that were, in how many seconds."""
+    """Edit and score what has not been recorded yet of a dataset and an editor; how many records that were, in how many seconds."""
     everything = load_cases(dataset, config.source)
     work = Work(config, subject, editor, circumstances_of(config, editor.name, dataset, everything, start))
     keys = run_folder.recorded(config, dataset, editor.name, everything)
@@ -103,7 +103,7 @@ def _complete_part(
 
 
 def sampled(config: RunConfig, dataset: str) -> list[Case]:
-    """The cases of a data set that a configuration asks for."""
+    """The cases of a dataset that a configuration asks for."""
     cases = load_cases(dataset, config.source)
     if (file := get_dataset(dataset).file) and config.source not in ("embedded", file):
         raise StudyError(f"source={config.source}: {dataset} has its cases in {file}; leave the source out")

@@ -49,10 +49,10 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the records of one data set say of a claim.
+    """What the records of one dataset say of a claim.
 
     Attributes:
-        data: the data set's title, or what else was compared.
+        data: the dataset's title, or what else was compared.
         here: the figures.
         n: of how many cases.
         agrees: whether the figures go the paper's way.
@@ -101,7 +101,7 @@ class Claim:
 
 
 def _of(records: pd.DataFrame, editors: Sequence[str] | None = None) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Scored records of each data set, of some editors."""
+    """Scored records of each dataset, of some editors."""
     rows = scored(records)
     rows = rows if editors is None else rows[rows["editor"].isin(editors)]
     for dataset in rows["dataset"].unique():
@@ -184,7 +184,7 @@ def _fastest(known: Evidence) -> Iterator[Outcome]:
 
 
 def _medians(known: Evidence) -> pd.DataFrame:
-    """Median seconds of an edit made alone, by editor (rows) and data set."""
+    """Median seconds of an edit made alone, by editor (rows) and dataset."""
     if known.measured.empty:
         return pd.DataFrame()
     edits = known.measured[known.measured["kind"] == "edit"]
@@ -204,7 +204,7 @@ def _farther(known: Evidence) -> Iterator[Outcome]:
 
 
 def _differences(records: pd.DataFrame, metric: str, editor: str, other: str) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Of each data set a column for each of two editors, on the cases that both have."""
+    """Of each dataset a column for each of two editors, on the cases that both have."""
     for dataset, rows in _of(records, [editor, other]):
         wide = rows.pivot(index="case_id", columns="editor", values=metric).astype(float)
         if {editor, other} <= set(wide):

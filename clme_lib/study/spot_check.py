@@ -35,7 +35,7 @@ class Comparison:
     """What was compared.
 
     Attributes:
-        table: per data set and editor: cases, greedy and sampled texts, and how many of each are the same.
+        table: per dataset and editor: cases, greedy and sampled texts, and how many of each are the same.
         differences: every text that differs.
         moved: scores of the unedited row that moved by more than a point.
     """
@@ -108,7 +108,7 @@ def describe(comparison: Comparison) -> str:
 
 @table
 def agreement_table(comparison: Comparison) -> pd.DataFrame:
-    """How many texts came out the same, a row for each data set and editor."""
+    """How many texts came out the same, a row for each dataset and editor."""
     names = ["Data", "Editor", "cases", "greedy texts", "the same", "sampled texts", "the same"]
     return comparison.table.astype(str).set_axis(names, axis=1)
 

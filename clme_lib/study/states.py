@@ -1,6 +1,6 @@
 """States of a model between the steps of a protocol: how they are made, and the file that a later start goes on from.
 
-``states/<data set>.<editor>.safetensors`` in a run's folder is the last state that a later step builds on, as one edits file
+``states/<dataset>.<editor>.safetensors`` in a run's folder is the last state that a later step builds on, as one edits file
 (:func:`~clme_lib.edits.files.load_edits` reads it); it is replaced after every step.
 """
 
@@ -35,7 +35,7 @@ class State:
 
 
 class States:
-    """The states of one data set and editor.
+    """The states of one dataset and editor.
 
     Args:
         file: where the last one is kept.

@@ -67,7 +67,7 @@ def scored(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(records: pd.DataFrame) -> pd.DataFrame:
-    """Mean scores times 100 and the number of cases, a row per data set and editor."""
+    """Mean scores times 100 and the number of cases, a row per dataset and editor."""
     groups = scored(records).groupby(["dataset", "editor"], sort=False)
     means = (groups[list(PAPER_SCORES)].mean() * 100).round(2)
     means.insert(0, "n", groups.size())
@@ -138,7 +138,7 @@ def write_csv(measured: pd.DataFrame, file: Path, digits: int = 4) -> pd.DataFra
 def score_rows(records: pd.DataFrame, metrics: Sequence[str] = PAPER_METRICS) -> Iterator[dict[str, str]]:
     """Rows of a table of metrics, by default the paper's ten scores and the share of unchanged neighbours.
 
-    A row for each data set and editor. In bold are the best edited rows of a data set and those that are not significantly worse
+    A row for each dataset and editor. In bold are the best edited rows of a dataset and those that are not significantly worse
     (:func:`~clme_lib.study.comparisons.as_good_as_the_best`). A value that not every case has says of how many it is the mean; that the
     unedited subject leaves its own answers unchanged is no finding, and has no interval.
     """

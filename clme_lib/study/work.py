@@ -1,4 +1,4 @@
-"""The work of a run: the cases of one data set, edited by one editor and scored, in whatever process that happens.
+"""The work of a run: the cases of one dataset, edited by one editor and scored, in whatever process that happens.
 
 What is planned (:func:`planned`) and how a batch becomes records (:class:`Work`) is here; who is asked to do it, and who keeps the
 records, is :mod:`clme_lib.study.runs` in one process, and :mod:`clme_lib.cluster` in many.
@@ -38,7 +38,7 @@ class Part:
 
 
 def planned(config: RunConfig, editor: str, cases: Sequence[Case], everything: Sequence[Case]) -> list[Part]:
-    """The steps of some cases of a data set, of which there is ``everything``.
+    """The steps of some cases of a dataset, of which there is ``everything``.
 
     A trained editor edits the cases of one fold after learning from the other, or all after learning from all that it does not edit: as
     the protocol says.
@@ -88,7 +88,7 @@ def make_editor(config: RunConfig, name: str, subject: Subject) -> Editor:
 def circumstances_of(
     config: RunConfig, editor: str, dataset: str, everything: Sequence[Case], start: Mapping[str, str]
 ) -> Circumstances:
-    """What all records of a data set and an editor share; ``start`` has the id, library and commit of what makes them."""
+    """What all records of a dataset and an editor share; ``start`` has the id, library and commit of what makes them."""
     halves = split_cases(everything, config.seed)
     return Circumstances(
         editor,
@@ -106,7 +106,7 @@ def circumstances_of(
 
 
 class Work:
-    """Cases of one data set, edited by one editor and scored: batches of records, for the caller to keep."""
+    """Cases of one dataset, edited by one editor and scored: batches of records, for the caller to keep."""
 
     def __init__(self, config: RunConfig, subject: Subject, editor: Editor, circumstances: Circumstances) -> None:
         self.config, self.subject, self.editor, self.circumstances = config, subject, editor, circumstances

@@ -1,4 +1,4 @@
-"""Hyper-parameters: one YAML per subject, read with a typed schema.
+"""Hyperparameters: one YAML per subject, read with a typed schema.
 
 The paper's values are the defaults of the editors' classes; a YAML has what differs from them. A subject without a YAML (any
 hub id or folder) gets the paper's; a layer that the smaller model does not have moves to its last block (:func:`transfer_layers`).
@@ -48,7 +48,7 @@ class SubjectSource(Schema):
 
 
 class SubjectSettings(Schema):
-    """The content of one subject's YAML: its source, and by editor the hyper-parameters that are not the paper's (checked when
+    """The content of one subject's YAML: its source, and by editor the hyperparameters that are not the paper's (checked when
     the editor is loaded)."""
 
     subject: SubjectSource
@@ -63,7 +63,7 @@ def list_subjects() -> list[str]:
 
 @cache
 def load_settings(name: str) -> SubjectSettings:
-    """Settings of a registered subject, or of a YAML given by its path; any other subject has the paper's hyper-parameters.
+    """Settings of a registered subject, or of a YAML given by its path; any other subject has the paper's hyperparameters.
 
     StudyError names the file and the field of a YAML that cannot be read or is malformed.
     """

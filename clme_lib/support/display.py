@@ -1,4 +1,4 @@
-"""Showing what others wrote: text of a data set, of a model, of a file stays text on a page, in a table and in a terminal.
+"""Showing what others wrote: text of a dataset, of a model, of a file stays text on a page, in a table and in a terminal.
 
 On a page every character that can be markup of HTML, Markdown, MyST, Jinja or TeX where it stands becomes a numeric reference, and
 the text stays on one line of the source. Characters that a page or a terminal cannot hold (control characters, lone

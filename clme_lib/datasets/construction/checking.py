@@ -1,4 +1,4 @@
-"""What is wrong with a data set in the published layout: ``clme data check PATH``.
+"""What is wrong with a dataset in the published layout: ``clme data check PATH``.
 
 Errors make a case meaningless (two cases with one id, a neighbour that is an edit input, a rephrased prompt that repeats the
 prompt); warnings say what a measure cannot tell (a target too short for BLEU, code that is not Python 3). Nothing is
@@ -19,7 +19,7 @@ import numpy as np
 from ...metrics.text import bleu, rouge_l
 from ...support.display import printable
 from ...support.errors import StudyError
-from ..base import DataSet, get_dataset, list_datasets
+from ..base import Dataset, get_dataset, list_datasets
 from ..cases import Case
 from ..neighbours import TOO_CLOSE, tfidf
 from ..published import parse_record, read_records
@@ -59,7 +59,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Report:
-    """A data set's counts, lengths and findings."""
+    """A dataset's counts, lengths and findings."""
 
     name: str
     dataset: str
@@ -88,7 +88,7 @@ def check_file(path: Path | str, dataset: str | None = None) -> Report:
         dataset: ``cnle`` or ``csne``; None: from the file's name, as the authors' loader does (``Conala``, ``CodeSearchNet``).
 
     Raises:
-        StudyError: the file is not a JSON list, or its name does not say which data set it is.
+        StudyError: the file is not a JSON list, or its name does not say which dataset it is.
     """
     path = Path(path)
     kind = get_dataset(dataset) if dataset else _named_in(path)
@@ -109,7 +109,7 @@ def check_file(path: Path | str, dataset: str | None = None) -> Report:
     return Report(path.name, kind.name, len(records), len(cases), lengths(cases), (*findings, *check_cases(cases)))
 
 
-def _named_in(path: Path) -> DataSet:
+def _named_in(path: Path) -> Dataset:
     for dataset in map(get_dataset, list_datasets()):
         if dataset.layout and dataset.layout.file.removeprefix("Edit").lower() in path.name.lower():
             return dataset
@@ -117,7 +117,7 @@ def _named_in(path: Path) -> DataSet:
 
 
 def check_cases(cases: Sequence[Case]) -> tuple[Finding, ...]:
-    """Findings about readable cases of one data set."""
+    """Findings about readable cases of one dataset."""
     if not cases:
         return ()
     findings = [

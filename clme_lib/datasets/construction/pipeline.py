@@ -1,4 +1,4 @@
-"""Both data sets from their sources, stage by stage (paper section III-C).
+"""Both datasets from their sources, stage by stage (paper section III-C).
 
 ::
 
@@ -28,7 +28,7 @@ from ...support.cache import file_sha256
 from ...support.errors import StudyError
 from ...support.seeds import seeded_order
 from .. import published
-from ..base import DataSet
+from ..base import Dataset
 from ..cases import Case
 from ..neighbours import NEIGHBOURS, Embedder, nearest, tfidf
 from ..paper import CNLE, CSNE, PAPER_DATASETS
@@ -119,12 +119,12 @@ def build_csne(
 
 
 class _Construction:
-    """The steps that both data sets take. ``collected`` are the source's usable rows, ``rows`` the same by their id."""
+    """The steps that both datasets take. ``collected`` are the source's usable rows, ``rows`` the same by their id."""
 
     def __init__(
         self,
         folder: Path,
-        dataset: DataSet,
+        dataset: Dataset,
         source: str,
         collect: Callable[[str], Iterator[StageRow]],
         embed: Embedder,
@@ -249,25 +249,25 @@ def _split(settings: dict[str, Any], account: str, rows: Sequence[StageRow]) -> 
 
 
 def stage_rows(folder: Path, name: str, *fields: str) -> list[StageRow]:
-    """The rows of a stage that was built before; StudyError when the folder has none, or they lack a field: another data set's do."""
+    """The rows of a stage that was built before; StudyError when the folder has none, or they lack a field: another dataset's do."""
     files = sorted(folder.glob(f"[0-9][0-9]-{name}.jsonl"))
     rows = read_stage(files[0]) if files else []
     if not rows:
         raise StudyError(
-            f"{folder}: no stage {name!r} there; build the data set first: clme data build ... --out {folder}"
+            f"{folder}: no stage {name!r} there; build the dataset first: clme data build ... --out {folder}"
         )
     for what in fields:
         if any(what not in row for row in kept(rows)):
-            raise StudyError(f"{files[0]}: rows have no {what!r}: is it of another data set?")
+            raise StudyError(f"{files[0]}: rows have no {what!r}: is it of another dataset?")
     return rows
 
 
 def built_cases(folder: Path) -> list[Case]:
-    """The cases of a data set that was built in ``folder``; StudyError when it has none or the file is damaged."""
+    """The cases of a dataset that was built in ``folder``; StudyError when it has none or the file is damaged."""
     for dataset in PAPER_DATASETS:
         if (file := published.file_in(folder, dataset)).is_file():
             return published.read(file, dataset)
-    raise StudyError(f"{folder}: no data set there; build it first: clme data build ... --out {folder}")
+    raise StudyError(f"{folder}: no dataset there; build it first: clme data build ... --out {folder}")
 
 
 def level_counts(folder: Path) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Reading what the data sets are made from: CoNaLa and CodeSearchNet, from the Hub, files or the embedded stand-ins.
+"""Reading what the datasets are made from: CoNaLa and CodeSearchNet, from the Hub, files or the embedded stand-ins.
 
 Files are JSON (a list), JSON Lines (also gzipped) or Parquet. A row that cannot be used is dropped with its reason, which the
 stage's counts show; a file that cannot be read is an error that names it.
@@ -19,12 +19,12 @@ from ...subjects import embedded as embedded_subject
 from ...support.errors import StudyError, first_line
 from ...support.reading import parse_json
 from .. import embedded_cnle, embedded_csne
-from ..base import DataSet
+from ..base import Dataset
 from ..paper import CNLE, CSNE
 from ..source_code import bare_code, first_sentence, single_function, source_lines
 from .stages import StageRow, stage_row
 
-# data set -> (Hub repository, files of the part that the paper uses)
+# dataset -> (Hub repository, files of the part that the paper uses)
 HUB = {
     CNLE.name: ("codeparrot/conala-mined-curated", "**.parquet"),
     CSNE.name: ("code-search-net/code_search_net", "python/**.parquet"),
@@ -75,10 +75,10 @@ def _object(where: str, row: Any) -> dict[str, Any]:
     return row
 
 
-def hub_files(dataset: DataSet) -> list[Path]:
-    """The data set's source files, downloaded to the Hugging Face cache.
+def hub_files(dataset: Dataset) -> list[Path]:
+    """The dataset's source files, downloaded to the Hugging Face cache.
 
-    The Hub keeps most data sets as Parquet, and converts the others on a branch of its own, which is asked when the repository
+    The Hub keeps most datasets as Parquet, and converts the others on a branch of its own, which is asked when the repository
     itself has no such file.
     """
     from huggingface_hub import snapshot_download
@@ -96,7 +96,7 @@ def hub_files(dataset: DataSet) -> list[Path]:
     raise StudyError(f"{repository} has no files like {pattern}; get its files by hand and pass them with --source")
 
 
-def source_files(dataset: DataSet, source: str) -> list[Path]:
+def source_files(dataset: Dataset, source: str) -> list[Path]:
     """The files of ``source``: ``hub``, a file, or a folder of files."""
     if source == "hub":
         return hub_files(dataset)

@@ -1,4 +1,4 @@
-"""Texts to gather statistics from: the embedded mined functions, one's own files, or a data set on the Hugging Face hub."""
+"""Texts to gather statistics from: the embedded mined functions, one's own files, or a dataset on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Corpus:
 
 def open_corpus(name: str) -> Corpus:
     """A corpus by its name: ``embedded`` (functions of embedded CSNE that are no edit targets, each with its description);
-    ``wikipedia``; ``hub:owner/name`` or ``hub:owner/name/folder`` (a hub data set's Parquet files with a ``text`` column); or the
+    ``wikipedia``; ``hub:owner/name`` or ``hub:owner/name/folder`` (a hub dataset's Parquet files with a ``text`` column); or the
     path of a text file or a folder of them (.txt, .md, .rst, .py; one document a file).
 
     Raises:
@@ -83,11 +83,11 @@ def _hub(name: str, place: str) -> Corpus:
         shards = sorted(file for file in names if file.endswith(".parquet") and file.startswith(folder))
     except Exception as error:  # the client raises its own and its transport's errors
         raise StudyError(
-            f"corpus {name!r}: the hub's data set {repo_id!r} cannot be listed: {error}. Check the name and the network, "
+            f"corpus {name!r}: the hub's dataset {repo_id!r} cannot be listed: {error}. Check the name and the network, "
             "or use corpus: embedded"
         ) from error
     if not shards:
-        raise StudyError(f"corpus {name!r}: the hub's data set {repo_id!r} has no Parquet files in {folder or '.'!r}")
+        raise StudyError(f"corpus {name!r}: the hub's dataset {repo_id!r} has no Parquet files in {folder or '.'!r}")
 
     def documents() -> Iterator[str]:
         import pyarrow.parquet as parquet

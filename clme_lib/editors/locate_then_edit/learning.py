@@ -214,7 +214,7 @@ class RewritingEditor(Editor[Hparams]):
         order = seeded_order(by_id, "lookup", self.seed, cases[0].dataset)[: self.hparams.lookup_records]
         prompts = [text for case_id in order for text in (by_id[case_id].prompt, *by_id[case_id].rephrased)]
         self.lookup_prompts = [up_to_lookup(prompt, self.hparams.lookup) for prompt in dict.fromkeys(prompts)]
-        vars(self).pop("moments", None)  # those of the data set before
+        vars(self).pop("moments", None)  # those of the dataset before
 
     @cached_property
     def contexts(self) -> tuple[str, ...]:
@@ -223,7 +223,7 @@ class RewritingEditor(Editor[Hparams]):
 
     @cached_property
     def moments(self) -> dict[int, SecondMoment]:
-        """The second moment of each edited layer's keys, in the original subject, adjusted as the hyper-parameters say."""
+        """The second moment of each edited layer's keys, in the original subject, adjusted as the hyperparameters say."""
         subject, hparams = self.subject.original, self.hparams
         moments = second_moments(subject, self.layers, hparams)
         if not hparams.lookup_weight and not hparams.statistics_ridge:

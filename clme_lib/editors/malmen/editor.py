@@ -6,7 +6,7 @@ Algorithm, for one case::
     K, G: inputs of W_l, and gradients at its outputs, at the columns that predict the target's tokens
     V = network(K, G);  U = (K K^T + e^theta I)^-1 V;  W_l <- W_l + U^T K        in each of six layers (hypernetwork.py)
 
-``fit`` trains the network on other cases (training.py), once per subject, data set and fold.
+``fit`` trains the network on other cases (training.py), once per subject, dataset and fold.
 
 The released program caches the first tokens of the prompt instead, because it reads a mask made for the target
 alone; and it tokenises the target alone. ``cached="released"`` and ``targets="alone"`` do as it does.

@@ -68,7 +68,7 @@ _CHECKPOINT_EVERY = 50
 def trained(subject: Subject, hparams: MALMENHyperparameters, cases: Sequence[Case], seed: int) -> Hypernetwork:
     """The hypernetwork trained on ``cases``: from the cache, or trained now, from its last checkpoint if it has one."""
     if not cases or len({case.dataset for case in cases}) != 1:
-        raise StudyError("malmen learns from the cases of one data set at a time, at least one of them")
+        raise StudyError("malmen learns from the cases of one dataset at a time, at least one of them")
     if bare := [case for case in cases if not case.rephrased]:
         raise StudyError(f"malmen learns from rephrased prompts, and case {bare[0].case_id} has none")
     records = _ordered(cases, seed, cases[0].dataset)[: hparams.records]
@@ -105,7 +105,7 @@ class Training:
             **subject.identity,
             "dataset": dataset,
             "seed": seed,
-            # What is not learnt was no hyper-parameter of the networks that are there already.
+            # What is not learnt was no hyperparameter of the networks that are there already.
             "values": hparams.model_dump(mode="json", exclude=None if hparams.end_of_target else {"end_of_target"}),
             "records": [case.sha256 for case in self.records],
         }

@@ -50,7 +50,7 @@ def setting_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
 def size_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
     """The encoder that was trained on several numbers of cases (:func:`compared_sizes`); means over both halves."""
     grown = compared_sizes(measured)
-    # the halves of a data set of odd size differ by one case
+    # the halves of a dataset of odd size differ by one case
     largest = grown.groupby("dataset")["cases"].transform("max")
     grown = grown.assign(cases=grown["cases"].mask(_on_whole_half(grown), largest))
     for (dataset, count), halves in grown.groupby(["dataset", "cases"]):
@@ -78,7 +78,7 @@ def _score_cells(halves: pd.DataFrame) -> dict[str, str]:
 
 
 def encoder_settings(margin: float) -> Iterator[tuple[str, dict[str, Any], int | None]]:
-    """(editor, hyper-parameters, training cases) of every encoder compared; the paper's own is the first.
+    """(editor, hyperparameters, training cases) of every encoder compared; the paper's own is the first.
 
     Args:
         margin: of the settings that differ in something else.
@@ -92,7 +92,7 @@ def encoder_settings(margin: float) -> Iterator[tuple[str, dict[str, Any], int |
 
 
 def compare_encoders(subject: Subject, file: Path, margin: float = 2.0) -> pd.DataFrame:
-    """Train encoders on each half of each data set and ask them about the other; written as CSV, a row for each encoder.
+    """Train encoders on each half of each dataset and ask them about the other; written as CSV, a row for each encoder.
 
     Columns: ``cases`` (trained on, with those held out to choose the epoch), ``epochs``, ``chosen`` (the epoch that was),
     ``held_out`` (its balanced accuracy there), ``accuracy`` (on the other half, at the editor's radius), ``inside`` and

@@ -1,6 +1,6 @@
 """Why an update reaches the neighbours, and what keeps it from them: lookup-aware statistics, or another token to write at.
 
-All prompts of a data set end in the same token, at which the editors of the ROME family read their key. Two things may make their updates
+All prompts of a dataset end in the same token, at which the editors of the ROME family read their key. Two things may make their updates
 act on every prompt: that the keys of that token resemble each other, which the statistics of a text hardly know of
 (locate_then_edit/second_moments.py), or that this token is not where the prompts differ. The same learnt vectors are written under several
 statistics; and, as the control, vectors learnt and written at the last token of the prompt's content.
@@ -69,7 +69,7 @@ def sweep_lookups(
 
     Args:
         file: the table to be; what has been measured is kept beside it, so that an interrupted command goes on.
-        cases: of each data set's selection cases, the first so many (None: all 30).
+        cases: of each dataset's selection cases, the first so many (None: all 30).
 
     Raises:
         StudyError: the editor does not write at a lookup token.
@@ -117,7 +117,7 @@ def sweep_lookups(
                 rows.append({**shown, "cases": kept["cases"], **kept["scores"]})
     measured = pd.DataFrame(rows)
     kinds = measured.groupby(["editor", "lookup", "weight", "ridge"], sort=False, dropna=False)
-    # data sets have as many cases each
+    # datasets have as many cases each
     means = kinds["cases"].sum().to_frame().join(kinds[[*SCORES[:-1], "reach"]].mean()).reset_index()
     write_csv(means, file)
     unfinished.unlink(missing_ok=True)

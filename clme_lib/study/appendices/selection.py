@@ -1,13 +1,13 @@
-"""Selection of a subject's hyper-parameters on the fixed selection cases, which no published table contains; and what the
+"""Selection of a subject's hyperparameters on the fixed selection cases, which no published table contains; and what the
 released program's defects, and learning to stop after the target, do on the same cases.
 
 The criterion is the harmonic mean of effectiveness and specificity: exact match of the target, and the share of
-neighbours left unchanged, each averaged over the data sets. A grid is ordered by distance from the paper's setting, and
+neighbours left unchanged, each averaged over the datasets. A grid is ordered by distance from the paper's setting, and
 the first entry whose criterion reaches 0.95 is chosen: no further from the paper than it takes. If none does, the best is.
 A specificity below 0.05 counts as 0.05: among settings that all break their neighbours, effectiveness decides.
 
 How far from its prompt an edit acts (a codebook's radius, the margin of an encoder) does not change whether the prompt itself is answered
-right. It is selected for each data set by the generalization in effectiveness's place, with the other values that the subject has.
+right. It is selected for each dataset by the generalization in effectiveness's place, with the other values that the subject has.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ...editors.registry import get_editor, load_editor, resolve_hparams
 from ...evaluation.evaluate import evaluate
 from ...evaluation.records import finite
 from ...metrics.base import get_metric
-from ...subjects.settings import Preset, load_settings
+from ...subjects.settings import Preset, list_subjects, load_settings
 from ...subjects.subject import Subject
 from ...support.display import Markup, inline
 from ...support.errors import StudyError
@@ -56,7 +56,7 @@ def budget_table(measured: Mapping[str, pd.DataFrame]) -> Iterator[dict[str, str
         measured: by editor, what ``clme measure selection`` writes.
     """
     for editor in in_order(measured):
-        # A grid that is chosen from for each data set has a row for each of them.
+        # A grid that is chosen from for each dataset has a row for each of them.
         tried = measured[editor].groupby("setting", sort=False)["cases"].sum()
         each = sorted(set(tried))
         yield {
@@ -69,7 +69,7 @@ def budget_table(measured: Mapping[str, pd.DataFrame]) -> Iterator[dict[str, str
 
 
 def differing_values(paper: str = "codellama-7b", own: str = "smollm2-135m") -> pd.DataFrame:
-    """The hyper-parameters in which two registered subjects differ, a row each."""
+    """The hyperparameters in which two registered subjects differ, a row each."""
     papers, owns = (load_settings(name).editors for name in (paper, own))
     rows = []
     for editor in in_order({**papers, **owns}):
@@ -81,19 +81,37 @@ def differing_values(paper: str = "codellama-7b", own: str = "smollm2-135m") -> 
     return pd.DataFrame(rows)
 
 
+def all_values() -> pd.DataFrame:
+    """Every hyperparameter of the library's editors, a row each, with its values for the registered subjects; subjects that differ
+    in none share a column. Layers that the paper names and a subject lacks are moved, as when its weights are loaded."""
+    rows = []
+    for editor in in_order(name for name in EDITORS.names() if EDITORS[name].__module__.startswith("clme_lib.")):
+        fields = get_editor(editor).Hyperparameters.model_fields
+        values = {name: resolve_hparams(editor, name, load_settings(name).subject.blocks) for name in list_subjects()}
+        for field in fields:
+            of_subjects = {name: _value(getattr(chosen, field)) for name, chosen in values.items()}
+            rows.append({"Editor": editor_name(editor), "Hyperparameter": f"`{field}`", **of_subjects})
+    whole = pd.DataFrame(rows)
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name in list_subjects():
+        alike.setdefault(tuple(whole[name]), []).append(name)
+    columns = {", ".join(names): column for column, names in alike.items()}
+    return whole[["Editor", "Hyperparameter"]].assign(**columns)
+
+
 def _value(value: object) -> str:
     if value is None:
         return "all"  # of the records there are
     if isinstance(value, dict):
         return ", ".join(f"{dataset_title(name)} {_value(of_dataset)}" for name, of_dataset in value.items())
     if isinstance(value, list | tuple):
-        return f"{value[0]}–{value[-1]}"
+        return f"{value[0]}–{value[-1]}" if len(value) > 1 else str(value[0])
     return f"{value:g}" if isinstance(value, float) else str(value)  # without trailing zeros
 
 
 @table
 def preset_table(measured: Mapping[str, pd.DataFrame]) -> Iterator[dict[str, str]]:
-    """What the released program's defects do, alone and together; each data set's first row has none of them.
+    """What the released program's defects do, alone and together; each dataset's first row has none of them.
 
     Args:
         measured: by editor, what ``clme measure presets`` writes (:func:`compare_presets`).
@@ -116,7 +134,7 @@ def _score_cells(row: Any) -> dict[str, str]:
     }
 
 
-CHOSEN_BY = {False: "effectiveness and specificity", True: "generalization and specificity, for each data set"}
+CHOSEN_BY = {False: "effectiveness and specificity", True: "generalization and specificity, for each dataset"}
 GOOD_ENOUGH = 0.95
 LEAST_SPECIFICITY = 0.05
 SCORES = ["effectiveness_em", "generalization_em", "specificity_rate", "loss"]
@@ -130,8 +148,8 @@ def select(
     """Try an editor's grid; written as CSV, one row per setting, in the grid's order.
 
     Args:
-        cases: of each data set's 30 selection cases, the first so many (None: all).
-        datasets: an editor that trains for each data set may be tried on one of them alone.
+        cases: of each dataset's 30 selection cases, the first so many (None: all).
+        datasets: an editor that trains for each dataset may be tried on one of them alone.
 
     Raises:
         StudyError: the editor has no grid.
@@ -213,11 +231,11 @@ def measure(
     budgets: Sequence[Preset] = ("clean",),
     scores: Sequence[str] = SCORES,
 ) -> pd.DataFrame:
-    """Mean ``scores`` over selection cases, a row for each setting and data set; a trained editor learns from the other cases.
+    """Mean ``scores`` over selection cases, a row for each setting and dataset; a trained editor learns from the other cases.
 
     Args:
         file: the table to be; what has been measured is kept beside it, so that an interrupted command goes on.
-        cases: only the first so many of each data set's (None: all 30).
+        cases: only the first so many of each dataset's (None: all 30).
     """
     done = Journal(_unfinished(file), lambda row: (row["identity"], row["dataset"]))
     rows = []
@@ -244,7 +262,7 @@ def measure(
 
 
 def describe_setting(setting: Mapping[str, Any], dataset: str) -> str:
-    """Hyper-parameters as the tables name them: of one data set where a value is given for each."""
+    """Hyperparameters as the tables name them: of one dataset where a value is given for each."""
     of_dataset = {name: value[dataset] if isinstance(value, dict) else value for name, value in setting.items()}
     return ", ".join(f"{name} {_value(value)}" for name, value in of_dataset.items())
 

@@ -40,7 +40,7 @@ def compare_statistics(subject: Subject, file: Path, cases: int = 30) -> pd.Data
 
     For each layer one row with ten tokens per dimension of the key, and one with forty (the default). Columns: ``tokens``; ``cosine``
     (smallest over the cases) between the two write directions ``a``; ``share`` and ``share_of_four`` (mean) of the residual that a
-    write puts at its own key, ``k^T a``; ``difference`` (largest) between the two, relative. ``cases``: of each data set's selection.
+    write puts at its own key, ``k^T a``; ``difference`` (largest) between the two, relative. ``cases``: of each dataset's selection.
     """
     chosen = [case for dataset in PAPER_DATASET_NAMES for case in selection_cases(dataset, cases)[0]]
     walk = Blockwise(subject, [encode(subject.tokenizer, case.prompt) for case in chosen])

@@ -107,7 +107,7 @@ def diagnose_editors(subject: Subject, file: Path, editors: Sequence[str] = DIAG
     """Mean diagnosis of each editor with the paper's values and with the subject's own, written as CSV.
 
     Args:
-        cases: of each data set's selection cases, the first so many.
+        cases: of each dataset's selection cases, the first so many.
 
     Raises:
         StudyError: an unknown editor, or one that does not update weights.

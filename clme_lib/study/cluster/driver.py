@@ -38,8 +38,8 @@ def complete_on_ray(
     """Complete a run on a cluster, or on this machine's workers.
 
     Args:
-        data: SHA-256 of each data set's cases.
-        pending: data sets and editors of which records are missing.
+        data: SHA-256 of each dataset's cases.
+        pending: datasets and editors of which records are missing.
 
     Raises:
         StudyError: Ray is not installed or cannot be reached, no worker can start, workers differ from this process, or
@@ -106,7 +106,7 @@ class Driver:
         self._retried = 0
         self._unwritten: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
         self._caches: set[str] = set()
-        # of the unedited subject, by data set and case: which of the lists has them
+        # of the unedited subject, by dataset and case: which of the lists has them
         self._texts: dict[tuple[str, int], list[list[dict]]] = defaultdict(list)
 
     def run(self) -> None:

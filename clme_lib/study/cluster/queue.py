@@ -1,6 +1,6 @@
 """What is left of a run's work, and what a worker that has nothing to do is asked for next. Knows nothing of Ray.
 
-The work of a data set and an editor falls into groups: the parts of its plan (:func:`clme_lib.study.work.planned`), each prepared once by the
+The work of a dataset and an editor falls into groups: the parts of its plan (:func:`clme_lib.study.work.planned`), each prepared once by the
 worker that is asked for it first. Cases of a group are given out in batches, the longest first; towards the end batches get smaller, so that
 nobody holds the end up. A walk (a protocol's steps that build on each other) is one unit, which goes on from the last state that was kept.
 """
@@ -17,7 +17,7 @@ from ...support.errors import StudyError
 from ..config import RunConfig
 from ..work import edited_alone, planned
 
-Place = tuple[str, str, int]  # data set, editor, and which part of its plan
+Place = tuple[str, str, int]  # dataset, editor, and which part of its plan
 SUSPECT_AFTER = 2  # workers that died of a unit
 _AHEAD_WHILE = 4  # batches that wait for each worker, at least, while workers are asked ahead
 
@@ -84,7 +84,7 @@ def groups_of(
     everything: Sequence[Case],
     keys: set[tuple[int, int]],
 ) -> Iterator[Group]:
-    """The groups of a data set and an editor in which something is missing from ``keys``."""
+    """The groups of a dataset and an editor in which something is missing from ``keys``."""
     for number, part in enumerate(planned(config, editor, cases, everything)):
         alone = edited_alone(config, part.steps, keys)
         done = keys | {(1, case.case_id) for case in alone}
@@ -171,7 +171,7 @@ class Queue:
         return ()
 
     def rates(self) -> dict[str, dict[str, dict[str, float]]]:
-        """By data set and editor, records and the seconds that workers spent on them."""
+        """By dataset and editor, records and the seconds that workers spent on them."""
         rates: dict[str, dict[str, dict[str, float]]] = {}
         for (dataset, editor, _), group in self.groups.items():
             known = rates.setdefault(dataset, {}).setdefault(editor, {"records": 0, "seconds": 0.0})

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...datasets.base import DataSet, list_datasets, register_dataset
+from ...datasets.base import Dataset, list_datasets, register_dataset
 from ...datasets.cases import Case
 from ...evaluation.loading import check_lengths, load_subject
 from ...evaluation.unedited import kept_texts
@@ -31,10 +31,10 @@ MUST_AGREE = ("torch", "transformers", "tokenizers")
 
 @dataclass(frozen=True)
 class Job:
-    """What all workers of a run are given: the configuration, each data set's cases, and the ids of those that are edited."""
+    """What all workers of a run are given: the configuration, each dataset's cases, and the ids of those that are edited."""
 
     config: RunConfig
-    datasets: Sequence[DataSet]
+    datasets: Sequence[Dataset]
     everything: Mapping[str, Sequence[Case]]
     chosen: Mapping[str, Sequence[int]]
 
@@ -100,7 +100,7 @@ class Worker:
         }
 
     def prepare(self, unit: Unit, start: Mapping[str, str]) -> dict[str, Any]:
-        """Have an editor learn and gather what it needs at a place; its hyper-parameters, and what it prepared."""
+        """Have an editor learn and gather what it needs at a place; its hyperparameters, and what it prepared."""
         editor = self._work(unit.place, start).editor
         return {"hyperparameters": provenance.hyperparameters(editor), "setup": editor.setup()}
 

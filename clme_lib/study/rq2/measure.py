@@ -3,7 +3,7 @@
 A folder holds one JSON Lines file a subject, one row a measurement, each with the machine, dtype and threads it was made with:
 
 ``ceiling``     what the device can do (floor.py)
-``setup``       seconds to make an editor ready on a data set, and of a warm-up of two steps, both outside any other clock
+``setup``       seconds to make an editor ready on a dataset, and of a warm-up of two steps, both outside any other clock
 ``edit``        one case, edited alone: seconds around the whole of ``editor.edit``, peak memory, what was in use before
 ``throughput``  a batch: seconds of its edits, and of their evaluation
 

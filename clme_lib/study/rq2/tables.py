@@ -88,7 +88,7 @@ def _number(value: float, look: str, missing: str = "") -> str:
 
 
 def cost_summary(measured: pd.DataFrame) -> pd.DataFrame:
-    """Median seconds and peak memory (MiB) of one edit alone, a row per subject, data set and editor."""
+    """Median seconds and peak memory (MiB) of one edit alone, a row per subject, dataset and editor."""
     groups = _rows(measured, "edit").groupby(["subject", "dataset", "editor"], sort=False)
     return groups[["seconds", "peak_mib"]].median().round(3)
 
@@ -109,7 +109,7 @@ def _labels(measured: pd.DataFrame) -> list[str]:
 
 
 def _rows(measured: pd.DataFrame, *kinds: str) -> pd.DataFrame:
-    """Rows of some kinds with columns ``label`` and ``error``, those of random weights last; data sets and editors in the study's order."""
+    """Rows of some kinds with columns ``label`` and ``error``, those of random weights last; datasets and editors in the study's order."""
     labelled = measured.assign(label=_labels(measured), error=measured.get("error"))
     labels = list(labelled.sort_values("random_weights", kind="stable")["label"].unique())
     ranks = {"label": labels, "dataset": list(PAPER_CASES), "editor": list_editors()}
@@ -119,7 +119,7 @@ def _rows(measured: pd.DataFrame, *kinds: str) -> pd.DataFrame:
 
 
 def cost_figure(measured: pd.DataFrame):
-    """The paper's figure of the time of one edit: medians with quartiles, a panel for each data set; a matplotlib figure."""
+    """The paper's figure of the time of one edit: medians with quartiles, a panel for each dataset; a matplotlib figure."""
     import seaborn as sns
 
     edits = _rows(measured, "edit")
@@ -156,7 +156,7 @@ def throughput_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 
 def _rates(batches: pd.DataFrame) -> pd.DataFrame:
-    """Of one editor and data set: edits and evaluated cases per second by batch size (NaN: it did not fit)."""
+    """Of one editor and dataset: edits and evaluated cases per second by batch size (NaN: it did not fit)."""
     by_size = batches.set_index(batches["batch"].astype(int)).sort_index()
     whole = by_size["edit_seconds"] + by_size["evaluate_seconds"]
     return pd.DataFrame({"edits/s": by_size.index / by_size["edit_seconds"], "with evaluation": by_size.index / whole})
@@ -204,7 +204,7 @@ def projection_table(measured: pd.DataFrame, plain: pd.DataFrame | None = None) 
     """Hours that the whole study would take: all of CLMEEval's cases by the nine editor variants, edited and evaluated.
 
     From each editor's measured rate with evaluation, one case at a time and in the best batch; a subject is projected only
-    when all of them were measured on both data sets. ``plain`` is the table of ``benchmarks/whole_case.py``: what the fixed plain
+    when all of them were measured on both datasets. ``plain`` is the table of ``benchmarks/whole_case.py``: what the fixed plain
     procedure needs for a case on the same machine, of the embedded subject. It is left out for a machine or subject that it lacks.
     """
     batches = measured[measured["kind"] == "throughput"]
@@ -229,7 +229,7 @@ def projection_table(measured: pd.DataFrame, plain: pd.DataFrame | None = None) 
 
 
 def _hours(seconds: dict[tuple[str, str], float]) -> float | None:
-    """For the paper's cases by its variants, from the seconds per case of each data set and editor; None where one is missing."""
+    """For the paper's cases by its variants, from the seconds per case of each dataset and editor; None where one is missing."""
     hours = sum(seconds.get(pair, np.nan) * PAPER_CASES[pair[0]] for pair in _PAIRS) / 3600
     return None if np.isnan(hours) else hours
 
@@ -244,12 +244,12 @@ def _plain_hours(plain: pd.DataFrame) -> float | None:
 
 
 def findings(measured: pd.DataFrame) -> dict[str, Any]:
-    """What was measured, and which of the paper's orderings the measurements have. Editors and data sets go by their titles.
+    """What was measured, and which of the paper's orderings the measurements have. Editors and datasets go by their titles.
 
     Returns:
-        ``costs``: median seconds of an edit, a row for each subject (its label) and data set, with the ``fastest`` and the
-        ``slowest`` editor and its ``least`` and ``most`` seconds. ``malmen``: in how many of the ``pairs`` of subject and data
-        set that have all three MALMEN is the ``fastest``, and MEMIT or PMET the ``slowest``. ``csne_longer``: in how many ``pairs``
+        ``costs``: median seconds of an edit, a row for each subject (its label) and dataset, with the ``fastest`` and the
+        ``slowest`` editor and its ``least`` and ``most`` seconds. ``malmen``: in how many of the ``pairs`` of subject and dataset
+        that have all three MALMEN is the ``fastest``, and MEMIT or PMET the ``slowest``. ``csne_longer``: in how many ``pairs``
         of subject and editor CSNE takes ``longer``. ``shapes``: of several subjects with random weights, by the editors
         measured on all of them, the one with the largest median ``seconds`` and ``peak_mib``. ``half``: ``gib``, ``editor`` and
         ``subject`` of the largest peak in 16 bits. These four are None where there is nothing to count. ``too_large``: by

@@ -34,7 +34,7 @@ from ..tables import write_csv
 MARGINS = (1.0, 1.5, 2.0, 3.0, 4.0)
 RADII = 61  # how many the sweep takes, from nothing to the largest distance
 _EVERYTHING = 1e9
-_TIMED = 5  # cases edited alone, per data set and variant
+_TIMED = 5  # cases edited alone, per dataset and variant
 
 
 def compat_run(config: RunConfig) -> pd.DataFrame:
@@ -61,14 +61,14 @@ def sweep(config: RunConfig) -> pd.DataFrame:
 def sweep_radius(subject: Subject, file: Path, cases: int = 30, margins: Sequence[float] = MARGINS) -> pd.DataFrame:
     """Exact match of all measures as a function of the radius, on the selection cases; written as CSV.
 
-    One row for each data set, editor, margin and radius: ``effectiveness``, ``generalization``, ``specificity`` (all five
+    One row for each dataset, editor, margin and radius: ``effectiveness``, ``generalization``, ``specificity`` (all five
     neighbours unchanged) and ``specificity_rate``, in [0, 1]. Encoders are trained on all cases that are not selection
     cases. GRACE and A-GRACE without contrastive learning have no margin. What a prompt's continuation becomes *if* the codebook
     fires does not depend on the encoder, so the texts of a few edits with an infinite radius, and the distances under each encoder,
     give every radius at once.
 
     Args:
-        cases: of each data set's selection cases, the first so many.
+        cases: of each dataset's selection cases, the first so many.
     """
     rows = []
     for dataset in PAPER_DATASET_NAMES:
@@ -123,7 +123,7 @@ def fitted_editor(
 
 
 def projection(config: RunConfig) -> pd.DataFrame:
-    """The paper's case study: the places of one case of each data set (:func:`project`)."""
+    """The paper's case study: the places of one case of each dataset (:func:`project`)."""
 
     def make(subject: Subject, file: Path) -> None:
         sets = [(load_cases(name, config.source), sampled(config, name)) for name in config.dataset]
@@ -137,7 +137,7 @@ def project(subject: Subject, everything: Sequence[Case], candidates: Sequence[C
     """The prompts of the first of the sampled candidates in the plane of their queries' first two principal components.
 
     Args:
-        everything: all cases of the data set, whose other fold the encoder learns from.
+        everything: all cases of the dataset, whose other fold the encoder learns from.
         candidates: cases to take one from.
 
     Returns:

@@ -103,7 +103,7 @@ def _distances(records: pd.DataFrame, editor: str) -> np.ndarray:
 def distance_figure(records: pd.DataFrame):
     """How far the rephrased prompt (GRI) and the neighbours (SRI) are from the edit prompt (OI), by GRACE's and A-GRACE's keys.
 
-    A panel for each data set and editor; cases in the order of their OI-GRI distance; the band goes from a case's nearest
+    A panel for each dataset and editor; cases in the order of their OI-GRI distance; the band goes from a case's nearest
     to its farthest neighbour. A matplotlib figure.
     """
     figure, axes = _panels(2, records["dataset"].nunique(), height=2.6)
@@ -127,7 +127,7 @@ def distance_figure(records: pd.DataFrame):
 
 
 def distance_findings(records: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """For each data set and for GRACE's and A-GRACE's keys: in how many of ``cases`` the rephrased prompt is ``nearer`` than
+    """For each dataset and for GRACE's and A-GRACE's keys: in how many of ``cases`` the rephrased prompt is ``nearer`` than
     every neighbour, the ``rephrased`` prompt is within the radius, and a ``neighbour`` is."""
     for dataset, of_dataset in records.groupby("dataset", sort=False):
         for editor in _COMPARED:
@@ -222,7 +222,7 @@ def radius_table(sweep: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 
 def radius_findings(sweep: pd.DataFrame) -> dict[str, tuple[pd.Series, pd.Series]]:
-    """By data set: GRACE's best point of the sweep, and A-GRACE's of all margins."""
+    """By dataset: GRACE's best point of the sweep, and A-GRACE's of all margins."""
     return {
         dataset_title(str(dataset)): tuple(_balanced(points[points["editor"] == name]) for name in _COMPARED)
         for dataset, points in sweep.groupby("dataset", sort=False)
@@ -235,13 +235,13 @@ def reached(point: pd.Series) -> float:
 
 
 def _balanced(points: pd.DataFrame) -> pd.Series:
-    """The point of a sweep that the selection of hyper-parameters would take, by the smallest radius."""
+    """The point of a sweep that the selection of hyperparameters would take, by the smallest radius."""
     of_points = points.apply(reached, axis=1)
     return points.loc[points[of_points == of_points.max()]["radius"].idxmin()]
 
 
 def findings(records: pd.DataFrame, compat: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """What the tables show of each data set that has GRACE and A-GRACE, on the cases that all variants have.
+    """What the tables show of each dataset that has GRACE and A-GRACE, on the cases that all variants have.
 
     Yields:
         ``data`` (its name); ``cases``, how many; ``means``, scores in percent by editor; ``released``, how many of A-GRACE's
