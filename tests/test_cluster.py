@@ -68,11 +68,11 @@ def test_what_kills_workers_is_halved_until_the_case_is_known():
             edited += unit.cases
             queue.finished(unit)
         unit = queue.next(PLACE, 4, 0.5)
-    assert blamed == [3] and sorted(edited) == [1, 2, 4] and asked < 10 and not queue.unfinished
+    assert blamed == [3] and sorted(edited) == [1, 2, 4] and asked < 12 and not queue.unfinished
     queue = queue_of(Group(PLACE, [1]))
-    for last in (False, True):
+    for last in (False, False, True):
         with (
-            pytest.raises(StudyError, match="prepare grace on cnle: 2 workers died")
+            pytest.raises(StudyError, match="prepare grace on cnle: 3 workers died")
             if last
             else contextlib.nullcontext()
         ):
@@ -165,8 +165,12 @@ class Dead(Exception):
     pass
 
 
+class Unreachable(Dead):
+    pass
+
+
 class PlainRay:
-    exceptions = SimpleNamespace(RayTaskError=TaskError, RayError=Dead)
+    exceptions = SimpleNamespace(RayTaskError=TaskError, RayError=Dead, ActorUnavailableError=Unreachable)
 
     def wait(self, references, num_returns=1, timeout=None):
         return references[:num_returns], references[num_returns:]
@@ -265,7 +269,7 @@ def test_a_case_that_kills_workers_fails_and_the_others_do_not(folder, tmp_path,
     runs.run(config(folder, tmp_path / "alone"))
     records = drive(config(folder, tmp_path / "run", batch_size=batch_size), Dies)
     failed = records[records["state"] == FAILED]
-    assert failed[["editor", "case_id", "error"]].values.tolist() == [["grace", 2, "2 workers died of this case alone"]]
+    assert failed[["editor", "case_id", "error"]].values.tolist() == [["grace", 2, "3 workers died of this case alone"]]
     both = texts(tmp_path / "alone"), texts(tmp_path / "run")
     assert len(both[0]) == len(both[1]) == 10
     good = both[1]["state"] == SCORED
@@ -274,6 +278,23 @@ def test_a_case_that_kills_workers_fails_and_the_others_do_not(folder, tmp_path,
     assert start["retried"] > 0 and "died" in {worker["state"] for worker in start["workers"]}
     again = drive(config(folder, tmp_path / "run", batch_size=batch_size, retry_failed=True), Worker)
     assert (again["state"] == SCORED).all() and texts(tmp_path / "run").equals(both[0])
+
+
+@pytest.mark.parametrize("error", [Unreachable("gone"), Dead("the actor died because its node has died")])
+def test_a_case_is_not_blamed_for_nodes_that_go(folder, tmp_path, monkeypatch, error):
+    """Not even if that happens again and again while a worker has it."""
+    monkeypatch.setenv("CLME_CACHE", str(tmp_path / "cache"))
+    lost = []
+
+    class Lost(Worker):
+        def edit(self, unit, *args):
+            if 2 in unit.cases and unit.place[1] == "grace" and len(lost) < 6:
+                lost.append(unit)
+                raise error
+            return super().edit(unit, *args)
+
+    records = drive(config(folder, tmp_path / "run", batch_size=1), Lost)
+    assert len(lost) == 6 and len(records) == 10 and (records["state"] == SCORED).all()
 
 
 def test_workers_that_differ_or_cannot_start(folder, tmp_path, monkeypatch, capsys):

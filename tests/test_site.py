@@ -23,7 +23,10 @@ pytestmark = pytest.mark.browser
 def chapters() -> list[str]:
     contents = yaml.safe_load((ROOT / "_toc.yml").read_text())
     chapters = [chapter for part in contents["parts"] for chapter in part["chapters"]]
-    return [contents["root"], *(page["file"] for chapter in chapters for page in (chapter, *chapter.get("sections", ())))]
+    return [
+        contents["root"],
+        *(page["file"] for chapter in chapters for page in (chapter, *chapter.get("sections", ()))),
+    ]
 
 
 def rendered(page: str, profile: Path) -> str:

@@ -60,7 +60,10 @@ def _verdicts(results: Path) -> dict[str, str]:
     """How many comparisons of the scorecard have which verdict, of the chat model and of the code model."""
     of_subjects = counts(load_evidence(results, (PUBLISHED, CODE_SUBJECT)))
     names = {"chat_verdicts": PUBLISHED, "code_verdicts": CODE_SUBJECT}
-    listed = {name: [f"{count} {verdict}" for verdict, count in of_subjects[subject].items()] for name, subject in names.items()}
+    listed = {
+        name: [f"{count} {verdict}" for verdict, count in of_subjects[subject].items()]
+        for name, subject in names.items()
+    }
     return {name: ", ".join(verdicts) for name, verdicts in listed.items()}
 
 

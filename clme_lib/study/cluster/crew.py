@@ -99,6 +99,10 @@ class Crew:
                 answer = error
             yield member, unit, answer
 
+    def node_is_gone(self, error: Exception) -> bool:
+        """Whether a worker was lost with its node, or the way to it, and not in its own process, for which its work may be the reason."""
+        return isinstance(error, self.ray.exceptions.ActorUnavailableError) or "its node has died" in str(error)
+
     def dismiss(self, member: Member, state: str) -> None:
         """A worker is none any more, because it died or is of no use."""
         member.state = state

@@ -174,9 +174,10 @@ class Driver:
             else:
                 self._retried += 1
                 first, *others = member.units
-                for other in others:
+                blameless = member.units if self._crew.node_is_gone(answer) else others
+                for other in blameless:
                     self._queue.returned(other)
-                for case_id in self._queue.died(first):
+                for case_id in self._queue.died(first) if blameless is others else ():
                     self._blame(first, case_id)
         elif not member.about and "problem" in answer:
             self._crew.leave_out(member, f"node {answer['node']}: {answer['problem']}")

@@ -18,7 +18,8 @@ from ..config import RunConfig
 from ..work import edited_alone, planned
 
 Place = tuple[str, str, int]  # dataset, editor, and which part of its plan
-SUSPECT_AFTER = 2  # workers that died of a unit
+SUSPECT_AFTER = 2  # workers that died of several cases
+BLAMED_AFTER = 3  # workers that died of what cannot be halved: twice may be chance, where many die of something else
 _AHEAD_WHILE = 4  # batches that wait for each worker, at least, while workers are asked ahead
 
 
@@ -140,14 +141,14 @@ class Queue:
         group.prepared |= unit.kind == "prepare"
 
     def returned(self, unit: Unit) -> None:
-        """A worker died before it came to the unit: it is given to another."""
+        """A worker died before it came to the unit, or with its node: it is given to another."""
         group = self.groups[unit.place]
         group.underway -= 1
         group.units.append(unit)
 
     def died(self, unit: Unit) -> tuple[int, ...]:
-        """A worker died with the unit: it is given to another. What two workers died of is halved; a single case of which they did is
-        returned, for nobody to be asked for it again.
+        """A worker died with the unit: it is given to another. Cases of which two workers died are halved; a single case of which three
+        did is returned, for nobody to be asked for it again.
 
         Raises:
             StudyError: workers die of what cannot be halved.
@@ -155,7 +156,7 @@ class Queue:
         group = self.groups[unit.place]
         group.underway -= 1
         deaths = unit.deaths + 1
-        if deaths < SUSPECT_AFTER:
+        if deaths < (SUSPECT_AFTER if len(unit.cases) > 1 else BLAMED_AFTER):
             group.units.append(replace(unit, deaths=deaths))
             return ()
         if unit.kind != "edit":
