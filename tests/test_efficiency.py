@@ -29,12 +29,12 @@ from clme_lib.support.errors import StudyError
 from clme_lib.support.seeds import DEFAULT_SEED
 
 PAPER = ("codellama-7b", "codeqwen1.5-7b", "stablecode-3b")
-# layers and sizes of the paper's values, for four blocks
+# layers and sizes of the paper's values for four blocks, and few steps
 SMALL = {
-    "ft-l": {"layer": 2},
-    "rome": {"layer": 1},
-    "memit": {"layers": [0, 1]},
-    "pmet": {"layers": [0, 1]},
+    "ft-l": {"layer": 2, "steps": 5},
+    "rome": {"layer": 1, "steps": 5},
+    "memit": {"layers": [0, 1], "steps": 5},
+    "pmet": {"layers": [0, 1], "steps": 5},
     "alphaedit": {"layers": [0, 1]},
     "emmet": {"layers": [1]},
     "in-context-retrieved": {"layer": 1},
@@ -42,7 +42,7 @@ SMALL = {
     "ultraedit": {"layers": [2, 3]},
     "locft-bf": {"layer": 2},
     "malmen": {"layers": [2, 3], "rank": 8},
-    **{name: {"layer": 2} for name in ("grace", "a-grace", "a-grace-wo-cl", "a-grace-wo-mean")},
+    **{name: {"layer": 2, "steps": 5} for name in ("grace", "a-grace", "a-grace-wo-cl", "a-grace-wo-mean")},
 }
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -48,6 +49,22 @@ def test_one_source_of_versions():
     (pip,) = [entry["pip"] for entry in environment if isinstance(entry, dict)]
     assert pip == ["--constraint constraints.txt", "--editable .[book,dev]"]
     assert "python=3.11" in environment and project["requires-python"] == ">=3.11,<3.14"
+
+
+def test_binder_installs_the_same_and_prepares_what_a_notebook_needs():
+    """What repo2docker reads: paths of the environment are from its folder."""
+    binder = ROOT / ".binder"
+    conda, of_binder = (yaml.safe_load((folder / "environment.yml").read_text()) for folder in (ROOT, binder))
+    *others, pip = (entry["pip"] if isinstance(entry, dict) else entry for entry in of_binder["dependencies"])
+    assert others == [entry for entry in conda["dependencies"] if isinstance(entry, str)]
+    assert pip == ["--extra-index-url https://download.pytorch.org/whl/cpu", "--constraint ../constraints.txt", "--editable ..[book]"]
+    assert (binder / "../constraints.txt").is_file() and (binder / "../pyproject.toml").is_file()
+    script = (binder / "postBuild").read_text()
+    assert os.access(binder / "postBuild", os.X_OK) and script.startswith("#!/usr/bin/env bash\n")
+    commands = [line for line in script.splitlines() if line and not line.startswith(("#", "set "))]
+    assert commands == ["jupytext --quiet --sync notebooks/*.py", "clme prepare"]
+    with pytest.raises(SystemExit, match="0"):
+        main(["prepare", "--help"])
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
