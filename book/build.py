@@ -7,6 +7,7 @@ contents, under that page's title: the reader's own run that of book/own_run, wh
 """
 
 import datetime
+import itertools
 import json
 import re
 import shutil
@@ -37,6 +38,9 @@ _REFERENCE = re.compile(r"\{\w+\}`(?:[^`<]*<)?(?P<role>[^`<>]+)>?`|\]\(#(?P<link
 # a table of ours; it is wide with so many columns, or so many characters in a row
 _TABLE = re.compile(r"(?P<head>^```\{table\}.*\n)(?P<rest>:name: \S+\n\n(?P<rows>(?:\|.*\n)+))", re.M)
 _WIDE = 6, 500
+# a column's title that says of which measure it is a score
+_MEASURES = {"Eff.": "Effectiveness", "Gen.": "Generalization", "Spec.": "Specificity"}
+_MEASURE = re.compile(r"(Eff\.|Gen\.|Spec\.) (EM|BLEU|R-L|kept)")
 # tags of cells whose code a page does not show where it stands
 _HIDDEN = {"hide-input", "parameters", "injected-parameters"}
 
@@ -76,13 +80,14 @@ def stage(replacements: dict[str, Path]) -> None:
         shutil.copytree(ROOT / name, STAGE / name, ignore=_LOCAL_STATE)
     for page, notebook in replacements.items():
         _replace(page, notebook)
+    for page in pages():
+        _refuse_active_outputs(page)
     (STAGE / "book" / "_static" / "layers.svg").write_text(layers.draw(ROOT / "clme_lib"), encoding="utf-8")
     board = leaderboard.write(STAGE / "results", STAGE / "book" / "_static" / "leaderboard")
     (STAGE / "book" / "_leaderboard.md").write_text(board + "\n", encoding="utf-8")
     (STAGE / "book" / "_fields.md").write_text(_fields(), encoding="utf-8")
     used: set[str] = set()
     for page in pages():
-        _refuse_active_outputs(page)
         used |= _make_labels_unique(page, used)
         _present(page)
 
@@ -234,17 +239,42 @@ _UNUSED_IN_PAGE = re.compile(
 _MATHEMATICS = re.compile(r"\s*<script\b[^>]*/mathjax/[^>]*></script>")
 
 
-def prune() -> None:
-    """Take away what the theme brings and no page needs (33 of 39 MB; 1.5 MB that every page would load)."""
-    static = HTML / "_static"
+def finish(html: Path = HTML) -> None:
+    """Group the columns of tables, and take away what the theme brings and no page needs (25 of 39 MB; 1.5 MB that every page would load)."""
+    static = html / "_static"
     for file in sorted(static.rglob("*"), reverse=True):
         if file.is_file() and _UNUSED.fullmatch(file.relative_to(static).as_posix()):
             file.unlink()
         elif file.is_dir() and not any(file.iterdir()):
             file.rmdir()
-    for page in HTML.rglob("*.html"):
-        text = _UNUSED_IN_PAGE.sub("", page.read_text(encoding="utf-8"))
-        page.write_text(text if 'class="math' in text else _MATHEMATICS.sub("", text), encoding="utf-8")
+    for page in html.rglob("*.html"):
+        text = group_columns(_UNUSED_IN_PAGE.sub("", page.read_text(encoding="utf-8")))
+        text = text if 'class="math' in text else _MATHEMATICS.sub("", text)
+        page.write_text(
+            text if text.lstrip().lower().startswith("<!doctype") else f"<!DOCTYPE html>\n{text}", encoding="utf-8"
+        )
+
+
+def group_columns(text: str) -> str:
+    """Columns of the same measure stand under its name, in the heads of a page's tables."""
+
+    def grouped(match: re.Match[str]) -> str:
+        titles = re.findall(r"<th\b[^>]*><p>(.*?)</p></th>", match[0])
+        measures = [_MEASURE.fullmatch(title) for title in titles]
+        groups = [(name, list(of)) for name, of in itertools.groupby(measures, lambda measure: measure and measure[1])]
+        if max((len(of) for name, of in groups if name), default=0) < 2:
+            return match[0]
+        upper, lower, rest = "", "", iter(titles)
+        for name, of in groups:
+            columns = [next(rest) for _ in of]
+            if name:
+                upper += f'<th class="head group" colspan="{len(of)}" scope="colgroup"><p>{_MEASURES[name]}</p></th>'
+                lower += "".join(f'<th class="head"><p>{measure[2]}</p></th>' for measure in of)
+            else:
+                upper += "".join(f'<th class="head" rowspan="2"><p>{title}</p></th>' for title in columns)
+        return f'<thead>\n<tr class="row-odd">{upper}</tr>\n<tr class="row-odd">{lower}</tr>\n</thead>'
+
+    return re.sub(r"<thead>.*?</thead>", grouped, text, flags=re.S)
 
 
 def check() -> None:
@@ -261,6 +291,6 @@ def check() -> None:
 if __name__ == "__main__":
     stage({page: Path(notebook) for page, _, notebook in (argument.partition("=") for argument in sys.argv[1:])})
     render()
-    prune()
+    finish()
     check()
     print(f"the book: {HTML / 'index.html'}")

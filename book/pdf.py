@@ -21,6 +21,7 @@ def main(target: Path, replacements: dict[str, Path]) -> None:
         sys.exit("a PDF is printed by Chromium or Chrome, and neither is installed")
     build.stage(replacements)
     build.render("singlehtml", SINGLE)
+    build.finish(SINGLE)
     # its addresses are relative to the folder, and the page itself is in one below
     page = Path(shutil.copy(SINGLE / f"{build.pages()[0]}.html", SINGLE / "whole.html"))
     target.parent.mkdir(parents=True, exist_ok=True)

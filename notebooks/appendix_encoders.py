@@ -17,8 +17,8 @@
 # (encoders)=
 # # Appendix E: A-GRACE's encoder
 #
-# What A-GRACE's encoder is asked: does the radius around an edit's key hold its rephrased prompt, and none of its neighbours? Each encoder was
-# trained on one half of a whole dataset, a few hundred cases (layer 20's mean keys, w/o Mean: last-token keys), and asked about the other, with the radius that the editor uses.
+# A-GRACE's encoder is evaluated as a classifier: is the rephrased prompt within the radius around an edit's key, and every neighbour outside? Each encoder was
+# trained on one half of a whole dataset, a few hundred cases (layer 20's mean keys; w/o Mean: last-token keys), and evaluated on the other half, with the radius that the editor uses.
 
 # %% tags=["parameters", "hide-input"]
 subject: str = "smollm2-135m"  # whose measurements are shown
@@ -35,24 +35,24 @@ from clme_lib.support.display import Markup
 
 measured = pd.read_csv(Path(results, "encoders", f"{subject}.csv"))
 caption = Markup(
-    "Encoders by setting. Balanced accuracy of <em>within the radius</em> on the half that was not trained on, means of both halves (0.5 is what any "
-    "constant gets), at the editors' radius and at the radius that would be best there; and the shares of rephrased and neighbour prompts "
+    "Encoders by setting. Balanced accuracy of <em>within the radius</em> on the half not used for training, averaged over both halves (any "
+    "constant classifier gets 0.5), at the editors' radius and at the radius that would be best there; and the shares of rephrased prompts and neighbours "
     "within the radius."
 )
 encoder_settings.setting_table(measured, label="tab-encoders", caption=caption)
 
 # %% [markdown]
-# **The released margin is the radius.** With margin 1 the loss pushes a neighbour out to a distance of 1 and no further, and
-# what is at most 1 away counts as inside. On CNLE all neighbours stay inside for the first epochs; the
-# balanced accuracy is that of a constant, and after five epochs without improvement the training ends. With patience 30 training leaves this plateau, and so
-# it does with the more cases of RQ3's sweep, whose encoders learn from both halves. A margin above the radius leaves room between the two.
+# **The released margin equals the radius.** With margin 1 the loss pushes a neighbour out to a distance of 1 and no further, and
+# anything at a distance of at most 1 counts as inside. On CNLE all neighbours stay inside during the first epochs. The
+# balanced accuracy is then that of a constant, and training ends after five epochs without improvement. With patience 30 training leaves this plateau. It also
+# does so with the larger training set of RQ3's sweep, whose encoders learn from both halves. A margin above the radius leaves room between the two.
 #
-# **The datasets differ.** A rephrased CSNE prompt is the same function with other variable names, and finding it is easy; a rephrased CNLE prompt has other
-# words, and its neighbours were chosen because their words resemble it.
+# **The datasets differ.** A rephrased CSNE prompt is the same function with other variable names, and is easy to recognise; a rephrased CNLE prompt has other
+# words, and its neighbours were chosen because they have similar words.
 #
-# The margins of the embedded subject were chosen by the *held out* column, the training cases that choose the epoch: the best of the margins of A-GRACE for each dataset.
-# Its ablation has the same. Since both halves count, cases that RQ3 edits are among them: one number for each dataset was chosen with their help. The epoch is chosen by held-out training cases, in the paper by the cases that are edited afterwards
-# (*the edited cases*); the difference is in the table.
+# The margins of the embedded subject were chosen by the *held out* column, that is, by the training cases that choose the epoch: for each dataset, the best margin of A-GRACE.
+# The ablation uses the same margin. Both halves count, so cases that RQ3 edits are among them: one number per dataset was chosen with their help.
+# The epoch is chosen by held-out training cases, but in the paper by the cases that are edited afterwards (*the edited cases*); the table shows the difference.
 
 # %% tags=["hide-input"]
 margins = encoder_settings.compared_sizes(measured)["margin"].unique()
@@ -60,11 +60,11 @@ caption = f"A-GRACE's encoder (margin {', '.join(f'{margin:g}' for margin in mar
 encoder_settings.size_table(measured, label="tab-encoder-sizes", caption=caption)
 
 # %% [markdown]
-# The paper trains on 10,528 CNLE cases. On the few that are embedded here, more of them help; where training ends after six epochs as it began,
-# the first five epochs did not improve on it.
+# The paper trains on 10,528 CNLE cases. With the few that are embedded here, more cases help; rows at 0.500 stopped early because
+# held-out accuracy never improved.
 
 # %% tags=["hide-input"]
 Markdown(
-    f"`clme measure encoders --out table.csv` remakes the table: it trains {len(measured)} encoders, which take seconds each once the prompts "
+    f"`clme measure encoders --out table.csv` regenerates the table: it trains {len(measured)} encoders, which take seconds each once the prompts "
     "have been read."
 )

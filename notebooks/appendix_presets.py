@@ -15,10 +15,10 @@
 
 # %% [markdown]
 # (presets)=
-# # Appendix D: what the released program's defects do
+# # Appendix D: effects of the released program's defects
 #
-# The defects of the released program that `preset="compat"` reproduces ([](#sec-method) describes them), each alone and both together (MALMEN's together only), on selection cases with the
-# embedded subject's values. A dataset's first row has none of them.
+# This appendix measures the defects of the released program that `preset="compat"` reproduces ([](#sec-method) describes them): each alone and both together (MALMEN's only together), on selection cases with the
+# embedded subject's values. The first row of each dataset has no defects.
 
 # %% tags=["parameters", "hide-input"]
 subject: str = "smollm2-135m"  # whose measurements are shown
@@ -35,22 +35,22 @@ files = Path(results, "presets").glob(f"{subject}.*.csv")
 measured = {file.stem.removeprefix(f"{subject}."): pd.read_csv(file) for file in files}
 caption = (
     "Exact match (times 100) of effectiveness and generalization, the share of neighbours left unchanged, the loss at the end, and effectiveness "
-    "when a text may only have as many tokens as the released program grants it."
+    "when a text may only have as many tokens as the released program allows."
 )
 selection.preset_table(measured, label="tab-presets", caption=caption)
 
 # %% [markdown]
-# **Padding.** The released program reads every row of a batch but the longest too far left, so the vector is learnt at a token in the middle of the prompt, for labels
-# that are out of place, and then written at the colon. The loss reached is about twice (PMET) to six times as large, and few edits succeed, or none.
+# **Padding.** In every row of a batch except the longest, the released program reads too far to the left. The vector is therefore learnt at a token in the middle of the prompt, for misplaced
+# labels, and then written at the colon. The loss reached is about twice (PMET) to six times as large, and few or no edits succeed.
 #
-# **Targets alone.** A target tokenised without the space before it starts with a token that the model does not write there. This costs ROME and MEMIT less than the padding does, and less on CSNE
-# than on CNLE; of the few edits of PMET that hold otherwise it leaves none.
+# **Missing leading space** (targets alone). A target tokenised without the space before it starts with a token that the model does not write there. This costs ROME and MEMIT less than the padding does, and less on CSNE
+# than on CNLE; it eliminates PMET's few successful edits.
 #
-# **Cached tokens.** MALMEN was trained and used with both of its defects or with neither: with both, not one edit holds on either dataset. *Loss* is the unedited model's, read
-# with the target as the setting tokenises it, because MALMEN's edit is computed from that loss's gradient.
+# **Wrong token positions** (MALMEN). MALMEN was trained and used with both of its defects or with neither: with both, no edit succeeds on either dataset. *Loss* is that of the unedited model, read
+# with the target as tokenised in each setting, because MALMEN's edit is computed from the gradient of that loss.
 #
-# **The budget.** When a text may only be as long as its target tokenised alone, hardly any is cut off before its end: the last column differs from *Eff.* at most by a case.
+# **Token budget.** When a text may only be as long as its target tokenised alone, hardly any text is cut off before its end: the last column differs from *Eff.* by at most one case.
 #
-# Specificity does not tell the settings apart, but for MALMEN on CNLE: these editors leave hardly any neighbour unchanged here, with the defects or without.
-# {ref}`weight-editors` shows why. MALMEN with its defects leaves a fifth of CNLE's neighbours unchanged, by an edit that does nothing it should. All
-# of this is one model of 135M parameters; `clme measure presets --subject NAME --editor rome --out table.csv` measures another. A-GRACE's presets are compared in {ref}`rq3`.
+# Specificity does not distinguish the settings, except for MALMEN on CNLE: these editors leave hardly any neighbour unchanged here, with or without the defects.
+# {ref}`weight-editors` shows why. MALMEN with its defects leaves a fifth of CNLE's neighbours unchanged, through an edit that has none of the intended effect. All
+# results are for one model of 135M parameters; `clme measure presets --subject NAME --editor rome --out table.csv` measures another. A-GRACE's presets are compared in {ref}`rq3`.

@@ -18,13 +18,14 @@
 # # Appendix B: how the embedded subjects' hyperparameters were selected
 #
 # The paper's values are for models of 3B to 7B parameters. On the embedded models FT-L's box is too narrow to make them write a target,
-# and a GRACE value at the paper's layer reaches few whole targets. Values were therefore selected on cases (30 per dataset) that no run of RQ1 or RQ3 edits; the other appendices and RQ3's sweep of the radius use them too. The criterion is the harmonic mean of effectiveness (exact match) and specificity (share of
-# unchanged neighbours); grids are ordered by distance from the paper's setting, and the first entry that reaches 0.95 is taken, or the
-# best if none does (of equals, the first). A specificity below 0.05 counts as 0.05, so that among settings that all break their neighbours effectiveness
+# and a GRACE value at the paper's layer produces few whole targets. Values were therefore selected on cases (30 per dataset) that no run of RQ1 or RQ3 edits; the other appendices and RQ3's radius sweep use these cases too.
+# The criterion is the harmonic mean of effectiveness (exact match) and specificity (share of
+# unchanged neighbours). Grids are ordered by distance from the paper's setting. The first entry that reaches 0.95 is taken, or the
+# best if none does (the first in case of ties). A specificity below 0.05 counts as 0.05, so among settings that all break their neighbours, effectiveness
 # decides. The first row of each table is the paper's setting transferred (MALMEN's training is shorter in all of its rows). Scores and criterion are shown times 100.
 #
-# How far from its prompt an edit acts (GRACE's radius where it is tuned, A-GRACE's margin) does not change whether the edit prompt is answered right. It is selected
-# for each dataset, by generalization in effectiveness's place, with GRACE's other values as they were selected before.
+# How far from its prompt an edit acts (GRACE's radius where it is tuned, A-GRACE's margin) does not change whether the edit prompt is answered correctly. It is selected
+# for each dataset, with generalization in place of effectiveness and with GRACE's other values as selected before.
 
 # %% tags=["parameters", "hide-input"]
 subjects: str = "smollm2-135m,smollm2-135m-code"  # comma-separated: whose measurements are shown
@@ -44,7 +45,7 @@ for subject in subjects.split(","):
     files = sorted(Path(results, "selection").glob(f"{subject}.*.csv"))
     measured = {file.name.split(".")[-2]: pd.read_csv(file) for file in files}
     display(Markdown(f"**{inline(subject)}**"))
-    caption = f"How {subject}'s hyperparameters were selected: settings tried, cases of each, edits in all, and by what they were chosen."
+    caption = f"How {subject}'s hyperparameters were selected: number of settings, cases per setting, total edits, and the criterion."
     display(selection.budget_table(measured, label=f"tab-budget-{subject}", caption=caption))
     for editor in in_order(measured):
         display(selection.selection_table(measured[editor], label=f"tab-selection-{subject}-{editor}"))
@@ -52,16 +53,17 @@ for subject in subjects.split(","):
 # %% [markdown]
 # ## What the grids show
 #
-# No box makes FT-L both effective and specific on the chat model: wide enough to write the target, it changes the neighbours too.
+# No box makes FT-L both effective and specific on the chat model: if it is wide enough to write the target, it changes the neighbours too.
 #
-# Of `smollm2-135m`, GRACE and FT-L were measured on an H100 with all 60 cases, ROME, MEMIT and PMET on two CPU cores with the first five of each dataset,
-# by grids of different sizes ({numref}`tab-budget-smollm2-135m`): the editors' budgets are not equal. No setting of these three keeps the neighbours, and none makes PMET effective; {ref}`weight-editors` shows why. MEMIT's grid was measured with
+# On `smollm2-135m`, GRACE and FT-L were measured on an H100 with all 60 cases, but ROME, MEMIT and PMET on two CPU cores with the first five of each dataset.
+# Their grids have different sizes ({numref}`tab-budget-smollm2-135m`), so the editors' budgets are not equal. No setting of these three editors keeps most of the neighbours, and none makes PMET effective; {ref}`weight-editors` shows why. MEMIT's grid was measured with
 # statistics of ten tokens per dimension of the key, a quarter of today's default. MALMEN's learning rate was selected on ten CNLE cases, from the paper's value and three times that. GRACE's tuned radius was taken from RQ3's
-# sweep, and A-GRACE's margins in {ref}`encoders`.
+# sweep, and A-GRACE's margins were selected in {ref}`encoders`.
 #
-# Of `smollm2-135m-code` every editor in the table has the same budget: eight settings, each on 20 selection cases, the first ten of each dataset. A-GRACE's
-# ablations have its values. No setting of MALMEN keeps half of the neighbours unchanged and reaches half of the targets; its locality factor trades the two. MALMEN, which trains for each dataset anew, takes all its 20 cases from CNLE, and its values are used for CSNE too.
+# On `smollm2-135m-code` every editor in the table has the same budget: eight settings, each on 20 selection cases, the first ten of each dataset. A-GRACE's
+# ablations use its values. No setting of MALMEN both keeps half of the neighbours unchanged and reaches half of the targets; its locality factor trades one for the other.
+# MALMEN has to be trained separately for each dataset, so it takes all its 20 cases from CNLE, and its values are used for CSNE too.
 #
-# MALMEN's networks train for the minutes that {numref}`tab-speed-malmen` gives, on 150 records and for 150 iterations of four (the paper: on half the dataset,
-# 1000). Its *loss* is the unedited subject's, whose gradient the network turns into the edit; the others' is the last value of what they minimise,
+# MALMEN's networks train on 150 records for 150 iterations of four (the paper: on half the dataset,
+# 1000); {numref}`tab-speed-malmen` gives the minutes. MALMEN's *loss* is that of the unedited subject, whose gradient the network turns into the edit. For the other editors it is the last value of their objective,
 # before MEMIT and PMET write what they learnt.

@@ -17,9 +17,9 @@
 # (rq1)=
 # # RQ1: Proficiency
 #
-# How well does each editor change what it should, carry the change over to other wordings, and leave the rest alone?
+# How well does each editor change what it should, generalize the change to rephrased prompts, and leave everything else unchanged?
 # Each case is edited on its own; the edited model then writes a continuation of the edit prompt (effectiveness), of the
-# rephrased prompt (generalization), of the five unrelated prompts (specificity), and two sampled texts (fluency).
+# rephrased prompt (generalization) and of the five neighbours (specificity), and two sampled texts (fluency).
 # The measures are defined in [](#sec-method).
 
 # %% tags=["parameters", "hide-input"]
@@ -58,12 +58,12 @@ records = clme.run(config)
 caption = Markup(
     f"Proficiency on {inline(', '.join(records['subject'].unique()))} (the paper's Table IV): effectiveness (Eff.), generalization (Gen.), "
     "specificity (Spec.) and fluency (FL.) by exact match, BLEU and ROUGE-L (R-L), times 100, with 95% intervals below; <em>kept</em> is the "
-    "share of neighbours left unchanged. In bold are the best edited rows of a dataset and those that are not significantly worse on the "
-    "same cases (McNemar's exact test for exact match, else Wilcoxon's signed-rank test, with Holm's correction over the table)."
+    "share of neighbours left unchanged. Bold marks the best edited rows of a dataset and those that are not significantly worse on the "
+    "same cases (McNemar's exact test for exact match, otherwise Wilcoxon's signed-rank test, with Holm's correction over the table)."
 )
 report.proficiency_table(records, label="tab-rq1-proficiency", caption=caption)
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Exact match by editor and measure; lines are 95% Wilson intervals, and the number of cases stands under each bar.", "name": "fig-rq1-proficiency"}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Exact match by editor and measure; lines are 95% Wilson intervals, and the number of cases is given under each bar.", "name": "fig-rq1-proficiency"}}
 import matplotlib.pyplot as plt
 
 report.proficiency_figure(records)
@@ -115,15 +115,15 @@ if compared:
         for name, words in (
             ("more", "are more effective on CNLE than on CSNE"),
             ("less", "are less effective there"),
-            ("alike", "cannot be told apart with these cases"),
+            ("alike", "cannot be distinguished with these cases"),
         )
         if directions[name]
     ]
     verdict = "the same here" if len(directions["less"]) == compared else "*reversed* here" if directions["more"] and not directions["less"] else "not the same here"
     text = (
         f"> **Finding.** In the paper every editor is less effective on CNLE (its F3): the direction is {verdict}. By exact match {'; '.join(parts)} (Fisher's exact test, two-sided, Holm over the "
-        "editors). The datasets are not the paper's: CNLE's targets are short lines of common form here, CSNE's are descriptions that people wrote, and both differ from mined ones in length and in how likely the "
-        "unedited model finds them. So this says that the order of the tasks depends on the data, not that the paper's is wrong."
+        "editors). The datasets are not the paper's: here CNLE's targets are short lines of common form, CSNE's are descriptions that people wrote, and both differ from the paper's in length and in their "
+        "likelihood under the unedited model. This result shows that the order of the tasks depends on the data; it does not show that the paper's order is wrong."
     )
 else:
     text = "_The order of the tasks cannot be read from these records: no editor has cases of both._"
@@ -132,45 +132,45 @@ Markdown(text)
 # %% [markdown]
 # ## What the protocol hides
 #
-# The paper's protocol writes exactly as many tokens as the target has. So the length of the answer is given away, whether the model stops
-# is never tested, and strings are compared where code could be run. For the free scores the edited models write up to 64 tokens, as they would for a user,
-# and the text is cut at its first line break (of code, at the end of its first statement); [](#sec-free) defines the scores. Records that were made
-# before there were free scores hold no such texts, and records of CSNE no texts at all: the tables show what can be computed from what a record has.
+# The paper's protocol writes exactly as many tokens as the target has. This gives away the length of the answer, never tests whether the model
+# stops, and compares strings where code could be run. For the free scores the edited models write up to 64 tokens, as they would for a user,
+# and the text is cut at its first line break (for code, at the end of its first statement); [](#sec-free) defines the scores. Records made
+# before the free scores existed contain no such texts, and CSNE records contain no texts at all. The tables show what can be computed from each record.
 
 # %% tags=["hide-input"]
 caption = (
-    "Scores beside the paper's, times 100 with 95% intervals below; intervals and bold as in the table above. A score that no record has is left out, "
-    "and so is a row without any."
+    "Scores beyond the paper's, times 100 with 95% intervals below; intervals and bold as in the table above. Scores that no record has are left out, "
+    "and so are rows without any score."
 )
 report.free_table(records, label="tab-rq1-free", caption=caption)
 
 # %% tags=["hide-input"]
 caption = (
     "The paper's score → the free or executed score of the same cases, and below the change in points with its 95% interval (McNemar's exact "
-    "test or Wilcoxon's signed-rank test, with Holm's correction over the table). <em>Spec. kept</em> takes a new or missing code fence for a change of the "
+    "test or Wilcoxon's signed-rank test, with Holm's correction over the table). <em>Spec. kept</em> counts a new or missing code fence as a change of the "
     "neighbour; <em>no fence</em> does not."
 )
 changes = report.protocol_table(records, label="tab-rq1-protocol", caption=caption)
-changes if len(changes.data) else Markdown("_These records have no free scores beside the paper's._")
+changes if len(changes.data) else Markdown("_These records have no free scores in addition to the paper's._")
 
 # %% [markdown]
-# A codebook's generalization has two factors. The first, whether it fires at another wording, is the encoder's and the radius's; the second,
-# whether the value still makes the model write the target there, is the value's: the encoder decides which prompts are counted in it, but not what is written.
+# A codebook's generalization has two factors. The first is whether the codebook fires on a rephrased prompt, which depends on the encoder and the radius. The second is
+# whether the value still makes the model write the target there, which depends on the value: the encoder decides which prompts count towards this factor, but not what is written.
 
 # %% tags=["hide-input"]
-caption = "Generalization of the codebooks, taken apart: shares of the rephrased prompts with 95% intervals; the second is of those where the codebook fired."
+caption = "Generalization of the codebooks by factor: shares of the rephrased prompts with 95% intervals; the second share is of those where the codebook fired."
 reach = report.reach_table(records, label="tab-rq1-reach", caption=caption)
-reach if len(reach.data) else Markdown("_No codebook was asked in these records._")
+reach if len(reach.data) else Markdown("_No codebook was queried in these records._")
 
 # %% tags=["hide-input"]
-caption = "What becomes of the snippets written after the edit prompt when they are run, in percent of the cases that have a check."
+caption = "What happens when the snippets written after the edit prompt are run, in percent of the cases that have a check."
 failures = report.failure_table(records, label="tab-rq1-failures", caption=caption)
-failures if len(failures.data) else Markdown("_No code of these records was run._")
+failures if len(failures.data) else Markdown("_No code from these records was run._")
 
 # %% [markdown]
 # ## Example outputs
 #
-# Line breaks are shown as ⏎. Texts are as long as the target, those after a neighbour 16 tokens; a neighbour's should be the one in the unedited row.
+# Line breaks are shown as ⏎. Texts are as long as the target; those after a neighbour have 16 tokens and should match the text in the unedited row.
 
 # %% tags=["hide-input"]
 with_texts = clme.load_cases("cnle" if "cnle" in config.dataset else config.dataset[0], config.source)
@@ -191,15 +191,15 @@ for number, (case, written) in enumerate(report.examples(records, with_texts), 1
 Markdown("\n\n".join(parts) or "_These records keep no texts to show._")
 
 # %% [markdown]
-# **Threats.** The models are small and the data embedded; ROME, MEMIT and PMET have fewer cases of the chat model, which *n* shows. Specificity of the chat model counts a lost code fence as
+# **Threats.** The models are small and the data embedded; on the chat model ROME, MEMIT and PMET have fewer cases, as *n* shows. The chat model's specificity counts a lost code fence as
 # damage ([](#sec-threats)).
 #
-# [](#weight-editors) looks at updates of weights before any text is generated, to separate effects of the method, the model and the implementation.
+# [](#weight-editors) examines weight updates before any text is generated, to separate effects of the method, the model and the implementation.
 
 # %% [markdown]
 # ## Your own question
 #
-# What the tables above are computed from is a pandas table, a row for each edited case; [](#sec-records) says what its columns are.
+# The tables above are computed from a pandas table with one row per edited case; [](#sec-records) describes its columns.
 
 # %%
 means = records.groupby(["dataset", "editor"], sort=False)[["effectiveness_em", "generalization_em", "specificity_em"]].mean()

@@ -17,7 +17,7 @@
 # (rq2)=
 # # RQ2: Efficiency
 #
-# What does an edit cost in time and memory, one at a time as the paper measures it? How much is gained when many cases are
+# What does one edit cost in time and memory when edits are made one at a time, as in the paper? How much is gained when many cases are
 # edited together, and how far is each editor from the least time that its arithmetic allows?
 
 # %% tags=["parameters", "hide-input"]
@@ -56,22 +56,22 @@ measured = bench(config)
 
 # %% tags=["hide-input"]
 caption = (
-    "What was measured, on what. Random weights stand for a subject whose trained weights were unavailable: the sizes are exact."
+    "What was measured, and on what machine. Random weights stand in for a subject whose trained weights were unavailable: the sizes are exact."
 )
 rq2.circumstances(measured, label="tab-rq2-circumstances", caption=caption)
 
 # %% [markdown]
-# Where a subject's trained weights are unavailable, its exact architecture is filled with seeded random weights: time and memory of an
-# edit depend on sizes. Nothing stops early then, every editor takes all of its steps; second moments are random positive-definite
-# matrices; networks and encoders are untrained; the tokenizer is trained on the embedded cases. Such rows and figures say *random weights*.
+# Where a subject's trained weights are unavailable, its exact architecture is filled with seeded random weights, because the time and memory of an
+# edit depend on sizes. In this case nothing stops early, so every editor takes all of its steps. Second moments are random positive-definite
+# matrices, networks and encoders are untrained, and the tokenizer is trained on the embedded cases. Such rows and figures are marked *random weights*.
 #
 # ## One edit at a time
 #
-# The clock runs around the whole edit: tokenising, optimising, solving. Statistics, context templates, encoders and a warm-up
-# are outside. Memory is the allocator's peak on a GPU and the process's on a CPU, where it includes Python and its libraries, and what earlier edits left in it: so the paper's question whether
-# 48 GB suffice cannot be answered on a CPU, and no figure of it is drawn.
+# Timing covers the whole edit: tokenising, optimising, solving. It excludes statistics, context templates, encoders and a
+# warm-up. Memory is the allocator's peak on a GPU and the process's peak on a CPU, where it includes Python, its libraries and what earlier edits left behind. The paper's question whether
+# 48 GB suffice therefore cannot be answered on a CPU, and no figure shows memory.
 
-# %% tags=["hide-input"] mystnb={"figure": {"caption": "Median seconds of one edit, with quartiles where several were timed (logarithmic); the number of cases stands below, 0 where an editor was not measured or did not fit.", "name": "fig-rq2-time"}}
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Median seconds of one edit, with quartiles where several were timed (logarithmic scale); the number of cases is given below, 0 where an editor was not measured or did not fit.", "name": "fig-rq2-time"}}
 rq2.cost_figure(measured)
 plt.show()
 
@@ -97,7 +97,7 @@ if largest := shown["shapes"]:
     slow, large = largest["seconds"], largest["peak_mib"]
     both = "time and memory" if slow == large else f"time, {large} the largest median memory"
     sentences.append(
-        "It finds CodeQwen1.5-7B slowest and largest: of its subjects' shapes, by the editors measured on all, "
+        "The paper finds CodeQwen1.5-7B slowest and largest: of its subjects' shapes, by the editors measured on all, "
         f"{slow} has the largest median {both}."
     )
 if peak := shown["half"]:
@@ -108,31 +108,33 @@ if shown["too_large"]:
 if not shown["on_gpu"]:
     sentences.append("Nothing of this was measured on a GPU.")
 if shown["unmeasured"]:
-    sentences.append(f"Not measured, because no device that holds them was available: {', '.join(shown['unmeasured'])}.")
+    sentences.append(f"Not measured, because no device large enough was available: {', '.join(shown['unmeasured'])}.")
 Markdown("> **Findings**\n>\n" + "\n".join(f"> - {inline(sentence)}" for sentence in sentences))
 
 # %% tags=["hide-input"]
 caption = (
-    "One edit at a time: median seconds with quartiles, and median peak memory with what was in use before the edit. Set-up "
-    "(statistics, context templates and encoders, from the cache where they are there) and a warm-up are outside; n is per dataset."
+    "One edit at a time: median seconds with quartiles, and median peak memory with the memory in use before the edit. Set-up "
+    "(statistics, context templates and encoders, from the cache where available) and a warm-up are excluded; n is per dataset."
 )
 rq2.cost_table(measured, label="tab-rq2-cost", caption=caption)
 
 # %% [markdown]
+# Putting the case into the prompt is no edit, and costs nothing when it is made. It costs its tokens whenever the model is used: the table has how many are read before each prompt.
+#
 # ## Many at a time
 #
-# Edits are values that act row by row, so cases can be edited together and their differently edited models generate in one
-# batch. The results are the same; what changes is how well the device is used.
+# Edits are values that act row by row, so cases can be edited together and the differently edited models can generate in one
+# batch. The results are the same; only the utilisation of the device changes.
 
 # %% tags=["hide-input"]
-caption = "Edits per second, and edits with their evaluation per second, when cases are edited and scored together; n is the number of cases of each rate."
+caption = "Edits per second, and edits with their evaluation per second, when cases are edited and scored together; n is the number of cases behind each rate."
 rq2.throughput_table(measured, label="tab-rq2-throughput", caption=caption)
 
 # %% [markdown]
-# ## How far from the floor
+# ## Distance from the floor
 #
-# Each editor's algorithm fixes how many operations and how much memory traffic an edit needs at least; the formulas are in
-# [](#sec-floor). Divided by what the device reaches on a large matrix product and on a large copy, they give a floor.
+# Each editor's algorithm determines the minimum number of operations and the minimum memory traffic of an edit; the formulas are in
+# [](#sec-floor). Dividing them by the rates that the device reaches on a large matrix product and on a large copy gives a lower bound on time, the floor.
 
 # %% tags=["hide-input"]
 caption = "What the device can do: a large matrix product, and a large copy (read and written)."
@@ -140,50 +142,50 @@ rq2.ceiling_table(measured, label="tab-rq2-ceilings", caption=caption)
 
 # %% tags=["hide-input"]
 caption = (
-    "How far one edit alone is from its floor: the least time that its arithmetic and memory traffic take on this device."
+    "Distance of a single edit from its floor, the least time that its arithmetic and memory traffic take on this device."
 )
 rq2.floor_table(measured, label="tab-rq2-floor", caption=caption)
 
 # %% [markdown]
-# An edit alone is made of small products, most of all the codebooks' steps on a dozen columns; batches make larger ones of
-# them. What the profiler found on long prompts, and what was done about it:
+# A single edit consists of small matrix products, above all in the codebooks' steps on a dozen positions; batching turns them into larger
+# ones. The profiler showed the following on long prompts, and we changed the code accordingly:
 #
 # - GRACE spent much of its time reading prompts that were padded to the longest of a batch, and multiplied by the vocabulary for few
-#   labels at a time. Cases of like length are read and edited together since.
-# - Every step joined the prefix's keys and values to the new columns', which copied them once for each head that shares them and
-#   computed a gradient that nobody needs. Only the scores are joined now.
-# - ROME, MEMIT and PMET computed the KL term with a separate projection to the vocabulary; it now comes from the logits that the loss has.
-# - They also read each step's losses to find the cases that had stopped, for which a GPU has to be waited for. The device keeps this account
-#   now, and is asked every fifth step. What that gains on a GPU has not been measured.
+#   labels at a time. Cases of similar length are now read and edited together.
+# - Every step concatenated the prefix's keys and values with those of the new positions. This copied them once for each head that shares them and
+#   computed a gradient that is not needed. Now only the scores are concatenated.
+# - ROME, MEMIT and PMET computed the KL term with a separate projection to the vocabulary; it now comes from the logits that the loss already has.
+# - They also read each step's losses to identify the cases that had stopped, which requires waiting for a GPU. The device now keeps track of
+#   these cases and is queried only every fifth step. The gain on a GPU has not been measured.
 # - Compiled blocks were tried and are slower here ({numref}`tab-speed-compiled`).
 #
 # The remainder is mostly matrix multiplication at near-peak throughput.
 
 # %% [markdown]
-# ## What the whole study would take
+# ## Projected time for the whole study
 #
 # The plain procedure edits and generates one text at a time with unchanged library calls ([](#speed)), as the released program does.
 
 # %% tags=["hide-input"]
 caption = (
     f"Projected hours for {sum(rq2.PAPER_CASES.values()):,} cases (the paper's datasets; CSNE's lengths as mined here) by "
-    f"{len(PAPER_VARIANTS)} editor variants, each edited and evaluated; training and set-up apart."
+    f"{len(PAPER_VARIANTS)} editor variants, each edited and evaluated; training and set-up are excluded."
 )
 plain_seconds = None
 if config.plain:
     plain_seconds = pd.read_csv(config.plain)
-    caption += " The plain procedure's seconds per case are the speed appendix's, whose CSNE prompts have at least 110 tokens."
+    caption += " The plain procedure's seconds per case come from the speed appendix, whose CSNE prompts have at least 110 tokens."
 rq2.projection_table(measured, plain_seconds, label="tab-rq2-projection", caption=caption)
 
 # %% [markdown]
-# **Threats.** Seconds of a CPU say which editor does more work, not what a GPU would take: there small products cost a fixed time each, which these do not. Random weights have the right
-# sizes, but nothing stops early with them, so that an editor that usually stops looks slower than it is. Where *n* is 1, the spread between cases is unknown. Plain seconds are of the plain procedure written for this study, not of the released
+# **Threats.** CPU times show which editor does more work, not what a GPU would take: on a GPU each small product has a fixed cost, which CPU times do not include. Random weights have the right
+# sizes, but nothing stops early with them, so an editor that usually stops early looks slower than it is. Where *n* is 1, the spread between cases is unknown. Plain times are those of the plain procedure written for this study, not of the released
 # program.
 
 # %% [markdown]
 # ## Your own question
 #
-# What the tables above are computed from is a pandas table, a row for each measurement; `kind` says of what (an edit, a batch, a set-up), and [](#sec-records) describes the columns that it shares with records.
+# The tables above are computed from a pandas table with one row per measurement; `kind` says what was measured (an edit, a batch, a set-up), and [](#sec-records) describes the columns that it shares with records.
 
 # %%
 edits = measured[measured["kind"] == "edit"]

@@ -17,11 +17,11 @@
 # (rq4)=
 # # RQ4: Many edits in one model
 #
-# The paper edits one case, evaluates it, and takes the edit away again. Whoever uses an edited model keeps the edits. How many can one model hold before the
+# The paper edits one case, evaluates it, and then removes the edit. Users of an edited model, however, keep their edits. How many can one model hold before the
 # early ones are lost, or the answers to everything else change?
 #
-# Three ways to put them in are compared ([](#sec-many)): one after another, all at once, and made alone and joined by SimIE. Each time the model holds 1, 3, 10, 30, 100, … edits, and in the
-# end, *all* of them are evaluated, their neighbours against the answers of the original model.
+# Three ways to insert them are compared ([](#sec-many)): one after another, all at once, and made alone and then joined by SimIE. Whenever the model holds 1, 3, 10, 30, 100, … edits, and at the
+# end, *all* of them are evaluated; the neighbours' answers are compared with those of the original model.
 
 # %% tags=["parameters", "hide-input"]
 subject: str = "smollm2-135m-code"  # registry name, Hugging Face id or folder
@@ -30,6 +30,7 @@ editors: str = "none,in-context,ft-l,rome,grace-tuned"  # comma-separated; `clme
 protocols: str = "sequential,batch,simie"  # comma-separated
 cases: int = 3  # edits in one model
 samples: str = "0"  # comma-separated: which random samples, each in its own order
+conflicts: str = ""  # table of `clme measure conflicts`, which is shown
 out: str = "runs/rq4"  # folder of a run for each protocol and sample; running again resumes them
 device: str = "auto"  # auto, cpu, cuda
 dtype: str = "auto"  # auto (float32), float32, bfloat16, float16
@@ -43,9 +44,11 @@ config = clme.config_from_notebook(globals(), ManyEditsConfig)
 
 # %% tags=["hide-input"]
 import matplotlib.pyplot as plt
+import pandas as pd
 from IPython.display import Markdown
 
 from clme_lib.study import rq4
+from clme_lib.study.conflicts import conflict_table
 from clme_lib.study.protocols import protocol_title
 from clme_lib.study.tables import editor_name, percent
 from clme_lib.support.display import inline
@@ -57,9 +60,9 @@ shown_protocols = ", ".join(protocol_title(name) for name in records["protocol"]
 Markdown(f"**Shown here:** {inline(shown_protocols)}; up to {held} edits in one model; samples: {records['sample'].nunique()}.")
 
 # %% [markdown]
-# ## What is left as a model holds more
+# ## Retention as the number of edits grows
 #
-# Seconds are what an edit took where the run ran, with whatever else ran there; {numref}`tab-speed-many` compares in one process.
+# Seconds per edit were measured during the run, under whatever other load the machine had; {numref}`tab-speed-many` compares times within one process.
 
 # %% tags=["hide-input"]
 figure = rq4.retention_figure(records)
@@ -67,7 +70,7 @@ plt.show()
 
 # %% tags=["hide-input"]
 caption = (
-    f"Many edits in {', '.join(records['subject'].unique())}: each row is a state of the model, and all edits that it holds. Shares in percent, with 95% intervals "
+    f"Many edits in {', '.join(records['subject'].unique())}: each row is a state of the model, evaluated on all edits that it holds. Shares in percent, with 95% intervals "
     "over cases and samples; n counts both."
 )
 rq4.retention_table(records, label="tab-rq4-retention", caption=caption)
@@ -84,13 +87,28 @@ for shown in rq4.findings(records):
 Markdown("> **Findings**\n>\n" + "\n".join(f"> - {sentence}" for sentence in sentences) if sentences else "_No editor holds more than one edit here._")
 
 # %% [markdown]
-# **Threats.** The edits are in the order of one random sample unless several samples are named above; an interval over cases of one order does not say what another order would give. Edits are of one template and unrelated to
-# each other, where a user's would often concern the same library. What happens to knowledge that is no neighbour of an edit is not measured here ([](#sec-threats)).
+# ## Edits that contradict each other
+#
+# Each prompt is edited twice, the second time in the model that holds the first edit: once with the target of another case, and once with what the original model wrote, which
+# should take the first edit back.
+
+# %% tags=["hide-input"]
+if config.conflicts:
+    contradicting = pd.read_csv(config.conflicts)
+    caption = "Two edits of one prompt in one model; shares of the cases, and of the neighbours' answers that are the original model's, with 95% intervals."
+    shown = conflict_table(contradicting, label="tab-rq4-conflicts", caption=caption)
+else:
+    shown = Markdown("_No such pairs were measured for this page: `clme measure conflicts` measures them, and the parameter `conflicts` names its table._")
+shown
+
+# %% [markdown]
+# **Threats.** The edits follow the order of one random sample unless several samples are named above; an interval over cases in one order does not show what another order would give. All edits use one template and are unrelated to
+# each other, whereas a user's edits would often concern the same library. The effect on knowledge outside the neighbours is not measured here ([](#sec-threats)).
 
 # %% [markdown]
 # ## Your own question
 #
-# What the tables above are computed from is a pandas table, a row for each edited case and number of edits held; [](#sec-records) says what its columns are.
+# The tables above are computed from a pandas table with one row per edited case and number of edits held; [](#sec-records) describes its columns.
 
 # %%
 by_state = records.groupby(["protocol", "editor", "position"], sort=False)

@@ -17,9 +17,9 @@
 # (sec-scorecard)=
 # # Scorecard
 #
-# Does the paper replicate? Each row is one of its claims, in our words and with those of its figures that are known to us; beside it, what this
-# study's records say on each embedded model. The models and the data are not the paper's ([](#sec-threats)): *replicated* means that the claim holds here as well, *reversed* that the
-# opposite does, and neither says what the paper's own models do.
+# Does the paper replicate? Each row gives one of its claims, in our words and with the paper's figures where we know them, next to what this
+# study's records say on each embedded model. The models and the data are not the paper's ([](#sec-threats)). *Replicated* means that the claim is also true here, and *reversed* that the
+# opposite is true; neither says anything about the paper's own models.
 
 # %% tags=["parameters", "hide-input"]
 subjects: str = "smollm2-135m,smollm2-135m-code"  # whose published runs are judged
@@ -45,31 +45,31 @@ Markdown(inline(" ".join(sentences)))
 
 # %% tags=["hide-input"]
 caption = (
-    "The paper's claims (F1 to F3 are the findings that its abstract and introduction name) and what this study's records say. A claim is compared for each "
-    "dataset, or each editor, by itself. p values are two-sided, with Holm's correction over the whole table. Of two that should be equal, replicated means that a loss of more "
-    f"than {scorecard.MARGIN:.0f} points is ruled out by the 95% interval. What has no figure of the paper beside it: we do not have the paper's tables."
+    "The paper's claims (F1 to F3 are the findings named in its abstract and introduction) and what this study's records say. Each claim is compared separately for each "
+    "dataset, or for each editor. p values are two-sided, with Holm's correction over the whole table. Where two scores should be equal, replicated means that the 95% interval rules out a loss of more "
+    f"than {scorecard.MARGIN:.0f} points. Some claims have no figure from the paper, because we do not have the paper's tables."
 )
 scorecard.scorecard_table(evidence, label="tab-scorecard", caption=caption)
 
 # %% [markdown]
-# **Why some claims are reversed.** *The task* (F3): the embedded CNLE targets are single lines that the models can nearly write, and hand-written intents
-# resemble one another; CSNE's descriptions are as long and less predictable. *The ablations*: in the paper neither part of A-GRACE helps alone. Here an encoder on the last token's key
-# does (w/o Mean), and so does the mean key without an encoder (w/o CL) where the other wording is the same function with other names. *Generalization*: MALMEN, the only
-# one of the six that is trained on other wordings, carries most of its edits over, but leaves no neighbour alone.
+# **Why some claims are reversed.** *The task* (F3): the embedded CNLE targets are single lines that the models can almost write unedited, and hand-written intents
+# resemble one another; CSNE's descriptions are as long but less predictable. *The ablations*: in the paper neither part of A-GRACE helps on its own. Here an encoder on the last token's key
+# does help (w/o Mean), and so does the mean key without an encoder (w/o CL) where the rephrased prompt is the same function with other names. *Generalization*: MALMEN, the only
+# one of the six that is trained on rephrased prompts, generalizes in most cases, but leaves all five neighbours unchanged in no case.
 #
-# What an encoder does beyond a larger radius is in [](#rq3).
+# [](#rq3) shows what an encoder does beyond a larger radius.
 #
 # (defect)=
 # ## A finding in itself: the specificity published for A-GRACE is the unedited model's
 #
-# In the authors' program (commit `30584f3`), A-GRACE's codebook is consulted during the first call of `generate` after an edit, and in none after it:
+# In the authors' program (commit `30584f3`), A-GRACE's codebook is consulted during the first call of `generate` after an edit, but not in later calls:
 #
-# - `AGRACE.py`: A-GRACE's query is the mean of the states up to a position that is remembered between calls. `generate` resets the position to −1, and the flag that would have it determined again
-#   (`ensure_replace_token_loc`) stays set. The upper end of the mean is then min(−1, *L* − 1) + 1 = 0: the mean over no states, which is *not a number*.
-# - A distance to such a query is no number either, and no number is at most the radius: the codebook never fires.
-# - `clme_evaluate.py`: the first call writes the texts of effectiveness and generalization, the next ones those of specificity and fluency.
+# - `AGRACE.py`: A-GRACE's query is the mean of the states up to a position that is remembered between calls. `generate` resets the position to −1, and the flag that would trigger its recomputation
+#   (`ensure_replace_token_loc`) stays set. The upper end of the mean is then min(−1, *L* − 1) + 1 = 0. This is a mean over no states, which is *not a number*.
+# - A distance to such a query is not a number either, and it never compares as at most the radius: the codebook never fires.
+# - `clme_evaluate.py`: the first call generates the texts for effectiveness and generalization, the later calls those for specificity and fluency.
 #
-# So effectiveness and generalization are measured with the edit, specificity and fluency without. The arithmetic in three lines, on any states:
+# So effectiveness and generalization are measured with the edit, specificity and fluency without it. Three lines reproduce the arithmetic, on any states:
 
 # %%
 states, key, radius = (
@@ -83,7 +83,7 @@ fires = bool((query - key).norm() <= radius)
 query, fires
 
 # %% [markdown]
-# With `preset="compat"` this study repeats the defect ([](#sec-departures)); the default consults the codebook for every text.
+# With `preset="compat"` this study reproduces the defect ([](#sec-departures)); by default the codebook is consulted for every text.
 
 # %% tags=["hide-input"]
 lines = [
@@ -96,6 +96,6 @@ lines = [
 Markdown("\n".join(f"- {inline(line)}" for line in lines))
 
 # %% [markdown]
-# *What it does to the paper's Table VI*: the rows of A-GRACE and of w/o CL show the unedited model's specificity and fluency, whatever the edit does to neighbours; their effectiveness and generalization are not
-# affected. W/o Mean reads the last token and is not affected. That A-GRACE keeps GRACE's specificity therefore rests on no measurement; repaired, it does not here ([](#tab-rq3-presets)).
-# That GRACE itself keeps it is not in doubt: its key is read again for every text.
+# *Effect on the paper's Table VI*: the rows of A-GRACE and of w/o CL show the unedited model's specificity and fluency, whatever the edit does to neighbours; their effectiveness and generalization are not
+# affected. W/o Mean reads the last token and is not affected. The claim that A-GRACE keeps GRACE's specificity is therefore not supported by any measurement; with the defect repaired, A-GRACE does not keep it here ([](#tab-rq3-presets)).
+# GRACE's own specificity is not in doubt: its key is read again for every text.

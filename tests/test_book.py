@@ -261,6 +261,10 @@ def test_a_copied_notebook_builds(tree):
     original, copy = ((html / f"{name}.html").read_text() for name in ("rq1_proficiency", "mine"))
     assert 'id="tab-rq1-transfer"' in original and 'id="tab-rq1-transfer-results-notebooks-mine"' in copy
     assert 'id="tab-rq1-transfer"' not in copy
+    (head,) = re.findall(r'id="tab-rq1-proficiency".*?<thead>(.*?)</thead>', original, re.S)
+    groups = re.findall(r'colspan="(\d)" scope="colgroup"><p>(\w+)', head)
+    assert groups == [("3", "Effectiveness"), ("3", "Generalization"), ("4", "Specificity")]
+    assert head.count("<p>EM</p>") == 3 and head.count('rowspan="2"') == 4, "every column has a title"
     assert "notebooks/rq1_proficiency.html#rq1" in (tree / "_build" / "html" / "book" / "own_run.html").read_text()
 
 

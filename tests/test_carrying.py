@@ -91,6 +91,7 @@ assert main(["bench", *common, "--editor", "grace", "--batches", "2", "--out", {
         "PYTHONPATH": f"{bare_packages}{os.pathsep}{ROOT}",
         "CLME_CACHE": str(carried),
         "PATH": os.environ["PATH"],
+        "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run([sys.executable, "-S", "-c", code], env=own, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -217,6 +217,25 @@ def test_an_editor_that_does_not_fit_is_said_so(small_paper_subject, monkeypatch
     assert len(rq2.cost_figure(measured).axes) == 2
 
 
+def test_text_before_prompts_costs_its_tokens(small_paper_subject, tmp_path, cases):
+    """Making such an edit takes no time, so it is no fastest editor; what is read each time afterwards is in the table."""
+    config = study_config.make_config(BenchConfig, subject="stablecode-3b", random_weights=True, dataset="cnle", editors="in-context,grace",
+                                       cases=2, batches="", out=tmp_path, device="cpu")  # fmt: skip
+    measured = measure.bench(config)
+    tokenizer = shapes.random_subject("stablecode-3b", "cpu").tokenizer
+    by_case = {case.case_id: len(tokenizer(f"{case.prompt} {case.target}\n\n")["input_ids"]) for case in cases}
+    edits = measured[measured["kind"] == "edit"].set_index(["editor", "case_id"])["added_tokens"]
+    assert (
+        edits["in-context"].to_dict() == {case: by_case[case] for case in edits["in-context"].index} and len(edits) == 4
+    )
+    assert not edits["grace"].any()
+    shown = rq2.cost_table(measured, label="tab").data.set_index("Editor")["prompt tokens added"]
+    assert shown["GRACE"] == "0" and float(shown["in context"]) == pytest.approx(edits["in-context"].median(), abs=0.5)
+    (cost,) = rq2.findings(measured)["costs"].to_dict("records")
+    assert cost["fastest"] == cost["slowest"] == "GRACE"
+    assert "prompt tokens added" not in rq2.cost_table(measured[measured["editor"] != "in-context"], label="tab").data
+
+
 def test_the_papers_orderings_are_counted_where_all_of_them_were_measured():
     """The second subject has no MEMIT and PMET: it counts for no order of theirs, and its other editors are compared alone."""
     place = {

@@ -57,7 +57,11 @@ def test_binder_installs_the_same_and_prepares_what_a_notebook_needs():
     conda, of_binder = (yaml.safe_load((folder / "environment.yml").read_text()) for folder in (ROOT, binder))
     *others, pip = (entry["pip"] if isinstance(entry, dict) else entry for entry in of_binder["dependencies"])
     assert others == [entry for entry in conda["dependencies"] if isinstance(entry, str)]
-    assert pip == ["--extra-index-url https://download.pytorch.org/whl/cpu", "--constraint ../constraints.txt", "--editable ..[book]"]
+    assert pip == [
+        "--extra-index-url https://download.pytorch.org/whl/cpu",
+        "--constraint ../constraints.txt",
+        "--editable ..[book]",
+    ]
     assert (binder / "../constraints.txt").is_file() and (binder / "../pyproject.toml").is_file()
     script = (binder / "postBuild").read_text()
     assert os.access(binder / "postBuild", os.X_OK) and script.startswith("#!/usr/bin/env bash\n")

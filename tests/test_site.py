@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from urllib.parse import unquote
 
+import html5lib
 import pytest
 import yaml
 
@@ -178,6 +179,19 @@ def test_every_link_within_the_site_leads_somewhere():
             if not target.exists() or (anchor and target in ids and unquote(anchor) not in ids[target]):
                 broken.append(f"{file.relative_to(HTML)}: {address}")
     assert not broken, broken[:10]
+
+
+def test_every_page_is_valid_html():
+    pages = [
+        file for file in HTML.rglob("*.html") if file.parent.name != "_static"
+    ]  # the theme's there are parts of pages
+    wrong = {}
+    for file in pages:
+        parser = html5lib.HTMLParser()
+        parser.parse(file.read_text(encoding="utf-8"))
+        if parser.errors:
+            wrong[str(file.relative_to(HTML))] = parser.errors[:3]
+    assert not wrong and len(pages) > len(chapters())
 
 
 def test_a_page_weighs_less_than_a_megabyte():

@@ -237,6 +237,7 @@ class ManyEditsConfig(RunConfig):
     samples: Annotated[tuple[_Seed, ...], BeforeValidator(_split), Field(min_length=1)] = Field(
         (0,), description="comma-separated: which random samples, each in its own order"
     )
+    conflicts: Path | None = Field(None, description="table of clme measure conflicts, which the notebook shows")
 
 
 class BenchConfig(Schema):

@@ -29,6 +29,10 @@ MEASUREMENTS = {
         "appendices.lookups:sweep_lookups",
         "an editor's writes under lookup-aware statistics, and at another token",
     ),
+    "conflicts": (
+        "conflicts:measure_conflicts",
+        "what two edits of one prompt leave: two targets, and the original answer restored",
+    ),
     "statistics": (
         "appendices.statistics:compare_statistics",
         "MEMIT's writes under statistics of more and of less text",

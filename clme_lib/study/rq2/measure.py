@@ -31,6 +31,7 @@ from ...datasets.registry import load_cases
 from ...editors.base import Editor
 from ...editors.registry import get_editor, load_editor
 from ...edits.base import Edit
+from ...edits.prompts import PromptEdit
 from ...evaluation.evaluate import Circumstances, score
 from ...evaluation.loading import load_subject
 from ...evaluation.unedited import answers_for
@@ -171,12 +172,19 @@ def time_edit(editor: Editor, case: Case) -> dict[str, Any]:
         "case_id": case.case_id,
         "prompt_tokens": sizes[0],
         "target_tokens": sizes[1],
+        "added_tokens": _added_tokens(editor.subject, edit),
         "seconds": seconds,
         "steps": steps,
         "peak_mib": edit.log.peak_memory_mib,
         "base_mib": base,
         "phases": [[phase.name, phase.operations, phase.traffic] for phase in editor.operations(*sizes, steps)],
     }
+
+
+def _added_tokens(subject: Subject, edit: Edit) -> int:
+    """How many tokens an edit puts before every prompt, or before those that ask for it: what it costs whenever the model is used."""
+    texts = [text for part in edit.to_prompts if isinstance(part, PromptEdit) for text in part.texts]
+    return sum(len(subject.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
 
 
 def _generate(subject: Subject, cases: Sequence[Case], edits: Sequence[Edit]) -> None:

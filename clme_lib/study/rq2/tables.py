@@ -56,7 +56,9 @@ def unmeasured(measured: pd.DataFrame) -> list[str]:
 
 @table
 def cost_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """Seconds and peak memory of one edit alone: medians, with quartiles of the time where there are several edits."""
+    """Seconds and peak memory of one edit alone: medians, with quartiles of the time where there are several edits; and where an editor
+    changes prompts, how many tokens are read before each because of it."""
+    shows_added = "added_tokens" in measured and (measured["added_tokens"] > 0).any()
     names = list(measured["dataset"].dropna().unique())
     for (subject, editor), rows in _rows(measured, "edit", "setup").groupby(["label", "editor"], sort=False):
         edits = rows[rows["kind"] == "edit"]
@@ -70,6 +72,8 @@ def cost_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
             row[f"{dataset_title(name)} peak MiB"] = _number(
                 edits[edits["dataset"] == name]["peak_mib"].median(), ".0f"
             )
+        if shows_added:
+            row["prompt tokens added"] = _number(edits["added_tokens"].median(), ".0f")
         row["before MiB"] = _number(edits["base_mib"].median(), ".0f")
         row["steps"] = _number(edits["steps"].median(), ".0f")
         row["set-up s"] = _number(rows[rows["kind"] == "setup"]["seconds"].max(), ".1f")
@@ -118,11 +122,17 @@ def _rows(measured: pd.DataFrame, *kinds: str) -> pd.DataFrame:
     )
 
 
+def _edits_of_the_model(measured: pd.DataFrame) -> pd.DataFrame:
+    """Edits made alone, without those that only put text before prompts: making them takes no time, whatever they cost later."""
+    edits = _rows(measured, "edit")
+    return edits[~(edits["added_tokens"] > 0)] if "added_tokens" in edits else edits
+
+
 def cost_figure(measured: pd.DataFrame):
     """The paper's figure of the time of one edit: medians with quartiles, a panel for each dataset; a matplotlib figure."""
     import seaborn as sns
 
-    edits = _rows(measured, "edit")
+    edits = _edits_of_the_model(measured)
     subjects, editors = edits["label"].unique(), in_order(edits["editor"].unique())
     figure, axes = panels(1, edits["dataset"].nunique(), 4.6, 3.2, sharey=True)
     looks = list(zip(sns.color_palette("colorblind", len(subjects)), "osD^vPX*<>" * len(subjects)))
@@ -244,7 +254,8 @@ def _plain_hours(plain: pd.DataFrame) -> float | None:
 
 
 def findings(measured: pd.DataFrame) -> dict[str, Any]:
-    """What was measured, and which of the paper's orderings the measurements have. Editors and datasets go by their titles.
+    """What was measured, and which of the paper's orderings the measurements have. Editors and datasets go by their titles; those that
+    only put text before prompts are left out.
 
     Returns:
         ``costs``: median seconds of an edit, a row for each subject (its label) and dataset, with the ``fastest`` and the
@@ -256,7 +267,7 @@ def findings(measured: pd.DataFrame) -> dict[str, Any]:
         subject, the editors that did not fit into memory. ``on_gpu``: whether anything was measured on one.
         ``unmeasured``: registered subjects without measurements.
     """
-    edits, setups = _rows(measured, "edit"), _rows(measured, "setup")
+    edits, setups = _edits_of_the_model(measured), _rows(measured, "setup")
     medians = edits.groupby(["label", "dataset", "editor"], sort=False)["seconds"].median().unstack("editor")
     costs = {"least": medians.min(axis=1), "most": medians.max(axis=1)}
     costs |= {"fastest": medians.idxmin(axis=1).map(editor_name), "slowest": medians.idxmax(axis=1).map(editor_name)}

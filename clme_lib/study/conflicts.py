@@ -1,0 +1,126 @@
+"""Edits that contradict each other in one model: a second target for the same prompt, and the original answer as the target of a second
+edit, which should take the first one back (not in the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm import tqdm
+
+from ..datasets.base import dataset_title
+from ..datasets.cases import Case
+from ..datasets.paper import CNLE
+from ..datasets.registry import selection_cases
+from ..editors.base import Editor
+from ..editors.registry import load_editor
+from ..edits.base import Edit
+from ..evaluation.generation import SPECIFICITY_TOKENS, Request, generate
+from ..evaluation.unedited import answers_for
+from ..forward.tokens import token_budget
+from ..metrics.text import exact_match, exact_match_rate
+from ..subjects.subject import Subject
+from ..support.errors import StudyError
+from ..support.journal import Journal
+from ..support.seeds import seed_of
+from .tables import editor_name, in_order, interval, table, write_csv
+
+EDITORS = ("ft-l", "rome", "grace-tuned", "in-context")
+# what of a pair of edits is measured: of the first alone, of both with two targets, of both with the second taking the first back
+SHARES = {
+    "first": "First edit right",
+    "second": "Second target written",
+    "still_first": "First target still written",
+    "restored": "Original answer restored",
+    "neighbours_first": "Neighbours unchanged: first edit",
+    "neighbours_second": "two targets",
+    "neighbours_restored": "edited back",
+}
+
+
+@table
+def conflict_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
+    """What two edits of one prompt leave, from what ``clme measure conflicts`` writes; shares with 95% intervals over cases."""
+    for editor in in_order(measured["editor"].unique()):
+        for dataset, rows in measured[measured["editor"] == editor].groupby("dataset", sort=False):
+            shown = {title: str(interval(rows[name], not name.startswith("n"))) for name, title in SHARES.items()}
+            yield {"Data": dataset_title(str(dataset)), "Editor": editor_name(editor), "n": str(len(rows)), **shown}
+
+
+def measure_conflicts(
+    subject: Subject,
+    file: Path,
+    editors: Sequence[str] = EDITORS,
+    cases: int | None = 10,
+    datasets: Sequence[str] = (CNLE.name,),
+) -> pd.DataFrame:
+    """Edit each prompt twice, the second time in the model that holds the first edit; written as CSV, a row for each editor and case.
+
+    The second target is that of the next case. Cases whose original answer is empty cannot be edited back and are left out.
+
+    Args:
+        file: the table to be; what has been measured is kept beside it, so that an interrupted command goes on.
+        cases: of each dataset's selection cases, the first so many (None: all 30).
+
+    Raises:
+        StudyError: an editor has to be trained first.
+    """
+    unfinished = file.with_name(f"{file.name}.part")
+    done = Journal(unfinished, lambda row: (row["identity"], row["case_id"]))
+    rows = []
+    for dataset in datasets:
+        chosen, _ = selection_cases(dataset, cases)
+        originals = _original_answers(subject, chosen)
+        for name in editors:
+            editor = load_editor(name, subject)
+            if editor.needs_training:
+                raise StudyError(f"{name} is trained before it edits, and nothing is trained here")
+            following = [*chosen[1:], chosen[0]]
+            pairs = [pair for pair in zip(chosen, following, originals) if pair[2]]
+            for case, other, original in tqdm(pairs, desc=f"{dataset} {name}", unit="case"):
+                identity = seed_of(
+                    subject.fingerprint, subject.dtype_name, name, editor.hparams, case.sha256, other.sha256
+                )
+                row: dict[str, Any] = {"identity": identity, "case_id": case.case_id}
+                if row not in done:
+                    measured = _edited_twice(
+                        editor, case, replace(case, target=other.target), replace(case, target=original)
+                    )
+                    done.append({**row, "measured": measured})
+                rows.append({"editor": name, "dataset": dataset, "case_id": case.case_id, **done[row]["measured"]})
+    measured = write_csv(pd.DataFrame(rows), file)
+    unfinished.unlink(missing_ok=True)
+    return measured
+
+
+def _original_answers(subject: Subject, cases: Sequence[Case]) -> list[str]:
+    """What the subject writes after each edit prompt, as long as the target."""
+    return [text.strip() for text in _written(subject, cases, [case.prompt for case in cases])]
+
+
+def _edited_twice(editor: Editor, case: Case, second: Case, original: Case) -> dict[str, float]:
+    """Shares of a case: of texts that are a target, and of neighbours' answers that are the unedited subject's."""
+    subject = editor.subject
+    (first,) = editor.edit([case])
+    later = editor.of(subject.edited(first))
+    edits = [first, *(Edit.compose([first, later.edit([target])[0]]) for target in (second, original))]
+    alone, of_both, of_back = _written(subject, [case, second, original], [case.prompt] * 3, edits)
+    (of_first,) = _written(subject, [case], [case.prompt], edits[1:2])
+    kept = []
+    for edit in edits:
+        neighbours = generate(subject, [Request(prompt, SPECIFICITY_TOKENS, 0) for prompt in case.unrelated], [edit])
+        kept.append(exact_match_rate([text.text for text in neighbours], answers_for(subject, case.unrelated)))
+    right = (alone, case), (of_both, second), (of_first, case), (of_back, original)
+    shares = [exact_match([text.strip()], [asked.target.strip()]) for text, asked in right]
+    return dict(zip(SHARES, [*shares, *kept]))
+
+
+def _written(subject: Subject, cases: Sequence[Case], prompts: Sequence[str], edits: Sequence[Edit] = ()) -> list[str]:
+    """Texts as long as the cases' targets, the n-th under the n-th edit."""
+    budgets = [token_budget(subject.tokenizer, case.prompt, case.target, "clean") for case in cases]
+    acting = range(len(edits)) if edits else [-1] * len(cases)
+    requests = [Request(prompt, budget, n) for prompt, budget, n in zip(prompts, budgets, acting)]
+    return [text.text for text in generate(subject, requests, edits)]
