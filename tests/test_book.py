@@ -254,6 +254,16 @@ def tree(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def build(tree, monkeypatch):
+    """The small book's build, in this process."""
+    monkeypatch.syspath_prepend(tree / "book")
+    spec = importlib.util.spec_from_file_location("build", tree / "book" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_a_copied_notebook_builds(tree):
     done = subprocess.run([sys.executable, str(tree / "book" / "build.py")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -344,15 +354,13 @@ def test_hostile_texts_are_shown_literally_and_do_nothing(tree, outputs_of, monk
         {"application/javascript": "x"},
     ],
 )
-def test_an_output_that_does_something_is_refused(tree, bundle):
+def test_an_output_that_does_something_is_refused(tree, build, bundle):
     notebook = tree / "results" / "notebooks" / "mine.ipynb"
     content = json.loads(notebook.read_text(encoding="utf-8"))
     content["cells"][-1].update(outputs=[{"output_type": "display_data", "metadata": {}, "data": bundle}])
     notebook.write_text(json.dumps(content), encoding="utf-8")
-    done = subprocess.run([sys.executable, str(tree / "book" / "build.py")], capture_output=True, text=True)
-    assert (
-        done.returncode == 1 and f"notebooks/mine: an output of cell {len(content['cells']) - 1} holds" in done.stderr
-    )
+    with pytest.raises(SystemExit, match=f"notebooks/mine: an output of cell {len(content['cells']) - 1} holds"):
+        build.stage({})
 
 
 def test_a_number_that_is_unknown_fails_the_build(tree):
@@ -364,12 +372,8 @@ def test_a_number_that_is_unknown_fails_the_build(tree):
     )
 
 
-def test_labels_follow_within_their_page(tree, monkeypatch):
+def test_labels_follow_within_their_page(tree, build):
     """References to a label that was renamed follow it; those to other pages and code that has the same word stay."""
-    monkeypatch.syspath_prepend(tree / "book")
-    spec = importlib.util.spec_from_file_location("build", tree / "book" / "build.py")
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
     own = tree / "own.ipynb"
     shutil.copy(tree / "results" / "notebooks" / "mine.ipynb", own)
     notebook = json.loads(own.read_text())

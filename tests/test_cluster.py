@@ -263,7 +263,7 @@ class Dies(Worker):
         return super().edit(unit, *args)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, "auto"])
+@pytest.mark.parametrize("batch_size", [1, "auto"])
 def test_a_case_that_kills_workers_fails_and_the_others_do_not(folder, tmp_path, monkeypatch, batch_size):
     monkeypatch.setenv("CLME_CACHE", str(tmp_path / "cache"))
     runs.run(config(folder, tmp_path / "alone"))
@@ -280,8 +280,7 @@ def test_a_case_that_kills_workers_fails_and_the_others_do_not(folder, tmp_path,
     assert (again["state"] == SCORED).all() and texts(tmp_path / "run").equals(both[0])
 
 
-@pytest.mark.parametrize("error", [Unreachable("gone"), Dead("the actor died because its node has died")])
-def test_a_case_is_not_blamed_for_nodes_that_go(folder, tmp_path, monkeypatch, error):
+def test_a_case_is_not_blamed_for_nodes_that_go(folder, tmp_path, monkeypatch):
     """Not even if that happens again and again while a worker has it."""
     monkeypatch.setenv("CLME_CACHE", str(tmp_path / "cache"))
     lost = []
@@ -290,7 +289,7 @@ def test_a_case_is_not_blamed_for_nodes_that_go(folder, tmp_path, monkeypatch, e
         def edit(self, unit, *args):
             if 2 in unit.cases and unit.place[1] == "grace" and len(lost) < 6:
                 lost.append(unit)
-                raise error
+                raise (Unreachable("gone"), Dead("the actor died because its node has died"))[len(lost) % 2]
             return super().edit(unit, *args)
 
     records = drive(config(folder, tmp_path / "run", batch_size=1), Lost)

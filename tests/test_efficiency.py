@@ -112,7 +112,7 @@ def test_a_device_that_is_too_small_is_refused(monkeypatch):
 
 
 def test_every_editor_is_measured_and_the_command_resumes(small_paper_subject, tmp_path, capsys):
-    arguments = ["bench", "--subject", "stablecode-3b", "--random-weights", "--device", "cpu", "--cases", "2", "--batches", "1,2",
+    arguments = ["bench", "--subject", "stablecode-3b", "--random-weights", "--device", "cpu", "--cases", "2", "--batches", "1",
                  "--out", str(tmp_path)]  # fmt: skip
     assert cli.main([*arguments, "--editors", "grace,memit"]) == 0
     (file,) = tmp_path.glob("*.jsonl")
@@ -122,7 +122,7 @@ def test_every_editor_is_measured_and_the_command_resumes(small_paper_subject, t
     assert file.name == "stablecode-3b-random.jsonl" and after.startswith(before)
     assert cli.main(arguments) == 0 and file.read_text() == after
     measured = measure.load_measurements(tmp_path)
-    assert measured["kind"].value_counts().to_dict() == {"edit": 36, "throughput": 36, "setup": 18, "ceiling": 1}
+    assert measured["kind"].value_counts().to_dict() == {"edit": 36, "throughput": 18, "setup": 18, "ceiling": 1}
     edits = measured[measured["kind"] == "edit"]
     assert (edits["seconds"] > 0).all() and (edits["peak_mib"] >= edits["base_mib"] * 0.9).all()
     # nothing stops early with random weights

@@ -133,7 +133,7 @@ def test_published_run_renders_twice_the_same(tmp_path):
     outputs = []
     for name in ("a", "b"):
         out = tmp_path / name / "rq1.ipynb"
-        parameters = {"out": str(folder), "name": folder.name, "cases": 100, "dataset": "cnle"}
+        parameters = {"out": str(folder), "name": folder.name, "cases": 100, "dataset": "cnle", "editors": "none,grace"}
         execute(RQ1, out, parameters)
         outputs.append(out.read_bytes())
     assert outputs[0] == outputs[1]

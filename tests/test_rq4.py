@@ -17,7 +17,7 @@ SMALL = "rome.layer=1,rome.steps=3,grace.layer=2,grace.steps=3"
 @pytest.fixture
 def config(tiny, tmp_path):
     return make_config(
-        ManyEditsConfig, subject="tiny-llama", dataset="cnle", editors="none,grace,rome", cases=4, samples="0,1", set=SMALL,
+        ManyEditsConfig, subject="tiny-llama", dataset="cnle", editors="none,grace,rome", cases=3, samples="0,1", set=SMALL,
         source=str(write_source(tmp_path)), out=tmp_path / "many", name="tiny",
     )  # fmt: skip
 
@@ -32,16 +32,16 @@ def test_each_protocol_and_sample_is_a_run_of_its_own(config):
     editors = records.groupby("protocol")["editor"].unique().map(set).to_dict()
     assert editors == {"sequential": {"none", "grace", "rome"}, "batch": {"none", "grace", "rome"}, "simie": {"rome"}}
     for sample in (0, 1):
-        order = [case.case_id for case in sample_cases(load_cases("cnle", config.source), 4, sample)]
+        order = [case.case_id for case in sample_cases(load_cases("cnle", config.source), 3, sample)]
         own = records[records["sample"] == sample]
         assert {row.turn: row.case_id for row in own.itertuples()} == dict(enumerate(order))
         assert (own["turn"] < own["position"]).all()
-    assert sorted(records["position"].unique()) == [1, 3, 4]
+    assert sorted(records["position"].unique()) == [1, 3]
     again = rq4.run_many(config)
     assert list(again["start"]) == list(records["start"]), "nothing was made anew"
     # every row of table and figure is there
     shown = rq4.retention_table(records, label="tab").data
-    assert len(shown) == 3 * (3 + 3 + 1) and set(shown["n"]) == {"2", "6", "8"}
+    assert len(shown) == 2 * (3 + 3 + 1) and set(shown["n"]) == {"2", "6"}
     figure = rq4.retention_figure(records)
     assert [len(axis.lines) for axis in figure.axes] == [3] * 6 + [1] * 3
     plt.close(figure)
