@@ -16,7 +16,7 @@ NAME := $(notdir $(PUBLISHED))
 comma := ,
 MANY_PROTOCOLS := sequential
 MANY := results/many/$(NAME)-code
-ALL := none,ft-l,rome,memit,pmet,malmen,grace
+ALL := none,in-context,ft-l,rome,memit,pmet,malmen,grace
 # metrics for which what was written is run
 EXECUTED := free_effectiveness_executes,free_generalization_executes,fails_syntax,fails_name,fails_import,fails_attribute,fails_type,fails_memory,fails_other,fails_wrong,fails_time,fails_ended
 RQ3 := a-grace,a-grace-wo-cl,a-grace-wo-mean
@@ -129,7 +129,7 @@ publish: .venv/.ready
 	test -d $(PUBLISHED) || { $(BIN)/clme run --editor $(ALL),$(RQ3) --cases 100 --out runs/publish/$(NAME) && \
 	  $(BIN)/clme notebook notebooks/rq3_a_grace.py runs/publish/rq3.ipynb -p cases 100 -p name $(NAME) -p out runs/publish/$(NAME) && \
 	  $(BIN)/clme publish runs/publish/$(NAME)-compat $(PUBLISHED)-compat && $(BIN)/clme publish runs/publish/$(NAME) $(PUBLISHED); }
-	test -d $(PUBLISHED)-code || { $(BIN)/clme run --subject smollm2-135m-code --dataset cnle --editor none,grace,grace-tuned,ft-l,a-grace --cases 100 --name $(NAME)-code --out runs/publish/code && \
+	test -d $(PUBLISHED)-code || { $(BIN)/clme run --subject smollm2-135m-code --dataset cnle --editor none,in-context,grace,grace-tuned,ft-l,a-grace --cases 100 --name $(NAME)-code --out runs/publish/code && \
 	  $(BIN)/clme score runs/publish/code runs/publish/$(NAME)-code --metrics $(EXECUTED) && $(BIN)/clme publish runs/publish/$(NAME)-code $(PUBLISHED)-code; }
 	$(BIN)/clme notebook notebooks/rq1_proficiency.py results/notebooks/rq1_proficiency.ipynb -p editors $(ALL) -p cases 100 -p name $(NAME) -p out $(PUBLISHED) -p beside $(PUBLISHED)-code
 	$(BIN)/clme bench --threads 2 --out results/efficiency

@@ -183,6 +183,12 @@ def test_the_leaderboard_has_no_text_that_is_not_ours_to_publish(tmp_path):
         _, cases = contents(tmp_path / "site" / f"{row['cases']}.js")
         assert all(case["texts"] is None for case in cases)
     assert contents(tmp_path / "site" / "prompts" / "csne.js")[1] == {}
+    leaderboard.write(results, tmp_path / "local", local=True)
+    _, mined = contents(tmp_path / "local" / "prompts" / "csne.js")
+    assert all(
+        mined[str(case["id"])]["sha256"] == case["sha256"] and mined[str(case["id"])]["target"] for case in cases
+    )
+    assert not any(case["texts"] for case in contents(tmp_path / "local" / f"{row['cases']}.js")[1])
     numbers = [
         value for row in shown["rows"] for score in row["scores"].values() for value in score if value is not None
     ]

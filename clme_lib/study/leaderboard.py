@@ -76,8 +76,12 @@ def _score(values: pd.Series, name: str) -> list[float | None]:
     return [*(None if math.isnan(number) else round(number, 6) for number in numbers), score.n]
 
 
-def write(results: Path, target: Path) -> str:
-    """Write the leaderboard of a folder of results; returns its rows as a Markdown table, for readers without JavaScript."""
+def write(results: Path, target: Path, local: bool = False) -> str:
+    """Write the leaderboard of a folder of results; returns its rows as a Markdown table, for readers without JavaScript.
+
+    Args:
+        local: the site stays on the machine that mined the embedded datasets, so that it may show prompts and targets of all of them.
+    """
     rows: list[dict[str, Any]] = []
     prompts: dict[str, bool] = {}
     for number, (row, records) in enumerate(board(results)):
@@ -85,7 +89,7 @@ def write(results: Path, target: Path) -> str:
         _write(target, name, list(map(_case, records.to_dict("records"))))
         dataset, source = records["dataset"].iloc[0], records["source"].iloc[0]
         rows.append({**row, "cases": name, "prompts": f"prompts/{dataset}" if source == "embedded" else None})
-        prompts[str(dataset)] = source == "embedded" and get_dataset(str(dataset)).publish_texts
+        prompts[str(dataset)] = source == "embedded" and (local or get_dataset(str(dataset)).publish_texts)
     for dataset, shown in prompts.items():
         cases = load_cases(dataset) if shown else []
         about = {
