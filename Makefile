@@ -133,7 +133,7 @@ publish: .venv/.ready
 	  $(BIN)/clme score runs/publish/code runs/publish/$(NAME)-code --metrics $(EXECUTED) && $(BIN)/clme publish runs/publish/$(NAME)-code $(PUBLISHED)-code; }
 	$(BIN)/clme notebook notebooks/rq1_proficiency.py results/notebooks/rq1_proficiency.ipynb -p editors $(ALL) -p cases 100 -p name $(NAME) -p out $(PUBLISHED) -p beside $(PUBLISHED)-code
 	$(BIN)/clme bench --threads 2 --out results/efficiency
-	$(BIN)/clme bench --threads 2 --editors in-context --out results/efficiency
+	$(BIN)/clme bench --threads 2 --editors in-context --batches "" --out results/efficiency
 	for subject in $(SHAPES); do test -f results/efficiency/$$subject-random.jsonl || $(BIN)/clme bench --subject $$subject --random-weights \
 	  --dtype bfloat16 --device cpu --threads 2 --cases 1 --batches "" --out results/efficiency || exit 1; done
 	$(BIN)/clme notebook notebooks/rq2_efficiency.py results/notebooks/rq2_efficiency.ipynb -p show results/efficiency \

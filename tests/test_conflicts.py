@@ -46,6 +46,8 @@ def test_what_is_measured_is_what_the_twice_edited_model_does(llama, cases, tmp_
             alone = evaluate(llama, [case], [first]).iloc[0]
             both = evaluate(once, [second], [edit]).iloc[0]
             row = rows.loc[case.case_id]
+            control = load_editor(editor, llama, **values).edit([second])
+            assert row["second_alone"] == evaluate(llama, [second], control).iloc[0]["effectiveness_em"]
             assert row["first"] == alone["effectiveness_em"] and row["second"] == both["effectiveness_em"]
             assert row["neighbours_first"] == alone["specificity_rate"]
             # the second's neighbours are compared with the unedited model, not with the one that holds the first

@@ -29,9 +29,11 @@ from ..support.seeds import seed_of
 from .tables import editor_name, in_order, interval, table, write_csv
 
 EDITORS = ("ft-l", "rome", "grace-tuned", "in-context")
-# what of a pair of edits is measured: of the first alone, of both with two targets, of both with the second taking the first back
+# what of a pair of edits is measured: of the first alone; of the second without the first, which is the control; of both; and of
+# both where the second takes the first back
 SHARES = {
     "first": "First edit right",
+    "second_alone": "Second target, edited alone",
     "second": "Second target written",
     "still_first": "First target still written",
     "restored": "Original answer restored",
@@ -113,7 +115,8 @@ def _edited_twice(editor: Editor, case: Case, second: Case, original: Case) -> d
     for edit in edits:
         neighbours = generate(subject, [Request(prompt, SPECIFICITY_TOKENS, 0) for prompt in case.unrelated], [edit])
         kept.append(exact_match_rate([text.text for text in neighbours], answers_for(subject, case.unrelated)))
-    right = (alone, case), (of_both, second), (of_first, case), (of_back, original)
+    (of_second,) = _written(subject, [second], [case.prompt], editor.edit([second]))
+    right = (alone, case), (of_second, second), (of_both, second), (of_first, case), (of_back, original)
     shares = [exact_match([text.strip()], [asked.target.strip()]) for text, asked in right]
     return dict(zip(SHARES, [*shares, *kept]))
 
