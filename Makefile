@@ -143,7 +143,9 @@ publish: .venv/.ready
 	  $(BIN)/clme run --subject smollm2-135m-code --dataset cnle --protocol $$protocol --cases 10 --name $(NAME)-code-$$protocol-0 --out runs/publish/many/$$protocol-0 \
 	    --editor $$(test $$protocol = simie && echo ft-l,rome || echo none,in-context,ft-l,rome,grace-tuned) && \
 	  $(BIN)/clme publish runs/publish/many/$$protocol-0 $(MANY)/$$protocol-0; } || exit 1; done
-	$(BIN)/clme notebook notebooks/rq4_many_edits.py results/notebooks/rq4_many_edits.ipynb -p cases 10 -p protocols $(MANY_PROTOCOLS) -p out $(MANY)
+	test -f results/conflicts/$(NAME)-code.csv || $(BIN)/clme measure conflicts --subject $(NAME)-code --cases 12 --out results/conflicts/$(NAME)-code.csv
+	$(BIN)/clme notebook notebooks/rq4_many_edits.py results/notebooks/rq4_many_edits.ipynb -p cases 10 -p protocols $(MANY_PROTOCOLS) -p out $(MANY) \
+	  -p conflicts results/conflicts/$(NAME)-code.csv
 	for page in benchmark $(basename $(notdir $(wildcard notebooks/appendix_*.py))); do \
 	  $(BIN)/clme notebook notebooks/$$page.py results/notebooks/$$page.ipynb || exit 1; done
 	$(BIN)/clme notebook notebooks/scorecard.py results/notebooks/scorecard.ipynb

@@ -22,7 +22,7 @@ from ..metrics.paper import COMPARISONS
 from ..support.display import Markup, inline_code
 from .comparisons import SIGNIFICANT, holm, paired_p
 from .figures import bars, legend, panels, plain
-from .paper import UNEDITED
+from .paper import PAPER_EDITORS, UNEDITED
 from .tables import (
     Interval,
     cells,
@@ -139,8 +139,8 @@ def reach_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 @table
 def transfer_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """The paper's Table V: effectiveness on CSNE and CNLE and its relative change, with the mean over editors; ``n`` is of both datasets, in
-    this order."""
+    """The paper's Table V: effectiveness on CSNE and CNLE and its relative change, with the mean over the paper's editors; ``n`` is of both
+    datasets, in this order."""
     scores = [f"effectiveness_{name}" for name in COMPARISONS]
     groups = scored(records).groupby(["editor", "dataset"], sort=False)
     means, counts = groups[scores].mean() * 100, groups.size()
@@ -153,24 +153,25 @@ def transfer_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
                 csne, cnle = means.loc[(editor, CSNE.name), score], means.loc[(editor, CNLE.name), score]
                 cell = f"{csne:.2f} → {cnle:.2f}"
                 if csne:
-                    changes[score].append(100 * (cnle / csne - 1))
-                    cell += f" ({changes[score][-1]:+.1f}%)"
+                    change = 100 * (cnle / csne - 1)
+                    changes[score] += [change] * (editor in PAPER_EDITORS)
+                    cell += f" ({change:+.1f}%)"
                 row[get_metric(score).title.split()[-1]] = cell
             yield row
     if all(map(len, changes.values())):
-        row = {"Editor": "mean change", "n": ""}
+        row = {"Editor": "mean change of the paper's editors", "n": ""}
         yield row | {get_metric(score).title.split()[-1]: f"{np.mean(changes[score]):+.1f}%" for score in scores}
 
 
 def transfer_findings(records: pd.DataFrame) -> dict[str, list[str]]:
-    """Which editors are more (``more``), less or not distinguishably (``alike``) effective on CNLE than on CSNE.
+    """Which of the paper's editors are more (``more``), less or not distinguishably (``alike``) effective on CNLE than on CSNE.
 
     By exact match, whose cases differ between datasets: Fisher's exact test, two-sided, by Holm over the editors.
     """
     from scipy.stats import fisher_exact
 
     data, counts = scored(records), dict[str, tuple[tuple[int, int], ...]]()
-    for editor, of_editor in data[data["editor"] != UNEDITED].groupby("editor", sort=False):
+    for editor, of_editor in data[data["editor"].isin(PAPER_EDITORS)].groupby("editor", sort=False):
         of_datasets = [
             of_editor.loc[of_editor["dataset"] == dataset.name, "effectiveness_em"] for dataset in (CNLE, CSNE)
         ]
