@@ -90,7 +90,7 @@ Markdown("> **Findings**\n>\n" + "\n".join(f"> - {sentence}" for sentence in sen
 # ## Edits that contradict each other
 #
 # Each prompt is edited twice, the second time in the model that holds the first edit: once with the target of another case, and once with what the original model wrote, which
-# should take the first edit back.
+# should take the first edit back. As a control, the other case's target is also edited in a model without the first edit: a target that no edit of this editor reaches says nothing about conflicts.
 
 # %% tags=["hide-input"]
 if config.conflicts:
