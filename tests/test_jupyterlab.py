@@ -30,7 +30,7 @@ RUN_ALL = """(async () => {
   await until(() => look().every((cell) => cell.execution_count) || look().some(failed));
   const code = look();
   return JSON.stringify({
-    title: document.title,
+    title: panel.title.label,
     run: code.filter((cell) => cell.execution_count).length,
     cells: code.length,
     errors: code.flatMap((cell) => cell.outputs).filter((output) => output.output_type === "error").map((output) => output.evalue),
@@ -95,4 +95,4 @@ def test_a_notebook_opens_and_runs_in_jupyterlab(tmp_path):
             process.terminate()
             process.wait(30)
     assert not seen["errors"] and seen["run"] == seen["cells"] > 4
-    assert "scorecard" in seen["title"] and "replicated" in seen["text"]
+    assert seen["title"] == "scorecard.ipynb" and "replicated" in seen["text"]
