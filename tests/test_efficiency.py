@@ -229,11 +229,13 @@ def test_text_before_prompts_costs_its_tokens(small_paper_subject, tmp_path, cas
         edits["in-context"].to_dict() == {case: by_case[case] for case in edits["in-context"].index} and len(edits) == 4
     )
     assert not edits["grace"].any()
-    shown = rq2.cost_table(measured, label="tab").data.set_index("Editor")["prompt tokens added"]
+    shown = rq2.cost_table(measured, label="tab").data.set_index("Editor")["CNLE prompt tokens added"]
     assert shown["GRACE"] == "0" and float(shown["in context"]) == pytest.approx(edits["in-context"].median(), abs=0.5)
     (cost,) = rq2.findings(measured)["costs"].to_dict("records")
     assert cost["fastest"] == cost["slowest"] == "GRACE"
-    assert "prompt tokens added" not in rq2.cost_table(measured[measured["editor"] != "in-context"], label="tab").data
+    assert (
+        "CNLE prompt tokens added" not in rq2.cost_table(measured[measured["editor"] != "in-context"], label="tab").data
+    )
 
 
 def test_the_papers_orderings_are_counted_where_all_of_them_were_measured():

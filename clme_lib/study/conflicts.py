@@ -37,9 +37,9 @@ SHARES = {
     "second": "Second target written",
     "still_first": "First target still written",
     "restored": "Original answer restored",
-    "neighbours_first": "Neighbours unchanged: first edit",
-    "neighbours_second": "two targets",
-    "neighbours_restored": "edited back",
+    "neighbours_first": "Neighbours unchanged by the first edit",
+    "neighbours_second": "Neighbours unchanged by two targets",
+    "neighbours_restored": "Neighbours unchanged when edited back",
 }
 
 

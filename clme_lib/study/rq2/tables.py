@@ -72,8 +72,9 @@ def cost_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
             row[f"{dataset_title(name)} peak MiB"] = _number(
                 edits[edits["dataset"] == name]["peak_mib"].median(), ".0f"
             )
-        if shows_added:
-            row["prompt tokens added"] = _number(edits["added_tokens"].median(), ".0f")
+        for name in names if shows_added else ():
+            added = edits[edits["dataset"] == name]["added_tokens"].median()
+            row[f"{dataset_title(name)} prompt tokens added"] = _number(added, ".0f")
         row["before MiB"] = _number(edits["base_mib"].median(), ".0f")
         row["steps"] = _number(edits["steps"].median(), ".0f")
         row["set-up s"] = _number(rows[rows["kind"] == "setup"]["seconds"].max(), ".1f")
