@@ -1,7 +1,7 @@
 # make book   everything: environment, a real run on this machine, its comparison with the published run, the site
 # make site   render the book without running anything
 # make pdf    the whole book as one PDF (needs Chromium)
-# make test   the test suite
+# make test   the tests without the slow ones (a few minutes); make test-all runs those too
 # Variables: PYTHON (3.11 to 3.13), CASES (per dataset), SAMPLE (which random cases are checked), TORCH_INDEX
 #            (e.g. https://download.pytorch.org/whl/cpu for the small CPU build of torch), BUILDS (folders of datasets that
 #            clme data build made, for the benchmark chapter to show)
@@ -45,7 +45,7 @@ GPU_READY := .venv/.ready
 GPU_RUN = $(BIN)/python
 endif
 
-.PHONY: setup book site pdf test lint bench check gpu gpu-tests gpu-bench gpu-run publish clean
+.PHONY: setup book site pdf test test-all lint bench check gpu gpu-tests gpu-bench gpu-run publish clean
 
 setup: .venv/.ready
 
@@ -77,6 +77,9 @@ pdf: .venv/.ready
 	@$(BIN)/python book/pdf.py
 
 test: .venv/.ready
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow and not browser and not gpu'
+
+test-all: .venv/.ready
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: .venv/.ready

@@ -19,7 +19,7 @@ import pandas as pd
 
 ROOT = Path(__file__).resolve().parent.parent
 # RQ3 is left out: it trains an encoder for each margin of its sweep, which takes hours
-STEPS = "make setup,make test,make lint,make book,.venv/bin/python -m pytest -m browser,rq1,rq2,rq4"
+STEPS = "make setup,make test,make test-all,make lint,make book,.venv/bin/python -m pytest -m browser,rq1,rq2,rq4"
 
 
 def papermill_commands() -> dict[str, str]:

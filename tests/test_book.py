@@ -147,6 +147,7 @@ def test_rq2_says_only_what_was_measured(show, monkeypatch):
     assert "MALMEN fastest" not in text and "Nothing of this" not in text
 
 
+@pytest.mark.slow
 def test_rq3_says_what_the_tables_show(show):
     parameters = {"out": str(RUN), "name": RUN.name, "cases": 10, "dataset": "cnle"}
     text = show("rq3_a_grace", **parameters)
@@ -264,6 +265,7 @@ def build(tree, monkeypatch):
     return module
 
 
+@pytest.mark.slow
 def test_a_copied_notebook_builds(tree):
     done = subprocess.run([sys.executable, str(tree / "book" / "build.py")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -278,6 +280,7 @@ def test_a_copied_notebook_builds(tree):
     assert "notebooks/rq1_proficiency.html#rq1" in (tree / "_build" / "html" / "book" / "own_run.html").read_text()
 
 
+@pytest.mark.slow
 def test_hostile_texts_are_shown_literally_and_do_nothing(tree, outputs_of, monkeypatch, published):
     """A dataset, records, an editor and a subject of which every text would run, load or break out, through to the page."""
     canary = tree / "canary"
@@ -344,6 +347,7 @@ def test_hostile_texts_are_shown_literally_and_do_nothing(tree, outputs_of, monk
     assert not [heading for heading in article.select("h1, h2, h3, h4") if "njected" in heading.get_text()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "bundle",
     [
@@ -363,6 +367,7 @@ def test_an_output_that_does_something_is_refused(tree, build, bundle):
         build.stage({})
 
 
+@pytest.mark.slow
 def test_a_number_that_is_unknown_fails_the_build(tree):
     with open(tree / "book" / "own_run.md", "a", encoding="utf-8") as page:
         page.write("\n\n{{ no_such_number }}\n")

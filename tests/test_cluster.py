@@ -236,6 +236,7 @@ def drive(configured, workers, room=lambda: 2):
     return run_folder.load_run(configured.out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["single", "sequential", "simie"])
 def test_workers_make_the_records_of_one_process(folder, tmp_path, protocol, monkeypatch):
     monkeypatch.setenv("CLME_CACHE", str(tmp_path / "cache"))
@@ -263,6 +264,7 @@ class Dies(Worker):
         return super().edit(unit, *args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, "auto"])
 def test_a_case_that_kills_workers_fails_and_the_others_do_not(folder, tmp_path, monkeypatch, batch_size):
     monkeypatch.setenv("CLME_CACHE", str(tmp_path / "cache"))
@@ -280,6 +282,7 @@ def test_a_case_that_kills_workers_fails_and_the_others_do_not(folder, tmp_path,
     assert (again["state"] == SCORED).all() and texts(tmp_path / "run").equals(both[0])
 
 
+@pytest.mark.slow
 def test_a_case_is_not_blamed_for_nodes_that_go(folder, tmp_path, monkeypatch):
     """Not even if that happens again and again while a worker has it."""
     monkeypatch.setenv("CLME_CACHE", str(tmp_path / "cache"))
@@ -296,6 +299,7 @@ def test_a_case_is_not_blamed_for_nodes_that_go(folder, tmp_path, monkeypatch):
     assert len(lost) == 6 and len(records) == 10 and (records["state"] == SCORED).all()
 
 
+@pytest.mark.slow
 def test_workers_that_differ_or_cannot_start(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CLME_CACHE", str(tmp_path / "cache"))
 
@@ -355,6 +359,7 @@ def test_workers_that_differ_or_cannot_start(folder, tmp_path, monkeypatch, caps
         runs.run(config(folder, tmp_path / "lacks", seed=1, on="ray"))
 
 
+@pytest.mark.slow
 def test_caches_that_are_not_shared_get_the_unedited_texts(folder, tmp_path, monkeypatch):
     """The second worker is given what the first generated with the model alone, and generates none of it."""
     monkeypatch.setenv("CLME_CACHE", str(tmp_path / "cache"))
@@ -375,6 +380,7 @@ def test_caches_that_are_not_shared_get_the_unedited_texts(folder, tmp_path, mon
     assert len(counts) == 5 and all(counts) and given[0][1] == 0
 
 
+@pytest.mark.slow
 def test_workers_are_started_where_nodes_join(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("CLME_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(crew, "COUNTS_NODES_EVERY", 0)
@@ -493,6 +499,7 @@ def listening():
     return addresses
 
 
+@pytest.mark.slow
 def test_a_killed_driver_leaves_no_worker_and_one_process_goes_on(folder, tmp_path, monkeypatch):
     """A run on this machine's workers listens on the loopback alone; what it has recorded stays."""
     pytest.importorskip("ray", reason="Ray has no wheel for this Python")

@@ -271,6 +271,7 @@ def losses():
     return lambda texts: mean_losses(subject, texts)
 
 
+@pytest.mark.slow
 def test_the_offline_scorer_prefers_true_pairs(losses):
     rows = [{"id": n, "intent": case.text, "snippet": case.target} for n, case in enumerate(load_cases("cnle")[::140])]
     shuffled = [{**row, "snippet": following["snippet"]} for row, following in zip(rows, rows[1:] + rows[:1])]
@@ -342,6 +343,7 @@ def slow_build(source, folder):
     pipeline.build_cnle(folder, str(source), slow, rephrasing.GIVEN_INTENTS, targets=4, seed=1)
 
 
+@pytest.mark.slow
 def test_a_killed_construction_goes_on(conala, tmp_path):
     (tmp_path / "killed").mkdir()
     process = multiprocessing.get_context("spawn").Process(target=slow_build, args=(conala, tmp_path / "killed"))
@@ -721,6 +723,7 @@ def test_what_has_not_been_built_is_named(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_too_many_targets_are_answered_with_a_number(conala, tmp_path, capsys):
     arguments = ["data", "build", "cnle", "--source", str(conala), "--out", str(tmp_path / "out")]
     assert cli.main([*arguments, "--targets", "100"]) == 1

@@ -158,6 +158,7 @@ def answers(elsewhere):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_what_others_add_is_listed_and_a_broken_package_spoils_nothing_else(answers):
     listed, refused = answers["list"], answers["broken"]
     assert listed["status"] == 0 and not listed["err"]

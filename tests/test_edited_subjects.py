@@ -73,6 +73,7 @@ EDITORS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [low_rank, dense])
 @pytest.mark.parametrize("name", EDITORS)
 def test_editing_an_edited_subject_is_editing_changed_weights(subject, cases, name, base):

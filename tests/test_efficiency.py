@@ -111,6 +111,7 @@ def test_a_device_that_is_too_small_is_refused(monkeypatch):
         shapes.random_subject("codellama-7b", "cpu", "int8")
 
 
+@pytest.mark.slow
 def test_every_editor_is_measured_and_the_command_resumes(small_paper_subject, tmp_path, capsys):
     arguments = ["bench", "--subject", "stablecode-3b", "--random-weights", "--device", "cpu", "--cases", "2", "--batches", "1",
                  "--out", str(tmp_path)]  # fmt: skip
@@ -301,6 +302,7 @@ class Products(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SMALL if name != "pmet"])
 def test_floors_count_what_is_computed(subject, cases, name, monkeypatch):
     """Counted by formula and by PyTorch: the floor leaves out what could be saved, and little else."""

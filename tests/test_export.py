@@ -125,6 +125,7 @@ def test_what_cannot_be_exported_is_refused(base, cases, tmp_path, monkeypatch, 
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto").dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_an_edit_of_the_embedded_subject_is_exported(smollm2, cases, tmp_path):
     edits = load_editor("rome", smollm2, steps=6).edit(cases[:1])
     export_edits(edits, smollm2, tmp_path / "adapter")

@@ -144,6 +144,7 @@ def test_base_model_is_bit_identical_afterwards(subject, cases, name):
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in subject.model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.subject
 def test_real_subject_equals_the_plain_loop(smollm2):
     cases = load_cases("cnle")[:3]

@@ -131,6 +131,7 @@ def failed(records) -> list[int]:
     return list(records[records["state"] == FAILED]["case_id"])
 
 
+@pytest.mark.slow
 def test_a_failed_case_is_tried_again_when_that_is_asked_for_or_the_library_changed(
     config, failing, monkeypatch, capsys
 ):

@@ -138,6 +138,7 @@ def test_what_a_codebook_writes_is_taken_apart():
     assert scores_of(of(CNLE, rephrased=texts), FREE_METRICS)["fires"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["clean", "compat"])
 def test_the_papers_texts_are_the_beginnings_of_the_free_ones(subject, cases, preset):
     cases = cases[:2]
@@ -174,6 +175,7 @@ LEARNING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNING)
 def test_an_end_of_text_is_learnt_as_if_it_were_the_targets_last_token(subject, cases, name):
     case, eos = cases[2], subject.tokenizer.eos_token

@@ -122,6 +122,7 @@ def tell(act):
 """
 
 
+@pytest.mark.slow
 def test_a_subject_comes_from_the_hub(hub, llama):
     folder = hub.at("models", "owner/tiny")
     llama.model.save_pretrained(folder)
@@ -146,6 +147,7 @@ tell(lambda: load_subject("owner/nothing", "cpu"))
     assert nothing.startswith("refused: subject 'owner/nothing' could not be loaded") and "Check the name" in nothing
 
 
+@pytest.mark.slow
 def test_sources_and_encoders_come_from_the_hub(hub):
     """CoNaLa as the hub keeps it; CodeSearchNet as a repository whose files the hub has converted."""
     cnle = hub.at("datasets", sources.HUB[CNLE.name][0])

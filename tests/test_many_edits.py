@@ -50,6 +50,7 @@ def test_milestones():
     assert milestones(100) == [1, 3, 10, 30, 100] and milestones(1000)[-2:] == [300, 1000]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rome", "ft-l", "grace"])
 def test_each_edit_is_made_of_the_model_that_holds_the_earlier_ones(tiny, config, name):
     asked = config(editors=name)
@@ -252,6 +253,7 @@ def test_a_memory_grows_by_the_rule_of_grace(second, keys, radii, values):
     assert len(beside.keys) == (1 if second.keys.tolist() == [[0.0, 0.0]] else 2) and beside.targets is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, values",
     [

@@ -161,6 +161,7 @@ def test_an_edit_does_not_depend_on_its_batch(llama, cases, name, values):
         assert alone.log.losses == pytest.approx(edit.log.losses, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_records_all_of_them(tiny, tmp_path):
     """Single edits and a sequence: no case fails, and every score is there."""
     (tmp_path / "corpus").mkdir()

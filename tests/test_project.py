@@ -101,12 +101,14 @@ def test_runner_refuses_unknown_parameters(tmp_path):
     assert not (tmp_path / "out.ipynb").exists()
 
 
+@pytest.mark.slow
 def test_a_failing_cell_leaves_no_finished_notebook(tmp_path):
     with pytest.raises(StudyError, match="a cell failed.*unknown editor 'rome2'"):
         execute(RQ1, tmp_path / "out.ipynb", {"editors": "rome2"})
     assert not (tmp_path / "out.ipynb").exists()
 
 
+@pytest.mark.slow
 def test_papermill_as_the_readme_says(tmp_path):
     """The literal call works on the paired .ipynb, and a misspelt parameter stops it with the known ones."""
     ipynb = tmp_path / "rq1_proficiency.ipynb"
@@ -127,6 +129,7 @@ def test_papermill_as_the_readme_says(tmp_path):
     assert done.returncode != 0 and "did you mean 'editors'" in done.stderr
 
 
+@pytest.mark.slow
 def test_published_run_renders_twice_the_same(tmp_path):
     """The RQ1 notebook on the published records: no model is needed, and two executions give equal bytes."""
     folder = ROOT / "results" / "runs" / "smollm2-135m"

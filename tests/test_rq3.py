@@ -25,6 +25,7 @@ def both(tiny, source, tmp_path):
     return chosen, runs.run(chosen), measurements.compat_run(chosen)
 
 
+@pytest.mark.slow
 def test_tables_are_functions_of_records(both, tmp_path):
     _, clean, compat = both
     assert clean["error"].isna().all() and compat["error"].isna().all()
@@ -80,6 +81,7 @@ def test_paired_differences_by_hand():
     )
 
 
+@pytest.mark.slow
 def test_distances_are_drawn_as_recorded(both):
     _, clean, _ = both
     figure = rq3.distance_figure(clean)
@@ -115,6 +117,7 @@ def test_the_best_radius_by_hand():
     assert best["margin"] == 1.5
 
 
+@pytest.mark.slow
 def test_small_files_are_made_once_and_published(both, monkeypatch, tmp_path):
     chosen, clean, _ = both
     made = []

@@ -22,6 +22,7 @@ def config(tiny, tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_each_protocol_and_sample_is_a_run_of_its_own(config):
     records = rq4.run_many(config)
     assert sorted(path.name for path in config.out.iterdir()) == sorted(

@@ -106,6 +106,7 @@ def test_budgets_are_counted():
     assert "for each dataset" in shown["Chosen by"]["A-GRACE"] and "for each" not in shown["Chosen by"]["GRACE"]
 
 
+@pytest.mark.slow
 def test_learning_to_stop_is_measured(llama, small_sets, monkeypatch, tmp_path):
     quick = lambda name, subject, **named: load_editor(name, subject, **named, layer=2, steps=200, lr=0.05, bound=9.0)  # noqa: E731
     monkeypatch.setattr(selection, "load_editor", quick)
@@ -119,6 +120,7 @@ def test_learning_to_stop_is_measured(llama, small_sets, monkeypatch, tmp_path):
         selection.compare_ends(llama, "none", tmp_path / "other.csv")
 
 
+@pytest.mark.slow
 def test_presets_are_every_combination_of_defects(llama, small_sets, monkeypatch, tmp_path):
     quick = lambda name, subject, **named: load_editor(name, subject, **named, layer=1, steps=3)  # noqa: E731
     monkeypatch.setattr(selection, "load_editor", quick)

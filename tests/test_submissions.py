@@ -62,6 +62,7 @@ def test_a_submission_is_checked_edited_again_and_readable(run, tmp_path):
         submit(run, target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

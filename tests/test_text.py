@@ -233,6 +233,7 @@ def test_every_table_is_among_them(records):
     assert made == len(tables_of("x", records)) - 1, "the table of scores is RQ1's as well"
 
 
+@pytest.mark.slow
 @settings(many, max_examples=4)
 @given(text=HOSTILE)
 def test_every_table_shows_text_literally(text, records):
@@ -307,6 +308,7 @@ def test_any_terminal_shows_any_text(encoding, tmp_path, monkeypatch):
     assert "\x1b" not in "".join(shown.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", ["list", "run --help"])
 def test_a_reader_that_has_gone_ends_a_command_in_silence(words):
     reading, writing = os.pipe()
@@ -317,6 +319,7 @@ def test_a_reader_that_has_gone_ends_a_command_in_silence(words):
     assert done.stderr == b"" and done.returncode in (0, 141)
 
 
+@pytest.mark.slow
 def test_a_full_disk_behind_the_output_is_told():
     with open("/dev/full", "wb") as full:
         done = subprocess.run(

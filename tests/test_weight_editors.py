@@ -110,6 +110,7 @@ def adjusted_by_hand(subject, moment, layer, cases, lookup, weight, ridge):
     return (whole + ridge * whole.diagonal().mean() * torch.eye(len(whole), dtype=torch.double)).float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lookup", ["colon", "content"])
 @pytest.mark.parametrize("name", ["rome", "memit", "pmet", "alphaedit"])
 def test_lookup_aware_statistics_and_the_content_token_equal_the_plain_loop(subject, cases, corpus, name, lookup):
@@ -202,6 +203,7 @@ def test_cases_written_together_equal_the_plain_loop(subject, cases, corpus, nam
         assert not close(alone.delta(layer), update, 0.02), "made alone, they know nothing of each other"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["memit", "pmet", "alphaedit", "emmet"])
 def test_what_earlier_edits_wrote_counts_like_other_texts(subject, cases, corpus, name):
     editor, moments = spreading_editor(name, subject, corpus, accumulate=True)
@@ -300,6 +302,7 @@ def test_rome_with_covariance_still_maps_the_key(llama, cases, corpus):
     assert editor.setup()["statistics"][1]["tokens"] == 1920
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(SMALL))
 def test_batch_of_twenty_equals_one_by_one(llama, name, corpus, many_cases):
     """Cases stop at different iterations here, so freezing and leaving the batch are both exercised."""
