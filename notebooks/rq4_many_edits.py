@@ -29,6 +29,7 @@ dataset: str = "cnle"  # comma-separated
 editors: str = "none,in-context,ft-l,rome,grace-tuned"  # comma-separated; `clme list` shows all
 protocols: str = "sequential,batch,simie"  # comma-separated
 cases: int = 3  # edits in one model
+held_out: int = 3  # cases that are not edited, on which each state is evaluated as well
 samples: str = "0"  # comma-separated: which random samples, each in its own order
 conflicts: str = ""  # table of `clme measure conflicts`, which is shown
 out: str = "runs/rq4"  # folder of a run for each protocol and sample; running again resumes them
@@ -87,6 +88,27 @@ for shown in rq4.findings(records):
 Markdown("> **Findings**\n>\n" + "\n".join(f"> - {sentence}" for sentence in sentences) if sentences else "_No editor holds more than one edit here._")
 
 # %% [markdown]
+# ## What else the model can do
+#
+# Each state is also evaluated on cases that it was not edited with: the perplexity of their targets, given their prompts, and what the model writes. The row of the unedited model says where that began.
+
+# %% tags=["hide-input"]
+if (records["turn"] >= records["position"]).any():
+    caption = "Cases that no edit is of, by how many edits the model holds. Perplexity over all target tokens; shares in percent; 95% intervals over cases and samples."
+    shown = rq4.ability_table(records, label="tab-rq4-ability", caption=caption)
+else:
+    shown = Markdown("_No cases were held out of these runs: the parameter `held_out` says how many._")
+shown
+
+# %% tags=["hide-input"]
+sentences = [
+    f"{inline(editor_name(shown['editor']))} ({inline(protocol_title(shown['protocol']))}): with {shown['held']} edits the perplexity is {shown['perplexity'][0]:.3g}, "
+    f"and {shown['perplexity'][1]:.3g} in the unedited model."
+    for shown in rq4.ability_findings(records)
+]
+Markdown("> **Findings**\n>\n" + "\n".join(f"> - {sentence}" for sentence in sentences) if sentences else "")
+
+# %% [markdown]
 # ## Edits that contradict each other
 #
 # Each prompt is edited twice, the second time in the model that holds the first edit: once with the target of another case, and once with what the original model wrote, which
@@ -103,7 +125,7 @@ shown
 
 # %% [markdown]
 # **Threats.** The edits follow the order of one random sample unless several samples are named above; an interval over cases in one order does not show what another order would give. All edits use one template and are unrelated to
-# each other, whereas a user's edits would often concern the same library. The effect on knowledge outside the neighbours is not measured here ([](#sec-threats)).
+# each other, whereas a user's edits would often concern the same library. What the model can do otherwise is measured on cases of the same kind only ([](#sec-threats)).
 
 # %% [markdown]
 # ## Your own question

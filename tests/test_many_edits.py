@@ -1,5 +1,6 @@
 """Protocols that put many edits into one model: what is edited from which state, what is evaluated when, and that it goes on where it stopped."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from clme_lib.edits.simie import simie
 from clme_lib.edits.weights import DenseUpdate, LowRankUpdate
 from clme_lib.evaluation.evaluate import evaluate
 from clme_lib.forward.prompt_keys import edit_keys
+from clme_lib.forward.tokens import tokenize
 from clme_lib.study import run_folder
 from clme_lib.study.copies import publish
 from clme_lib.study.protocols import get_protocol, milestones
@@ -97,7 +99,7 @@ def test_a_killed_sequence_goes_on_with_the_edit_in_flight(tiny, config, tmp_pat
     assert texts(records) == texts(whole)
     # the state is an edits file
     (state,) = load_edits(run_folder.state_file(config(), "cnle", "rome"), tiny)
-    assert state.delta(1).shape == tiny.down_proj(1).weight.shape and state.factors[1][0].shape[1] == 4
+    assert state.delta(1).shape == tiny.down_proj(1).weight.shape and state.factors[1][0].shape[1] == 5
 
 
 def test_more_edits_go_on_from_the_kept_state(config, monkeypatch):
@@ -106,7 +108,7 @@ def test_more_edits_go_on_from_the_kept_state(config, monkeypatch):
     run(config(cases=4))
     assert len(made) == 4
     records = run(config(cases=5))
-    assert len(made) == 4 + 2, "of the last state only what later steps build on is kept"
+    assert len(made) == 4 + 1
     assert sorted(records["position"].unique()) == [1, 3, 4, 5]
 
 
@@ -177,6 +179,73 @@ def test_a_published_sequence_is_read_as_it_was(config, tmp_path):
     assert not (published / "states").exists()
     again = run(config(cases=4, out=published, name=None))
     assert texts(again) == texts(records)
+
+
+def changed_copy(subject, edit, layer):
+    """The subject's model with an edit's update in its weights."""
+    model = copy.deepcopy(subject.model)
+    with torch.no_grad():
+        model.model.layers[layer].mlp.down_proj.weight += edit.delta(layer)
+    return model
+
+
+def test_cases_that_are_held_out_show_what_else_the_model_can_do(tiny, config, tmp_path):
+    asked = config(editors="none,in-context,rome", cases=3, held_out=2)
+    records = run(asked)
+    order = sample_cases(load_cases("cnle", asked.source), 5, asked.sample)
+    held_out = {case.case_id: case for case in order[3:]}
+    assert len(records) == 3 * ((1 + 2) + (3 + 2))
+    assert set(records["case_id"]) == {case.case_id for case in order}
+    apart = records["case_id"].isin(held_out)
+    assert records["target_loss"].notna().tolist() == apart.tolist()
+    assert (records[apart]["steps"] == 0).all() and records[apart]["effectiveness_em"].notna().all()
+    # by transformers, of a model whose weights were really changed
+    cases, edits, subject = order[:3], [], tiny
+    for case in cases:
+        edits += load_editor("rome", subject, layer=1, steps=4).edit([case])
+        subject = tiny.edited(Edit.compose(edits))
+    for editor, position in (("none", 3), ("rome", 1), ("rome", 3)):
+        model = tiny.model if editor == "none" else changed_copy(tiny, Edit.compose(edits[:position]), 1)
+        rows = records[apart & (records["editor"] == editor) & (records["position"] == position)]
+        assert len(rows) == 2
+        for row in rows.itertuples():
+            case = held_out[row.case_id]
+            tokens = tokenize(tiny.tokenizer, case.prompt, case.target)
+            ids, count = torch.tensor([[*tokens.prompt_ids, *tokens.target_ids]]), len(tokens.target_ids)
+            labels = ids.clone()
+            labels[0, :-count] = -100
+            with torch.no_grad():
+                expected = model(input_ids=ids, labels=labels).loss.item()
+            assert row.target_loss == pytest.approx(expected, rel=1e-3) and row.target_tokens == count
+    # the prompt of an edit acts on them as well
+    of_prompt, unedited = (records[apart & (records["editor"] == name)] for name in ("in-context", "none"))
+    assert (of_prompt["target_loss"].to_numpy() != unedited["target_loss"].to_numpy()).all()
+    # more of them are evaluated in states that are made again; published records are read as they were
+    published = tmp_path / "published"
+    assert publish(asked.out, published) == len(records)
+    again = run(config(editors="none,in-context,rome", cases=3, held_out=2, out=published, name=None))
+    assert texts(again) == texts(records)
+    assert again["target_loss"].equals(records["target_loss"])
+
+
+def test_cases_are_held_out_of_many_edits_only(config, monkeypatch):
+    from clme_lib.editors.a_grace import AGRACE
+
+    with pytest.raises(StudyError, match="held_out=2: protocol=single edits each case in the unedited model"):
+        run(config(protocol="single", cases=3, held_out=2))
+    with pytest.raises(StudyError, match="cases=4: cnle has 5 to draw from, 2 of which are held out"):
+        run(config(cases=4, held_out=2))
+    with pytest.raises(StudyError, match="held_out=5: cnle has 5 cases; leave some to edit"):
+        run(config(cases=None, held_out=5))
+    seen = []
+    fit = AGRACE.fit
+    monkeypatch.setattr(AGRACE, "fit", lambda self, cases, edited=(): (seen.extend(cases), fit(self, cases, edited))[1])
+    asked = config(editors="a-grace", cases=2, held_out=1)
+    run(asked)
+    order = sample_cases(load_cases("cnle", asked.source), 3, asked.sample)
+    assert {case.case_id for case in seen} == set(range(5)) - {case.case_id for case in order}, "nor learnt from"
+    with pytest.raises(StudyError, match="held_out=1, asked for is held_out=0"):
+        run(config(editors="a-grace", cases=2))
 
 
 def test_simie_reuses_edits_and_joins_them(tiny, config, monkeypatch):

@@ -1,5 +1,7 @@
 """RQ4: the runs of protocols and samples, and what table, figure and findings say of their records."""
 
+import math
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
@@ -10,6 +12,7 @@ from clme_lib.datasets.registry import load_cases
 from clme_lib.evaluation.records import SCORED
 from clme_lib.study import rq4
 from clme_lib.study.config import ManyEditsConfig, make_config
+from clme_lib.study.tables import editor_name
 
 SMALL = "rome.layer=1,rome.steps=3,grace.layer=2,grace.steps=3"
 
@@ -17,7 +20,7 @@ SMALL = "rome.layer=1,rome.steps=3,grace.layer=2,grace.steps=3"
 @pytest.fixture
 def config(tiny, tmp_path):
     return make_config(
-        ManyEditsConfig, subject="tiny-llama", dataset="cnle", editors="none,grace,rome", cases=3, samples="0,1", set=SMALL,
+        ManyEditsConfig, subject="tiny-llama", dataset="cnle", editors="none,grace,rome", cases=3, held_out=2, samples="0,1", set=SMALL,
         source=str(write_source(tmp_path)), out=tmp_path / "many", name="tiny",
     )  # fmt: skip
 
@@ -33,10 +36,11 @@ def test_each_protocol_and_sample_is_a_run_of_its_own(config):
     editors = records.groupby("protocol")["editor"].unique().map(set).to_dict()
     assert editors == {"sequential": {"none", "grace", "rome"}, "batch": {"none", "grace", "rome"}, "simie": {"rome"}}
     for sample in (0, 1):
-        order = [case.case_id for case in sample_cases(load_cases("cnle", config.source), 3, sample)]
+        order = [case.case_id for case in sample_cases(load_cases("cnle", config.source), 5, sample)]
         own = records[records["sample"] == sample]
         assert {row.turn: row.case_id for row in own.itertuples()} == dict(enumerate(order))
-        assert (own["turn"] < own["position"]).all()
+        of_edits = own[own["turn"] < own["position"]]
+        assert len(of_edits) == 7 * (1 + 3) and len(own) - len(of_edits) == 7 * 2 * 2
     assert sorted(records["position"].unique()) == [1, 3]
     again = rq4.run_many(config)
     assert list(again["start"]) == list(records["start"]), "nothing was made anew"
@@ -73,6 +77,28 @@ def test_the_first_and_the_last_edits_are_shown_apart():
     (state,) = rq4.findings(records)
     assert state["held"] == [1, 30] and state["effectiveness_em"] == pytest.approx([1.0, 5 / 30])
     assert state["specificity_rate"] == [0.5, 0.5]
+
+
+def test_cases_that_are_held_out_are_shown_apart():
+    kept = many(lambda position, turn: True, 12)
+    added = pd.DataFrame([
+        {**kept.iloc[0].to_dict(), "editor": editor, "position": position, "turn": 12 + n, "effectiveness_em": 0.0, "target_loss": loss,
+         "target_tokens": tokens, "free_effectiveness_executes": float(n)}
+        for editor, worse in (("none", 0.0), ("grace", 1.0)) for position in (1, 10, 12)
+        for n, (loss, tokens) in enumerate([(1.0 + worse, 30), (3.0 + worse, 10)])
+    ])  # fmt: skip
+    records = pd.concat([kept, added], ignore_index=True)
+    with_them = rq4.retention_table(records, label="tab").data
+    pd.testing.assert_frame_equal(with_them, rq4.retention_table(kept, label="tab").data)
+    assert rq4.findings(records) == rq4.findings(kept)
+    shown = rq4.ability_table(records, label="tab").data.set_index(["Editor", "Edits"])
+    assert len(shown) == 6 and set(shown["n"]) == {"2"}
+    # by hand: (1.0 * 30 + 3.0 * 10) / 40 = 1.5 nats a token, and each case alone at the bounds
+    assert shown.loc[editor_name("none"), "12"]["Perplexity"] == f"{math.exp(1.5):.3g} ({math.exp(1.0):.3g}–{math.exp(3.0):.3g})"
+    assert shown.loc["GRACE", "1"]["Executes"].startswith("50.0 (")
+    (state,) = rq4.ability_findings(records)
+    assert (state["editor"], state["held"]) == ("grace", 12)
+    assert state["perplexity"] == pytest.approx([math.exp(2.5), math.exp(1.5)])
 
 
 def test_failed_edits_are_not_counted():

@@ -1,6 +1,7 @@
 """Edits that leave the model alone and put texts before its prompts.
 
-They act where texts are asked for (:func:`~clme_lib.evaluation.generation.generate`). A pass over given tokens has no output that they could change.
+They act where a prompt is given as text: where texts are generated, or asked how likely they are
+(:func:`~clme_lib.evaluation.generation.as_read`). A pass over given tokens has no output that they could change.
 """
 
 from __future__ import annotations

@@ -180,6 +180,11 @@ class RunConfig(Schema):
         {}, description="single hyperparameters, such as grace.radius=2.5,memit.layers=[4,5]"
     )
     protocol: _Protocol = Field("single", description="how cases are edited")
+    held_out: int = Field(
+        0,
+        ge=0,
+        description="many edits: cases that are not edited, on which each state of the model is evaluated as well",
+    )
     metrics: Metrics = Field(STUDY_METRICS, description="comma-separated (default: the study's); see clme list")
     scored: bool = Field(
         True, description="keep the texts and score them later: clme score", json_schema_extra={"off": "--unscored"}
@@ -230,6 +235,7 @@ class ManyEditsConfig(RunConfig):
     )
     editors: Editors = _editors((UNEDITED, "in-context", "ft-l", "rome", "grace-tuned"))
     cases: _CountOrAll = Field(3, description="edits in one model")
+    held_out: int = Field(3, ge=0, description="cases that are not edited, on which each state is evaluated as well")
     out: _Folder = Field(Path("runs/rq4"), description="folder of a run for each protocol and sample")
     protocols: Annotated[_Names, AfterValidator(_each("protocol", "study.protocols:get_protocol"))] = Field(
         ("sequential", "batch", "simie"), description="comma-separated"

@@ -29,6 +29,7 @@ class Step:
     Attributes:
         edited: the cases that are edited, each from the state that step ``after`` left.
         evaluated: the cases that are evaluated once all these edits act together.
+        held_out: cases that no step edits, which are evaluated as well: what the model still knows of other things.
         position: how many edits the model then holds.
         after: index of the step whose state is edited; None for the unedited subject.
     """
@@ -37,6 +38,12 @@ class Step:
     evaluated: tuple[Case, ...]
     position: int
     after: int | None = None
+    held_out: tuple[Case, ...] = ()
+
+    @property
+    def scored(self) -> tuple[Case, ...]:
+        """All cases that get a record."""
+        return self.evaluated + self.held_out
 
 
 class Protocol(ABC):

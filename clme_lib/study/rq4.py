@@ -16,9 +16,10 @@ from ..editors.registry import get_editor
 from ..metrics.base import get_metric
 from .config import ManyEditsConfig, RunConfig, make_config
 from .figures import legend, panels, plain
+from .paper import UNEDITED
 from .protocols import get_protocol, protocol_title
 from .runs import run, sampled
-from .tables import editor_colour, editor_name, interval, percent, scored, table
+from .tables import Interval, editor_colour, editor_name, interval, mean_over_tokens, percent, scored, table
 
 ENDS = 10  # edits, at either end of a sequence, that are looked at alone
 SHOWN = ("effectiveness_em", "generalization_em", "specificity_rate")
@@ -26,7 +27,8 @@ SHOWN = ("effectiveness_em", "generalization_em", "specificity_rate")
 
 def run_many(config: ManyEditsConfig) -> pd.DataFrame:
     """The records of all protocols and samples, completed where they are not; ``sample`` and each case's ``turn`` in its sequence (from 0)
-    are columns of their own. A protocol that joins updates of weights leaves out the editors that make none."""
+    are columns of their own. A case whose turn has not come when a state is evaluated was held out of it. A protocol that joins updates of
+    weights leaves out the editors that make none."""
     frames = []
     for protocol in config.protocols:
         for sample in config.samples:
@@ -77,11 +79,62 @@ def retention_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
         yield row
 
 
+@table
+def ability_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
+    """What the model still can do: cases that it was not edited with, as it holds more edits.
+
+    The perplexity is of all target tokens of these cases, given their prompts; *executes* is of those that have a check.
+    """
+    for (dataset, protocol, editor, held), rows in _states(records, held_out=True):
+        name = "free_effectiveness_executes"
+        runs = rows[name] if name in rows else pd.Series(dtype=float)
+        yield {
+            "Data": dataset_title(dataset),
+            "Protocol": protocol_title(protocol),
+            "Editor": editor_name(editor),
+            "Edits": str(held),
+            "n": str(len(rows)),
+            "Perplexity": _perplexity(_mean_loss(rows)),
+            "Eff. EM": _share(rows["effectiveness_em"], True),
+            "Executes": _share(runs, True),
+            "Spec. rate": _share(rows["specificity_rate"], get_metric("specificity_rate").binary),
+        }
+
+
+def ability_findings(records: pd.DataFrame) -> list[dict[str, Any]]:
+    """Of each dataset, protocol and editor: the perplexity of what was held out of the state with the most edits, and the unedited model's."""
+    losses: dict[tuple[str, str, str], dict[int, Interval]] = {}
+    for (dataset, protocol, editor, held), rows in _states(records, held_out=True):
+        losses.setdefault((dataset, protocol, editor), {})[held] = _mean_loss(rows)
+    rows_of_findings = []
+    for (dataset, protocol, editor), of_editor in losses.items():
+        held = max(of_editor)
+        unedited = losses.get((dataset, protocol, UNEDITED), {}).get(held)
+        if editor != UNEDITED and unedited is not None:
+            perplexities = [float(np.exp(loss.mean)) for loss in (of_editor[held], unedited)]
+            rows_of_findings.append(
+                {"dataset": dataset, "protocol": protocol, "editor": editor, "held": held, "perplexity": perplexities}
+            )
+    return rows_of_findings
+
+
+def _mean_loss(rows: pd.DataFrame) -> Interval:
+    measured = rows[rows["target_loss"].notna()]
+    return mean_over_tokens(list(measured["target_loss"]), list(measured["target_tokens"]))
+
+
+def _perplexity(loss: Interval) -> str:
+    if not loss.n:
+        return "–"
+    bounds = "" if np.isnan(loss.low) else f" ({np.exp(loss.low):.3g}–{np.exp(loss.high):.3g})"
+    return f"{np.exp(loss.mean):.3g}{bounds}"
+
+
 def retention_figure(records: pd.DataFrame) -> Any:
     """Effectiveness, generalization and neighbours left unchanged over the number of edits: a row for each protocol, a line for each editor."""
     from matplotlib.ticker import NullLocator
 
-    records = scored(records)
+    records = scored(records[records["turn"] < records["position"]])
     protocols = list(dict.fromkeys(records["protocol"]))
     figure, axes = panels(len(protocols), len(SHOWN), 3.0, 2.4, sharex=True)
     for row, protocol in enumerate(protocols):
@@ -121,8 +174,10 @@ def findings(records: pd.DataFrame) -> list[dict[str, Any]]:
     return rows
 
 
-def _states(records: pd.DataFrame) -> Iterator[tuple[tuple[str, str, str, int], pd.DataFrame]]:
+def _states(records: pd.DataFrame, held_out: bool = False) -> Iterator[tuple[tuple[str, str, str, int], pd.DataFrame]]:
+    """Of each state its records of the cases that it was edited with, or of those that it was not."""
     groups: Sequence[str] = ("dataset", "protocol", "editor", "position")
+    records = records[(records["turn"] >= records["position"]) == held_out]
     for (dataset, protocol, editor, held), rows in scored(records).groupby(list(groups), sort=False):
         yield (str(dataset), str(protocol), str(editor), int(held)), rows
 

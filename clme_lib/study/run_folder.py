@@ -158,7 +158,7 @@ def recorded(config: RunConfig, dataset: str, editor: str, cases: Iterable[Case]
 
 def is_recorded(step: Step, keys: set[tuple[int, int]]) -> bool:
     """Whether all that a step evaluates is among these positions and case ids."""
-    return all((step.position, case.case_id) in keys for case in step.evaluated)
+    return all((step.position, case.case_id) in keys for case in step.scored)
 
 
 def load_manifest(folder: Path | str) -> dict:
@@ -230,6 +230,8 @@ def check_same_run(
             differing += [
                 (f"cases of {name}", before_it.get(name, count), count) for name, count in (counts or {}).items()
             ]
+            if trained:
+                differing.append(("held_out", start.get("held_out", 0), config.held_out))
         differing.append(("dtype", start["dtype"], str(torch_dtype(config.dtype)).removeprefix("torch.")))
         differing.append(("model", start["model"], model or start["model"]))
         for editor in set(start["hyperparameters"]) & set(config.editors):

@@ -47,7 +47,9 @@ def run(config: RunConfig) -> pd.DataFrame:
     chosen = {name: sampled(config, name) for name in config.dataset}
     data = {name: dataset_sha256(load_cases(name, config.source)) for name in config.dataset}
     with only_writer(config.out):
-        run_folder.check_same_run(config, data, model, {name: len(cases) for name, cases in chosen.items()})
+        run_folder.check_same_run(
+            config, data, model, {name: len(cases) - config.held_out for name, cases in chosen.items()}
+        )
         _complete(config, chosen, data)
     return run_folder.load_run(config.out, chosen=chosen, editors=config.editors)
 
@@ -86,7 +88,7 @@ def _complete_part(
     keys = run_folder.recorded(config, dataset, editor.name, everything)
     plans = planned(config, editor.name, cases, everything)
     file, state = (folder(config, dataset, editor.name) for folder in (run_folder.records_file, run_folder.state_file))
-    total = sum(len(step.evaluated) for part in plans for step in part.steps)
+    total = sum(len(step.scored) for part in plans for step in part.steps)
     with tqdm(total=total, initial=len(keys), desc=f"{dataset} {editor.name}", unit="case") as bar:
         records_made, seconds = 0, 0.0
         for part in plans:
@@ -103,7 +105,7 @@ def _complete_part(
 
 
 def sampled(config: RunConfig, dataset: str) -> list[Case]:
-    """The cases of a dataset that a configuration asks for."""
+    """The cases of a dataset that a configuration asks for: those that are edited, then those that are held out."""
     cases = load_cases(dataset, config.source)
     if (file := get_dataset(dataset).file) and config.source not in ("embedded", file):
         raise StudyError(f"source={config.source}: {dataset} has its cases in {file}; leave the source out")
@@ -116,12 +118,17 @@ def sampled(config: RunConfig, dataset: str) -> list[Case]:
             raise StudyError(f"within={config.within}: that run has no cases of {dataset} by {who}")
     elif config.source == "embedded":
         cases = [case for case in cases if case.case_id not in selection_ids(dataset)]
+    left = len(cases) - config.held_out
+    if left < 1 < len(cases):
+        raise StudyError(f"held_out={config.held_out}: {dataset} has {len(cases)} cases; leave some to edit")
     # the default is a few, or all where there are fewer
-    if config.cases is not None and config.cases > len(cases) and "cases" in config.model_fields_set:
+    if config.cases is not None and config.cases > left and "cases" in config.model_fields_set:
+        apart = f", {config.held_out} of which are held out" if config.held_out else ""
         raise StudyError(
-            f"cases={config.cases}: {dataset} has {len(cases)} to draw from; ask for at most so many, or for all of them"
+            f"cases={config.cases}: {dataset} has {len(cases)} to draw from{apart}; ask for at most so many, or for all of them"
         )
-    return sample_cases(cases, config.cases, config.sample)
+    edited = left if config.cases is None else min(config.cases, left)
+    return sample_cases(cases, edited + config.held_out, config.sample)
 
 
 def _read_published(config: RunConfig, chosen: dict[str, list[Case]]) -> pd.DataFrame:

@@ -1,7 +1,7 @@
 """States of a model between the steps of a protocol: how they are made, and the file that a later start goes on from.
 
-``states/<dataset>.<editor>.safetensors`` in a run's folder is the last state that a later step builds on, as one edits file
-(:func:`~clme_lib.edits.files.load_edits` reads it); it is replaced after every step.
+``states/<dataset>.<editor>.safetensors`` in a run's folder is the last state that a later step builds on, and in the end the state with
+all edits, as one edits file (:func:`~clme_lib.edits.files.load_edits` reads it); it is replaced after every step.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class States:
             state = self._make(step, None if step.after is None else self._held[step.after])
             self._held = {earlier: held for earlier, held in self._held.items() if self._is_built_upon(earlier, number)}
             self._held[number] = state
-            if number in self._built_upon:
+            if number in self._built_upon or number == len(self._steps) - 1:
                 about = {
                     "identity": self._identities[number],
                     "logs": {str(case): asdict(log) for case, log in state.logs.items()},

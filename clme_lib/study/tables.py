@@ -55,10 +55,28 @@ def interval(values: Sequence[float] | np.ndarray, binary: bool, shares: bool = 
     if np.isin(data, (0, 1)).all() and (binary or (shares and len(set(data)) == 1)):
         low, high = stats.binomtest(round(data.sum()), len(data)).proportion_ci(_LEVEL, method="wilson")
     elif len(set(data)) > 1:
-        seeded = {"n_resamples": _RESAMPLES, "rng": np.random.default_rng(0)}
-        drawn = stats.bootstrap((data,), np.mean, confidence_level=_LEVEL, method="percentile", **seeded)
-        low, high = drawn.confidence_interval
+        low, high = _resampled((data,), np.mean)
     return Interval(float(data.mean()), float(low), float(high), len(data))
+
+
+def mean_over_tokens(losses: Sequence[float], tokens: Sequence[float]) -> Interval:
+    """Mean loss of all tokens, from each case's mean and its number of tokens; the bootstrap draws cases with all their tokens."""
+    sums, counts = np.multiply(losses, tokens), np.asarray(tokens, dtype=float)
+    low, high = float("nan"), float("nan")
+    if len(sums) == 0:
+        return Interval(low, low, high, 0)
+    if len(sums) > 1:
+        low, high = _resampled((sums, counts), lambda nats, of, axis=-1: nats.sum(axis) / of.sum(axis))
+    return Interval(float(sums.sum() / counts.sum()), low, high, len(sums))
+
+
+def _resampled(columns: tuple[np.ndarray, ...], statistic: Callable[..., Any]) -> tuple[float, float]:
+    """A percentile bootstrap interval over the rows of the columns."""
+    seeded = {"n_resamples": _RESAMPLES, "rng": np.random.default_rng(0)}
+    paired = len(columns) > 1
+    drawn = stats.bootstrap(columns, statistic, paired=paired, confidence_level=_LEVEL, method="percentile", **seeded)
+    low, high = drawn.confidence_interval
+    return float(low), float(high)
 
 
 def scored(records: pd.DataFrame) -> pd.DataFrame:

@@ -7,15 +7,17 @@ records, is :mod:`clme_lib.study.runs` in one process, and :mod:`clme_lib.cluste
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..datasets.base import get_dataset
 from ..datasets.cases import Case, split_cases
 from ..editors.base import Editor
 from ..editors.registry import load_editor
+from ..edits.base import Edit
 from ..evaluation.evaluate import Circumstances, score
-from ..evaluation.records import Record
+from ..evaluation.likelihood import mean_losses
+from ..evaluation.records import Record, finite
 from ..subjects.subject import Subject
 from ..support.batching import Batches
 from ..support.errors import CaseError, StudyError
@@ -38,23 +40,33 @@ class Part:
 
 
 def planned(config: RunConfig, editor: str, cases: Sequence[Case], everything: Sequence[Case]) -> list[Part]:
-    """The steps of some cases of a dataset, of which there is ``everything``.
+    """The steps of some cases of a dataset, of which there is ``everything``; the last ``config.held_out`` of them are not edited.
 
     A trained editor edits the cases of one fold after learning from the other, or all after learning from all that it does not edit: as
     the protocol says.
+
+    Raises:
+        StudyError: nothing is left to learn from, or cases are held out of single edits.
     """
     protocol = get_protocol(config.protocol)
+    count = len(cases) - config.held_out
+    cases, held_out = cases[:count], tuple(cases[count:])
+    if held_out and protocol.folded:
+        raise StudyError(
+            f"held_out={config.held_out}: protocol={config.protocol} edits each case in the unedited model, whose neighbours show what else "
+            "changed; leave it out, or choose a protocol of many edits"
+        )
     if not run_folder.trains(config, editor):
-        return [Part(protocol.plan(cases))]
+        return [Part(_with_held_out(protocol.plan(cases), held_out))]
     if not protocol.folded:
-        edited = {case.case_id for case in cases}
-        others = [case for case in everything if case.case_id not in edited]
+        chosen = {case.case_id for case in (*cases, *held_out)}
+        others = [case for case in everything if case.case_id not in chosen]
         if len(others) < 2:
             raise StudyError(
                 f"cases: {editor} has to learn from cases of {everything[0].dataset} that are not edited, and {len(others)} are left; "
                 "edit fewer"
             )
-        return [Part(protocol.plan(cases), others, cases)]
+        return [Part(_with_held_out(protocol.plan(cases), held_out), others, cases)]
     halves = split_cases(everything, config.seed)
     parts = []
     for fold, half in enumerate(halves):
@@ -62,6 +74,11 @@ def planned(config: RunConfig, editor: str, cases: Sequence[Case], everything: S
         if part := [case for case in cases if case.case_id in ids]:
             parts.append(Part(protocol.plan(part), halves[1 - fold], half))
     return parts
+
+
+def _with_held_out(steps: list[Step], held_out: tuple[Case, ...]) -> list[Step]:
+    """The same steps; whenever a state is evaluated, so it is on the cases that are held out."""
+    return [replace(step, held_out=held_out) if step.evaluated else step for step in steps]
 
 
 def edited_alone(config: RunConfig, steps: Sequence[Step], keys: set[tuple[int, int]]) -> list[Case]:
@@ -74,7 +91,7 @@ def edited_alone(config: RunConfig, steps: Sequence[Step], keys: set[tuple[int, 
     return [
         step.edited[0]
         for number, step in enumerate(steps)
-        if number not in built_upon and step.after is None and step.edited == step.evaluated
+        if number not in built_upon and step.after is None and step.edited == step.scored
         and len(step.edited) == 1 and not run_folder.is_recorded(step, keys)
     ]  # fmt: skip
 
@@ -154,14 +171,24 @@ class Work:
                 needed |= {number} if before is None or number in states else {number, before}
         for number in sorted(needed):
             state, position = states.reach(number), steps[number].position
-            missing = [case for case in steps[number].evaluated if (position, case.case_id) not in keys]
+            missing = [case for case in steps[number].scored if (position, case.case_id) not in keys]
             failed = [case for case in missing if case.case_id in state.failed]
             yield [self._failed(case, state.failed[case.case_id], position) for case in failed]
             left = [case for case in missing if case.case_id not in state.failed]
+            losses = self._losses(state.edit, [case for case in left if case in steps[number].held_out])
             for first in range(0, len(left), _EVALUATED_AT_ONCE):
                 part = left[first : first + _EVALUATED_AT_ONCE]
-                edits = [state.edit] * len(part)
-                yield score(self.subject, part, edits, self.circumstances, position=position, logs=state.logs)
+                records = score(
+                    self.subject, part, [state.edit] * len(part), self.circumstances, position=position, logs=state.logs
+                )
+                yield [record.model_copy(update={"target_loss": losses.get(record.case_id)}) for record in records]
+
+    def _losses(self, edit: Edit, cases: Sequence[Case]) -> dict[int, float | None]:
+        """How unlikely the edited model thinks the targets of cases that are held out, by their ids."""
+        if not cases:
+            return {}
+        losses = mean_losses(self.subject.edited(edit), [(case.prompt, case.target) for case in cases])
+        return {case.case_id: finite(loss) for case, loss in zip(cases, losses)}
 
     def attempt(self, batch: list[Case]) -> list[Record]:
         """Records of a batch. If it fails, its cases are tried alone, so that a bad case spoils no other's result. A fault of the

@@ -89,7 +89,7 @@ def groups_of(
     for number, part in enumerate(planned(config, editor, cases, everything)):
         alone = edited_alone(config, part.steps, keys)
         done = keys | {(1, case.case_id) for case in alone}
-        walked = sum((step.position, case.case_id) not in done for step in part.steps for case in step.evaluated)
+        walked = sum((step.position, case.case_id) not in done for step in part.steps for case in step.scored)
         # no model is needed to know that more text takes longer; what is written counts for every step
         alone.sort(key=lambda case: (-len(case.prompt) - 4 * len(case.target), case.case_id))
         if alone or walked:
