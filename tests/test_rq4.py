@@ -94,7 +94,10 @@ def test_cases_that_are_held_out_are_shown_apart():
     shown = rq4.ability_table(records, label="tab").data.set_index(["Editor", "Edits"])
     assert len(shown) == 6 and set(shown["n"]) == {"2"}
     # by hand: (1.0 * 30 + 3.0 * 10) / 40 = 1.5 nats a token, and each case alone at the bounds
-    assert shown.loc[editor_name("none"), "12"]["Perplexity"] == f"{math.exp(1.5):.3g} ({math.exp(1.0):.3g}–{math.exp(3.0):.3g})"
+    assert (
+        shown.loc[editor_name("none"), "12"]["Perplexity"]
+        == f"{math.exp(1.5):.3g} ({math.exp(1.0):.3g}–{math.exp(3.0):.3g})"
+    )
     assert shown.loc["GRACE", "1"]["Executes"].startswith("50.0 (")
     (state,) = rq4.ability_findings(records)
     assert (state["editor"], state["held"]) == ("grace", 12)
