@@ -147,6 +147,15 @@ caption = (
 rq2.floor_table(measured, label="tab-rq2-floor", caption=caption)
 
 # %% [markdown]
+# Once an edit is fast, most of a case is its evaluation: the texts that the edited model writes. Its floor counts each prompt that an edited model reads and each token that it writes. In a batch the cases'
+# operations add up, and weights are read once for all of them.
+
+# %% tags=["hide-input"]
+caption = "Editing and evaluating a batch of cases beside the least time that its arithmetic and memory traffic take on this device; one batch was timed for each row."
+whole = rq2.whole_case_floor_table(measured, label="tab-rq2-whole-case", caption=caption)
+whole if len(whole.data) else Markdown("_These measurements are of a library that did not count what an evaluation computes._")
+
+# %% [markdown]
 # A single edit consists of small matrix products, above all in the codebooks' steps on a dozen positions; batching turns them into larger
 # ones. The profiler showed the following on long prompts, and we changed the code accordingly:
 #

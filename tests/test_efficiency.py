@@ -5,13 +5,15 @@ import json
 import pandas as pd
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from clme_lib import cli
 from clme_lib.editors.base import EDITORS
-from clme_lib.editors.operations import Phase
+from clme_lib.editors.operations import Phase, Sizes
 from clme_lib.editors.registry import load_editor, resolve_hparams
+from clme_lib.evaluation.evaluate import Circumstances, requests_of, score, write
 from clme_lib.forward.tokens import tokenize
 from clme_lib.study import config as study_config
 from clme_lib.study import runs
@@ -327,6 +329,69 @@ def test_floors_count_what_is_computed(subject, cases, name, monkeypatch):
     estimate = editor.operations(len(tokens.prompt_ids), len(tokens.target_ids), len(edit.log.losses))
     ratio = counted.operations / sum(part.operations for part in estimate)
     assert 0.9 < ratio < 2, ratio
+
+
+# a codebook is asked at every token of the texts that it leaves alone, which are read for that
+@pytest.mark.parametrize("name, most", [("rome", 1.5), ("in-context", 1.5), ("grace", 4)])
+def test_the_floor_of_an_evaluation_counts_what_is_computed(subject, cases, name, most):
+    hparams = {"rome": {"layer": 1, "steps": 2}, "grace": {"layer": 2, "steps": 2}}.get(name, {})
+    edits = load_editor(name, subject, **hparams).edit(cases)
+    circumstances = Circumstances(name, metrics=None)
+    requests = requests_of(subject, cases, edits, circumstances)
+    write(subject, requests, edits)  # texts that no edit changes are kept
+    # PyTorch counts nothing of the CPU's own kernel of attention
+    with sdpa_kernel(SDPBackend.MATH), Products() as counted:
+        texts = write(subject, requests, edits)
+    read, written = measure._phases_of_evaluation(subject, requests, texts, edits)
+    assert 0.9 < counted.operations / (read.operations + written.operations) < most
+    sizes = Sizes(subject)
+    longest = max(len(text.ids) for text in texts)
+    assert written.traffic > (longest - 1) * (sizes.blocks * sizes.block + sizes.head) * 4
+    assert [record.texts for record in score(subject, cases, edits, circumstances)]
+
+
+def test_what_is_written_is_counted_by_hand(llama):
+    sizes = Sizes(llama)
+    whole = 4 * sizes.block + sizes.head
+    phase = sizes.write([(5, 1), (5, 3)])  # the prompts' pass gives both first tokens; the second text needs two more
+    assert phase.operations == 2 * 2 * whole + 4 * 4 * 32 * (6 + 7)
+    assert phase.traffic == 4 * (
+        2 * whole + 2 * 4 * 16 * (6 + 7)
+    )  # keys and values of two heads of eight, in four blocks
+    assert sizes.write([]).traffic == sizes.read_prompts([]).traffic == 0
+    prompts = sizes.read_prompts([3, 5])
+    assert prompts.operations == sum(sizes.read(length, 4).operations for length in (3, 5)) + 2 * 2 * sizes.head
+    assert prompts.traffic == 4 * whole
+
+
+def test_the_floor_of_a_batch_reads_weights_once(llama, cases):
+    editor = load_editor("grace", llama, layer=2, steps=3)
+    edits = editor.edit(cases[:2])
+    alone = [measure._phases_of_edits(editor, [case], [edit]) for case, edit in zip(cases, edits)]
+    together = measure._phases_of_edits(editor, cases[:2], edits)
+    for first, second, both in zip(*alone, together):
+        assert first.name == second.name == both.name
+        assert both.operations == first.operations + second.operations
+        assert both.traffic == max(first.traffic, second.traffic)
+
+
+def test_whole_cases_are_shown_beside_their_floor():
+    place = {
+        "subject": "smollm2-135m",
+        "random_weights": False,
+        "dtype": "float32",
+        "device": "cpu",
+        "machine": "m",
+        "threads": 2,
+    }
+    batch = {**place, "kind": "throughput", "dataset": "cnle", "editor": "grace", "batch": 4, "edit_seconds": 6.0, "evaluate_seconds": 2.0,
+             "error": None, "phases": [["steps", 300.0, 1.0], ["write", 100.0, 20.0]]}  # fmt: skip
+    ceiling = {**place, "kind": "ceiling", "operations_per_second": 100.0, "bytes_per_second": 10.0}
+    earlier = {**batch, "batch": 1, "phases": float("nan")}
+    (shown,) = rq2.whole_case_floor_table(pd.DataFrame([ceiling, batch, earlier]), label="tab").data.to_dict("records")
+    # 3 s of steps by arithmetic, 2 s of writing by traffic
+    assert (shown["measured s / case"], shown["of it evaluation"], shown["floor s / case"]) == ("2.00", "0.50", "1.25")
+    assert (shown["floor / measured (%)"], shown["Batch"], shown["longest phase"]) == ("62", "4", "steps")
 
 
 def test_the_floor_is_the_longer_of_arithmetic_and_traffic():

@@ -208,6 +208,7 @@ def tables_of(text: str, records: pd.DataFrame) -> dict[str, tuple[Table, list[s
         "circumstances": (rq2.circumstances(kinds, **options), [text, f"{text}: 9 + 4", commit.strip() or EMPTY]),
         "cost": (rq2.cost_table(kinds, **options), [f"{text} s / edit", f"{text} peak MiB"]),
         "throughput": (rq2.throughput_table(kinds, **options), [text]),
+        "whole_case_floor": (rq2.whole_case_floor_table(kinds, **options), [text]),
         "floor": (rq2.floor_table(kinds, **options), [f"{text} floor s"]),
         "ceilings": (rq2.ceiling_table(kinds, **options), [text]),
         "whole study": (rq2.projection_table(study, **options), [text]),

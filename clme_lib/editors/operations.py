@@ -13,13 +13,17 @@ of h weights, w of the edited matrix, and S steps. In multiply-adds, each of whi
     MALMEN           (P + T) b for each block down to the lowest edited one and
                      2 T h; its network, for T rows a layer
 
+    evaluation       P b a block for each prompt; b a block and h for each token
+                     written, without what an edit adds to the model
+
 Attention's products add ``2 d`` multiply-adds for every pair of columns it compares. Memory traffic: every weight that
-takes part in a pass is read once in it, forward and backward; FT-L's optimiser reads four matrices of the size of W and
+takes part in a pass is read once in it, forward and backward, and in every step of writing; FT-L's optimiser reads four matrices of the size of W and
 writes three, each step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..subjects.subject import Subject
@@ -43,6 +47,8 @@ class Sizes:
         self.head = subject.model.lm_head.weight.numel()
         self.hidden, self.inner = subject.hidden_size, subject.inner_size
         self._bytes = subject.dtype.itemsize
+        self._weights = (self.blocks * self.block + self.head) * self._bytes
+        self._key_width = subject.blocks[0].self_attn.k_proj.out_features
 
     def read(self, columns: float, blocks: float, rows: int = 1) -> Phase:
         """A forward pass of ``rows`` rows of ``columns`` columns through ``blocks`` blocks, from their first column on."""
@@ -53,6 +59,27 @@ class Sizes:
     def read_once(self, prompt: int, target: int, layer: int) -> list[Phase]:
         """What optimising at ``layer`` reads once: the whole row up to it, the prompt above it."""
         return [self.read(prompt + target - 1, layer + 1), self.read(prompt, self.blocks - 1 - layer)]
+
+    def read_prompts(self, prompts: Iterable[int]) -> Phase:
+        """Whole passes over prompts of these lengths, side by side, and the next token's logits of each."""
+        reads = [self.read(prompt, self.blocks) for prompt in prompts]
+        operations = sum(read.operations + 2 * self.head for read in reads)
+        return Phase("read prompts", operations, self._weights if reads else 0)
+
+    def write(self, texts: Sequence[tuple[int, int]]) -> Phase:
+        """Writing texts side by side, each given by the lengths of its prompt and of itself; the prompt's pass gives the first token.
+
+        Every step reads the weights once, and each text's keys and values.
+        """
+        operations = traffic = 0
+        for prompt, length in texts:
+            seen = sum(range(prompt + 1, prompt + length))
+            operations += (
+                2 * (length - 1) * (self.blocks * self.block + self.head) + 4 * self.blocks * self.hidden * seen
+            )
+            traffic += 2 * self.blocks * self._key_width * seen * self._bytes
+        steps = max((length - 1 for _, length in texts), default=0)
+        return Phase("write", operations, traffic + steps * self._weights)
 
     def step(self, columns: float, seen: float, blocks: int, labels: float) -> tuple[float, float]:
         """(operations, bytes) of one forward and backward pass of ``columns`` columns that attend to ``seen`` ones."""

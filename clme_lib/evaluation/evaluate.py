@@ -132,20 +132,8 @@ def _generate_all(
 
     The text of the target's length is the beginning of the free one.
     """
-    budgets = [token_budget(subject.tokenizer, case.prompt, case.target, circumstances.preset) for case in cases]
-    requests: list[Request] = []
-    for n, case in enumerate(cases):
-        own = [case.prompt, *case.rephrased]
-        # the same draws for every editor, so that editors are compared on them
-        noise = gumbel(len(own), generator(circumstances.seed, subject.name, case.dataset, case.case_id))
-        requests += [Request(prompt, max(budgets[n], FREE_TOKENS), n) for prompt in own]
-        # the released program's second and third call
-        later = -1 if edits[n].first_call_only else n
-        requests += [Request(prompt, SPECIFICITY_TOKENS, later) for prompt in case.unrelated]
-        requests += [Request(prompt, FLUENCY_TOKENS, later, noise[row]) for row, prompt in enumerate(own)]
-    unedited = unchanged(subject, requests, edits)
-    changed = iter(generate(subject, [request for n, request in enumerate(requests) if n not in unedited], edits))
-    texts = iter([unedited[n] if n in unedited else next(changed) for n in range(len(requests))])
+    budgets = _budgets(subject, cases, circumstances)
+    texts = iter(write(subject, requests_of(subject, cases, edits, circumstances), edits))
     written = []
     for case, budget in zip(cases, budgets):
         counts = 1, len(case.rephrased), len(case.unrelated), 1 + len(case.rephrased)
@@ -155,3 +143,31 @@ def _generate_all(
             of_case[name] = [first_tokens(subject, text, budget) for text in of_case[name]]
         written.append(of_case)
     return written
+
+
+def _budgets(subject: Subject, cases: Sequence[Case], circumstances: Circumstances) -> list[int]:
+    return [token_budget(subject.tokenizer, case.prompt, case.target, circumstances.preset) for case in cases]
+
+
+def requests_of(
+    subject: Subject, cases: Sequence[Case], edits: Sequence[Edit], circumstances: Circumstances
+) -> list[Request]:
+    """The texts that an evaluation asks for: of each case, in the order of its measures."""
+    requests: list[Request] = []
+    for n, (case, budget) in enumerate(zip(cases, _budgets(subject, cases, circumstances))):
+        own = [case.prompt, *case.rephrased]
+        # the same draws for every editor, so that editors are compared on them
+        noise = gumbel(len(own), generator(circumstances.seed, subject.name, case.dataset, case.case_id))
+        requests += [Request(prompt, max(budget, FREE_TOKENS), n) for prompt in own]
+        # the released program's second and third call
+        later = -1 if edits[n].first_call_only else n
+        requests += [Request(prompt, SPECIFICITY_TOKENS, later) for prompt in case.unrelated]
+        requests += [Request(prompt, FLUENCY_TOKENS, later, noise[row]) for row, prompt in enumerate(own)]
+    return requests
+
+
+def write(subject: Subject, requests: Sequence[Request], edits: Sequence[Edit]) -> list[Generated]:
+    """The text of every request; those that no edit can change are the unedited subject's, which are kept."""
+    unedited = unchanged(subject, requests, edits)
+    changed = iter(generate(subject, [request for n, request in enumerate(requests) if n not in unedited], edits))
+    return [unedited[n] if n in unedited else next(changed) for n in range(len(requests))]

@@ -5,7 +5,7 @@ A folder holds one JSON Lines file a subject, one row a measurement, each with t
 ``ceiling``     what the device can do (floor.py)
 ``setup``       seconds to make an editor ready on a dataset, and of a warm-up of two steps, both outside any other clock
 ``edit``        one case, edited alone: seconds around the whole of ``editor.edit``, peak memory, what was in use before
-``throughput``  a batch: seconds of its edits, and of their evaluation
+``throughput``  a batch: seconds of its edits, and of their evaluation, and the operations of both (editors/operations.py)
 
 Evaluating is to generate all texts here: to score them takes milliseconds per case, and packages that a machine for computing need not have.
 The paper times one edit at a time (section III-E); so do the ``edit`` rows. Rows are appended as they are measured, and a
@@ -29,13 +29,15 @@ from tqdm import tqdm
 from ...datasets.cases import Case, sample_cases, split_cases
 from ...datasets.registry import load_cases
 from ...editors.base import Editor
+from ...editors.operations import Phase, Sizes
 from ...editors.registry import get_editor, load_editor
 from ...edits.base import Edit
 from ...edits.prompts import PromptEdit
-from ...evaluation.evaluate import Circumstances, score
+from ...evaluation.evaluate import Circumstances, requests_of, write
+from ...evaluation.generation import Generated, Request, as_read
 from ...evaluation.loading import load_subject
-from ...evaluation.unedited import answers_for
-from ...forward.tokens import tokenize
+from ...evaluation.unedited import answers_for, unchanged
+from ...forward.tokens import encode, tokenize
 from ...subjects.subject import Subject
 from ...support.cache import file_name
 from ...support.errors import StudyError
@@ -187,28 +189,63 @@ def _added_tokens(subject: Subject, edit: Edit) -> int:
     return sum(len(subject.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
 
 
-def _generate(subject: Subject, cases: Sequence[Case], edits: Sequence[Edit]) -> None:
-    score(subject, cases, edits, Circumstances(edits[0].editor, metrics=None))
-
-
 def time_batch(editor: Editor, cases: Sequence[Case]) -> dict[str, Any]:
     """A batch's edits, and their evaluation: the columns of a ``throughput`` row."""
     device = editor.subject.device
     # what all editors share is not this one's cost
     answers_for(editor.subject, [prompt for case in cases for prompt in case.unrelated])
+    subject, circumstances = editor.subject, Circumstances(editor.name, metrics=None)
     try:
         started = clock(device)
         edits = editor.edit(cases, batch_size=len(cases))
         edit_seconds = clock(device) - started
         if any(edit.lookups is not None for edit in edits):
-            _generate(editor.subject, cases, edits)  # texts that no edit changes are made once for all such editors
+            # texts that no edit changes are made once for all such editors
+            write(subject, requests_of(subject, cases, edits, circumstances), edits)
         started = clock(device)
-        _generate(editor.subject, cases, edits)
+        requests = requests_of(subject, cases, edits, circumstances)
+        texts = write(subject, requests, edits)
         evaluate_seconds = clock(device) - started
     except Exception as error:
         return _did_not_fit(error, device)
-    peak = max(edit.log.peak_memory_mib for edit in edits)
-    return {"edit_seconds": edit_seconds, "evaluate_seconds": evaluate_seconds, "peak_mib": peak}
+    phases = [*_phases_of_edits(editor, cases, edits), *_phases_of_evaluation(subject, requests, texts, edits)]
+    return {
+        "edit_seconds": edit_seconds,
+        "evaluate_seconds": evaluate_seconds,
+        "peak_mib": max(edit.log.peak_memory_mib for edit in edits),
+        "phases": [[phase.name, phase.operations, phase.traffic] for phase in phases],
+    }
+
+
+def _phases_of_edits(editor: Editor, cases: Sequence[Case], edits: Sequence[Edit]) -> list[Phase]:
+    """The phases of a batch's edits: what each case computes, and weights that are read once for all."""
+    phases: dict[str, Phase] = {}
+    for case, edit in zip(cases, edits):
+        tokens = tokenize(editor.subject.tokenizer, case.prompt, case.target)
+        of_case: dict[str, Phase] = {}
+        for phase in editor.operations(len(tokens.prompt_ids), len(tokens.target_ids), len(edit.log.losses)):
+            before = of_case.get(phase.name, Phase(phase.name, 0, 0))
+            of_case[phase.name] = Phase(
+                phase.name, before.operations + phase.operations, before.traffic + phase.traffic
+            )
+        for name, phase in of_case.items():
+            before = phases.get(name, Phase(name, 0, 0))
+            phases[name] = Phase(name, before.operations + phase.operations, max(before.traffic, phase.traffic))
+    return list(phases.values())
+
+
+def _phases_of_evaluation(
+    subject: Subject, requests: Sequence[Request], texts: Sequence[Generated], edits: Sequence[Edit]
+) -> list[Phase]:
+    """The phases of writing what an edit can change: each prompt is read once by each edited model, however many texts follow it."""
+    kept = unchanged(subject, requests, edits)
+    written = [n for n in range(len(requests)) if n not in kept]
+    read, _, _ = as_read(subject, [requests[n] for n in written], edits)
+    lengths = {request.prompt: len(encode(subject.tokenizer, request.prompt)) for request in read}
+    prompts = {(request.prompt, request.edit): lengths[request.prompt] for request in read}
+    sizes = Sizes(subject)
+    to_write = [(lengths[request.prompt], len(texts[n].ids)) for n, request in zip(written, read)]
+    return [sizes.read_prompts(prompts.values()), sizes.write(to_write)]
 
 
 def _did_not_fit(error: Exception, device: torch.device) -> dict[str, str]:
