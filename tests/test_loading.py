@@ -253,7 +253,7 @@ def test_an_artifact_that_was_changed_is_refused(tmp_path):
         assert content != whole, name
         made.file.write_bytes(content)
         for read in (made.read, lambda: made.read(with_tensors=False), lambda: made.rows("b", [0])):
-            with pytest.raises(StudyError, match=r"a\.safetensors: .*remove it to make it anew"):
+            with pytest.raises(StudyError, match=r"a\.safetensors: .*remove it, and make it again"):
                 read()
     content = load_file_with(made, whole)
     save_file(content, made.file, metadata={"clme": json.dumps({"subject": "y"})})

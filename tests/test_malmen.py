@@ -258,5 +258,5 @@ def test_misuse_is_explained(llama, cases):
     editor.fit(cases)
     (file,) = Training(llama, editor.hparams, cases, 42).artifact.file.parent.glob("*.safetensors")
     file.write_bytes(b"not safetensors")
-    with pytest.raises(StudyError, match="cannot be read as a safetensors file.*remove it to make it anew"):
+    with pytest.raises(StudyError, match="cannot be read as a safetensors file.*remove it, and make it again"):
         load_editor("malmen", llama, **SMALL).fit(cases)

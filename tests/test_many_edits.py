@@ -22,6 +22,7 @@ from clme_lib.forward.prompt_keys import edit_keys
 from clme_lib.forward.tokens import tokenize
 from clme_lib.study import run_folder
 from clme_lib.study.copies import publish
+from clme_lib.study.export import export_edits
 from clme_lib.study.protocols import get_protocol, milestones
 from clme_lib.study.runs import run
 from clme_lib.support.errors import CaseError, StudyError
@@ -97,9 +98,11 @@ def test_a_killed_sequence_goes_on_with_the_edit_in_flight(tiny, config, tmp_pat
     records = run(config())
     assert made == [case.case_id for case in ordered(config())], "each edit was made once, in the sample's order"
     assert texts(records) == texts(whole)
-    # the state is an edits file
+    # the last state is an edits file with all edits, which can be taken away
     (state,) = load_edits(run_folder.state_file(config(), "cnle", "rome"), tiny)
     assert state.delta(1).shape == tiny.down_proj(1).weight.shape and state.factors[1][0].shape[1] == 5
+    export_edits([state], tiny, tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_more_edits_go_on_from_the_kept_state(config, monkeypatch):

@@ -38,8 +38,8 @@ def save_edits(path: str | os.PathLike, edits: Sequence[Edit], subject: Subject,
 
 
 def read_about(path: str | os.PathLike) -> dict:
-    """What an edits file says about its edits; StudyError if it cannot be read."""
-    header, _ = Artifact(Path(path)).read(with_tensors=False)
+    """What an edits file says about its edits; StudyError if it is no such file."""
+    header, _ = _read(path, with_tensors=False)
     return header.get("about", {})
 
 
@@ -49,9 +49,7 @@ def load_edits(path: str | os.PathLike, subject: Subject) -> list[Edit]:
     Raises:
         StudyError: not such a file, another version, or edits of another subject.
     """
-    header, tensors = Artifact(Path(path)).read()
-    if header.get("format") != FORMAT or header.get("version") != FORMAT_VERSION:
-        raise StudyError(f"{path}: not a {FORMAT} file of version {FORMAT_VERSION}; write it with save_edits")
+    header, tensors = _read(path)
     if header["fingerprint"] != subject.fingerprint:
         raise StudyError(
             f"{path}: the edits were made for {header['subject']} ({header['fingerprint'][:40]}), "
@@ -63,3 +61,15 @@ def load_edits(path: str | os.PathLike, subject: Subject) -> list[Edit]:
         check_fits(edit, subject.down_proj)
         edits.append(edit)
     return edits
+
+
+def _read(path: str | os.PathLike, with_tensors: bool = True) -> tuple[dict, dict[str, torch.Tensor]]:
+    file = Path(path)
+    if not file.is_file():
+        raise StudyError(
+            f"{file}: there is no such file; save_edits writes one, and so does a run of many edits in its folder states/"
+        )
+    header, tensors = Artifact(file).read(with_tensors=with_tensors)
+    if header.get("format") != FORMAT or header.get("version") != FORMAT_VERSION:
+        raise StudyError(f"{file}: not a {FORMAT} file of version {FORMAT_VERSION}; write it with save_edits")
+    return header, tensors

@@ -115,7 +115,7 @@ class Artifact:
             with safe_open(self.file, framework="pt") as content:
                 yield content
         except Exception as error:  # the format's errors have no common type
-            reason = f"cannot be read as a safetensors file: {error}; remove it to make it anew"
+            reason = f"cannot be read as a safetensors file: {error}; remove it, and make it again"
             raise StudyError(f"{self.file}: {reason}") from error
 
 
