@@ -207,7 +207,17 @@ def test_a_variable_says_what_it_holds():
     folders = ("clme_lib", "book", "benchmarks", "notebooks", "tests", "results")
     for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
         nodes = list(ast.walk(ast.parse(path.read_text())))
-        names = {node.id for node in nodes if isinstance(node, ast.Name)} | {
-            node.arg for node in nodes if isinstance(node, ast.arg)
-        }
+        names = {getattr(node, field, None) for node in nodes for field in ("id", "arg", "attr", "name")}
         assert not names & {"found", "mine", "one", "wanted"}, path
+
+
+def test_an_attribute_that_is_set_is_read():
+    read, written = set(), {}
+    for path in (ROOT / "clme_lib").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+                if isinstance(node.ctx, ast.Store):
+                    written.setdefault(node.attr, path)
+                else:
+                    read.add(node.attr)
+    assert not {name: path for name, path in written.items() if name not in read}

@@ -92,7 +92,7 @@ class Driver:
         crew: Crew,
     ) -> None:
         self._config, self._chosen, self._everything, self._data = config, chosen, everything, data
-        self._crew, self._pending = crew, pending
+        self._crew = crew
         self._keys = {pair: run_folder.recorded(config, *pair, everything[pair[0]]) for pair in pending}
         self._queue = Queue(
             group

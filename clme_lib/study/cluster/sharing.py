@@ -47,8 +47,8 @@ class Registry:
             return "wait"
         return self._contents.get(name, "make")
 
-    def wanted(self, name: str) -> bool:
-        """Whether others will want the bytes (:meth:`keep`): their caches are not the maker's."""
+    def is_missing_elsewhere(self, name: str) -> bool:
+        """Whether others need the bytes (:meth:`keep`): their caches are not the maker's."""
         return len(self._caches) > 1 and name not in self._contents
 
     def keep(self, name: str, content: bytes) -> None:
@@ -93,6 +93,6 @@ class Sharing:
             self._ask("release", name, self._worker)
             raise
         # The bytes come first: whoever asks after the release has them.
-        if not isinstance(answer, bytes) and file.is_file() and self._ask("wanted", name):
+        if not isinstance(answer, bytes) and file.is_file() and self._ask("is_missing_elsewhere", name):
             self._ask("keep", name, file.read_bytes())
         self._ask("release", name, self._worker)

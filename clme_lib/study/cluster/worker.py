@@ -70,7 +70,7 @@ class Worker:
     def __init__(self, job: Job, name: str, ask: Callable[..., Any] | None = None, threads: int | None = None) -> None:
         if threads:
             torch.set_num_threads(threads)
-        self._job, self._name = job, name
+        self._job = job
         self._sharing = Sharing(name, ask) if ask else None
         for dataset in job.datasets:
             if dataset.name not in list_datasets():
