@@ -37,6 +37,14 @@ SMALL = "malmen.layers=[2,3],malmen.rank=8,malmen.iterations=2"
 PLACE, OTHER = ("cnle", "grace", 0), ("cnle", "malmen", 0)
 
 
+class Named(Worker):
+    """A worker that knows what it is called."""
+
+    def __init__(self, job, name, *rest):
+        super().__init__(job, name, *rest)
+        self.own_name = name
+
+
 def queue_of(*groups):
     return Queue(groups)
 
@@ -334,9 +342,9 @@ def test_workers_that_differ_or_cannot_start(folder, tmp_path, monkeypatch, caps
     with pytest.raises(StudyError, match="on: no worker can start: node node-7: no folder tiny"):
         drive(config(folder, tmp_path / "none"), Lacks)
 
-    class DiesAtFirst(Worker):
+    class DiesAtFirst(Named):
         def hello(self):
-            if self._name in ("worker-1", "worker-2"):
+            if self.own_name in ("worker-1", "worker-2"):
                 raise Dead("its node is gone")
             return super().hello()
 
@@ -365,9 +373,9 @@ def test_caches_that_are_not_shared_get_the_unedited_texts(folder, tmp_path, mon
     monkeypatch.setenv("CLME_CACHE", str(tmp_path / "cache"))
     given = []
 
-    class Counts(Worker):
+    class Counts(Named):
         def hello(self):
-            return {**super().hello(), "cache": self._name}
+            return {**super().hello(), "cache": self.own_name}
 
         def edit(self, unit, start, texts=None):
             result = super().edit(unit, start, texts)
