@@ -101,12 +101,12 @@ else:
 shown
 
 # %% tags=["hide-input"]
-sentences = [
+lost = [
     f"{inline(editor_name(shown['editor']))} ({inline(protocol_title(shown['protocol']))}): with {shown['held']} edits the perplexity is {shown['perplexity'][0]:.3g}, "
     f"and {shown['perplexity'][1]:.3g} in the unedited model."
     for shown in rq4.ability_findings(records)
 ]
-Markdown("> **Findings**\n>\n" + "\n".join(f"> - {sentence}" for sentence in sentences) if sentences else "")
+Markdown("> **Findings**\n>\n" + "\n".join(f"> - {sentence}" for sentence in lost)) if lost else None
 
 # %% [markdown]
 # ## Edits that contradict each other
