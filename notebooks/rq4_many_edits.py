@@ -93,7 +93,7 @@ Markdown("> **Findings**\n>\n" + "\n".join(f"> - {sentence}" for sentence in sen
 # Each state is also evaluated on cases that it was not edited with: the perplexity of their targets, given their prompts, and what the model writes. The row of the unedited model says where that began.
 
 # %% tags=["hide-input"]
-if (records["turn"] >= records["position"]).any():
+if records["held_out"].any():
     caption = "Cases that no edit is of, by how many edits the model holds. Perplexity over all target tokens; shares in percent; 95% intervals over cases and samples."
     shown = rq4.ability_table(records, label="tab-rq4-ability", caption=caption)
 else:
@@ -133,5 +133,5 @@ shown
 # The tables above are computed from a pandas table with one row per edited case and number of edits held; [](#sec-records) describes its columns.
 
 # %%
-by_state = records.groupby(["protocol", "editor", "position"], sort=False)
+by_state = records[~records["held_out"]].groupby(["protocol", "editor", "position"], sort=False)
 (100 * by_state[["effectiveness_em", "specificity_rate"]].mean()).round(1)

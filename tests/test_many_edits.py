@@ -200,7 +200,7 @@ def test_cases_that_are_held_out_show_what_else_the_model_can_do(tiny, config, t
     assert len(records) == 3 * ((1 + 2) + (3 + 2))
     assert set(records["case_id"]) == {case.case_id for case in order}
     apart = records["case_id"].isin(held_out)
-    assert records["target_loss"].notna().tolist() == apart.tolist()
+    assert records["held_out"].tolist() == records["target_loss"].notna().tolist() == apart.tolist()
     assert (records[apart]["steps"] == 0).all() and records[apart]["effectiveness_em"].notna().all()
     # by transformers, of a model whose weights were really changed
     cases, edits, subject = order[:3], [], tiny

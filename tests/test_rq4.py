@@ -39,7 +39,8 @@ def test_each_protocol_and_sample_is_a_run_of_its_own(config):
         order = [case.case_id for case in sample_cases(load_cases("cnle", config.source), 5, sample)]
         own = records[records["sample"] == sample]
         assert {row.turn: row.case_id for row in own.itertuples()} == dict(enumerate(order))
-        of_edits = own[own["turn"] < own["position"]]
+        of_edits = own[~own["held_out"]]
+        assert (of_edits["turn"] < of_edits["position"]).all() and (own[own["held_out"]]["turn"] >= 3).all()
         assert len(of_edits) == 7 * (1 + 3) and len(own) - len(of_edits) == 7 * 2 * 2
     assert sorted(records["position"].unique()) == [1, 3]
     again = rq4.run_many(config)
@@ -61,7 +62,7 @@ def many(right, held):
             rows.append(
                 {"dataset": "cnle", "protocol": "sequential", "editor": "grace", "position": position, "turn": turn, "sample": 0,
                  "state": SCORED, "effectiveness_em": score, "generalization_em": 0.0, "specificity_rate": 0.5,
-                 "free_effectiveness_em": None, "edit_seconds": 2.0 + turn}
+                 "free_effectiveness_em": None, "edit_seconds": 2.0 + turn, "held_out": False}
             )  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -82,7 +83,7 @@ def test_the_first_and_the_last_edits_are_shown_apart():
 def test_cases_that_are_held_out_are_shown_apart():
     kept = many(lambda position, turn: True, 12)
     added = pd.DataFrame([
-        {**kept.iloc[0].to_dict(), "editor": editor, "position": position, "turn": 12 + n, "effectiveness_em": 0.0, "target_loss": loss,
+        {**kept.iloc[0].to_dict(), "editor": editor, "position": position, "turn": 12 + n, "held_out": True, "effectiveness_em": 0.0, "target_loss": loss,
          "target_tokens": tokens, "free_effectiveness_executes": float(n)}
         for editor, worse in (("none", 0.0), ("grace", 1.0)) for position in (1, 10, 12)
         for n, (loss, tokens) in enumerate([(1.0 + worse, 30), (3.0 + worse, 10)])

@@ -105,9 +105,9 @@ class Record(Schema):
         None, description="tokens of the free texts (edit prompt, then rephrased), fewer than 64 where they ended"
     )
     target_tokens: int | None = Field(None, ge=1, description="tokens of the target")
+    held_out: bool = Field(False, description="of many edits in one model: none of them is of this case")
     target_loss: float | None = Field(
-        None,
-        description="many edits, of cases that are not edited: -log p(target | prompt), in nats per token of the target",
+        None, description="of cases that are held out: -log p(target | prompt), in nats per token of the target"
     )
     error: str | None = Field(None, description="why the case could not be edited; such a record has no scores")
 

@@ -46,6 +46,7 @@ def board(results: Path) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
     """A row for each result, and the records it is computed from."""
     for folder in run_folders(results):
         records = scored(load_run(folder))
+        records = records[~records["held_out"]]
         submission = read_json(folder / FILE) if folder.parent.name == SUBMISSIONS else {}
         for key, rows in records.groupby(_BY, sort=False):
             subject, dataset, editor, preset, protocol, position = key

@@ -27,8 +27,7 @@ SHOWN = ("effectiveness_em", "generalization_em", "specificity_rate")
 
 def run_many(config: ManyEditsConfig) -> pd.DataFrame:
     """The records of all protocols and samples, completed where they are not; ``sample`` and each case's ``turn`` in its sequence (from 0)
-    are columns of their own. A case whose turn has not come when a state is evaluated was held out of it. A protocol that joins updates of
-    weights leaves out the editors that make none."""
+    are columns of their own. A protocol that joins updates of weights leaves out the editors that make none."""
     frames = []
     for protocol in config.protocols:
         for sample in config.samples:
@@ -134,7 +133,7 @@ def retention_figure(records: pd.DataFrame) -> Any:
     """Effectiveness, generalization and neighbours left unchanged over the number of edits: a row for each protocol, a line for each editor."""
     from matplotlib.ticker import NullLocator
 
-    records = scored(records[records["turn"] < records["position"]])
+    records = scored(records[~records["held_out"]])
     protocols = list(dict.fromkeys(records["protocol"]))
     figure, axes = panels(len(protocols), len(SHOWN), 3.0, 2.4, sharex=True)
     for row, protocol in enumerate(protocols):
@@ -177,7 +176,7 @@ def findings(records: pd.DataFrame) -> list[dict[str, Any]]:
 def _states(records: pd.DataFrame, held_out: bool = False) -> Iterator[tuple[tuple[str, str, str, int], pd.DataFrame]]:
     """Of each state its records of the cases that it was edited with, or of those that it was not."""
     groups: Sequence[str] = ("dataset", "protocol", "editor", "position")
-    records = records[(records["turn"] >= records["position"]) == held_out]
+    records = records[records["held_out"] == held_out]
     for (dataset, protocol, editor, held), rows in scored(records).groupby(list(groups), sort=False):
         yield (str(dataset), str(protocol), str(editor), int(held)), rows
 

@@ -181,7 +181,12 @@ class Work:
                 records = score(
                     self.subject, part, [state.edit] * len(part), self.circumstances, position=position, logs=state.logs
                 )
-                yield [record.model_copy(update={"target_loss": losses.get(record.case_id)}) for record in records]
+                yield [
+                    record.model_copy(update={"held_out": True, "target_loss": losses[record.case_id]})
+                    if record.case_id in losses
+                    else record
+                    for record in records
+                ]
 
     def _losses(self, edit: Edit, cases: Sequence[Case]) -> dict[int, float | None]:
         """How unlikely the edited model thinks the targets of cases that are held out, by their ids."""
