@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -171,6 +172,20 @@ def test_the_leaderboard_shows_what_the_records_say(tmp_path):
         assert case["scores"]["fluency"] == pytest.approx(record["fluency"]) and case["start"] == record["start"]
     _, prompts = contents(tmp_path / "site" / "prompts" / "cnle.js")
     assert all(prompts[str(case["id"])]["sha256"] == case["sha256"] for case in cases)
+
+
+def test_the_leaderboard_leaves_out_cases_that_were_held_out(tmp_path):
+    results = tmp_path / "results"
+    folder = Path("many", "smollm2-135m-code", "sequential-0")
+    shutil.copytree(RESULTS / folder, results / folder)
+    file = results / folder / "records" / "cnle.ft-l.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [row | {"held_out": row["position"] == 3 and n % 2 == 1} for n, row in enumerate(rows)]
+    counts = Counter(row["position"] for row in rows if not row["held_out"])
+    assert 0 < sum(row["held_out"] for row in rows) < 3
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = {row["edits"]: row["n"] for row, _ in leaderboard.board(results) if row["editor"] == "FT-L"}
+    assert shown == counts
 
 
 def test_the_leaderboard_has_no_text_that_is_not_ours_to_publish(tmp_path):
