@@ -347,7 +347,6 @@ def test_hostile_texts_are_shown_literally_and_do_nothing(tree, outputs_of, monk
     assert not [heading for heading in article.select("h1, h2, h3, h4") if "njected" in heading.get_text()]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "bundle",
     [
