@@ -416,7 +416,7 @@ def test_a_plan_says_what_is_left(folder, tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "workers: 3\nexpected: unknown; run a few cases" in shown
     assert re.search(r"cnle +none +5 +3 +unknown +–\n", shown)
-    lacking = f"missing: malmen of {folder / 'tiny'} for cnle, made once before malmen edits"
+    lacking = f"missing: malmen of {folder / 'tiny'} for cnle, which malmen prepares once before it edits"
     assert lacking in shown
     assert re.search(r"cnle +malmen +5 +\d +unknown +2 times, from [23] and [23] cases\n", shown)
     assert main(["run", *options, "--cases", "2"]) == 0

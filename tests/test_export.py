@@ -111,7 +111,7 @@ def test_what_cannot_be_exported_is_refused(base, cases, tmp_path, monkeypatch, 
     save_edits(tmp_path / "edits.safetensors", edits, base)
     options = ["export", str(tmp_path / "edits.safetensors"), "--subject", str(tmp_path / "base"), "--device", "cpu"]
     assert cli.main([*options, "--to", str(tmp_path / "out"), "--case-ids", "0,77"]) == 1
-    assert "no edit of case 77; there are those of 0, 1" in capsys.readouterr().err
+    assert "no edit of case 77; the file has edits of cases 0, 1" in capsys.readouterr().err
     (tmp_path / "out").mkdir()
     assert cli.main([*options, "--to", str(tmp_path / "out")]) == 1
     assert "exists already; choose another folder" in capsys.readouterr().err

@@ -163,7 +163,7 @@ def test_the_command_fails_while_a_case_does(config, failing, tmp_path, source, 
     message = capsys.readouterr().err
     assert (
         "failed: cnle case 1 by grace: CaseError: case 1" in message
-        and "1 of 5 cases failed; --retry-failed" in message
+        and "1 of 5 cases failed; pass --retry-failed" in message
     )
     failing["fails"] = False
     assert cli.main([*arguments, "--retry-failed"]) == 0

@@ -113,7 +113,7 @@ def test_the_command_says_what_to_do_next(run, tmp_path, capsys):
     target = tmp_path / "submissions" / "mine"
     arguments = ["submit", str(run), str(target), "--authors", "A", "--about", "b", "--check-cases", "1"]
     assert cli.main(arguments) == 0
-    assert "came out the same again" in (out := capsys.readouterr().out) and "pull request" in out
+    assert "cases were reproduced" in (out := capsys.readouterr().out) and "pull request" in out
     (target / "submission.json").unlink()
     with pytest.raises(StudyError, match="submission.json is missing"):
         submissions.load_submission(target)
