@@ -96,13 +96,13 @@ def load_content() -> dict:
     ]
     if different:
         raise StudyError(
-            f"embedded CSNE is mined from pinned packages, and these differ: {', '.join(different)}. "
+            f"embedded CSNE is mined from pinned packages, and the installed ones differ: {', '.join(different)}. "
             "Install with `pip install -c constraints.txt -e .`, or use source='published' or a file."
         )
     content = build()
     if (digest := content_sha256(content)) != committed["sha256"]:
         raise StudyError(
-            f"the mined CSNE set has SHA-256 {digest}, committed is {committed['sha256']}: "
+            f"the mined CSNE set has SHA-256 {digest}, but the committed hash is {committed['sha256']}: "
             "an installed package was modified; reinstall with `pip install --force-reinstall -c constraints.txt -e .`"
         )
     write_text(file, json.dumps(content))

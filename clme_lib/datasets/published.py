@@ -61,7 +61,7 @@ def layout_of(dataset: Dataset) -> Layout:
     """The authors' layout of a dataset; StudyError when it is not one of theirs."""
     if dataset.layout is None:
         raise StudyError(
-            f"dataset {dataset.name!r} has no layout of the paper's authors; give it a file that describes itself"
+            f"dataset {dataset.name!r} has no layout of the paper's authors; use a JSON file that describes the dataset"
         )
     return dataset.layout
 
@@ -161,7 +161,7 @@ def fetch(dataset: Dataset, api: str = "https://zenodo.org/api") -> Path:
     files = [file for file, path in paths.items() if name.lower() in path.lower()]
     if not files:
         raise StudyError(
-            f"record {ZENODO_DOI} in {folder}: no JSON file named like {name}; it has {list(paths.values())}"
+            f"record {ZENODO_DOI} in {folder}: no JSON file with a name like {name}; it has {list(paths.values())}"
         )
     # two-fold layout: <fold>/<dataset>/{train,test}.json beside one all.json
     return next((file for file in files if file.stem.lower() in ("all", name.lower())), files[0])
@@ -170,7 +170,7 @@ def fetch(dataset: Dataset, api: str = "https://zenodo.org/api") -> Path:
 def _download(folder: Path, api: str) -> None:
     import requests
 
-    advice = f"get it by hand from https://doi.org/{ZENODO_DOI} and pass the file's path as the source"
+    advice = f"download it yourself from https://doi.org/{ZENODO_DOI} and pass the file's path as the source"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".clmeeval-") as scratch:
         unfinished = Path(scratch) / "files"
@@ -188,7 +188,7 @@ def _download(folder: Path, api: str) -> None:
                         out.write(chunk)
                 if entry["checksum"].removeprefix("md5:") != digest.hexdigest():
                     raise StudyError(
-                        f"{file.name} of {ZENODO_DOI}: MD5 differs from the record's; try again or {advice}"
+                        f"{file.name} of {ZENODO_DOI}: the MD5 differs from the record's; try again or {advice}"
                     )
                 if zipfile.is_zipfile(file):
                     with zipfile.ZipFile(file) as archive:

@@ -47,7 +47,7 @@ def find_dataset(given: str | Dataset) -> Dataset:
         return _from_file(given)
     if given.endswith(".json"):
         raise StudyError(
-            f"{given}: no JSON file that describes a dataset; a file in the published layout is a source: "
+            f"{given}: not a JSON file that describes a dataset; a file in the published layout is a source: "
             f"source={given} with dataset={' or '.join(list_datasets()[:2])}"
         )
     return get_dataset(given)

@@ -116,7 +116,7 @@ class AGRACE(AGRACEWithoutCL[EncoderHparams]):
         for case in cases:
             if case.dataset != trained_on:
                 raise StudyError(
-                    f"case {case.case_id} is of {case.dataset}, and the encoder of {self.name} was trained on "
+                    f"case {case.case_id} belongs to {case.dataset}, but the encoder of {self.name} was trained on "
                     f"{trained_on}: call fit with cases of {case.dataset}"
                 )
         return {**super()._asked_with(cases), "encoder": self.trained.encoder}

@@ -116,7 +116,7 @@ class Editor(ABC, Generic[Hparams]):
         """This editor, with what it has gathered and learnt, for an edited state of its subject."""
         if subject.original is not self.subject.original:
             raise StudyError(
-                f"{self.name} was made for {self.subject.name}, and {subject.name} is no edited state of it"
+                f"{self.name} was made for {self.subject.name}, and {subject.name} is not an edited state of it"
             )
         self._check_prompts(subject)
         editor = copy.copy(self)
@@ -183,8 +183,8 @@ class Editor(ABC, Generic[Hparams]):
     def _check_prompts(self, subject: Subject) -> None:
         if self.reads_given_prompts and subject.edit is not None and subject.edit.to_prompts:
             raise StudyError(
-                f"{self.name} edits by what the model reads, and {subject.edit.editor} has put text before this subject's prompts: "
-                "edit first, and put text before prompts then"
+                f"{self.name} depends on what the model reads, and {subject.edit.editor} has put text before this subject's prompts: "
+                "edit first, then put text before prompts"
             )
 
     def _cost(self, tokenized: TokenRow) -> int:

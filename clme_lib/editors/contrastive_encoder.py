@@ -74,7 +74,7 @@ def make_pairs(subject: Subject, cases: Sequence[Case], layer: int, query: Query
     """The pairs of all cases, case after case, the positive one first; StudyError if a case has none of either kind."""
     if bare := [case for case in cases if not case.rephrased or not case.unrelated]:
         lacking = f"case {bare[0].case_id} of {bare[0].dataset}"
-        raise StudyError(f"{lacking} needs a rephrased and an unrelated prompt to learn from")
+        raise StudyError(f"{lacking} needs a rephrased prompt and a neighbour to learn from")
     prompts: dict[str, int] = {}
     rows = []
     for case in cases:
@@ -131,7 +131,7 @@ def trained_encoder(
     """The encoder learnt from ``cases``, from the user's cache or trained now; StudyError if they are of several datasets, too few,
     or have no margin."""
     if len({case.dataset for case in cases}) != 1:
-        raise StudyError("an encoder learns from the cases of one dataset at a time, at least one of them")
+        raise StudyError("an encoder learns from at least one case, and all cases must be of one dataset")
     dataset = cases[0].dataset
     if dataset not in hparams.margin:
         raise StudyError(f"margin: no value for {dataset!r}; given: {', '.join(hparams.margin) or 'none'}")
@@ -166,10 +166,10 @@ def _split(cases: Cases, edited: Cases, selection: str, seed: int) -> tuple[Case
     """The cases that are learnt from, and those that choose the epoch."""
     if selection == "edited":
         if not edited:
-            raise StudyError('selection="edited" chooses by the cases to be edited: pass them, fit(cases, edited=...)')
+            raise StudyError('selection="edited" uses the cases to be edited: pass them as fit(cases, edited=...)')
         return cases, edited
     if len(cases) < 2:
-        raise StudyError("an encoder needs at least two training cases: one of them is held out to choose the epoch")
+        raise StudyError("an encoder needs at least two training cases: one is held out to choose the epoch")
     by_id = {case.case_id: case for case in cases}
     order = [by_id[n] for n in seeded_order(by_id, "held out", seed, cases[0].dataset)]
     count = max(1, len(order) // HELD_OUT)

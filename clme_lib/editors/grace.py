@@ -26,7 +26,7 @@ from .operations import Phase, Sizes
 
 def _per_dataset(value: Any) -> Any:
     if not isinstance(value, dict):
-        raise ValueError("a value for each dataset is needed, such as {'cnle': 2.0, 'csne': 2.0}")
+        raise ValueError("expected a value for each dataset, such as {'cnle': 2.0, 'csne': 2.0}")
     return value
 
 

@@ -30,7 +30,7 @@ class NeuralDBHyperparameters(RewritingHyperparameters):
     def _nothing_is_written(self):
         if self.lookup != "colon" or self.lookup_weight or self.statistics_ridge:
             raise ValueError(
-                "its memory is asked with keys as they are: lookup, lookup_weight and statistics_ridge do not apply"
+                "its memory is queried with unchanged keys: lookup, lookup_weight and statistics_ridge do not apply; leave them out"
             )
         return self
 

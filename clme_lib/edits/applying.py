@@ -31,7 +31,7 @@ def applying(
     for edit in edits:
         if edit.to_prompts:
             raise StudyError(
-                f"the edit of case {edit.case_id} by {edit.editor} puts text before prompts, which a pass over given tokens cannot do: "
+                f"the edit of case {edit.case_id} by {edit.editor} puts text before prompts, which is impossible in a pass over given tokens: "
                 "write texts with clme_lib.generate"
             )
     state, handles = attach(decoder, down_proj, edits, rows)
@@ -130,5 +130,5 @@ def check_fits(edit: Edit, down_proj: DownProj) -> None:
             if any(size not in (actual, None) for size, actual in zip_longest(sizes, tensor.shape)):
                 raise StudyError(
                     f"edit of case {part.case_id} by {part.editor}: {name} has shape {tuple(tensor.shape)}, which does not "
-                    f"fit a model of d={d}, d_f={d_f}: made for another subject?"
+                    f"fit a model with d={d}, d_f={d_f}: was it made for another subject?"
                 )

@@ -68,9 +68,11 @@ class PassState:
         """Which edit each of ``batch`` rows gets (-1: none)."""
         count = len(self.edits)
         if self.rows is not None and len(self.rows) != batch:
-            raise StudyError(f"rows= names {len(self.rows)} rows but the batch has {batch}")
+            raise StudyError(f"rows= names {len(self.rows)} rows, but the batch has {batch}")
         if self.rows is None and count not in (1, batch):
-            raise StudyError(f"{count} edits meet a batch of {batch} rows: pass one edit, one per row, or rows=[...]")
+            raise StudyError(
+                f"{count} edits do not match a batch of {batch} rows: pass one edit, one per row, or rows=[...]"
+            )
         return self.rows or ([0] * batch if count == 1 else list(range(batch)))
 
     def prompt_columns(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -141,11 +143,11 @@ class Edit:
         known = cls.kinds.get(cls.kind, cls)
         # Running a notebook's cell again defines the same class anew.
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise TypeError(f"{cls.__qualname__} needs a kind of its own: {cls.kind!r} is {known.__qualname__}")
+            raise TypeError(f"{cls.__qualname__} needs its own kind: {cls.kind!r} is {known.__qualname__}'s")
         whole = cls.parts is Edit.parts
         acts = whole and not cls.changes_prompts
         if acts and cls.tensors is not Edit.tensors and cls.stack.__func__ is Edit.stack.__func__:  # type: ignore[attr-defined]
-            raise TypeError(f"{cls.__qualname__} has tensors but no stack(), which says how they change an output")
+            raise TypeError(f"{cls.__qualname__} has tensors but no stack() that says how they change an output")
         cls.kinds[cls.kind] = cls
 
     @staticmethod
@@ -255,7 +257,7 @@ class Edit:
     @classmethod
     def stack(cls, edits: Sequence[Edit], layer: int, device: torch.device) -> Change:
         """A function that applies ``edits[rows[b]]`` to row b at ``layer``: (inputs, outputs, rows, state) -> outputs."""
-        raise TypeError(f"{cls.__qualname__} has no tensors of its own to apply")
+        raise TypeError(f"{cls.__qualname__} has no tensors to apply")
 
 
 @dataclass(frozen=True, eq=False)

@@ -167,7 +167,7 @@ class PromptCodebook(Codebook):
         mean = self.query == "mean"
         queries = self._encoded(masked_mean(inputs, state.prompt_columns(inputs)) if mean else inputs[where].float())
         if not queries.isfinite().all():
-            raise StudyError(f"a query of layer {self.layer} is not finite: use float32, or look at the prompt's mask")
+            raise StudyError(f"a query of layer {self.layer} is not finite: use float32, or check the prompt's mask")
         return where, queries
 
     def settings(self) -> dict:

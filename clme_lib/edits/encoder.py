@@ -56,7 +56,7 @@ class Encoder(torch.nn.Module):
     def from_tensors(cls, tensors: dict[str, torch.Tensor], architecture: Architecture) -> Encoder:
         """An encoder with the weights of another's ``state_dict``."""
         if missing := [name for name in _TENSORS if name not in tensors]:
-            raise StudyError(f"an encoder's {', '.join(missing)} is missing")
+            raise StudyError(f"the encoder lacks {', '.join(missing)}")
         encoder = cls(tensors["first.weight"].shape[1], architecture)
         # The tensors themselves are taken, not copies: edits that share them are asked together.
         encoder.load_state_dict({name: tensors[name] for name in _TENSORS}, assign=True)

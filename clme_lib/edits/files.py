@@ -71,5 +71,5 @@ def _read(path: str | os.PathLike, with_tensors: bool = True) -> tuple[dict, dic
         )
     header, tensors = Artifact(file).read(with_tensors=with_tensors)
     if header.get("format") != FORMAT or header.get("version") != FORMAT_VERSION:
-        raise StudyError(f"{file}: not a {FORMAT} file of version {FORMAT_VERSION}; write it with save_edits")
+        raise StudyError(f"{file}: not a {FORMAT} file of version {FORMAT_VERSION}; write such files with save_edits")
     return header, tensors

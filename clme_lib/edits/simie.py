@@ -33,7 +33,7 @@ def simie(edits: Sequence[Edit], keys: Callable[[int], torch.Tensor], initial: f
     """
     deltas = [edit.deltas() for edit in edits]
     if strange := next((edit for edit, of_edit in zip(edits, deltas) if of_edit is None), None):
-        raise StudyError(f"SimIE joins updates of weights, and the edits of {strange.editor} are none")
+        raise StudyError(f"SimIE joins updates of weights, but the edits of {strange.editor} do not update weights")
     factors = {}
     for layer in sorted({layer for of_edit in deltas for layer in of_edit or ()}):
         written = [n for n, of_edit in enumerate(deltas) if layer in (of_edit or ())]

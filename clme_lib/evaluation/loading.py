@@ -76,7 +76,7 @@ def check_behaviour(subject: Subject) -> None:
     ]
     if not prompts:
         raise StudyError(
-            f"subject {subject.name!r} reads {subject.positions} tokens (max_position_embeddings or sliding_window in its config.json), too few for any case"
+            f"subject {subject.name!r} reads {subject.positions} tokens (max_position_embeddings or sliding_window in its config.json), too few for any case; choose another subject"
         )
     try:
         differences = _differences(subject, prompts)

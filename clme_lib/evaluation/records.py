@@ -34,7 +34,7 @@ _KEY = attrgetter("run", "subject", "dataset", "editor", "preset", "protocol", "
 def _of_each_measure(by_measure: dict[str, Any] | None) -> dict[str, Any] | None:
     if by_measure is not None and set(by_measure) - set(FREE_TEXTS) != set(TEXTS):
         raise ValueError(
-            f"there has to be an entry for each of {', '.join(TEXTS)}, and no other but {', '.join(FREE_TEXTS)}"
+            f"expected an entry for each of {', '.join(TEXTS)}, and otherwise only {', '.join(FREE_TEXTS)}"
         )
     return by_measure
 
@@ -48,7 +48,7 @@ def _in_range(scores: dict[str, float | None] | None) -> dict[str, float | None]
         binary = metric.binary and of_one_text
         if not 0 <= score <= metric.highest or (binary and score not in (0, 1)):
             allowed = "0 or 1" if binary else f"from 0 to {metric.highest:g}"
-            raise ValueError(f"{name} is {score}, and can only be {allowed}")
+            raise ValueError(f"{name} is {score}, but must be {allowed}")
     return scores
 
 
@@ -121,7 +121,7 @@ class Record(Schema):
             raise ValueError("sha256: the hashes of the texts are missing")
         for measure, texts in (self.texts or {}).items():
             if text_hashes(texts) != self.sha256[measure]:
-                raise ValueError(f"texts.{measure}: not the texts whose SHA-256 is kept beside them")
+                raise ValueError(f"texts.{measure}: the texts do not have the recorded SHA-256")
         counted = {"distances": TEXTS[:-1], "fired": TEXTS[:-1], "answers": ("specificity",), "free_tokens": FREE_TEXTS}
         for name, measures in counted.items():
             per_text = getattr(self, name)

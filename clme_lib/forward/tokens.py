@@ -62,7 +62,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, end: 
     if joined[: len(prompt_ids)] != prompt_ids:
         raise CaseError(
             f"the tokenizer merges the end of the prompt {prompt[-60:]!r} with the target {target[:30]!r}: "
-            "no column separates the two. Use a tokenizer that splits at the space after a colon."
+            "no position separates the two. Use a tokenizer that splits at the space after a colon."
         )
     if not str(tokenizer.decode(prompt_ids[-1:])).endswith(":"):
         raise CaseError(f"the last token of the prompt {prompt[-60:]!r} does not decode to a colon")

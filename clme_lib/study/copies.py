@@ -37,7 +37,7 @@ def publish(run: Path, target: Path) -> int:
     """
     if target.exists():
         raise StudyError(
-            f"{target} exists already: published records are never changed; choose another name or remove it"
+            f"{target} already exists, and published records are never changed; choose another name or remove it"
         )
     manifest = load_manifest(run)
     load_run(run)
@@ -91,7 +91,7 @@ def _finished_sample(run: Path, manifest: dict, records: list[Record]) -> set[in
             if len(sample) > len(largest) and all(is_recorded(step, keys) for step in steps):
                 largest = {case.case_id for case in sample}
     if not largest:
-        raise StudyError(f"{run}: {editor} has not finished on {dataset}: start the run again, then publish")
+        raise StudyError(f"{run}: {editor} has not finished on {dataset}: run the same command again, then publish")
     return largest
 
 
@@ -119,7 +119,7 @@ def score_run(run: Path, target: Path, metrics: Sequence[str] | None = None) -> 
             scored yet has none, or answers were not kept.
     """
     if target.exists():
-        raise StudyError(f"{target} exists already: choose another name or remove it")
+        raise StudyError(f"{target} already exists: choose another name or remove it")
     manifest = load_manifest(run)
     load_run(run)
     contents = {file: read_records([file]) for file in record_files(run)}
@@ -139,7 +139,7 @@ def score_run(run: Path, target: Path, metrics: Sequence[str] | None = None) -> 
                 record, count = _scored(record, file, answers, metrics or STUDY_METRICS), count + 1
             scored[file.name].append(record)
     if metrics and not count:
-        raise StudyError(f"{run}: no record has texts to score: they were not published; score a run of your own")
+        raise StudyError(f"{run}: no record has texts to score, because they were not published; score your own run")
     names = [*manifest["config"].get("metrics", PAPER_METRICS), *(metrics or ())]
     manifest["config"] |= {"scored": True, "metrics": [name for name in list_metrics() if name in names]}
     write_copy(run, target, manifest, scored)
@@ -151,12 +151,12 @@ def _scored(record: Record, file: Path, answers: Sequence[str] | None, metrics: 
     by_id = {case.case_id: case for case in load_cases(record.dataset, record.source)}
     case = by_id.get(record.case_id)
     if case is None or case.sha256 != record.case_sha256:
-        raise StudyError(f"{what} is not the one that this record was made from")
+        raise StudyError(f"{what} differs from the one that this record was made from")
     if record.texts is None:
-        raise StudyError(f"{what} has no texts to score: they were not published; score a run of your own")
+        raise StudyError(f"{what} has no texts to score, because they were not published; score your own run")
     if case.unrelated and answers is None and any(get_metric(name).measure == "specificity" for name in metrics):
         raise StudyError(
-            f"{what} keeps no answers of the unedited subject: run the editor {UNEDITED!r} in the same folder first"
+            f"{what} has no answers of the unedited subject: run the editor {UNEDITED!r} in the same folder first"
         )
     computed = scores_of(evaluated(record, case, answers or ()), metrics)
     return record.model_copy(update={"scores": {**(record.scores or {}), **computed}})

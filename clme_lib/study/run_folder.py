@@ -79,7 +79,7 @@ def load_run(
                 row = strange.iloc[0]
                 file = f"{row['dataset']}.{row['editor']}.jsonl"
                 raise StudyError(
-                    f"{folder}: {file} has records of {name} {row[name]!r}, run.json is of {config[field]!r}"
+                    f"{folder}: {file} has records of {name} {row[name]!r}, but run.json names {config[field]!r}; move the file away"
                 )
     if chosen is not None:
         keys = {(name, case.case_id) for name, cases in chosen.items() for case in cases}
@@ -99,7 +99,9 @@ def check_cases(folder: Path) -> None:
             hashes = _case_hashes(record.dataset, record.source)
             if hashes.get(record.case_id) != record.case_sha256:
                 what = f"case {record.case_id} of {record.dataset} ({record.source})"
-                raise StudyError(f"{file}: {what} is not there, or not the case that was recorded")
+                raise StudyError(
+                    f"{file}: {what} does not exist, or has changed since it was recorded; use the dataset that the run used"
+                )
 
 
 @lru_cache(maxsize=8)
@@ -146,10 +148,10 @@ def recorded(config: RunConfig, dataset: str, editor: str, cases: Iterable[Case]
     for record in read_records([file]):
         what = f"{file}: case {record.case_id} of {dataset}"
         if (record.run, record.subject) != (run_name(config), config.subject):
-            raise StudyError(f"{what} is of the run {record.run!r} of {record.subject!r}; move the file away")
+            raise StudyError(f"{what} belongs to the run {record.run!r} of {record.subject!r}; move the file away")
         if hashes.get(record.case_id) != record.case_sha256:
             raise StudyError(
-                f"{what} is not there, or has changed since it was recorded; move the run folder away or choose another out="
+                f"{what} does not exist, or has changed since it was recorded; move the run folder away or choose another out="
             )
         if record.state != FAILED or not (config.retry_failed or record.library != library):
             keys.add((record.position, record.case_id))
@@ -165,7 +167,7 @@ def load_manifest(folder: Path | str) -> dict:
     """The ``run.json`` of a run folder; StudyError when there is none, or it cannot be read."""
     file = Path(folder) / "run.json"
     if not file.is_file():
-        raise StudyError(f"{file}: there is none; is {folder} a run folder?")
+        raise StudyError(f"{file}: no such file; is {folder} a run folder?")
     manifest = read_json(file)
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if version != MANIFEST_VERSION:
@@ -176,7 +178,7 @@ def load_manifest(folder: Path | str) -> dict:
     parse(_Manifest, manifest, str(file), strict=True)
     for field in ("name", "subject"):
         if not isinstance(value := manifest["config"].get(field), str):
-            raise StudyError(f"{file}: config.{field}: expected a text, not {value!r}")
+            raise StudyError(f"{file}: config.{field}: expected text, not {value!r}")
     return manifest
 
 
@@ -210,7 +212,7 @@ def check_same_run(
     if not file.is_file():
         if any((config.out / "records").glob("*.jsonl")):
             raise StudyError(
-                f"{config.out}: there are records, but no run.json that says what made them: put it back, or choose another out="
+                f"{config.out}: has records, but no run.json that says what made them: restore it, or choose another out="
             )
         return
     manifest = load_manifest(config.out)
@@ -249,9 +251,9 @@ def check_same_run(
     for name, old, new in differing:
         if json.dumps(old) != json.dumps(new):
             if name == "library":
-                remedy += ", or pass --accept library if its changes cannot change results"
+                remedy += ", or pass --accept library if its changes cannot affect results"
             raise StudyError(
-                f"{file}: {config.out} holds a run with {name}={old!r}, asked for is {name}={new!r}: {remedy}"
+                f"{file}: {config.out} holds a run with {name}={old!r}, but {name}={new!r} was requested: {remedy}"
             )
 
 

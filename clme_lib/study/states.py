@@ -118,5 +118,5 @@ class States:
         alone = {case.case_id: self._attempt(editor, [case])[case.case_id] for case in cases}
         good = [case for case in cases if alone[case.case_id][1] is None]
         if len(good) == len(cases):
-            raise StudyError(f"{editor.name} makes each edit of a batch, but not all of them together")
+            raise StudyError(f"{editor.name} can make each edit of the batch, but not all of them together")
         return alone | self._attempt(editor, good)

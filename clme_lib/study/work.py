@@ -63,7 +63,7 @@ def planned(config: RunConfig, editor: str, cases: Sequence[Case], everything: S
         others = [case for case in everything if case.case_id not in chosen]
         if len(others) < 2:
             raise StudyError(
-                f"cases: {editor} has to learn from cases of {everything[0].dataset} that are not edited, and {len(others)} are left; "
+                f"cases: {editor} has to learn from cases of {everything[0].dataset} that are not edited, but only {len(others)} are left; "
                 "edit fewer"
             )
         return [Part(_with_held_out(protocol.plan(cases), held_out), others, cases)]
@@ -144,7 +144,7 @@ class Work:
                 if len(batch) > 1:
                     batches.did_not_fit(batch)
                     continue
-                reason = "the device's memory does not suffice for this case alone"
+                reason = "this case alone does not fit into the device's memory"
                 yield [self._failed(batch[0], reason)]
 
     def batches(self, cases: Sequence[Case], size: int | None = None) -> Batches[Case]:

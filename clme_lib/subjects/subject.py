@@ -144,7 +144,7 @@ def prepare(
         tokenizer.eos_token = settings.subject.eos_token
     if tokenizer.eos_token_id is None:
         raise StudyError(
-            f"the tokenizer of {name!r} has no EOS token, which the study pads with: name it as eos_token in tokenizer_config.json"
+            f"the tokenizer of {name!r} has no EOS token, which the study needs for padding: set eos_token in tokenizer_config.json"
         )
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.eos_token
@@ -162,7 +162,7 @@ def torch_device(name: str) -> torch.device:
     if name != "cpu" and not name.startswith("cuda"):
         raise StudyError(f"device={name!r} is not one of auto, cpu, cuda, cuda:N")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise StudyError(f"device={name!r} was asked for, but torch {torch.__version__} sees no CUDA device")
+        raise StudyError(f"device={name!r} was requested, but torch {torch.__version__} sees no CUDA device")
     return torch.device(name)
 
 

@@ -84,7 +84,7 @@ class Artifact:
         for name, value in json.loads(json.dumps(self.identity)).items():
             if header.get(name) != value:
                 raise StudyError(
-                    f"{self.file}: its {name} is {header.get(name)!r}, needed is {value!r}; remove the file to make it anew"
+                    f"{self.file}: its {name} is {header.get(name)!r}, expected {value!r}; remove the file to make it again"
                 )
         return header, tensors
 
@@ -128,7 +128,7 @@ def _verify(file: Path, _size: int, _modified: int) -> None:
         if written and written != _sha256(
             header, ((name, content.get_tensor(name)) for name in sorted(content.keys()))
         ):
-            raise ValueError("its content has another SHA-256 than its header says")
+            raise ValueError("its content does not have the SHA-256 that its header names")
 
 
 def _header(content: Any) -> dict[str, Any]:

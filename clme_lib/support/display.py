@@ -76,7 +76,7 @@ def on_terminal(main: Callable[..., int]) -> Callable[..., int]:
             cause = error.__cause__ or error
             if isinstance(cause, BrokenPipeError):
                 return 128 + signal.SIGPIPE
-            print(f"clme: what is printed cannot be written: {cause}", file=sys.stderr)
+            print(f"clme: cannot write the output: {cause}", file=sys.stderr)
             return 1
 
     return shown

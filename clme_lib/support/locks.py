@@ -41,7 +41,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         except OSError:
             file.seek(0)
             raise StudyError(
-                f"{folder}: process {file.read().strip()} is writing there; wait for it, or choose another folder"
+                f"{folder}: process {file.read().strip()} is writing to this folder; wait for it, or choose another folder"
             ) from None
         file.truncate(0)
         file.write(f"{os.getpid()}\n")

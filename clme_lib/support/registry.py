@@ -88,5 +88,5 @@ class Registry(Generic[T]):
             if hasattr(entry := point.load(), "name"):
                 self.register(entry)
         except Exception as error:  # whatever another package raises
-            reason = f"package {package!r} does not load ({point.value}): {first_line(error)}; mend or remove it"
+            reason = f"package {package!r} does not load ({point.value}): {first_line(error)}; fix or remove it"
             self._broken[point.name] = reason

@@ -81,7 +81,7 @@ class Sandbox:
         if answer is None:
             return "ended"
         if answer["kind"] == "setup":
-            raise StudyError(f"the setup of a check fails: {answer['error']}: {check.setup!r}; mend the check")
+            raise StudyError(f"the setup of a check fails: {answer['error']}: {check.setup!r}; correct the check")
         return answer["kind"]
 
     def close(self) -> None:
@@ -110,7 +110,7 @@ class Sandbox:
     def _start(self) -> None:
         if sys.platform != "linux":
             raise StudyError(
-                "running snippets needs Linux, which confines them: use a container, or leave `executes` out"
+                "snippets are only run on Linux, which can confine them: use a container, or leave out the metrics that run code (`executes`)"
             )
         self._home = tempfile.TemporaryDirectory(prefix="clme-sandbox-home-")
         self._process = subprocess.Popen(

@@ -53,11 +53,11 @@ class Endpoint:
             import openai
         except ImportError as error:
             raise StudyError(
-                "asking a model needs the package openai: pip install -c constraints.txt -e '.[construct]'"
+                "a language model is queried with the package openai: pip install -c constraints.txt -e '.[construct]'"
             ) from error
         key = os.environ.get("OPENAI_API_KEY") or ("none" if url else None)
         if key is None:
-            raise StudyError("OPENAI_API_KEY is not set: set it, or name an endpoint of your own with --endpoint")
+            raise StudyError("OPENAI_API_KEY is not set: set it, or name your endpoint with --endpoint")
         self.cache, self.concurrency, self.budget = cache, concurrency, budget
         self.settings: dict[str, Any] = {"model": model, "temperature": 0}  # what an answer depends on
         self._client = openai.OpenAI(api_key=key, base_url=url, max_retries=retries, timeout=timeout)
@@ -72,7 +72,7 @@ class Endpoint:
                 or tokens < 0
             ):
                 raise StudyError(
-                    f"{cache}, line {number}: no answer with its key and tokens; remove the line to ask again"
+                    f"{cache}, line {number}: expected an answer with its key and tokens; remove the line to ask again"
                 )
             self._known[row["key"]] = answer
             self.spent += tokens
@@ -94,8 +94,8 @@ class Endpoint:
             while True:
                 if failure is None and waiting and self.budget is not None and self.spent >= self.budget:
                     failure = StudyError(
-                        f"the budget of {self.budget} tokens is spent ({self.spent}); {len(waiting)} questions are left: start again "
-                        "with a larger --budget, the answers are kept"
+                        f"the budget of {self.budget} tokens is spent ({self.spent} used); {len(waiting)} questions are left: start again "
+                        "with a larger --budget (the answers are kept)"
                     )
                 while failure is None and waiting and len(under_way) < self.concurrency:
                     key, question = waiting.popleft()
@@ -129,13 +129,13 @@ class Endpoint:
                 raise ValueError("the reply has no choices")
             answer: Any = reply.choices[0].message.content  # the client does not check types
             if not isinstance(answer, str | None):
-                raise ValueError(f"the answer is {type(answer).__name__}, expected a text")
+                raise ValueError(f"the answer is {type(answer).__name__}, expected text")
             answer = _SURROGATE.sub("\ufffd", answer or "")  # no file could be read that has one
             return answer, _tokens(reply.usage, instruction + question + answer)
         except (openai.OpenAIError, ValueError, AttributeError, TypeError, LookupError) as error:
             raise StudyError(
-                f"{self._client.base_url}: {type(error).__name__}: {str(error)[:300]}; the answers so far are kept in {self.cache}, "
-                "start the same command again to go on"
+                f"{self._client.base_url}: {type(error).__name__}: {str(error)[:300]}; the answers so far are kept in {self.cache}; "
+                "run the same command again to resume"
             ) from error
 
 

@@ -36,8 +36,8 @@ class TextEncoder:
         self.tokenizer, self.model = _load(name, "AutoModel", self.device, "pad_token")
         if "attention_mask" not in inspect.signature(self.model.forward).parameters:
             raise StudyError(
-                f"{name!r} is a {type(self.model).__name__}, which takes no attention_mask: a text's vector would depend on the texts "
-                "beside it; choose another encoder"
+                f"{name!r} is a {type(self.model).__name__}, which takes no attention_mask, so a text's vector would depend on the texts "
+                "in its batch; choose another encoder"
             )
         self.pooling = card_pooling(name)
         self.settings = {"encoder": name, "pooling": self.pooling}  # for the stage's manifest
@@ -77,7 +77,7 @@ def card_pooling(name: str) -> Literal["cls", "mean"]:
         return "mean"
     card = read_json(str(file))
     if not isinstance(card, dict):
-        raise StudyError(f"{file}: expected an object that says how to pool; remove the file to pool by the mean")
+        raise StudyError(f"{file}: expected an object that says how to pool; remove the file to use the mean")
     return "cls" if card.get("pooling_mode_cls_token") else "mean"
 
 
@@ -175,12 +175,12 @@ def _load(name: str, kind: str, device: torch.device, token: str) -> tuple[Any, 
         raise StudyError(f"{name!r}: its tokenizer has no {token.replace('_', ' ')}: choose another encoder")
     if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
         raise StudyError(
-            f"{name!r}: its tokenizer has {len(tokenizer)} tokens, the model embeds {rows}: the two do not belong together"
+            f"{name!r}: its tokenizer has {len(tokenizer)} tokens, but the model embeds {rows}: use a tokenizer and a model that belong together"
         )
     # what transformers draws at random where the file has nothing; a pooler's output is not used here
     if missing := sorted(key for key in loaded["missing_keys"] if "pooler" not in key):
         raise StudyError(
-            f"{name!r}: its weights lack {missing[0]} (of {len(missing)} tensors): not a whole {type(model).__name__}"
+            f"{name!r}: its weights lack {missing[0]} ({len(missing)} tensors missing): not a complete {type(model).__name__}; fetch it again"
         )
     return tokenizer, model.eval().to(device)
 

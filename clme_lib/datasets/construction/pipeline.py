@@ -176,7 +176,7 @@ class _Construction:
         complete = [row for row in near if row["id"] in wordings]
         if not complete:
             raise StudyError(
-                f"no case is left in {self._stages.folder} ({self._stages.account()}): take a larger source"
+                f"no case is left in {self._stages.folder} ({self._stages.account()}): use a larger source"
             )
         cases = [
             Case.of(
@@ -238,9 +238,9 @@ def _split(settings: dict[str, Any], account: str, rows: Sequence[StageRow]) -> 
     if not targeted or others < NEIGHBOURS:
         most = 0 if by_part else min(len(candidates), len(rows) - NEIGHBOURS)
         raise StudyError(
-            f"{settings['targets'] or 'half'} of the rows were asked for as targets; of the {len(rows)} that are left, {len(candidates)} can be "
-            f"targeted and {others} would be the others, of which {NEIGHBOURS} are needed ({account}): "
-            + (f"give --targets {most} or fewer" if most > 0 else "take a larger source")
+            f"{settings['targets'] or 'half'} of the rows were requested as targets; of the {len(rows)} that are left, {len(candidates)} can be "
+            f"targeted, which leaves {others} for the pool; it needs at least {NEIGHBOURS} ({account}): "
+            + (f"give --targets {most} or fewer" if most > 0 else "use a larger source")
             + ("" if candidates or by_part else ", or name a --model: no row has a second wording (rewritten_intent)")
         )
     for row_id in order:
@@ -253,12 +253,10 @@ def stage_rows(folder: Path, name: str, *fields: str) -> list[StageRow]:
     files = sorted(folder.glob(f"[0-9][0-9]-{name}.jsonl"))
     rows = read_stage(files[0]) if files else []
     if not rows:
-        raise StudyError(
-            f"{folder}: no stage {name!r} there; build the dataset first: clme data build ... --out {folder}"
-        )
+        raise StudyError(f"{folder}: no stage {name!r}; build the dataset first: clme data build ... --out {folder}")
     for what in fields:
         if any(what not in row for row in kept(rows)):
-            raise StudyError(f"{files[0]}: rows have no {what!r}: is it of another dataset?")
+            raise StudyError(f"{files[0]}: rows have no {what!r}: is this stage of another dataset?")
     return rows
 
 
@@ -267,7 +265,7 @@ def built_cases(folder: Path) -> list[Case]:
     for dataset in PAPER_DATASETS:
         if (file := published.file_in(folder, dataset)).is_file():
             return published.read(file, dataset)
-    raise StudyError(f"{folder}: no dataset there; build it first: clme data build ... --out {folder}")
+    raise StudyError(f"{folder}: no dataset; build it first: clme data build ... --out {folder}")
 
 
 def level_counts(folder: Path) -> pd.DataFrame:

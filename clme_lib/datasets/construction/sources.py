@@ -91,9 +91,11 @@ def hub_files(dataset: Dataset) -> list[Path]:
                 return files
     except Exception as error:  # the hub's errors have no common type
         raise StudyError(
-            f"{repository} could not be downloaded: {first_line(error)}; get its files by hand and pass them with --source"
+            f"{repository} could not be downloaded: {first_line(error)}; download its files yourself and pass them with --source"
         ) from error
-    raise StudyError(f"{repository} has no files like {pattern}; get its files by hand and pass them with --source")
+    raise StudyError(
+        f"{repository} has no files like {pattern}; download its files yourself and pass them with --source"
+    )
 
 
 def source_files(dataset: Dataset, source: str) -> list[Path]:
@@ -108,7 +110,7 @@ def source_files(dataset: Dataset, source: str) -> list[Path]:
     files = [file for file in files if file.suffix in (".json", ".jsonl", ".gz", ".parquet")]
     if not files or not all(map(os.path.isfile, files)):
         raise StudyError(
-            f"source {source!r} is neither hub, embedded, nor a JSON, JSON Lines, gzip or Parquet file or a folder of them"
+            f"source {source!r} is not hub, embedded, a JSON, JSON Lines, gzip or Parquet file, or a folder of such files"
         )
     return files
 

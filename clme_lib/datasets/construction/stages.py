@@ -69,12 +69,12 @@ class Stages:
         for part, now in identity.items() if before and (before["finished"] or goes_on) else ():
             if before.get(part) != now:
                 raise StudyError(
-                    f"{file}: made with other {part} ({_difference(before.get(part), now)}); remove {file.stem}.* and "
-                    "those after it to make them anew, or choose another folder"
+                    f"{file}: made with different {part} ({_difference(before.get(part), now)}); remove {file.stem}.* and "
+                    "the later stages to make them again, or choose another folder"
                 )
         if not before or not before["finished"]:
             if not before and file.exists():
-                raise StudyError(f"{file}: has no {file.stem}.json beside it that says how it was made; move it away")
+                raise StudyError(f"{file}: has no {file.stem}.json next to it that says how it was made; move it away")
             if not goes_on:
                 file.unlink(missing_ok=True)
             _write_manifest(file, {**identity, "finished": False})
@@ -110,7 +110,7 @@ def read_stage(file: Path) -> list[StageRow]:
     manifest = manifest_of(file)
     if manifest.get("finished") and not (file.is_file() and file_sha256(file) == manifest["sha256"]):
         raise StudyError(
-            f"{file}: was changed after it was made; put it back, or remove {file.stem}.* and those after it"
+            f"{file}: was changed after it was made; restore it, or remove {file.stem}.* and the later stages"
         )
     return read_rows(file)
 
@@ -123,7 +123,7 @@ def _complete(file: Path, name: str, step: Step, todo: Sequence[StageRow]) -> No
         if not known or (
             not row.get("dropped") and any(type(row.get(f)) is not kind for f, kind in step.fields.items())
         ):
-            raise StudyError(f"{file}, line {number}: no row of this stage, or a second one of its id; remove the line")
+            raise StudyError(f"{file}, line {number}: not a row of this stage, or a repeated id; remove the line")
         missing.remove(row["id"])
     journal = Journal(file, lambda row: row["id"])
     left = [row for row in todo if row not in journal]

@@ -54,7 +54,7 @@ def _files(name: str) -> Corpus:
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in _TEXT_FILES and f.is_file())
     if not files:
         raise StudyError(
-            f"corpus {name!r} is neither embedded, wikipedia, hub:OWNER/NAME, nor a text file or a folder with any "
+            f"corpus {name!r} is not embedded, wikipedia, hub:OWNER/NAME, a text file, or a folder of text files "
             f"({', '.join(_TEXT_FILES)})"
         )
     digest = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files))

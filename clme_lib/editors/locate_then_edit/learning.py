@@ -209,7 +209,7 @@ class RewritingEditor(Editor[Hparams]):
         by_id = {case.case_id: case for case in cases}
         if not by_id:
             raise StudyError(
-                f"{self.name} gathers lookup tokens' keys from cases that are not edited, at least one of them"
+                f"{self.name} gathers lookup tokens' keys from cases that are not edited, and needs at least one such case"
             )
         order = seeded_order(by_id, "lookup", self.seed, cases[0].dataset)[: self.hparams.lookup_records]
         prompts = [text for case_id in order for text in (by_id[case_id].prompt, *by_id[case_id].rephrased)]

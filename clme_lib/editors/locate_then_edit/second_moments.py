@@ -93,7 +93,7 @@ class SecondMoment:
         if failed or not factor.isfinite().all():
             raise StudyError(
                 f"the second moment of layer {self.header['layer']} from {self.header['tokens']} tokens of "
-                f"{self.header['corpus']} is not positive definite: gather it from more, or more varied, text (corpus_tokens)"
+                f"{self.header['corpus']} is not positive definite: gather it from more text (corpus_tokens), or from more varied text"
             )
         return factor
 
@@ -142,7 +142,7 @@ def second_moments(
         header, tensors = file.read()
         matrix = tensors.get("matrix")
         if matrix is None or matrix.shape != (size, size) or not matrix.isfinite().all():
-            raise StudyError(f"{file.file}: not a finite matrix of {size} squared; remove the file to gather it anew")
+            raise StudyError(f"{file.file}: not a finite {size} x {size} matrix; remove the file to gather it again")
         _require(header["tokens"], least, corpus, subject)
         moments[layer] = SecondMoment(matrix, header, subject.device)
     return moments
@@ -158,7 +158,7 @@ def _artifact(identity: dict, **what: Any) -> Artifact:
 def _require(tokens: int, least: int, corpus: Corpus, subject: Subject) -> None:
     if tokens < least:
         raise StudyError(
-            f"corpus {corpus.name!r} has only {tokens} tokens for {subject.name}, needed are {least} "
+            f"corpus {corpus.name!r} has only {tokens} tokens for {subject.name}, but {least} are needed "
             f"(the key has {subject.inner_size} dimensions): use a larger corpus, or set corpus_tokens"
         )
 

@@ -68,7 +68,7 @@ _CHECKPOINT_EVERY = 50
 def trained(subject: Subject, hparams: MALMENHyperparameters, cases: Sequence[Case], seed: int) -> Hypernetwork:
     """The hypernetwork trained on ``cases``: from the cache, or trained now, from its last checkpoint if it has one."""
     if not cases or len({case.dataset for case in cases}) != 1:
-        raise StudyError("malmen learns from the cases of one dataset at a time, at least one of them")
+        raise StudyError("malmen learns from at least one case, and all cases must be of one dataset")
     if bare := [case for case in cases if not case.rephrased]:
         raise StudyError(f"malmen learns from rephrased prompts, and case {bare[0].case_id} has none")
     records = _ordered(cases, seed, cases[0].dataset)[: hparams.records]

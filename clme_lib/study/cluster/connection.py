@@ -57,7 +57,7 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((match["host"], int(match["port"])), timeout=10).close()
     except (OSError, OverflowError) as error:
         raise StudyError(
-            f"ray_address: nothing can be reached at {address}: {error}. Start a cluster there (ray start --head), or leave the address out"
+            f"ray_address: nothing can be reached at {address}: {error}. Start a cluster there (ray start --head), or omit the address"
         ) from error
 
 

@@ -69,7 +69,7 @@ class Crew:
         room = self._room()
         if room == 0 and not self.members:
             raise StudyError(
-                "on: no node of the cluster has what a worker needs; see cpus_per_worker and gpus_per_worker"
+                "on: no node of the cluster has the CPUs and GPUs that a worker needs; lower cpus_per_worker or gpus_per_worker"
             )
         for _ in range(room - len(self.members) - self._left_out):
             self._started += 1
@@ -118,7 +118,7 @@ class Crew:
         """A worker died before it was ready. Its node may be gone, so that another takes its place, unless that happens again and again."""
         self._died_starting += 1
         if self._died_starting > _DEATHS_OF_STARTING:
-            self.leave_out(member, "it died as it started, as others did before it; Ray's logs say more")
+            self.leave_out(member, "it died while starting, like others before it; see Ray's logs")
 
     def leave_out(self, member: Member, reason: str) -> None:
         """Do without a worker that cannot start, and without another in its place.

@@ -67,7 +67,7 @@ def complete_on_ray(
 
 
 def _no_cases(source: str) -> Sequence[Case]:
-    raise StudyError(f"workers are given their cases, and load none from {source}")
+    raise StudyError(f"workers are given their cases and cannot load any from {source}")
 
 
 class _Actor(Worker):
@@ -194,7 +194,7 @@ class Driver:
         for name, value in self._own.items():
             if about[name] != value:
                 raise StudyError(
-                    f"on: node {about['node']} has {name} {about[name]}, and this process has {value}: install the same on all nodes"
+                    f"on: node {about['node']} has {name} {about[name]}, but this process has {value}: install the same version on all nodes"
                 )
         if not self._start:
             self._model = {name: about[name] for name in ("hardware", "dtype", "model")}
@@ -203,7 +203,7 @@ class Driver:
         for name in ("model", "dtype"):
             if about[name] != self._model[name]:
                 raise StudyError(
-                    f"on: node {about['node']} has another {name} than the first: {about[name]}, not {self._model[name]}"
+                    f"on: node {about['node']} has a different {name} from the first worker's: {about[name]}, not {self._model[name]}"
                 )
         member.about, member.state = about, "working"
         self._caches.add(about["cache"])
