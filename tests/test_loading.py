@@ -309,7 +309,7 @@ def test_the_converted_model_is_verified_whenever_it_is_used(converted):
         file = converted / name
         before = file.read_bytes() if file.is_file() else None
         change(file)
-        with pytest.raises(StudyError, match=f"{name}.*remove the folder .*anew|{name}.*JSON"):
+        with pytest.raises(StudyError, match=f"{name}.*remove the folder .*again|{name}.*JSON"):
             embedded.ensure()
         file.unlink() if before is None else file.write_bytes(before)
         embedded.ensure()

@@ -48,7 +48,7 @@ def read(path: str | os.PathLike, dataset: Dataset) -> list[Case]:
 
 
 def read_records(path: str | os.PathLike) -> list:
-    """The records of a file in the published layout, not looked into; StudyError when there are none."""
+    """The unchecked records of a file in the published layout; StudyError if there are none."""
     records = read_json(os.fspath(path))
     if not isinstance(records, list) or not records:
         raise StudyError(
@@ -58,7 +58,7 @@ def read_records(path: str | os.PathLike) -> list:
 
 
 def layout_of(dataset: Dataset) -> Layout:
-    """The authors' layout of a dataset; StudyError when it is not one of theirs."""
+    """The authors' layout of a dataset; StudyError if the dataset is not theirs."""
     if dataset.layout is None:
         raise StudyError(
             f"dataset {dataset.name!r} has no layout of the paper's authors; use a JSON file that describes the dataset"
@@ -96,7 +96,7 @@ def parse_record(record: object, where: str, dataset: Dataset) -> Case:
 
 
 def _object(content: object, where: str, fields: tuple[str, ...], optional: str = "") -> dict[str, Any]:
-    """An object that has these fields and no others, of which a misspelt one would be."""
+    """An object with exactly these fields; an unknown field may be a misspelt one, and is refused."""
     if not isinstance(content, dict):
         raise StudyError(f"{where}: expected an object, found {type(content).__name__}")
     for name in fields:
@@ -122,10 +122,10 @@ def _text(content: dict[str, Any], name: str, where: str) -> str:
 
 
 def write(path: str | os.PathLike, cases: list[Case], answers: dict[str, list[list[str]]] | None = None) -> None:
-    """Write cases in the published layout, whole or not at all.
+    """Write cases in the published layout, completely or not at all.
 
     Args:
-        answers: of each model, the continuations of every case's neighbours.
+        answers: by model, the continuations of every case's neighbours.
     """
     dataset = get_dataset(cases[0].dataset)
     layout = layout_of(dataset)

@@ -24,10 +24,10 @@ from .stages import StageRow
 
 
 def sample_size(population: int, margin: float) -> int:
-    """How many to label so that a share is known within ``margin`` at 95% confidence (Cochran, corrected for a finite population).
+    """How many pairs to label to know a share within ``margin`` at 95% confidence (Cochran, corrected for a finite population).
 
     Raises:
-        StudyError: the margin is not from 0.001 to 1.
+        StudyError: the margin is not between 0.001 and 1.
     """
     if not 0.001 <= margin < 1:
         raise StudyError(f"margin={margin} is not between 0.001 and 1")
@@ -39,7 +39,7 @@ def draw(pairs: Sequence[StageRow], file: Path, margin: float, seed: int) -> int
     """Write a random sample of scored pairs for two people to label (CSV), without the scorer's level. Returns their number.
 
     Raises:
-        StudyError: the file exists (somebody may have filled it in).
+        StudyError: the file exists (it may have been filled in).
     """
     if os.path.lexists(file):
         raise StudyError(f"{file} already exists and may have been filled in; choose another name")
@@ -49,7 +49,7 @@ def draw(pairs: Sequence[StageRow], file: Path, margin: float, seed: int) -> int
     sample = [by_id[pair] for pair in seeded_order(by_id, seed, "labels")[: sample_size(len(pairs), margin)]]
     texts = pd.DataFrame(sample, columns=["id", "intent", "snippet"])
     for name in ("intent", "snippet"):
-        # What begins like this is a formula to a spreadsheet, which would compute it.
+        # A spreadsheet would take a text that begins like this for a formula.
         texts[name] = texts[name].str.replace(r"^(?=[=+\-@\t\r])", "'", regex=True)
     table = texts.assign(**{"labeller 1": "", "labeller 2": ""})
     write_text(file, table.to_csv(index=False, lineterminator="\r\n"))
@@ -63,7 +63,7 @@ def agreement(file: Path, levels: dict[str, str]) -> pd.DataFrame:
         levels: the scorer's level of each pair, by its id as text.
 
     Raises:
-        StudyError: the file is no table of labels, a label is missing or is no level, or a pair is unknown or stands twice.
+        StudyError: the file is not a table of labels, a label is missing or not a level, or a pair is unknown or occurs twice.
     """
     from sklearn.metrics import cohen_kappa_score
 
@@ -96,7 +96,7 @@ def agreement(file: Path, levels: dict[str, str]) -> pd.DataFrame:
 
 
 def _read(file: Path) -> pd.DataFrame:
-    """The cells of a CSV file as text; StudyError when it is none, or a line has more or fewer cells than the header."""
+    """The cells of a CSV file as text; StudyError if it is not a CSV file, or a line has more or fewer cells than the header."""
     try:
         if not file.is_file():
             raise ValueError("it is a folder or a device")

@@ -1,8 +1,8 @@
 """What is wrong with a dataset in the published layout: ``clme data check PATH``.
 
 Errors make a case meaningless (two cases with one id, a neighbour that is an edit input, a rephrased prompt that repeats the
-prompt); warnings say what a measure cannot tell (a target too short for BLEU, code that is not Python 3). Nothing is
-changed. Every finding names its cases and what to do.
+prompt); warnings name limits of a measure (a target too short for BLEU, code that is not Python 3). Nothing is
+changed. Every finding names its cases and says what to do.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from ..published import parse_record, read_records
 from ..renaming import same_up_to_names
 from ..source_code import parsed
 
-# of the embedded and the paper's subjects; each ends what its subject writes
+# end-of-text strings of the embedded and the paper's subjects: a subject stops writing at its own
 END_OF_TEXT = ("<|im_end|>", "<|endoftext|>", "</s>")
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 Level = Literal["error", "warning"]
-_Check = tuple[Level, str, str, Callable[[Case], bool]]  # level, problem, remedy, and whether a case has the problem
+_Check = tuple[
+    Level, str, str, Callable[[Case], bool]
+]  # level, problem, remedy, and a function that tells whether a case has the problem
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Table III's row of one kind of text: how many there are, and their lengths in words and symbols."""
+    """A row of Table III: the number of texts of one kind, and their lengths in words and symbols."""
 
     text: str
     number: int
@@ -70,7 +72,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether there is no error."""
+        """Whether there are no errors."""
         return not any(finding.level == "error" for finding in self.findings)
 
     def __str__(self) -> str:
@@ -88,7 +90,7 @@ def check_file(path: Path | str, dataset: str | None = None) -> Report:
         dataset: ``cnle`` or ``csne``; None: from the file's name, as the authors' loader does (``Conala``, ``CodeSearchNet``).
 
     Raises:
-        StudyError: the file is not a JSON list, or its name does not say which dataset it is.
+        StudyError: the file is not a JSON list, or its name does not tell the dataset.
     """
     path = Path(path)
     kind = get_dataset(dataset) if dataset else _named_in(path)

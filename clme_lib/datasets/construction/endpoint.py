@@ -1,7 +1,7 @@
-"""Asking a language model behind any OpenAI-compatible endpoint, without paying twice.
+"""Querying a language model behind any OpenAI-compatible endpoint, without paying twice.
 
-Every answer is appended to a cache file the moment it comes, by the hash of model, settings and question: what was answered before
-a crash is not asked again. The maintained ``openai`` client retries with back-off on rate limits, time-outs and server errors.
+Every answer is appended to a cache file as soon as it arrives, under the hash of model, settings and question, so a question answered
+before a crash is not asked again. The ``openai`` client retries with back-off on rate limits, time-outs and server errors.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from ...support.journal import append_rows, read_rows
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LONGEST_ANSWER = 256  # tokens
-_FRAME = 1_000  # tokens that an endpoint may put around a question
+_FRAME = 1_000  # tokens that an endpoint may add around a question
 
 
 class Endpoint:
-    """A model to ask at temperature 0.
+    """A language model, queried at temperature 0.
 
     Args:
         model: its name at the endpoint.
         url: the endpoint's base, such as ``http://localhost:8000/v1`` (None: OpenAI's own).
         cache: JSON Lines file of answers.
-        concurrency: most questions under way at once.
-        budget: most tokens, asked and answered, that the cache may come to hold (None: no limit).
-        retries: how often the client tries again, waiting longer each time.
+        concurrency: maximum number of parallel requests.
+        budget: maximum number of tokens in the cache, questions and answers together (None: no limit).
+        retries: how often the client retries, waiting longer each time.
 
     The key is taken from the environment variable ``OPENAI_API_KEY``; a local endpoint may need none.
     """
@@ -78,10 +78,10 @@ class Endpoint:
             self.spent += tokens
 
     def ask(self, instruction: str, questions: Sequence[str]) -> Iterator[str]:
-        """The answer of each question, in the order of the questions whenever they come: what is built from them is the same each time.
+        """The answers in the order of the questions, whatever order they arrive in, so that builds are reproducible.
 
         Raises:
-            StudyError: the endpoint refuses or cannot be reached, or the budget is spent; what was answered is kept.
+            StudyError: the endpoint refuses or cannot be reached, or the budget is spent; answers so far are kept.
         """
         contents = [json.dumps([self.settings, instruction, question]) for question in questions]
         keys = [hashlib.sha256(content.encode()).hexdigest() for content in contents]
@@ -130,7 +130,7 @@ class Endpoint:
             answer: Any = reply.choices[0].message.content  # the client does not check types
             if not isinstance(answer, str | None):
                 raise ValueError(f"the answer is {type(answer).__name__}, expected text")
-            answer = _SURROGATE.sub("\ufffd", answer or "")  # no file could be read that has one
+            answer = _SURROGATE.sub("\ufffd", answer or "")  # a file that contains one could not be read
             return answer, _tokens(reply.usage, instruction + question + answer)
         except (openai.OpenAIError, ValueError, AttributeError, TypeError, LookupError) as error:
             raise StudyError(
@@ -140,6 +140,6 @@ class Endpoint:
 
 
 def _tokens(usage: Any, text: str) -> int:
-    """The tokens that an endpoint says it used; the bytes of the text, which are more, where it says nothing that can be true."""
+    """The tokens that an endpoint reports; without a plausible report, the number of bytes of the text, which is larger."""
     said, most = getattr(usage, "total_tokens", None), len(text.encode())
     return said if type(said) is int and 0 < said <= most + _LONGEST_ANSWER + _FRAME else most
