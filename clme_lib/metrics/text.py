@@ -1,4 +1,4 @@
-"""Exact match, BLEU and ROUGE-L of what is written, and fluency (paper section III-D).
+"""Exact match, BLEU, ROUGE-L and fluency of generated texts (paper section III-D).
 
 All take parallel lists, because specificity pools the five neighbours of a case. Per-case exact match, BLEU and
 ROUGE-L are rounded to three decimals before they are averaged, as in the released program.

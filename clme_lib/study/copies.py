@@ -1,8 +1,8 @@
-"""Copies of a run: published, which is what the repository keeps of it, or scored anew. Records are never edited.
+"""Copies of a run: published (for the repository), or scored again. Records are never edited.
 
-A dataset says whether texts may be published. CSNE is mined from packages whose text is not ours to publish, so its records keep
-scores and hashes only; whoever re-runs a case can still compare every string by its hash. Scoring needs the metrics' packages, and
-no model.
+A dataset says whether its texts may be published. CSNE is mined from packages whose code may not be redistributed here, so its records
+keep only scores and hashes; anybody who re-runs a case can still compare every string by its hash. Scoring needs the metrics'
+packages, but no model.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from .work import planned
 def publish(run: Path, target: Path) -> int:
     """Copy a run to ``target`` for the repository; returns the number of records.
 
-    Of each editor and dataset the largest finished sample is published: a run that was stopped while growing has more
-    cases, and not random ones. The copy is marked as published, which :func:`~clme_lib.study.runs.run` only reads.
+    For each editor and dataset the largest finished sample is published: a run that was stopped while growing has more
+    cases, but not a random sample. The copy is marked as published, so :func:`~clme_lib.study.runs.run` only reads it.
 
     Raises:
         StudyError: the target exists, a case failed in the run, or a sample is not finished.
@@ -76,12 +76,12 @@ def publish(run: Path, target: Path) -> int:
 
 
 def _finished_sample(run: Path, manifest: dict, records: list[Record]) -> set[int]:
-    """Ids of the largest sample that the records of one editor and dataset contain whole."""
+    """Ids of the largest sample that the records of one editor and dataset contain completely."""
     dataset, editor = records[0].dataset, records[0].editor
     keys = {(record.position, record.case_id) for record in records}
     largest: set[int] = set()
     for start in manifest["starts"]:
-        # a start that was killed counts as well, once another has completed its sample
+        # a start that was killed also counts once another start has completed its sample
         if dataset in start["cases"] and editor in start["hyperparameters"]:
             fields = {**manifest["config"], "cases": start["cases"][dataset], "sample": start["sample"], "out": run}
             config = make_config(**fields)
@@ -96,7 +96,7 @@ def _finished_sample(run: Path, manifest: dict, records: list[Record]) -> set[in
 
 
 def draw(published: Path) -> None:
-    """Draw the headline figure of a published run beside its records, from them."""
+    """Draw the headline figure of a published run from its records, and store it next to them."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -112,11 +112,11 @@ def score_run(run: Path, target: Path, metrics: Sequence[str] | None = None) -> 
     """Write a copy of ``run`` to ``target`` with scores from its texts; returns how many records were scored now.
 
     Args:
-        metrics: computed anew in every record that has texts, other scores stay. None: the study's, in records not scored yet.
+        metrics: recomputed in every record that has texts; other scores stay. None: the study's, in records not scored yet.
 
     Raises:
-        StudyError: the target exists, a case is not the one that the record was made from, or no record has texts, or one that is not
-            scored yet has none, or answers were not kept.
+        StudyError: the target exists, a case has changed since its record was made, no record has texts, a record that is not
+        scored yet has none, or the unedited answers were not kept.
     """
     if target.exists():
         raise StudyError(f"{target} already exists: choose another name or remove it")

@@ -1,7 +1,7 @@
-"""Edits taken away: as an adapter that peft loads, or in the weights of a model that transformers loads. Neither needs this library.
+"""Exporting edits as an adapter that peft loads, or merged into a model that transformers loads. Neither needs this library.
 
-Factors ``left (d, r) @ right (r, d_f)`` are a LoRA of ``down_proj`` with ``A = right``, ``B = left`` and ``alpha = r``; ranks that differ
-between layers are filled up with zeros. Whatever updates weights can be merged into them, ``W + delta``, and saved.
+Factors ``left (d, r) @ right (r, d_f)`` are a LoRA of ``down_proj`` with ``A = right``, ``B = left`` and ``alpha = r``; smaller
+ranks are padded with zeros. Any update of weights can be merged, ``W + delta``, and saved.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def export_edits(
     """Write what ``edits`` (at least one) make together of a subject to a new folder; returns what was written, in a sentence.
 
     Args:
-        merged: the whole model with the updates in its weights, instead of an adapter beside it.
-        allow_rounding: merge into 16-bit weights, where most entries of an update are below what a weight can change by.
+        merged: write the whole model with the updates in its weights, instead of an adapter.
+        allow_rounding: merge into 16-bit weights, although most entries of an update are smaller than a weight's rounding step.
 
     Raises:
-        StudyError: the folder exists; an edit does not change weights; an adapter of an update that has no factors; 16-bit weights.
+        StudyError: the folder exists; an edit does not change weights; an update without factors is to be an adapter; 16-bit weights.
     """
     if folder.exists():
         raise StudyError(f"{folder} already exists; choose another folder")

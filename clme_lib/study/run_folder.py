@@ -43,7 +43,7 @@ _IDENTITY = ("name", "subject", "source", "preset", "values", "seed", "dtype", "
 
 
 class _Start(Schema, extra="allow"):
-    """What of a start's provenance is relied on."""
+    """The parts of a start's provenance that later starts rely on."""
 
     id: str
     library: str
@@ -68,7 +68,7 @@ def load_run(
     """Records of a run folder (:func:`clme_lib.evaluation.records.frame`); optionally only of given cases and editors.
 
     Raises:
-        StudyError: there are none, or a file is damaged.
+        StudyError: there are no records, or a file is damaged.
     """
     folder = Path(folder)
     table = frame(read_records(record_files(folder)))
@@ -93,7 +93,7 @@ def load_run(
 
 
 def check_cases(folder: Path) -> None:
-    """Raise StudyError when a run has a record of a case that its dataset does not have, or not as it was recorded."""
+    """Raise StudyError if a run has a record of a case that its dataset does not have, or that has changed since."""
     for file in record_files(folder):
         for record in read_records([file]):
             hashes = _case_hashes(record.dataset, record.source)
@@ -124,7 +124,7 @@ def record_files(folder: Path) -> list[Path]:
 
 
 def records_file(config: RunConfig, dataset: str, editor: str) -> Path:
-    """Where the records of a dataset and editor are."""
+    """The file of the records of a dataset and editor."""
     return config.out / "records" / f"{dataset}.{editor}.jsonl"
 
 
@@ -159,12 +159,12 @@ def recorded(config: RunConfig, dataset: str, editor: str, cases: Iterable[Case]
 
 
 def is_recorded(step: Step, keys: set[tuple[int, int]]) -> bool:
-    """Whether all that a step evaluates is among these positions and case ids."""
+    """Whether every case that a step evaluates is among these positions and case ids."""
     return all((step.position, case.case_id) in keys for case in step.scored)
 
 
 def load_manifest(folder: Path | str) -> dict:
-    """The ``run.json`` of a run folder; StudyError when there is none, or it cannot be read."""
+    """The ``run.json`` of a run folder; StudyError if it does not exist or cannot be read."""
     file = Path(folder) / "run.json"
     if not file.is_file():
         raise StudyError(f"{file}: no such file; is {folder} a run folder?")
@@ -183,12 +183,12 @@ def load_manifest(folder: Path | str) -> dict:
 
 
 def is_published(folder: Path) -> bool:
-    """Whether a run folder is a published one, which is only read."""
+    """Whether a run folder is a published run, which is never written to."""
     return (folder / "run.json").is_file() and "published" in load_manifest(folder)
 
 
 def run_name(config: RunConfig) -> str:
-    """What a run is called in its records: as asked for, else as it was called before, else like its folder."""
+    """A run's name in its records: the requested name, else its earlier name, else its folder's name."""
     if config.name is None and (config.out / "run.json").is_file():
         return load_manifest(config.out)["config"]["name"]
     return config.name or re.sub(r"[^A-Za-z0-9._-]", "-", config.out.resolve().name)
@@ -200,13 +200,13 @@ def check_same_run(
     model: str | None = None,
     counts: Mapping[str, int] | None = None,
 ) -> None:
-    """Raise StudyError when the folder holds records that something else made than would be used now; the message names it. A
-    published run is only read: there the configuration is compared alone.
+    """Raise StudyError if the folder's records were made with anything different from what would be used now; the message names it.
+    For a published run, which is only read, only the configuration is compared.
 
     Args:
         data: SHA-256 of the cases, by dataset.
-        model: the subject's fingerprint, where it is known.
-        counts: how many cases are edited, by dataset.
+        model: the subject's fingerprint, if known.
+        counts: number of edited cases, by dataset.
     """
     file = config.out / "run.json"
     if not file.is_file():
@@ -240,7 +240,7 @@ def check_same_run(
             differing.append((f"set {editor}", start.get("set", {}).get(editor, {}), now["set"].get(editor, {})))
             hparams = _comparable_hparams(config, editor)
             made_with = start["hyperparameters"][editor].get("values", {})
-            # A hyperparameter that there was not yet had its default.
+            # A hyperparameter that did not exist at the time had its default.
             defaults = {name: field.default for name, field in get_editor(editor).Hyperparameters.model_fields.items()}
             differing += [
                 (f"{editor}.{name}", made_with.get(name, defaults[name]), value) for name, value in hparams.items()
@@ -264,7 +264,7 @@ def hparams_of(config: RunConfig, editor: str) -> Schema:
 
 
 def trains(config: RunConfig, editor: str) -> bool:
-    """Whether an editor of a run has to learn from cases before it edits."""
+    """Whether an editor of a run must learn from cases before it edits."""
     return get_editor(editor).trains(hparams_of(config, editor))
 
 
@@ -282,14 +282,14 @@ def _described(config: RunConfig) -> dict:
 
 
 def write_manifest(config: RunConfig, start: dict) -> None:
-    """``run.json`` with this start's provenance appended (or, when it has finished, replaced)."""
+    """Write ``run.json`` with this start's provenance appended (or, once the start has finished, replaced)."""
     starts = load_manifest(config.out)["starts"] if (config.out / "run.json").is_file() else []
     starts = [earlier for earlier in starts if earlier["id"] != start["id"]] + [start]
     _write(config.out, {"schema_version": MANIFEST_VERSION, "config": _described(config), "starts": starts})
 
 
 def write_copy(run: Path, target: Path, manifest: dict, records: dict[str, list[Record]]) -> None:
-    """Write a copy of a run with another manifest and other records (by file name); it appears whole or not at all."""
+    """Write a copy of a run with another manifest and other records (by file name); it appears completely or not at all."""
     unfinished = target.with_name(f"{target.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
     for name, of_file in records.items():

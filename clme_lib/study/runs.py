@@ -1,7 +1,7 @@
 """Runs: a grid of datasets and editors over sampled cases, resumable, with provenance (run_folder.py has the files).
 
-Records are appended batch by batch. Killing the process loses at most the batch in flight; starting the same run again
-completes it. Asking for more cases extends it, because samples are nested.
+Records are appended batch by batch. Killing the process loses at most the current batch; starting the same run again
+completes it. Requesting more cases extends it, because samples are nested.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def run(config: RunConfig) -> pd.DataFrame:
     """Complete a run and return its records.
 
     Raises:
-        StudyError: the folder holds a run of another configuration, or a published one that lacks what is asked for, or
-            something else that the user can mend.
+        StudyError: the folder holds a run with another configuration, or a published run without the requested records, or
+        there is another error that the user can correct.
     """
     if config.dry_run:
         raise StudyError("dry_run: `clme run --dry-run` prints a plan; leave dry_run out to run")
     if run_folder.is_published(config.out):
         run_folder.check_same_run(config)
         return _read_published(config, {name: sampled(config, name) for name in config.dataset})
-    # what is quickly said comes first: a wrong subject or device, then the cases, then what the folder holds
+    # quick checks come first: subject and device, then the cases, then the contents of the folder
     torch_device(config.device)
     model = subject_fingerprint(config.subject)
     chosen = {name: sampled(config, name) for name in config.dataset}

@@ -1,4 +1,4 @@
-"""States of a model between the steps of a protocol: how they are made, and the file that a later start goes on from.
+"""States of a model between the steps of a protocol: how they are made, and the file from which a later start resumes.
 
 ``states/<dataset>.<editor>.safetensors`` in a run's folder is the last state that a later step builds on, and in the end the state with
 all edits, as one edits file (:func:`~clme_lib.edits.files.load_edits` reads it); it is replaced after every step.
@@ -21,13 +21,13 @@ from ..edits.files import load_edits, read_about, save_edits
 from ..support.errors import CaseError, StudyError
 from .protocols import Protocol, Step
 
-# faults of a case, not of the environment
+# errors caused by a case, not by the environment
 CASE_FAULTS = (CaseError, ValueError, ArithmeticError, LinAlgError)
 
 
 @dataclass(frozen=True)
 class State:
-    """What the model holds after a step: its edit, how each case's came about, and why others could not be made."""
+    """The model's state after a step: its edit, how each case's edit was made, and why others could not be made."""
 
     edit: Edit
     logs: dict[int, EditLog] = field(default_factory=dict)

@@ -27,7 +27,7 @@ _PREFIX, _DOWN, _UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
 class _Config(Schema):
-    """What of peft's configuration decides the merged weights."""
+    """The parts of peft's configuration that decide the merged weights."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -80,10 +80,10 @@ def merge(base: Path, name: str, folder: Path) -> None:
 
 
 def write_merged(base: Path, adapter: Path, folder: Path) -> str:
-    """Merge as :func:`merge` does, whatever comes out; returns the SHA-256 of the merged weights.
+    """Merge like :func:`merge`, without checking the result; returns the SHA-256 of the merged weights.
 
-    Half-precision factors below 1 in size have products that are multiples of 2^-48, so that sums of a few dozen of them are exact in
-    float64 in whatever order: every machine writes the same bytes.
+    Half-precision factors below 1 in size have products that are multiples of 2^-48, so sums of a few dozen of them are exact in
+    float64 in any order, and every machine writes the same bytes.
     """
     from safetensors.torch import load_file, save_file
 

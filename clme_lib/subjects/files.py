@@ -1,4 +1,4 @@
-"""Reading a subject: its files are checked before and after they are loaded, so that nothing of the model is missing or made up."""
+"""Reading a subject: its files are checked before and after loading, so that no part of the model is missing or made up."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from . import embedded
 from .settings import SubjectSettings, list_subjects, load_settings
 from .subject import Subject, is_cached, prepare, torch_device, torch_dtype
 
-# what decides how a model computes and reads text; only files directly in its folder
+# files that decide how a model computes and reads text, all directly in its folder
 _FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
 _INDEX = "model.safetensors.index.json"
 _GIT_LFS = b"version https://git-lfs"
 _SAMPLE = "def twoCafés(x):\n    return x * 2  # Twice"
-_NAMED = 4  # tensors that a message names at most
+_NAMED = 4  # maximum number of tensors that a message names
 _Size = Annotated[int, Field(ge=1, le=10_000_000)] | None
 _Factor = Annotated[float, Field(gt=0, le=1e12)] | None
 
 
 class _Described(Schema):
-    """A part of config.json; the fields that only transformers reads are left to it."""
+    """A part of config.json; fields that only transformers reads are not checked here."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
@@ -49,7 +49,7 @@ class _Rope(_Described):
 
 
 class _Configuration(_Described):
-    """The numbers that a wrong one of makes another model, or asks for more memory than there is."""
+    """The numbers that, if wrong, describe another model or need more memory than there is."""
 
     model_type: str
     hidden_size: _Size = None
@@ -78,7 +78,7 @@ class _Configuration(_Described):
         return self
 
     def shapes(self) -> dict[str, list[int | None]]:
-        """The shapes of some tensors of the layouts that the editors know; None where the configuration leaves one open."""
+        """The shapes of some tensors in the layouts that the editors know; None where the configuration does not decide a size."""
         d, heads = self.hidden_size, self.num_attention_heads
         size = self.head_dim or (d // heads if d and heads else None)
         shared = self.num_key_value_heads or heads
@@ -145,7 +145,7 @@ def subject_fingerprint(name: str) -> str | None:
 
 
 def _located(name: str, settings: SubjectSettings) -> tuple[Path, str]:
-    """The folder of a subject's files, downloaded when it has to be, and what identifies them."""
+    """The folder of a subject's files (downloaded if necessary), and what identifies them."""
     if settings.subject.source == "embedded":
         adapter = settings.subject.adapter
         return embedded.ensure(adapter), embedded.fingerprint(adapter)
@@ -190,9 +190,9 @@ def _sha256(file: Path) -> str:
 
 
 def _check_files(name: str, folder: Path) -> _Configuration:
-    """What can be seen without loading: JSON that is JSON, weights that are weights, and sizes that are those of the weights."""
+    """Check what can be seen without loading: valid JSON, valid weights, and sizes that match the weights."""
     for file in sorted(file for pattern in _FILES for file in folder.glob(pattern)):
-        with contextlib.suppress(OSError), file.open("rb") as stream:  # What cannot be read is told of below.
+        with contextlib.suppress(OSError), file.open("rb") as stream:  # Unreadable files are reported below.
             if stream.read(len(_GIT_LFS)) == _GIT_LFS:
                 raise StudyError(f"{file}: a Git LFS pointer, not the file itself: run `git lfs pull` in {folder}")
     for part in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", _INDEX):
@@ -232,7 +232,7 @@ def _check_files(name: str, folder: Path) -> _Configuration:
 
 
 def _check_weights(folder: Path, model: Any, loaded: dict[str, Any]) -> None:
-    """Refuse what transformers filled up, left out or could not fit, and numbers that are none."""
+    """Refuse weights that transformers filled in, left out or could not fit, and values that are not finite."""
     names = _names(sorted(folder.glob("*.safetensors")))
     kinds = {"missing_keys": "lack", "unexpected_keys": "have, but the model does not know,"}
     problems = {what: sorted(map(str, loaded[kind])) for kind, what in kinds.items()}
@@ -282,7 +282,7 @@ def _check_tokenizer(folder: Path, subject: Subject) -> None:
 
 
 def _is_of_these_files(tokenizer: Any, rows: int, files: list[Path]) -> bool:
-    """Whether a token beyond the embeddings is the files' own; some classes of transformers add one of theirs, which no text has."""
+    """Whether a token beyond the embeddings comes from the files; some transformers classes add a token that no text has."""
     beyond = {token: n for token, n in tokenizer.get_vocab().items() if n >= rows}
     written = "".join(file.read_text(encoding="utf-8") for file in files if file.suffix == ".json")
     return tokenizer.eos_token in beyond or any(
@@ -292,7 +292,7 @@ def _is_of_these_files(tokenizer: Any, rows: int, files: list[Path]) -> bool:
 
 @contextlib.contextmanager
 def _loading(name: str, folder: Path, *patterns: str) -> Iterator[None]:
-    """Errors of other libraries become a StudyError that names the files; that memory does not suffice is left to the caller."""
+    """Turn other libraries' errors into a StudyError that names the files; the caller handles running out of memory."""
     try:
         yield
     except StudyError:

@@ -1,7 +1,7 @@
-"""Reading JSON and YAML that others wrote: what is ambiguous, or is no text or number, is refused with its place.
+"""Reading untrusted JSON and YAML: ambiguous content, and values that are not valid text or numbers, are refused with their location.
 
-Refused are duplicate keys, NaN and infinity, lone surrogates, nesting that no reader of ours survives, and YAML's aliases (with
-which a few lines stand for gigabytes).
+Refused are duplicate keys, NaN and infinity, lone surrogates, nesting that would overflow a reader, and YAML's aliases (with
+which a few lines can expand to gigabytes).
 """
 
 from __future__ import annotations
