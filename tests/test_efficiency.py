@@ -107,7 +107,7 @@ def test_a_device_that_is_too_small_is_refused(monkeypatch):
         shapes.random_subject("codellama-7b", "cpu", "bfloat16")
     with pytest.raises(
         StudyError,
-        match="'smollm2-135m' has no shape to fill with random weights; subjects that have one: codellama-7b",
+        match="'smollm2-135m' has no shape to fill with random weights; use one of codellama-7b",
     ):
         shapes.random_subject("smollm2-135m")
     with pytest.raises(StudyError, match="dtype='int8' is not one of auto, float32"):

@@ -238,7 +238,7 @@ def test_cases_are_held_out_of_many_edits_only(config, monkeypatch):
 
     with pytest.raises(StudyError, match="held_out=2: protocol=single edits each case in the unedited model"):
         run(config(protocol="single", cases=3, held_out=2))
-    with pytest.raises(StudyError, match="cases=4: cnle has 5 to draw from, 2 of which are held out"):
+    with pytest.raises(StudyError, match="cases=4: cnle has only 5 cases to draw from, 2 of which are held out"):
         run(config(cases=4, held_out=2))
     with pytest.raises(StudyError, match="held_out=5: cnle has 5 cases; leave some to edit"):
         run(config(cases=None, held_out=5))

@@ -170,5 +170,5 @@ def test_small_files_are_made_once_and_published(both, monkeypatch, tmp_path):
     shown = chosen.model_copy(update={"out": tmp_path / "published"})
     assert measurements.projection(shown).equals(places) and made == [4]
     (tmp_path / "published" / "radius.csv").unlink()
-    with pytest.raises(StudyError, match="radius.csv is missing, although published runs of RQ3 have it"):
+    with pytest.raises(StudyError, match="radius.csv is missing from a published run of RQ3"):
         measurements.sweep(shown)

@@ -57,9 +57,7 @@ class UltraEdit(Editor[UltraEditHyperparameters]):
 
     def fit(self, cases, edited=()):
         if not cases:
-            raise StudyError(
-                "ultraedit gathers its normaliser from cases that are not edited, and needs at least one such case"
-            )
+            raise StudyError("ultraedit gathers its normaliser from cases that are not edited, and needs at least one")
         by_id = {case.case_id: case for case in cases}
         order = seeded_order(by_id, "ultraedit", self.seed, cases[0].dataset)[: self.hparams.records]
         gathered: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {layer: [] for layer in self.layers}

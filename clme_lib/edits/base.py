@@ -70,9 +70,7 @@ class PassState:
         if self.rows is not None and len(self.rows) != batch:
             raise StudyError(f"rows= names {len(self.rows)} rows, but the batch has {batch}")
         if self.rows is None and count not in (1, batch):
-            raise StudyError(
-                f"{count} edits do not match a batch of {batch} rows: pass one edit, one per row, or rows=[...]"
-            )
+            raise StudyError(f"{count} edits for a batch of {batch} rows: pass one edit, one per row, or rows=[...]")
         return self.rows or ([0] * batch if count == 1 else list(range(batch)))
 
     def prompt_columns(self, inputs: torch.Tensor) -> torch.Tensor:

@@ -44,10 +44,7 @@ def _in_range(scores: dict[str, float | None] | None) -> dict[str, float | None]
         if score is None or name not in list_metrics():  # a metric that is not installed here
             continue
         metric = get_metric(name)
-        of_one_text = metric.measure not in (
-            "generalization",
-            FREE_TEXTS[1],
-        )  # The score of several texts is their mean.
+        of_one_text = metric.measure not in ("generalization", FREE_TEXTS[1])  # Others are means over several.
         binary = metric.binary and of_one_text
         if not 0 <= score <= metric.highest or (binary and score not in (0, 1)):
             allowed = "0 or 1" if binary else f"from 0 to {metric.highest:g}"
@@ -72,28 +69,18 @@ class Record(Schema):
     preset: Preset = Field(description="clean, or compat (with the released program's defects)")
     protocol: _Name = Field(description="how cases were edited: single, or many in one model")
     position: int = Field(ge=1, description="how many edits the model held when the case was evaluated")
-    fold: int = Field(
-        ge=0,
-        le=1,
-        description="the half of the dataset that the case is in; trained editors learnt from the other half",
-    )
-    case_id: int = Field(
-        ge=0, lt=2**53, description="the case's id in the dataset"
-    )  # integers that every JSON reader represents exactly
+    fold: int = Field(ge=0, le=1, description="the case's half of the dataset; trained editors learnt from the other")
+    case_id: int = Field(ge=0, lt=2**53, description="the case's id in the dataset")  # exact in every JSON reader
     case_sha256: _Hash = Field(description="SHA-256 of the case's texts, which are not in the record")
     start: str = Field(UNKNOWN, description="id, in run.json, of the start that made the record")
     library: str = Field(UNKNOWN, description="SHA-256 of the library's files when the record was made")
-    commit: str = Field(
-        UNKNOWN, description="commit of these files; +changes means that there were uncommitted changes"
-    )
+    commit: str = Field(UNKNOWN, description="commit of these files; +changes: with uncommitted changes")
     scores: Annotated[dict[str, float | None] | None, AfterValidator(_in_range)] = Field(
         None,
         description="by metric, from 0 to 1 (fluency in bits, overrun in tokens); null if the case has nothing that the metric could measure; all "
         "null if the texts have not been scored yet",
     )
-    edit_seconds: _Measured = Field(
-        None, description="seconds of the batch in which the edit was made, divided by its size"
-    )
+    edit_seconds: _Measured = Field(None, description="seconds of the batch with this edit, divided by its size")
     edit_batch: int | None = Field(None, ge=1, description="number of cases in that batch")
     steps: int | None = Field(None, ge=0, description="optimisation steps that the edit took")
     loss: float | None = Field(None, description="last loss, in nats per token of the target")

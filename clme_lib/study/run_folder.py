@@ -99,9 +99,7 @@ def check_cases(folder: Path) -> None:
             hashes = _case_hashes(record.dataset, record.source)
             if hashes.get(record.case_id) != record.case_sha256:
                 what = f"case {record.case_id} of {record.dataset} ({record.source})"
-                raise StudyError(
-                    f"{file}: {what} does not exist, or has changed since it was recorded; use the dataset that the run used"
-                )
+                raise StudyError(f"{file}: {what} does not exist, or has changed since it was recorded")
 
 
 @lru_cache(maxsize=8)

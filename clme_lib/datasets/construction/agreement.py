@@ -84,9 +84,7 @@ def agreement(file: Path, levels: dict[str, str]) -> pd.DataFrame:
         table[name] = labels
     table["scorer"] = table["id"].map(levels)
     if len(unknown := table["id"][table["scorer"].isna()]):
-        raise StudyError(
-            f"{file}: the scorer has no level for pair {unknown.iloc[0]}: does it belong to another build?"
-        )
+        raise StudyError(f"{file}: the scorer has no level for pair {unknown.iloc[0]}: is it from another build?")
     rows: list[dict[str, str | float]] = []
     for first, second in itertools.combinations([*people, "scorer"], 2):
         agree = (table[first] == table[second]).mean()
@@ -107,9 +105,7 @@ def _read(file: Path) -> pd.DataFrame:
     rows = {number: cells for number, cells in enumerate(lines, 2) if cells}
     for number, cells in rows.items():
         if len(cells) != len(header):
-            raise StudyError(
-                f"{file}, row {number}: {len(cells)} cells, but the header has {len(header)}; correct the row"
-            )
+            raise StudyError(f"{file}, row {number}: {len(cells)} cells, the header has {len(header)}; correct the row")
     if len(set(header)) < len(header):
         raise StudyError(f"{file}: column {max(header, key=header.count)!r} occurs twice; remove one of them")
     return pd.DataFrame(rows.values(), index=rows.keys(), columns=header, dtype=str)

@@ -30,9 +30,7 @@ from ..source_code import parsed
 END_OF_TEXT = ("<|im_end|>", "<|endoftext|>", "</s>")
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 Level = Literal["error", "warning"]
-_Check = tuple[
-    Level, str, str, Callable[[Case], bool]
-]  # level, problem, remedy, and a function that tells whether a case has the problem
+_Check = tuple[Level, str, str, Callable[[Case], bool]]  # level, problem, remedy, and the test for the problem
 
 
 @dataclass(frozen=True)
@@ -115,9 +113,7 @@ def _named_in(path: Path) -> Dataset:
     for dataset in map(get_dataset, list_datasets()):
         if dataset.layout and dataset.layout.file.removeprefix("Edit").lower() in path.name.lower():
             return dataset
-    raise StudyError(
-        f"{path}: the file's name contains neither Conala nor CodeSearchNet: name the dataset with --dataset"
-    )
+    raise StudyError(f"{path}: the name has neither Conala nor CodeSearchNet in it: name the dataset with --dataset")
 
 
 def check_cases(cases: Sequence[Case]) -> tuple[Finding, ...]:

@@ -93,9 +93,7 @@ def hub_files(dataset: Dataset) -> list[Path]:
         raise StudyError(
             f"{repository} could not be downloaded: {first_line(error)}; download its files yourself and pass them with --source"
         ) from error
-    raise StudyError(
-        f"{repository} has no files like {pattern}; download its files yourself and pass them with --source"
-    )
+    raise StudyError(f"{repository} has no files like {pattern}; download its files and pass them with --source")
 
 
 def source_files(dataset: Dataset, source: str) -> list[Path]:

@@ -65,9 +65,7 @@ class Stages:
         file = self.folder / f"{len(self._made) + 1:02d}-{name}.jsonl"
         identity = {"stage": name, "settings": step.settings, "inputs": dict(self._made)}
         before = manifest_of(file)
-        goes_on = step.one_by_one and bool(
-            todo
-        )  # otherwise the rows of an unfinished stage are discarded and made again
+        goes_on = step.one_by_one and bool(todo)  # if not, the rows of an unfinished stage are made again
         for part, now in identity.items() if before and (before["finished"] or goes_on) else ():
             if before.get(part) != now:
                 raise StudyError(

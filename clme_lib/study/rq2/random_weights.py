@@ -37,9 +37,7 @@ def random_subject(name: str, device: str = "auto", dtype: str = "auto", seed: i
     shape = settings.subject.shape
     if name not in list_subjects() or shape is None:
         shaped = [registered for registered in list_subjects() if load_settings(registered).subject.shape]
-        raise StudyError(
-            f"{name!r} has no shape to fill with random weights; subjects that have one: {', '.join(shaped)}"
-        )
+        raise StudyError(f"{name!r} has no shape to fill with random weights; use one of {', '.join(shaped)}")
     place, precision = torch_device(device), torch_dtype(dtype)
     needed = _ROOM * parameters(shape) * precision.itemsize
     if needed > (free := free_memory_bytes(place)):

@@ -192,8 +192,6 @@ def _kept(config: RunConfig, name: str, make: Callable[[Subject, Path], object])
     file = config.out / name
     if not file.is_file():
         if is_published(config.out):
-            raise StudyError(
-                f"{file} is missing, although published runs of RQ3 have it; restore it from the repository"
-            )
+            raise StudyError(f"{file} is missing from a published run of RQ3; restore it from the repository")
         make(load_subject(config.subject, config.device, config.dtype), file)
     return pd.read_csv(file)
