@@ -249,7 +249,7 @@ def test_cases_are_held_out_of_many_edits_only(config, monkeypatch):
     run(asked)
     order = sample_cases(load_cases("cnle", asked.source), 3, asked.sample)
     assert {case.case_id for case in seen} == set(range(5)) - {case.case_id for case in order}, "nor learnt from"
-    with pytest.raises(StudyError, match="held_out=1, asked for is held_out=0"):
+    with pytest.raises(StudyError, match="held_out=1, but held_out=0 was requested"):
         run(config(editors="a-grace", cases=2))
 
 
