@@ -64,7 +64,7 @@ def compare(here: pd.DataFrame, published: pd.DataFrame) -> Comparison:
     keys = ["subject", "dataset", "editor", "preset", "protocol", "position", "case_id"]
     pairs = here.merge(published, on=keys, suffixes=("", "_published"))
     if pairs.empty:
-        raise StudyError("the run and the published records have no case and editor in common: compare another run")
+        raise StudyError("the run and the published records have no case and editor in common: nothing to compare")
     changed = pairs[pairs["case_sha256"] != pairs["case_sha256_published"]]
     if len(changed):
         case = f"case {changed.iloc[0]['case_id']} of {changed.iloc[0]['dataset']}"
