@@ -16,7 +16,7 @@ from .support.errors import StudyError, first_line
 
 
 class Verb(NamedTuple):
-    """What a verb does with which configuration (its class is loaded when the verb is used); False where a check failed."""
+    """A verb: its configuration class (loaded when the verb is used), and what it does; ``act`` returns False if a check failed."""
 
     config: str
     act: Callable[[Any], bool | None]
@@ -25,13 +25,13 @@ class Verb(NamedTuple):
 
 @on_terminal
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status (1: a mistake the message explains; 2: wrong usage; 130: interrupted).
+    """Entry point; returns the exit status (1: an error that the message explains; 2: wrong usage; 130: interrupted).
 
-    No traceback reaches a user; with ``CLME_DEBUG=1`` in the environment an error is raised as it is.
+    Users see no traceback, unless ``CLME_DEBUG=1`` is set in the environment: then the error is raised.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0] in _RENAMED:
-        print(f"clme: `clme {arguments[0]}` is called `clme measure {_RENAMED[arguments[0]]}` now", file=sys.stderr)
+        print(f"clme: `clme {arguments[0]}` is now called `clme measure {_RENAMED[arguments[0]]}`", file=sys.stderr)
         return 2
     options = vars(_parser(arguments).parse_args(arguments))
     verb = options.pop("verb")
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"clme: {printable(_message(error))}", file=sys.stderr)
         return status_of_mistakes
     except KeyboardInterrupt:
-        print("clme: interrupted; start the same command again to go on", file=sys.stderr)
+        print("clme: interrupted; run the same command again to resume", file=sys.stderr)
         return 130
 
 
@@ -57,12 +57,14 @@ def _message(error: Exception) -> str:
     if isinstance(error, StudyError):
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}; check that it exists, and that it may be read and written"
-    return f"unexpected {type(error).__name__}: {first_line(error)}; CLME_DEBUG=1 shows where. Please report it"
+        return f"{error.filename}: {error.strerror}; check that it exists and that you may read and write it"
+    return (
+        f"unexpected {type(error).__name__}: {first_line(error)}; set CLME_DEBUG=1 to see where, and please report it"
+    )
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """Options are added to the verb that is used alone, so that help on the others is quick."""
+    """Only the verb in use gets its options, so that help on the others is quick."""
     parser = argparse.ArgumentParser(prog="clme", description="Edit code language models and measure what happens.")
     parser.add_argument("--version", action="version", version=f"clme {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -109,7 +111,7 @@ def _list(_config: Any) -> None:
     sections: dict[str, dict[str, str]] = {
         "subjects": {name: weights(name) for name in list_subjects()}
         | {"any": "Hugging Face id or folder laid out like Llama, Qwen2 or StableLM"},
-        "datasets (those of the paper from --source embedded, published, or a file)": {
+        "datasets (for the paper's two, --source is embedded, published, or a file)": {
             name: template(name) for name in list_datasets()
         }
         | {"any": "JSON file that describes a dataset"},
@@ -140,7 +142,10 @@ def _run(config: Any) -> bool:
         failure = f"failed: {row['dataset']} case {row['case_id']} by {row['editor']}: {row['error']}"
         print(printable(failure), file=sys.stderr)
     if len(failed):
-        print(f"clme: {len(failed)} of {len(records)} cases failed; --retry-failed tries them again", file=sys.stderr)
+        print(
+            f"clme: {len(failed)} of {len(records)} cases failed; pass --retry-failed to try them again",
+            file=sys.stderr,
+        )
     return failed.empty
 
 
@@ -195,7 +200,7 @@ def _submit(config: Any) -> None:
     from .study.submissions import submit
 
     checked = submit(config).checked
-    print(f"{checked.greedy_same} of {checked.greedy} texts of {checked.cases} cases came out the same again")
+    print(f"{checked.greedy_same} of {checked.greedy} texts of {checked.cases} cases were reproduced")
     print(f"{config.target}: add this folder in a pull request")
 
 
@@ -256,7 +261,7 @@ def _built(config: Any) -> bool:
 
     common: dict = {"targets": config.targets, "seed": config.seed}
     if config.answers:
-        subject = cache(lambda: load_subject(config.answers))  # loaded when it is first asked
+        subject = cache(lambda: load_subject(config.answers))  # loaded at its first answer
         common["answers"] = config.answers, lambda prompts: answers_for(subject(), prompts)
     if config.encoder:
         common["embed"] = TextEncoder(config.encoder, config.device)
@@ -301,7 +306,7 @@ def _export(config: Any) -> None:
     edits = load_edits(config.edits, subject)
     if unknown := set(config.case_ids) - {str(edit.case_id) for edit in edits}:
         known = ", ".join(str(edit.case_id) for edit in edits)
-        raise StudyError(f"{config.edits}: no edit of case {min(unknown)}; there are those of {known}")
+        raise StudyError(f"{config.edits}: no edit of case {min(unknown)}; the file has edits of cases {known}")
     chosen = [edit for edit in edits if not config.case_ids or str(edit.case_id) in config.case_ids]
     print(export_edits(chosen, subject, config.to, merged=config.merged, allow_rounding=config.allow_rounding))
 
@@ -327,29 +332,27 @@ def _data_check(config: Any) -> bool:
 
 
 VERBS = {
-    "list": Verb("Schema", _list, "subjects, datasets, editors, metrics and protocols, and what needs a network"),
-    "run": Verb("RunConfig", _run, "edit, generate and score; resumes where it stopped"),
+    "list": Verb("Schema", _list, "list subjects, datasets, editors, metrics, protocols, and what needs a network"),
+    "run": Verb("RunConfig", _run, "edit, generate and score; run again to resume"),
     "score": Verb("ScoreConfig", _score, "score a run's texts, or compute other metrics from them"),
-    "measure": Verb("MeasureConfig", _measure, "a measurement of the appendices, written as a table"),
-    "bench": Verb("BenchConfig", _bench, "time edits, alone and in batches; resumes where it stopped"),
+    "measure": Verb("MeasureConfig", _measure, "make one of the appendices' measurements and write it as a table"),
+    "bench": Verb("BenchConfig", _bench, "time edits, one at a time and in batches; run again to resume"),
     "check": Verb("CheckConfig", _check, "compare a run with the published records of the same cases"),
     "notebook": Verb("NotebookConfig", _notebook, "execute a text notebook with papermill"),
-    "publish": Verb("PublishConfig", _publish, "copy a finished run to where the repository keeps it"),
-    "submit": Verb("SubmitConfig", _submit, "check a run and write the folder that adds it to the leaderboard"),
-    "export": Verb("ExportConfig", _export, "edits as an adapter for peft, or merged into a model for transformers"),
-    "prepare": Verb("Schema", _prepare, "fetch the embedded model and mine embedded CSNE now rather than on first use"),
+    "publish": Verb("PublishConfig", _publish, "copy a finished run to results/, where the repository keeps it"),
+    "submit": Verb("SubmitConfig", _submit, "check a run and write a folder that adds it to the leaderboard"),
+    "export": Verb("ExportConfig", _export, "write edits as a peft adapter, or merged into a transformers model"),
+    "prepare": Verb("Schema", _prepare, "fetch the embedded models and mine embedded CSNE now instead of on first use"),
     "adapt": Verb(
-        "AdaptConfig", _adapt, "train the embedded model further on code; resumes where it stopped (about an hour)"
+        "AdaptConfig", _adapt, "train the embedded model further on code (about an hour); run again to resume"
     ),
-    "doctor": Verb(
-        "Schema", _doctor, "what is there, what fits together, and what to do; fails when something is wrong"
-    ),
-    "data build": Verb("DataBuildConfig", _data_build, "CNLE or CSNE from its source, stage by stage; resumes"),
-    "data labels": Verb("DataLabelsConfig", _data_labels, "pairs for people to label, or their agreement"),
-    "data fine-tune": Verb("DataFineTuneConfig", _data_fine_tune, "an encoder on code search, for CSNE's neighbours"),
-    "data check": Verb("DataCheckConfig", _data_check, "what is wrong with a dataset; fails on errors"),
+    "doctor": Verb("Schema", _doctor, "check the installation and say what to do; fails if something is wrong"),
+    "data build": Verb("DataBuildConfig", _data_build, "build CNLE or CSNE from its source; run again to resume"),
+    "data labels": Verb("DataLabelsConfig", _data_labels, "draw pairs for people to label, or compute their agreement"),
+    "data fine-tune": Verb("DataFineTuneConfig", _data_fine_tune, "fine-tune an encoder that finds CSNE's neighbours"),
+    "data check": Verb("DataCheckConfig", _data_check, "report problems of a dataset; fails if there are errors"),
 }
-# what was a verb of its own and is a measurement now
+# former verbs that are measurements now
 _RENAMED = {name: name for name in ("presets", "pmet-parts", "radius", "encoders", "statistics")}
 _RENAMED |= {"select": "selection", "diagnose": "weight-updates"}
 

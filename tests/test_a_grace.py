@@ -140,7 +140,7 @@ def test_queries_of_another_layer_are_refused(llama):
         stored_queries(llama, [prompt], layer, "mean")
     first, second = (next((queries_module.cache_dir() / "queries").glob(f"*layer-{n}-*/*.safetensors")) for n in (1, 2))
     second.with_name("copied.safetensors").write_bytes(first.read_bytes())
-    with pytest.raises(StudyError, match="copied.safetensors: its layer is 1, needed is 2; remove the file"):
+    with pytest.raises(StudyError, match="copied.safetensors: its layer is 1, expected 2; remove the file"):
         stored_queries(llama, [prompt], 2, "mean")
 
 
@@ -325,7 +325,7 @@ def test_compat_leaves_later_generations_unedited(llama, cases):
     assert (compat["fluency"] == unedited["fluency"]).all() and not (clean["fluency"] == unedited["fluency"]).all()
     a_grace = load_editor("a-grace", llama, preset="compat", **SMALL, **TRAINING)
     assert a_grace.hparams.later_calls == "unedited" and a_grace.hparams.selection == "edited"
-    with pytest.raises(StudyError, match="pass them, fit"):
+    with pytest.raises(StudyError, match="pass them as fit"):
         a_grace.fit(cases)
     wo_mean = load_editor("a-grace-wo-mean", llama, preset="compat", **SMALL, **TRAINING)
     wo_mean.fit(cases[:3], edited=cases[3:])
@@ -335,7 +335,7 @@ def test_compat_leaves_later_generations_unedited(llama, cases):
 @pytest.mark.parametrize(
     ("margin", "message"),
     [
-        (2.0, "margin: .*a value for each dataset is needed, such as"),
+        (2.0, "margin: .*expected a value for each dataset, such as"),
         ({"cnle": -1.0}, r"margin.cnle: Input should be greater than 0 \(got -1.0\)"),
     ],
 )
@@ -346,7 +346,7 @@ def test_margins_are_checked(llama, margin, message):
 
 def test_an_encoder_is_refused_for_anything_else(llama, cases):
     editor = fitted("a-grace", llama, cases)
-    with pytest.raises(StudyError, match="case 0 is of csne, and the encoder of a-grace was trained on cnle"):
+    with pytest.raises(StudyError, match="case 0 belongs to csne, but the encoder of a-grace was trained on cnle"):
         editor.edit([replace(cases[0], dataset="csne")])
     with pytest.raises(StudyError, match="has not been trained: call fit"):
         load_editor("a-grace", llama, **{**SMALL, "steps": 10**9}).edit(cases)  # before any value is learnt
@@ -356,7 +356,7 @@ def test_an_encoder_is_refused_for_anything_else(llama, cases):
     expected = editor.trained.header
     assert torch.equal(Artifact(file, expected).read()[1]["first.weight"], editor.trained.encoder.first.weight.cpu())
     for name in ("fingerprint", "layer", "query", "dataset", "margin", "training"):
-        with pytest.raises(StudyError, match=f"its {name} is .*, needed is 'else'; remove the file"):
+        with pytest.raises(StudyError, match=f"its {name} is .*, expected 'else'; remove the file"):
             Artifact(file, {**expected, name: "else"}).read()
     of_fewer = fitted("a-grace", llama, cases[:4]).trained
     (other_file,) = set((queries_module.cache_dir() / "encoders").glob("*.safetensors")) - {file}

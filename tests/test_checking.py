@@ -184,7 +184,7 @@ def test_unreadable_files_are_refused(tmp_path):
     for name, text, message in (
         ("EditConala.json", '[{"case', "cannot be read as UTF-8 JSON"),
         ("EditConala.json", "{}", "expected a JSON list"),
-        ("mine.json", "[{}]", "say which it is with --dataset"),
+        ("mine.json", "[{}]", "name the dataset with --dataset"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(StudyError, match=message):

@@ -316,7 +316,7 @@ def test_workers_that_differ_or_cannot_start(folder, tmp_path, monkeypatch, caps
             return {**super().hello(), "torch": "1.0"}
 
     with pytest.raises(
-        StudyError, match=r"on: node \S+ has torch 1.0, and this process has \S+: install the same on all nodes"
+        StudyError, match=r"on: node \S+ has torch 1.0, but this process has \S+: install the same version on all nodes"
     ):
         drive(config(folder, tmp_path / "older"), Older)
 
@@ -327,7 +327,7 @@ def test_workers_that_differ_or_cannot_start(folder, tmp_path, monkeypatch, caps
     def second_differs(job, name):
         return (OtherModel if name == "worker-2" else Worker)(job, name)
 
-    with pytest.raises(StudyError, match="has another model than the first: x"):
+    with pytest.raises(StudyError, match="has a different model from the first worker's: x"):
         drive(config(folder, tmp_path / "other"), second_differs)
 
     class Lacks(Worker):
@@ -354,7 +354,7 @@ def test_workers_that_differ_or_cannot_start(folder, tmp_path, monkeypatch, caps
         def hello(self):
             raise Dead("out of memory")
 
-    with pytest.raises(StudyError, match="on: no worker can start: it died as it started"):
+    with pytest.raises(StudyError, match="on: no worker can start: it died while starting"):
         drive(config(folder, tmp_path / "never"), AlwaysDies)
 
     class Breaks(Worker):
@@ -363,7 +363,7 @@ def test_workers_that_differ_or_cannot_start(folder, tmp_path, monkeypatch, caps
 
     with pytest.raises(StudyError, match=r"worker-1 on node \S+: the disk is full"):
         drive(config(folder, tmp_path / "breaks"), Breaks)
-    with pytest.raises(StudyError, match="asked for is seed=1"):
+    with pytest.raises(StudyError, match="but seed=1 was requested"):
         runs.run(config(folder, tmp_path / "lacks", seed=1, on="ray"))
 
 
@@ -416,7 +416,7 @@ def test_a_plan_says_what_is_left(folder, tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "workers: 3\nexpected: unknown; run a few cases" in shown
     assert re.search(r"cnle +none +5 +3 +unknown +–\n", shown)
-    lacking = f"missing: malmen of {folder / 'tiny'} for cnle, made once before malmen edits"
+    lacking = f"missing: malmen of {folder / 'tiny'} for cnle, which malmen prepares once before it edits"
     assert lacking in shown
     assert re.search(r"cnle +malmen +5 +\d +unknown +2 times, from [23] and [23] cases\n", shown)
     assert main(["run", *options, "--cases", "2"]) == 0
@@ -425,7 +425,7 @@ def test_a_plan_says_what_is_left(folder, tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert re.search(r"cnle +none +3 +2 +\d+\.\d s", shown) and "expected: 0.00 hours" in shown
     assert lacking not in shown
-    with pytest.raises(StudyError, match="dry_run: a plan is printed by"):
+    with pytest.raises(StudyError, match="dry_run: .* prints a plan"):
         runs.run(config(folder, tmp_path / "run", dry_run=True))
 
 

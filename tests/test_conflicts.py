@@ -87,5 +87,5 @@ def test_an_interrupted_measurement_goes_on(llama, tmp_path, monkeypatch):
 
 def test_an_editor_that_has_to_learn_first_is_refused(llama, tmp_path, monkeypatch):
     monkeypatch.setitem(SMALL, "malmen", {"layers": [2, 3], "rank": 8})
-    with pytest.raises(StudyError, match="malmen is trained before it edits"):
+    with pytest.raises(StudyError, match="malmen must be trained before it edits"):
         conflicts.measure_conflicts(llama, tmp_path / "c.csv", ["malmen"], cases=3)

@@ -139,7 +139,7 @@ def test_cnle_is_built_by_a_model(conala, tmp_path, server, capsys):
     assert counts["collect", "dropped: no intent"] == 2 and counts["collect", "dropped: no snippet"] == 1
     assert counts["collect", "dropped: too long"] == 1 and counts["select", "dropped: not very relevant"] == 2
     assert pipeline.built_cases(tmp_path / "out") == cases
-    with pytest.raises(StudyError, match="no dataset there; build it first: clme data build"):
+    with pytest.raises(StudyError, match="no dataset; build it first: clme data build"):
         pipeline.built_cases(tmp_path)
     before = (tmp_path / "out" / "EditConala.json").read_bytes()
     assert build(conala, tmp_path / "out", server) == 0 and len(server.asked) == 32, "nothing is asked again"
@@ -169,7 +169,7 @@ def test_nothing_is_paid_twice(conala, tmp_path, server, capsys):
     assert 6 <= first <= 8 and not (tmp_path / "out" / "EditConala.json").exists()
     server.answers = lambda question, count: 400
     assert build(conala, tmp_path / "out", server) == 1
-    assert "BadRequestError" in (error := capsys.readouterr().err) and "start the same command again" in error
+    assert "BadRequestError" in (error := capsys.readouterr().err) and "run the same command again" in error
     server.answers, server.asked = sensible, []
     assert build(conala, tmp_path / "out", server) == 0
     assert len(server.asked) == 24 + 8 - first
@@ -207,7 +207,7 @@ def reply(content, **usage):
 def test_an_answer_of_another_type_is_not_kept(tmp_path, server, content):
     server.answers = lambda question, count: reply(content, total_tokens=10)
     cache = tmp_path / "answers.jsonl"
-    with pytest.raises(StudyError, match=f"the answer is {type(content).__name__}, expected a text.*{cache}"):
+    with pytest.raises(StudyError, match=f"the answer is {type(content).__name__}, expected text.*{cache}"):
         list(endpoint.Endpoint("fake", server.url, cache, retries=0).ask("", ["q"]))
     assert read_rows(cache) == [], "it would be given for ever"
     server.answers = sensible
@@ -397,17 +397,17 @@ def test_changed_settings_and_inputs_are_refused(conala, tmp_path):
     make(1)
     with pytest.raises(
         StudyError,
-        match=r"04-split.jsonl: made with other settings \(seed 1, now 2\); remove 04-split.\* and those after it",
+        match=r"04-split.jsonl: made with different settings \(seed 1, now 2\); remove 04-split.\* and the later stages",
     ):
         make(2)
     for file in (tmp_path / "out").glob("0[4-9]*"):
         file.unlink()
     assert make(2).passed
     conala.write_text(conala.read_text() + json.dumps({"intent": "new one", "snippet": "new()"}) + "\n")
-    with pytest.raises(StudyError, match="01-collect.jsonl: made with other settings"):
+    with pytest.raises(StudyError, match="01-collect.jsonl: made with different settings"):
         make(2)
     with pytest.raises(
-        StudyError, match="02-score.jsonl: was changed after it was made; put it back, or remove 02-score"
+        StudyError, match="02-score.jsonl: was changed after it was made; restore it, or remove 02-score"
     ):
         file = tmp_path / "out" / "02-score.jsonl"
         conala.write_text("".join(conala.read_text().splitlines(keepends=True)[:-1]))
@@ -488,7 +488,7 @@ def test_csne_is_built_offline(code_search_net, tmp_path, capsys):
         ("a.jsonl.gz", b"no gzip", "is the download complete"),
         ("a.parquet", b"PAR1", "cannot be read as Parquet"),
         ("a.json", b"[1]", "row 0: expected an object, found int"),
-        ("a.txt", b"", "is neither hub, embedded, nor a JSON"),
+        ("a.txt", b"", "is not hub, embedded, a JSON"),
     ],
 )
 def test_damaged_sources_are_named(tmp_path, name, content, message):
@@ -660,7 +660,7 @@ def test_an_encoder_that_cannot_encode_is_refused(tiny_bert):
     encoder = language_models.TextEncoder(str(tiny_bert / "encoder"))
     encoder.tokenizer.add_tokens(["more", "than", "it", "embeds"])
     encoder.tokenizer.save_pretrained(tiny_bert / "encoder")
-    with pytest.raises(StudyError, match="the two do not belong together"):
+    with pytest.raises(StudyError, match="use a tokenizer and a model that belong together"):
         language_models.TextEncoder(str(tiny_bert / "encoder"))
 
 
@@ -705,7 +705,7 @@ def test_labels_are_drawn_and_compared(conala, tmp_path, capsys):
     ]
     assert kappas["agree"][1] == 1 and kappas["agree"][2] == kappas["agree"][0] < 1
     assert agreement.sample_size(594_000, 0.05) == 384
-    with pytest.raises(StudyError, match="exists already: somebody may have filled it in"):
+    with pytest.raises(StudyError, match="already exists and may have been filled in"):
         agreement.draw([], tmp_path / "labels.csv", 0.1, 0)
     formulas = [{"id": 0, "intent": "=1+1", "snippet": "@cached\n-x"}, {"id": 1, "intent": "a = 1", "snippet": "x"}]
     agreement.draw(formulas, tmp_path / "formulas.csv", 0.1, 0)
@@ -729,7 +729,8 @@ def test_too_many_targets_are_answered_with_a_number(conala, tmp_path, capsys):
     assert cli.main([*arguments, "--targets", "100"]) == 1
     error = capsys.readouterr().err
     assert (
-        "100 of the rows were asked for as targets; of the 24 that are left, 24 can be targeted and 0 would be" in error
+        "100 of the rows were requested as targets; of the 24 that are left, 24 can be targeted, which leaves 0"
+        in error
     )
     assert "collect: 28 rows, 2 dropped: no intent, 1 dropped: no snippet" in error and "select: 24 rows" in error
     assert cli.main([*arguments, "--targets", re.search("give --targets ([0-9]+) or fewer", error)[1]]) == 0
@@ -737,13 +738,13 @@ def test_too_many_targets_are_answered_with_a_number(conala, tmp_path, capsys):
     capsys.readouterr()
     conala.write_text("".join(json.dumps({"intent": f"do {n}", "snippet": f"do({n})"}) + "\n" for n in range(9)))
     assert cli.main([*arguments[:-1], str(tmp_path / "other")]) == 1
-    assert "take a larger source, or name a --model: no row has a second wording" in capsys.readouterr().err
+    assert "use a larger source, or name a --model: no row has a second wording" in capsys.readouterr().err
 
 
 def test_two_builds_of_one_folder_do_not_mix(conala, tmp_path, capsys):
     with only_writer(tmp_path / "out"):
         assert cli.main(["data", "build", "cnle", "--source", str(conala), "--out", str(tmp_path / "out")]) == 1
-    assert f"{tmp_path}/out: process " in (error := capsys.readouterr().err) and "writing there" in error
+    assert f"{tmp_path}/out: process " in (error := capsys.readouterr().err) and "writing to this folder" in error
 
 
 def test_a_source_that_is_mended_is_read_again(conala, tmp_path):
@@ -805,7 +806,7 @@ def test_stages_say_what_is_wrong_with_their_files(tmp_path):
     with pytest.raises(StudyError, match="01-a.json: cannot be read as UTF-8 JSON.*remove it and 01-a.jsonl"):
         Stages(tmp_path).run("a", step, [])
     (tmp_path / "01-a.json").unlink()
-    with pytest.raises(StudyError, match="has no 01-a.json beside it"):
+    with pytest.raises(StudyError, match="has no 01-a.json next to it"):
         Stages(tmp_path).run("a", step, [])
 
 

@@ -186,7 +186,7 @@ def test_all_five_run_together(elsewhere, answers):
     assert set(records["start"]) == {start["id"]} and set(records["library"]) == {start["library"]}
     assert answers["again"]["status"] == 0 and len(file.read_text().splitlines()) == 6, "nothing is edited twice"
     assert answers["other"]["status"] == 1
-    assert "set grace={'steps': 3}, asked for is set grace={'steps': 4}" in answers["other"]["err"]
+    assert "set grace={'steps': 3}, but set grace={'steps': 4} was requested" in answers["other"]["err"]
 
 
 def test_a_data_set_needs_no_code(elsewhere, answers):

@@ -279,7 +279,7 @@ def test_download_checks_the_checksum(zenodo, tmp_path):
 
 
 def test_no_network_is_said_with_the_remedy(zenodo):
-    with pytest.raises(StudyError, match="get it by hand from https://doi.org/10.5281/zenodo.12818365"):
+    with pytest.raises(StudyError, match="download it yourself from https://doi.org/10.5281/zenodo.12818365"):
         published.fetch(CNLE, api="http://127.0.0.1:9/api")
 
 

@@ -349,7 +349,7 @@ def test_composed_edits_are_saved(fresh, tmp_path):
 
 
 def test_kinds_register_themselves_and_say_how_they_are_applied():
-    with pytest.raises(TypeError, match="needs a kind of its own: 'dense' is DenseUpdate"):
+    with pytest.raises(TypeError, match="needs its own kind: 'dense' is DenseUpdate"):
 
         class Sparse(DenseUpdate):
             pass

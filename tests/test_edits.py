@@ -72,7 +72,7 @@ def test_rows_of_one_batch_belong_to_different_models(subject):
 
 
 def test_rows_must_fit_the_batch(llama):
-    with pytest.raises(StudyError, match="2 edits meet a batch of 3"):
+    with pytest.raises(StudyError, match="2 edits for a batch of 3"):
         with llama.applying([dense(llama, 1), dense(llama, 2)]):
             llama.model(input_ids=torch.tensor([[1, 2]] * 3, device=llama.device))
     with pytest.raises(StudyError, match="rows= must name edits"), llama.applying([dense(llama, 1)], rows=[1]):

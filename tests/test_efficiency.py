@@ -103,10 +103,11 @@ def test_a_shape_only_subject_is_seeded_and_edits(small_paper_subject, cases):
 
 def test_a_device_that_is_too_small_is_refused(monkeypatch):
     monkeypatch.setattr(shapes, "free_memory_bytes", lambda device: 10 * 2**30)
-    with pytest.raises(StudyError, match=r"codellama-7b in bfloat16 needs about 14.4 GiB and cpu has 10.0 GiB free"):
+    with pytest.raises(StudyError, match=r"codellama-7b in bfloat16 needs about 14.4 GiB, but cpu has 10.0 GiB free"):
         shapes.random_subject("codellama-7b", "cpu", "bfloat16")
     with pytest.raises(
-        StudyError, match="'smollm2-135m' has no shape to fill with random weights; known: codellama-7b"
+        StudyError,
+        match="'smollm2-135m' has no shape to fill with random weights; use one of codellama-7b",
     ):
         shapes.random_subject("smollm2-135m")
     with pytest.raises(StudyError, match="dtype='int8' is not one of auto, float32"):
@@ -272,8 +273,8 @@ def test_the_papers_orderings_are_counted_where_all_of_them_were_measured():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"editors": "none"}, "editors: .*nothing to time of 'none'"),
-        ({"batches": "0,2"}, "batches: .*a batch has from 1 to 65536 cases"),
+        ({"editors": "none"}, "editors: .*'none' makes no edit that could be timed"),
+        ({"batches": "0,2"}, "batches: .*a batch holds 1 to 65536 cases"),
         ({"dataset": "conala"}, "unknown dataset 'conala'; known: cnle, csne"),
         ({"casess": 3}, "casess: unknown key .*known: subject, random_weights"),
     ],
@@ -437,8 +438,8 @@ def test_a_run_goes_on_in_smaller_batches(tiny, source, monkeypatch, tmp_path):
     records = runs.run(config)
     assert sorted(records["case_id"]) == list(range(5)) and max(tried) == 5
     failed = records[records["error"].notna()]
-    assert list(failed["case_id"]) == [3] and "does not suffice" in failed["error"].iloc[0]
-    with pytest.raises(StudyError, match="batch_size: .*from 1 to 65536 is needed, or auto"):
+    assert list(failed["case_id"]) == [3] and "does not fit" in failed["error"].iloc[0]
+    with pytest.raises(StudyError, match="batch_size: .*from 1 to 65536, or auto"):
         study_config.make_config(batch_size="many")
 
 

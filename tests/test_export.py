@@ -67,7 +67,7 @@ def test_an_export_writes_what_the_edited_subject_writes(base, cases, name, tmp_
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     models = [plain]
     if name == "ft-l":
-        with pytest.raises(StudyError, match="ft-l updates whole matrices, which no adapter of low rank holds"):
+        with pytest.raises(StudyError, match="ft-l updates whole matrices, which a low-rank adapter cannot hold"):
             export_edits(edits, base, tmp_path / "adapter")
         assert not list(tmp_path.glob("adapter*"))
     else:
@@ -102,7 +102,7 @@ def test_ranks_that_differ_are_filled_up(base, cases, tmp_path, monkeypatch):
 def test_what_cannot_be_exported_is_refused(base, cases, tmp_path, monkeypatch, capsys):
     codebooks = load_editor("grace", base, layer=2, steps=2).edit(cases[:2])
     with pytest.raises(
-        StudyError, match="grace look up a codebook at every prompt, which no weights can do: run the model"
+        StudyError, match="grace look up a codebook at every prompt, which weights cannot do: run the model"
     ):
         export_edits(codebooks, base, tmp_path / "out")
     with pytest.raises(StudyError, match="change nothing"):
@@ -111,16 +111,16 @@ def test_what_cannot_be_exported_is_refused(base, cases, tmp_path, monkeypatch, 
     save_edits(tmp_path / "edits.safetensors", edits, base)
     options = ["export", str(tmp_path / "edits.safetensors"), "--subject", str(tmp_path / "base"), "--device", "cpu"]
     assert cli.main([*options, "--to", str(tmp_path / "out"), "--case-ids", "0,77"]) == 1
-    assert "no edit of case 77; there are those of 0, 1" in capsys.readouterr().err
+    assert "no edit of case 77; the file has edits of cases 0, 1" in capsys.readouterr().err
     (tmp_path / "out").mkdir()
     assert cli.main([*options, "--to", str(tmp_path / "out")]) == 1
-    assert "exists already; choose another folder" in capsys.readouterr().err
+    assert "already exists; choose another folder" in capsys.readouterr().err
     half = load_subject(str(tmp_path / "base"), "cpu", "bfloat16")
-    with pytest.raises(StudyError, match="the weights are bfloat16, and rounding would lose most of an update"):
+    with pytest.raises(StudyError, match="the weights are bfloat16, where rounding would lose most of an update"):
         export_edits(edits, half, tmp_path / "half", merged=True)
     said = export_edits(edits, half, tmp_path / "half", merged=True, allow_rounding=True)
     assert re.search(
-        r"\d+ of \d+ entries of 1 matrices changed, by [01]\.\d{4} of the update's norm, in bfloat16$", said
+        r"\d+ of \d+ entries in 1 matrices changed, by [01]\.\d{4} of the update's norm, in bfloat16$", said
     )
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto").dtype == torch.bfloat16
 

@@ -72,7 +72,7 @@ def test_of_two_writers_the_second_is_refused_and_a_dead_one_holds_nothing(whole
     first = start(source, out)
     while not list(out.glob("records/*.jsonl")) and first.is_alive():
         time.sleep(0.01)
-    with pytest.raises(StudyError, match=rf"run: process {first.pid} is writing there; wait for it"):
+    with pytest.raises(StudyError, match=rf"run: process {first.pid} is writing to this folder; wait for it"):
         with runs.only_writer(out):
             pass
     assert (
@@ -151,7 +151,7 @@ def test_a_failed_case_is_tried_again_when_that_is_asked_for_or_the_library_chan
     assert failed(runs.run(config(**other))) == [1]
     failing["fails"] = False
     monkeypatch.setattr(provenance, "library_sha256", lambda: "changed")
-    with pytest.raises(StudyError, match="library=.*asked for is library='changed'.*--accept library"):
+    with pytest.raises(StudyError, match="library=.*library='changed' was requested.*--accept library"):
         runs.run(config(**other))
     assert not failed(runs.run(config(**other, accept="library")))
 
@@ -163,7 +163,7 @@ def test_the_command_fails_while_a_case_does(config, failing, tmp_path, source, 
     message = capsys.readouterr().err
     assert (
         "failed: cnle case 1 by grace: CaseError: case 1" in message
-        and "1 of 5 cases failed; --retry-failed" in message
+        and "1 of 5 cases failed; pass --retry-failed" in message
     )
     failing["fails"] = False
     assert cli.main([*arguments, "--retry-failed"]) == 0
@@ -185,18 +185,18 @@ def test_a_fault_of_the_environment_ends_the_run_and_is_no_record(config, failin
 def test_records_without_what_made_them_are_not_resumed(config):
     runs.run(config())
     (config().out / "run.json").unlink()
-    with pytest.raises(StudyError, match="there are records, but no run.json that says what made them"):
+    with pytest.raises(StudyError, match="has records, but no run.json that says what made them"):
         runs.run(config())
 
 
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"seed": 1}, "seed=42, asked for is seed=1"),
-        ({"dtype": "bfloat16"}, "dtype='auto', asked for is dtype='bfloat16'"),
-        ({"set": "grace.radius=2.5"}, "grace={}, asked for is set grace={'radius': 2.5}"),
-        ({"values": "transferred"}, "values='subject', asked for is values='transferred'"),
-        ({"preset": "compat"}, "preset='clean', asked for is preset='compat'"),
+        ({"seed": 1}, "seed=42, but seed=1 was requested"),
+        ({"dtype": "bfloat16"}, "dtype='auto', but dtype='bfloat16' was requested"),
+        ({"set": "grace.radius=2.5"}, "grace={}, but set grace={'radius': 2.5} was requested"),
+        ({"values": "transferred"}, "values='subject', but values='transferred' was requested"),
+        ({"preset": "compat"}, "preset='clean', but preset='compat' was requested"),
     ],
 )
 def test_what_can_change_a_score_cannot_change_between_two_starts(config, changed, says):
@@ -211,7 +211,7 @@ def test_another_model_or_a_yaml_that_changed_is_another_run(config, monkeypatch
     runs.run(config())
     with monkeypatch.context() as patch:
         patch.setattr(runs, "subject_fingerprint", lambda name: "another")
-        with pytest.raises(StudyError, match="model='random-seed-0', asked for is model='another'"):
+        with pytest.raises(StudyError, match="model='random-seed-0', but model='another' was requested"):
             runs.run(config())
     resolve = run_folder.resolve_hparams
     monkeypatch.setattr(
@@ -219,12 +219,12 @@ def test_another_model_or_a_yaml_that_changed_is_another_run(config, monkeypatch
         "resolve_hparams",
         lambda name, *a, **k: resolve(name, *a, **k, **({"steps": 7} if name == "grace" else {})),
     )
-    with pytest.raises(StudyError, match=r"grace.steps=30, asked for is grace.steps=7"):
+    with pytest.raises(StudyError, match=r"grace.steps=30, but grace.steps=7 was requested"):
         runs.run(config())
 
 
 def test_more_cases_than_there_are_is_an_answer_with_their_number(config, source):
     assert len(load_cases("cnle", str(source))) == 5
-    with pytest.raises(StudyError, match="cases=6: cnle has 5 to draw from"):
+    with pytest.raises(StudyError, match="cases=6: cnle has only 5 cases to draw from"):
         runs.run(config(cases=6))
     assert not config().out.exists()

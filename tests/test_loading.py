@@ -257,7 +257,7 @@ def test_an_artifact_that_was_changed_is_refused(tmp_path):
                 read()
     content = load_file_with(made, whole)
     save_file(content, made.file, metadata={"clme": json.dumps({"subject": "y"})})
-    with pytest.raises(StudyError, match="its subject is 'y', needed is 'x'; remove the file"):
+    with pytest.raises(StudyError, match="its subject is 'y', expected 'x'; remove the file"):
         made.read()
 
 
@@ -271,7 +271,7 @@ def test_a_changed_query_is_refused(llama):
     (file,) = (loading.cache_dir() / "queries").glob("*/*.safetensors")
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(StudyError, match=r"\.safetensors: .*another SHA-256.*remove it"):
+    with pytest.raises(StudyError, match=r"\.safetensors: .*SHA-256.*remove it"):
         stored_queries(llama, ["Code:"], 2, "mean")
     file.unlink()
     assert torch.equal(stored_queries(llama, ["Code:"], 2, "mean"), first)
@@ -309,7 +309,7 @@ def test_the_converted_model_is_verified_whenever_it_is_used(converted):
         file = converted / name
         before = file.read_bytes() if file.is_file() else None
         change(file)
-        with pytest.raises(StudyError, match=f"{name}.*remove the folder .*anew|{name}.*JSON"):
+        with pytest.raises(StudyError, match=f"{name}.*remove the folder .*again|{name}.*JSON"):
             embedded.ensure()
         file.unlink() if before is None else file.write_bytes(before)
         embedded.ensure()
@@ -323,18 +323,18 @@ def test_large_files_are_read_when_they_changed_or_all_are_asked_for(converted, 
     file = converted / "model.safetensors"
     state = file.stat()
     file.write_bytes(b"Weights")
-    with pytest.raises(StudyError, match="not as it was made"):
+    with pytest.raises(StudyError, match="changed since it was made"):
         embedded.verify()
     embedded.os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
     embedded.verify()
-    with pytest.raises(StudyError, match="not as it was made"):
+    with pytest.raises(StudyError, match="changed since it was made"):
         embedded.verify(whole=True)
 
 
 def test_a_conversion_without_manifest_is_known_or_refused(converted, monkeypatch):
     (converted / embedded.MANIFEST).unlink()
     with pytest.raises(
-        StudyError, match="it cannot be told that its files are as they were converted; remove the folder"
+        StudyError, match="nothing shows that its files are unchanged since the conversion; remove the folder"
     ):
         embedded.ensure()
     hashes = [[file.name, embedded.file_sha256(file)] for file in sorted(converted.iterdir())]

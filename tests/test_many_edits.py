@@ -117,9 +117,9 @@ def test_more_edits_go_on_from_the_kept_state(config, monkeypatch):
 
 def test_another_order_or_another_training_is_another_run(config):
     run(config(editors="none,a-grace", cases=3))
-    with pytest.raises(StudyError, match="sample=0, asked for is sample=1"):
+    with pytest.raises(StudyError, match="sample=0, but sample=1 was requested"):
         run(config(editors="none", cases=3, sample=1))
-    with pytest.raises(StudyError, match="cases of cnle=3, asked for is cases of cnle=2"):
+    with pytest.raises(StudyError, match="cases of cnle=3, but cases of cnle=2 was requested"):
         run(config(editors="a-grace", cases=2))
     run(config(editors="none", cases=2))
 
@@ -136,7 +136,9 @@ def test_a_trained_editor_learns_from_the_cases_that_are_not_edited(config, monk
     ((learnt_from, edited),) = seen
     assert [case.case_id for case in edited] == [case.case_id for case in ordered(asked)]
     assert {case.case_id for case in learnt_from} == set(range(5)) - {case.case_id for case in edited}
-    with pytest.raises(StudyError, match="a-grace has to learn from cases of cnle that are not edited, and 0 are left"):
+    with pytest.raises(
+        StudyError, match="a-grace has to learn from cases of cnle that are not edited, but only 0 are left"
+    ):
         run(config(editors="a-grace", cases=5, out=asked.out.with_name("all")))
 
 
@@ -236,7 +238,7 @@ def test_cases_are_held_out_of_many_edits_only(config, monkeypatch):
 
     with pytest.raises(StudyError, match="held_out=2: protocol=single edits each case in the unedited model"):
         run(config(protocol="single", cases=3, held_out=2))
-    with pytest.raises(StudyError, match="cases=4: cnle has 5 to draw from, 2 of which are held out"):
+    with pytest.raises(StudyError, match="cases=4: cnle has only 5 cases to draw from, 2 of which are held out"):
         run(config(cases=4, held_out=2))
     with pytest.raises(StudyError, match="held_out=5: cnle has 5 cases; leave some to edit"):
         run(config(cases=None, held_out=5))
@@ -247,7 +249,7 @@ def test_cases_are_held_out_of_many_edits_only(config, monkeypatch):
     run(asked)
     order = sample_cases(load_cases("cnle", asked.source), 3, asked.sample)
     assert {case.case_id for case in seen} == set(range(5)) - {case.case_id for case in order}, "nor learnt from"
-    with pytest.raises(StudyError, match="held_out=1, asked for is held_out=0"):
+    with pytest.raises(StudyError, match="held_out=1, but held_out=0 was requested"):
         run(config(editors="a-grace", cases=2))
 
 
@@ -265,7 +267,7 @@ def test_simie_reuses_edits_and_joins_them(tiny, config, monkeypatch):
     written = texts(records)
     assert [written[5, case.case_id] for case in cases] == expected["generated_effectiveness"].tolist()
     (first,) = load_editor("grace", tiny, layer=2, steps=2).edit(cases[:1])
-    with pytest.raises(StudyError, match="SimIE joins updates of weights, and the edits of grace are none"):
+    with pytest.raises(StudyError, match="SimIE joins updates of weights, but the edits of grace do not"):
         simie([first], lambda layer: edit_keys(tiny, cases[:1], layer))
 
 

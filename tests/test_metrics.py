@@ -68,7 +68,7 @@ def test_specificity_is_all_or_nothing():
     assert exact_match(same, same) == 1.0
     assert exact_match(one_off, same) == 0.0
     assert exact_match_rate(one_off, same) == 0.8
-    with pytest.raises(ValueError, match="4 generated texts meet 5 references"):
+    with pytest.raises(ValueError, match="4 generated texts, but 5 references"):
         exact_match(same[:4], same)
 
 

@@ -175,20 +175,20 @@ def test_only_the_papers_data_sets_are_built_and_checked(command, capsys):
 def test_a_measurement_says_which_options_it_takes(capsys, tmp_path):
     for command, message in (
         ("measure nothing", "unknown measurement 'nothing'; known: selection, presets, end-of-target"),
-        ("measure selection", "measure selection: --editor is needed"),
-        ("measure presets --editor rome,memit", "measure presets: --editor is not taken, or only one"),
-        ("measure radius --dataset cnle", "measure radius: --dataset is not taken"),
+        ("measure selection", "measure selection: needs --editor"),
+        ("measure presets --editor rome,memit", "measure presets: does not take --editor, or takes only one value"),
+        ("measure radius --dataset cnle", "measure radius: does not take --dataset"),
     ):
         assert main([*command.split(), "--out", str(tmp_path / "table.csv")]) == 1
         assert message in capsys.readouterr().err
     assert main(["measure", "list"]) == 0 and "encoders" in capsys.readouterr().out
-    assert main(["measure", "radius"]) == 1 and "measure radius: --out is needed" in capsys.readouterr().err
+    assert main(["measure", "radius"]) == 1 and "measure radius: needs --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("old", ["select", "presets", "diagnose", "pmet-parts", "radius", "encoders", "statistics"])
 def test_a_command_that_was_renamed_says_so(old, capsys):
     assert main([old, "--out", "table.csv"]) == 2
-    assert re.search(rf"`clme {old}` is called `clme measure [a-z-]+` now", capsys.readouterr().err)
+    assert re.search(rf"`clme {old}` is now called `clme measure [a-z-]+`", capsys.readouterr().err)
 
 
 def test_importing_is_light():

@@ -127,9 +127,9 @@ def test_a_pass_over_given_tokens_an_export_and_a_later_edit_are_refused(llama, 
     (edit,) = load_editor("in-context", llama).edit(cases[:1])
     with pytest.raises(StudyError, match="puts text before prompts.*clme_lib.generate"), llama.applying([edit]):
         pass
-    with pytest.raises(StudyError, match="edits of in-context are text before prompts, which no weights hold"):
+    with pytest.raises(StudyError, match="edits of in-context are text before prompts, which weights cannot hold"):
         export_edits([edit], llama, tmp_path / "exported")
-    with pytest.raises(StudyError, match="grace edits by what the model reads, and in-context has put text"):
+    with pytest.raises(StudyError, match="grace depends on what the model reads, and in-context has put text"):
         load_editor("grace", llama.edited(edit))
     with pytest.raises(StudyError, match="radii: no value for 'cnle'; given: other"):
         load_editor("in-context-retrieved", llama, layer=1, radii={"other": 1.0}).edit(cases[:1])

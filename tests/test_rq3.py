@@ -98,7 +98,7 @@ def test_distances_are_drawn_as_recorded(both):
 
 
 def test_presets_are_compared_by_the_notebook_itself(source, tmp_path):
-    with pytest.raises(StudyError, match="RQ3 compares both presets by itself"):
+    with pytest.raises(StudyError, match="RQ3 runs both presets by itself"):
         measurements.compat_run(config(source, tmp_path / "rq3", editors=EDITORS, preset="compat"))
 
 
@@ -170,5 +170,5 @@ def test_small_files_are_made_once_and_published(both, monkeypatch, tmp_path):
     shown = chosen.model_copy(update={"out": tmp_path / "published"})
     assert measurements.projection(shown).equals(places) and made == [4]
     (tmp_path / "published" / "radius.csv").unlink()
-    with pytest.raises(StudyError, match="radius.csv is missing: a published run of RQ3 has it"):
+    with pytest.raises(StudyError, match="radius.csv is missing from a published run of RQ3"):
         measurements.sweep(shown)

@@ -64,7 +64,7 @@ def test_scores_can_wait(tiny, source, tmp_path, capsys):
     pd.testing.assert_frame_equal(filled[shared], whole[shared])
     assert before == {file: file.read_bytes() for file in (later.out / "records").iterdir()}
     assert main(["score", str(later.out), str(tmp_path / "scored")]) == 1
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_trained_editors_learn_from_the_other_fold(tiny, source, tmp_path, monkeypatch):
@@ -128,7 +128,7 @@ def test_records_do_not_depend_on_the_batch(tiny, source, tmp_path):
 
 def test_another_configuration_is_refused(tiny, source, tmp_path):
     runs.run(config(source, tmp_path / "run"))
-    with pytest.raises(StudyError, match="holds a run with seed=42, asked for is seed=1"):
+    with pytest.raises(StudyError, match="holds a run with seed=42, but seed=1 was requested"):
         runs.run(config(source, tmp_path / "run", seed=1, cases=4))
 
 
@@ -277,7 +277,7 @@ def test_publishing_keeps_cnle_texts_and_hashes_of_csne(tiny, source, tmp_path):
     starts = json.loads((tmp_path / "out" / "run.json").read_text())["starts"]
     assert starts[0]["commit"] == provenance.commit(), "the library is this one, so its commit is known"
     assert starts[1]["commit"] == "unknown"
-    with pytest.raises(StudyError, match="exists already"):
+    with pytest.raises(StudyError, match="already exists"):
         publish(tmp_path / "run", tmp_path / "out")
 
 

@@ -229,7 +229,7 @@ def test_nothing_is_left_behind(sandbox):
 
 
 def test_a_check_that_cannot_be_set_up_is_not_the_snippets_fault(sandbox):
-    with pytest.raises(StudyError, match="setup.*NameError.*mend the check"):
+    with pytest.raises(StudyError, match="setup.*NameError.*correct the check"):
         sandbox.run(Check("undefined", ""), "1")
 
 

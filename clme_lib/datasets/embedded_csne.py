@@ -1,9 +1,9 @@
 """Embedded CSNE: functions and the first sentence of their docstring, mined from the packages the study installs.
 
-Nothing mined is committed. The set is built once on the user's machine from pinned, pure-Python sources (no standard
-library and no torch: their text depends on the build), so every supported Python gives the same set; its
-SHA-256 is committed in ``embedded/csne.json`` and checked. Rules follow CodeSearchNet's construction: docstring and comments cut
-out of the code, first sentence as the description, at most 256 tokens, near-duplicates removed.
+No mined text is committed. The set is built once on the user's machine from pinned, pure-Python sources (not the standard
+library or torch, whose text depends on the build), so every supported Python gives the same set; its
+SHA-256 is committed in ``embedded/csne.json`` and checked. The rules follow CodeSearchNet's construction: docstring and comments are cut
+out of the code, the first sentence is the description, there are at most 256 tokens, and near-duplicates are removed.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ PACKAGES = {
 }  # fmt: skip
 TARGETS = 600
 POOL = 2_200
-PACKAGE_QUOTA = 155  # of 2,800: well under the bound of 15% from one package
+PACKAGE_QUOTA = 155  # of 2,800: well under the limit of 15% from one package
 MAX_TOKENS = 256
-_MAX_CHARACTERS = 1_500  # nothing longer has 256 tokens or fewer in practice; spares the costly checks
+_MAX_CHARACTERS = 1_500  # in practice, longer code has more than 256 tokens; this avoids the costly checks
 
 # tests, vendored and generated files, and numpy.distutils, which wheels for Python 3.12 and later leave out
 _SKIPPED_PARTS = re.compile(
@@ -73,7 +73,7 @@ def is_mined() -> bool:
 
 
 def cached() -> Path:
-    """Where the committed set is kept once it has been mined."""
+    """The cache file of the committed set once it has been mined."""
     return cache_dir() / "datasets" / f"csne-{_committed()['sha256'][:16]}.json"
 
 
@@ -96,13 +96,13 @@ def load_content() -> dict:
     ]
     if different:
         raise StudyError(
-            f"embedded CSNE is mined from pinned packages, and these differ: {', '.join(different)}. "
+            f"embedded CSNE is mined from pinned packages, and the installed ones differ: {', '.join(different)}. "
             "Install with `pip install -c constraints.txt -e .`, or use source='published' or a file."
         )
     content = build()
     if (digest := content_sha256(content)) != committed["sha256"]:
         raise StudyError(
-            f"the mined CSNE set has SHA-256 {digest}, committed is {committed['sha256']}: "
+            f"the mined CSNE set has SHA-256 {digest}, but the committed hash is {committed['sha256']}: "
             "an installed package was modified; reinstall with `pip install --force-reinstall -c constraints.txt -e .`"
         )
     write_text(file, json.dumps(content))
@@ -115,7 +115,7 @@ def content_sha256(content: dict) -> str:
 
 
 def commit_hash() -> str:
-    """Mine anew and record the set's hash and the packages it came from in ``embedded/csne.json`` (after a pin changed)."""
+    """Mine again and record the set's hash and source packages in ``embedded/csne.json`` (after a pin changed)."""
     digest = content_sha256(build())
     write_text(COMMITTED, json.dumps({"sha256": digest, "packages": installed_versions()}, indent=1) + "\n")
     return digest
@@ -127,7 +127,7 @@ def _committed() -> dict:
 
 @dataclass(frozen=True)
 class MinedFunction:
-    """One accepted function: where it is from, its code without docstring and comments, and its description."""
+    """One accepted function: its origin, its code without docstring and comments, and its description."""
 
     origin: str  # "package path qualified.name"
     package: str
@@ -214,7 +214,7 @@ def package_functions(distribution: str, most: int) -> Iterator[MinedFunction]:
 
 @cache
 def _tokenizer():
-    """The embedded subject's, which counts the tokens."""
+    """The embedded subject's tokenizer, which counts the tokens."""
     from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(embedded_subject.ensure() / "tokenizer.json"))
@@ -244,7 +244,7 @@ def _accept(lines: list[str], name: str, node: ast.FunctionDef) -> tuple[str, st
 
 
 def distinct(candidates: Iterable[MinedFunction]) -> list[MinedFunction]:
-    """Drop functions whose tokens nearly repeat an earlier one's (set Jaccard >= 0.8, multiset >= 0.7) or whose doc does."""
+    """Drop functions whose tokens or doc nearly repeat an earlier one's (set Jaccard >= 0.8, multiset >= 0.7)."""
     from sklearn.feature_extraction.text import CountVectorizer
 
     functions = list(candidates)
@@ -255,7 +255,7 @@ def distinct(candidates: Iterable[MinedFunction]) -> list[MinedFunction]:
     shared = (incidence @ incidence.T).tocoo()
     close: dict[int, list[int]] = {}
     for later, earlier, common in zip(shared.row.tolist(), shared.col.tolist(), shared.data.tolist()):
-        # compared as integers: no rounding decides membership
+        # compared as integers, so that no rounding decides membership
         if earlier < later and 10 * common >= 8 * (len(bags[later]) + len(bags[earlier]) - common):
             close.setdefault(later, []).append(earlier)
     kept: dict[int, MinedFunction] = {}

@@ -1,7 +1,7 @@
 """Nearest non-targeted inputs: the unrelated prompts of a case (paper section III-C: five per case).
 
 Any embedder is a function from texts to a matrix of row vectors; the embedded one is TF-IDF. scikit-learn's index computes the exact cosines
-a part at a time and keeps each target's best, so that the whole matrix is never held.
+in parts and keeps each target's best, so that the whole matrix is never in memory.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 NEIGHBOURS = 5
-TOO_CLOSE = 0.97  # cosine above which a text is the same thing in other spelling
+TOO_CLOSE = 0.97  # cosine above which a text says the same in other spelling
 _FOREIGN = 2  # neighbours from other groups
-_FIRST_ASKED = 200  # of the index, for a target
-_HELD = 2**24  # similarities kept at one time
-_PART_MIB = 128  # of all similarities, that are computed before the best are kept
+_FIRST_ASKED = 200  # entries requested from the index for a target at first
+_HELD = 2**24  # similarities in memory at one time
+_PART_MIB = 128  # size of a part of the similarities, of which only the best are kept
 Embedder = Callable[[Sequence[str]], Any]  # a dense array or a sparse matrix
 
-_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_A-Za-z]+")  # the last: other scripts
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_A-Za-z]+")  # the last alternative is for other scripts
 
 
 def subtokens(text: str) -> list[str]:
@@ -29,7 +29,7 @@ def subtokens(text: str) -> list[str]:
 
 
 def tfidf(texts: Sequence[str]):
-    """Unit TF-IDF rows over split identifiers (sparse, one row per text); a text without words has none but zeros."""
+    """Unit TF-IDF rows over split identifiers (sparse, one row per text); the row of a text without words is zero."""
     from scipy.sparse import csr_matrix
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -51,7 +51,7 @@ def nearest(
 
     Args:
         allowed: (target, pool entry) -> whether the pair may be neighbours at all.
-        ceiling: pairs with a higher cosine are aliases of the target, not neighbours.
+        ceiling: entries with a higher cosine are taken for repetitions of the target, not for neighbours.
         groups: group (say, package) of each target and pool entry; at least two neighbours come from a group other than the target's.
     """
     from sklearn import config_context
@@ -63,7 +63,7 @@ def nearest(
     vectors = embed([*targets, *pool])
     index = NearestNeighbors(algorithm="brute", metric="cosine").fit(vectors[len(targets) :])
     needed_foreign = _FOREIGN if groups else 0
-    # most targets find theirs among the first few; the rest ask for more
+    # the first few entries suffice for most targets; the rest request more
     unsettled, asked = list(range(len(targets))), min(_FIRST_ASKED, len(pool))
     while unsettled:
         open_ends = []
@@ -86,9 +86,9 @@ def nearest(
 
 
 def _settled(distances: np.ndarray, entries: np.ndarray, everything: bool) -> list[tuple[int, float]]:
-    """(pool entry, cosine) of what the index returned, nearest first, up to where the order depends on what it left out.
+    """(pool entry, cosine) of the returned entries, nearest first, up to where the order depends on entries not returned.
 
-    Rounding makes the order of (near) ties the pool's own, whatever the machine; of those that tie with the last, some may be missing.
+    Rounding gives (near) ties the order of the pool on every machine; some entries that tie with the last may be missing.
     """
     cosines = np.round(1 - distances, 9)
     order = np.lexsort((entries, -cosines))

@@ -51,8 +51,8 @@ CSNE = _paper(
     before="Code: ",
     after="\nDescription:",
     code=frozenset({"input"}),
-    publish_texts=False,  # mined from packages whose text is not ours to publish
-    paper_cases=16_000,  # the paper says a little over this
+    publish_texts=False,  # mined from packages whose source code may not be redistributed here
+    paper_cases=16_000,  # the paper says slightly more than this
     layout=Layout("code", "code_doc", "code_rewrite", "EditCodeSearchNet"),
     order=2,
 )

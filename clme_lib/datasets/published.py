@@ -48,7 +48,7 @@ def read(path: str | os.PathLike, dataset: Dataset) -> list[Case]:
 
 
 def read_records(path: str | os.PathLike) -> list:
-    """The records of a file in the published layout, not looked into; StudyError when there are none."""
+    """The unchecked records of a file in the published layout; StudyError if there are none."""
     records = read_json(os.fspath(path))
     if not isinstance(records, list) or not records:
         raise StudyError(
@@ -58,10 +58,10 @@ def read_records(path: str | os.PathLike) -> list:
 
 
 def layout_of(dataset: Dataset) -> Layout:
-    """The authors' layout of a dataset; StudyError when it is not one of theirs."""
+    """The authors' layout of a dataset; StudyError if the dataset is not theirs."""
     if dataset.layout is None:
         raise StudyError(
-            f"dataset {dataset.name!r} has no layout of the paper's authors; give it a file that describes itself"
+            f"dataset {dataset.name!r} has no layout of the paper's authors; use a JSON file that describes the dataset"
         )
     return dataset.layout
 
@@ -96,7 +96,7 @@ def parse_record(record: object, where: str, dataset: Dataset) -> Case:
 
 
 def _object(content: object, where: str, fields: tuple[str, ...], optional: str = "") -> dict[str, Any]:
-    """An object that has these fields and no others, of which a misspelt one would be."""
+    """An object with exactly these fields; an unknown field may be a misspelt one, and is refused."""
     if not isinstance(content, dict):
         raise StudyError(f"{where}: expected an object, found {type(content).__name__}")
     for name in fields:
@@ -122,10 +122,10 @@ def _text(content: dict[str, Any], name: str, where: str) -> str:
 
 
 def write(path: str | os.PathLike, cases: list[Case], answers: dict[str, list[list[str]]] | None = None) -> None:
-    """Write cases in the published layout, whole or not at all.
+    """Write cases in the published layout, completely or not at all.
 
     Args:
-        answers: of each model, the continuations of every case's neighbours.
+        answers: by model, the continuations of every case's neighbours.
     """
     dataset = get_dataset(cases[0].dataset)
     layout = layout_of(dataset)
@@ -161,7 +161,7 @@ def fetch(dataset: Dataset, api: str = "https://zenodo.org/api") -> Path:
     files = [file for file, path in paths.items() if name.lower() in path.lower()]
     if not files:
         raise StudyError(
-            f"record {ZENODO_DOI} in {folder}: no JSON file named like {name}; it has {list(paths.values())}"
+            f"record {ZENODO_DOI} in {folder}: no JSON file with a name like {name}; it has {list(paths.values())}"
         )
     # two-fold layout: <fold>/<dataset>/{train,test}.json beside one all.json
     return next((file for file in files if file.stem.lower() in ("all", name.lower())), files[0])
@@ -170,7 +170,7 @@ def fetch(dataset: Dataset, api: str = "https://zenodo.org/api") -> Path:
 def _download(folder: Path, api: str) -> None:
     import requests
 
-    advice = f"get it by hand from https://doi.org/{ZENODO_DOI} and pass the file's path as the source"
+    advice = f"download it yourself from https://doi.org/{ZENODO_DOI} and pass the file's path as the source"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".clmeeval-") as scratch:
         unfinished = Path(scratch) / "files"
@@ -188,7 +188,7 @@ def _download(folder: Path, api: str) -> None:
                         out.write(chunk)
                 if entry["checksum"].removeprefix("md5:") != digest.hexdigest():
                     raise StudyError(
-                        f"{file.name} of {ZENODO_DOI}: MD5 differs from the record's; try again or {advice}"
+                        f"{file.name} of {ZENODO_DOI}: the MD5 differs from the record's; try again or {advice}"
                     )
                 if zipfile.is_zipfile(file):
                     with zipfile.ZipFile(file) as archive:

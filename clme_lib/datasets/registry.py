@@ -1,6 +1,6 @@
-"""From a dataset's name, object or file to its cases.
+"""Loading the cases of a dataset that is given by its name, object or file.
 
-A dataset in one JSON file that says its own name and template; no code is needed.
+A dataset can be one JSON file that states its name and template; no code is needed:
 
 ::
 
@@ -12,7 +12,7 @@ A dataset in one JSON file that says its own name and template; no code is neede
      "cases": [{"case_id": 0, "input": ..., "target": ..., "rephrased": [...], "unrelated": [...]}]}
 
 ``title`` (the name in capitals), ``publish_texts`` (true) and ``code`` (none) may be left out. Inputs are written without the template. A case
-may have a ``check`` that says by running it whether what is written is right: ``{"setup": ..., "test": ...}``, see
+may have a ``check``, code that tests whether a generated snippet is right: ``{"setup": ..., "test": ...}``, see
 :class:`~clme_lib.support.sandbox.Check`.
 """
 
@@ -36,7 +36,7 @@ from .source_code import parsed
 
 
 def find_dataset(given: str | Dataset) -> Dataset:
-    """The dataset of a registered name, or of a JSON file that describes itself, which is registered by it.
+    """The dataset of a registered name, or of a JSON file that describes one, which is then registered.
 
     Raises:
         StudyError: no such name or file, a malformed file, or a name that another dataset has.
@@ -47,7 +47,7 @@ def find_dataset(given: str | Dataset) -> Dataset:
         return _from_file(given)
     if given.endswith(".json"):
         raise StudyError(
-            f"{given}: no JSON file that describes a dataset; a file in the published layout is a source: "
+            f"{given}: not a JSON file that describes a dataset; a file in the published layout is a source: "
             f"source={given} with dataset={' or '.join(list_datasets()[:2])}"
         )
     return get_dataset(given)
@@ -85,15 +85,15 @@ def _load(name: str, source: str) -> tuple[Case, ...]:
 
 
 def selection_ids(dataset: str) -> frozenset[int]:
-    """The embedded cases (30 of the paper's datasets) that are for choosing hyperparameters; they never enter a published table."""
+    """Ids of the embedded cases for choosing hyperparameters (30 per dataset of the paper); no published table contains them."""
     return get_dataset(dataset).selection
 
 
 def selection_cases(dataset: str, count: int | None = None) -> tuple[list[Case], list[Case]]:
-    """(the first ``count`` selection cases of a dataset (None: all), all its cases that are not for selection).
+    """(The first ``count`` selection cases of a dataset (None: all), all cases that are not selection cases).
 
     Raises:
-        StudyError: there are not so many.
+        StudyError: there are fewer.
     """
     cases, chosen = load_cases(dataset), selection_ids(dataset)
     selection = [case for case in cases if case.case_id in chosen]
@@ -149,7 +149,7 @@ class _File(Schema):
 
 
 def describes_itself(path: str | Path) -> bool:
-    """Whether a path is a JSON file of this layout, and not the list of records that the paper's authors publish."""
+    """Whether a path is a JSON file in this layout rather than the list of records that the paper's authors publish."""
     if Path(path).suffix != ".json" or not os.path.isfile(path):  # unlike Path's, False for a name that is too long
         return False
     try:

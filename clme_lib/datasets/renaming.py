@@ -1,8 +1,8 @@
 """Meaning-preserving renaming of a function's variables: CSNE's generalization input (in the spirit of ALERT).
 
 Which names may change is decided conservatively on the syntax tree; what they become is chosen by distributional
-similarity in a corpus of functions, with integer arithmetic only, so that every machine chooses alike; the
-edit is made by source position, so layout stays; and every variant is verified.
+similarity in a corpus of functions, with integer arithmetic only, so that every machine makes the same choice; the
+names are replaced by source position, so the layout stays; and every variant is verified.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from .source_code import Function, parsed, source_lines
 
 MIN_OCCURRENCES = 12
-# what reaches any variable of a function by its name, and what reaches the parameters of a function in it
+# calls that can reach any variable of a function by its name, and calls that can reach the parameters of a nested function
 _INTROSPECTION = {"locals", "eval", "exec", "vars", "globals", "dir", "builtins", "__builtins__"}
 _FRAMES = {"f_locals", "currentframe", "_getframe"}
 _SIGNATURES = {
@@ -31,12 +31,12 @@ _SIGNATURES = {
     "__kwdefaults__",
     "__annotations__",
 }
-_EXPRESSIONS = {"eval", "query", "evaluate"}  # methods that read a text with variables in it
+_EXPRESSIONS = {"eval", "query", "evaluate"}  # methods that evaluate a text with variables in it
 _FORBIDDEN = set(keyword.kwlist) | set(keyword.softkwlist) | set(dir(builtins)) | {"self", "cls", "mcs"}
 # instructions whose argument is a variable's name (a global's or an attribute's is never renamed)
 _OF_VARIABLES = {*dis.haslocal, *dis.hasfree}
 _FACTS = ("is_local", "is_global", "is_free", "is_parameter", "is_assigned", "is_referenced")
-# (name, names that are taken) -> its new name, or None
+# (name, taken names) -> its new name, or None
 Substitute = Callable[[str, set[str]], str | None]
 
 
@@ -56,7 +56,7 @@ def eligible_names(function: Function) -> list[str]:
     strings = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     calls = [node for node in nodes if isinstance(node, ast.Call)]
-    # what is reached through f_back is a caller's, which may be this one where there are functions in it
+    # f_back reaches a caller, which may be this function if it has nested ones
     nested = any(isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) for node in nodes[1:])
     own_frame = _FRAMES & (names | attributes | strings) and (nested or "f_back" not in attributes)
     if _INTROSPECTION & (names | strings) or own_frame or any(map(_reads_expression, calls)):
@@ -74,14 +74,14 @@ def eligible_names(function: Function) -> list[str]:
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             nested_parameters |= set(_parameters(node.args))
     keywords = {word.arg for call in calls for word in call.keywords if word.arg}
-    any_keyword = any(word.arg is None for call in calls for word in call.keywords)  # ``**``: known at run time alone
+    any_keyword = any(word.arg is None for call in calls for word in call.keywords)  # ``**`` is known only at run time
     by_name = any_keyword or _SIGNATURES & (names | attributes | strings)
     excluded |= nested_parameters if by_name else nested_parameters & (keywords | strings)
     to_itself = [word for call in calls if _called(call) == function.name for word in call.keywords]
     excluded |= {word.arg for word in to_itself if word.arg}
     if function.name not in bound:
         itself = {f"{receiver}{function.name}" for receiver in ("", "self.", "cls.", "super().")}
-        # what comes from its own ``**`` is no parameter
+        # keywords that its own ``**`` collects are not parameters
         passed = {
             ast.unparse(word.value)
             for call in calls
@@ -91,7 +91,7 @@ def eligible_names(function: Function) -> list[str]:
         }
         if passed - {getattr(function.args.kwarg, "arg", None)}:
             excluded |= {*_parameters(function.args)}
-        # handed to what may call it, such as ``partial``
+        # passed to something that may call it, such as ``partial``
         handed_on = set(nodes) - {call.func for call in calls}
         if any(isinstance(node, ast.Name) and node.id == function.name for node in handed_on):
             excluded |= {*_parameters(function.args)} if by_name else keywords | strings
@@ -102,7 +102,7 @@ def eligible_names(function: Function) -> list[str]:
 
 
 def _spelt(node: ast.AST) -> set[str]:
-    """Names that a node binds or declares by a string of its own: imports, ``global``, captures, functions, type parameters, ..."""
+    """Names that a node binds or declares as plain strings: imports, ``global``, captures, functions, type parameters, ..."""
     if isinstance(node, ast.alias):
         return {(node.asname or node.name).split(".")[0]}
     names = [getattr(node, "name", None), getattr(node, "rest", None), *getattr(node, "names", ())]
@@ -158,10 +158,10 @@ def verified(code: str, variant: str, mapping: dict[str, str]) -> bool:
 
 
 def same_up_to_names(code: str, variant: str) -> bool:
-    """Whether two pieces of code differ in nothing but a one-to-one renaming of variables, parameters and functions."""
+    """Whether two pieces of code differ only by a one-to-one renaming of variables, parameters and functions."""
 
     def numbered(text: str) -> str | None:
-        numbers: dict[str, str] = defaultdict(lambda: f"v{len(numbers)}")  # by a name's first appearance
+        numbers: dict[str, str] = defaultdict(lambda: f"v{len(numbers)}")  # numbered by first appearance
         tree = parsed(text)
         return _mapped(tree, numbers.__getitem__, functions=True) if tree else None
 
@@ -173,10 +173,10 @@ def same_up_to_names(code: str, variant: str) -> bool:
 
 
 def same_bytecode(code: str, variant: str, mapping: dict[str, str]) -> bool:
-    """Whether both compile to the same instructions up to ``mapping``, in all nested code objects.
+    """Whether both compile to the same instructions up to ``mapping``, including all nested code objects.
 
-    Annotations are left out: a function keeps them by its parameters' names. So is the order in which a closure's cells are
-    handed over, which follows the alphabet.
+    Annotations are ignored, because a function stores them under its parameters' names. The order in which a closure's cells are
+    passed is ignored too, because it is alphabetical.
     """
     try:
         before, after = (compile(_unannotated(text), "function", "exec", dont_inherit=True) for text in (code, variant))
@@ -197,7 +197,7 @@ def _unannotated(code: str) -> ast.Module:
 
 def _instructions(code: types.CodeType, names: dict[str, str]) -> list[tuple]:
     steps: list[tuple] = []
-    cells: list[tuple] = []  # a run of instructions that make or hand over cells
+    cells: list[tuple] = []  # a sequence of instructions that make or pass cells
     shared = {names.get(name, name) for name in (*code.co_cellvars, *code.co_freevars)}
     for step in dis.get_instructions(code):
         value, of_variable = step.argval, step.opcode in _OF_VARIABLES
@@ -217,11 +217,11 @@ def _instructions(code: types.CodeType, names: dict[str, str]) -> list[tuple]:
 
 
 class Substitutes:
-    """Names ranked by how alike they are used in a corpus.
+    """Names ranked by how similarly a corpus uses them.
 
     Each name is the set of syntactic contexts it occurs in (argument of which call, attribute taken, iterated,
-    compared, ...). A context weighs the more the rarer it is; likeness is the weighted share in common. All of it
-    is integer arithmetic, and ties are broken alphabetically.
+    compared, ...). A rarer context weighs more; similarity is the weighted share of common contexts. All
+    arithmetic is on integers, and ties are broken alphabetically.
     """
 
     def __init__(self, functions: Iterable[Function]) -> None:
@@ -241,7 +241,7 @@ class Substitutes:
         self._ranked: dict[str, list[str]] = {}
 
     def substitute(self, name: str, taken: set[str]) -> str | None:
-        """The name most alike that is not taken; None for a name the corpus hardly knows (a :data:`Substitute`)."""
+        """The most similar name that is not taken; None for a name that is rare in the corpus (a :data:`Substitute`)."""
         if name in self._contexts and name not in self._ranked:
             own = self._contexts[name]
 
@@ -249,7 +249,7 @@ class Substitutes:
                 shared = sum(self._weight[context] for context in own & self._contexts[candidate])
                 return -(2_000_000 * shared // (self._mass[name] + self._mass[candidate] or 1)), candidate
 
-            # one letter stays one letter
+            # a one-letter name gets a one-letter name
             candidates = [n for n in self._contexts if n != name and (len(n) == 1) == (len(name) == 1)]
             self._ranked[name] = sorted(candidates, key=unlikeness)[:40]
         return next((candidate for candidate in self._ranked.get(name, ()) if candidate not in taken), None)
@@ -316,7 +316,7 @@ def _called(call: ast.Call) -> str:
 
 
 def _mapped(tree: ast.AST, new_name: Callable[[str], str], functions: bool = False) -> str:
-    """The tree with other names of its variables, and of its functions too if asked."""
+    """The tree with renamed variables, and with renamed functions if ``functions`` is true."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
             node.id = new_name(node.id)
@@ -328,7 +328,7 @@ def _mapped(tree: ast.AST, new_name: Callable[[str], str], functions: bool = Fal
 
 
 def _facts(table: symtable.SymbolTable, names: dict[str, str]) -> tuple[list, list]:
-    """What a symbol table says of each name (two that become one stay two), and the same of the tables nested in it."""
+    """What a symbol table says about each name (two names mapped to one remain two entries), and the same for its nested tables."""
     of_names = [
         (names.get(symbol.get_name(), symbol.get_name()), [getattr(symbol, fact)() for fact in _FACTS])
         for symbol in table.get_symbols()

@@ -1,4 +1,4 @@
-"""Python source: parsing, docstrings and comments taken out, and the sentence that describes a function."""
+"""Python source: parsing, removing docstrings and comments, and extracting the sentence that describes a function."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def parsed(code: str) -> ast.Module | None:
 
 
 def source_lines(code: str) -> list[str]:
-    """The lines that positions in the syntax tree count: a lone carriage return ends one too, and nothing else but a line feed."""
+    """The lines that syntax-tree positions refer to: they end at line feeds and at lone carriage returns, and nowhere else."""
     return code.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def single_function(code: str) -> Function | None:
-    """The function that ``code`` defines, or None when it is anything but one function, or nested so that reading it overflows."""
+    """The function that ``code`` defines, or None if it is not exactly one function, or is nested too deeply to process."""
     tree = parsed(code)
     node = tree.body[0] if tree and len(tree.body) == 1 else None
     level: list[ast.AST] = [node] if isinstance(node, Function) else []
@@ -50,14 +50,14 @@ def single_function(code: str) -> Function | None:
 
 
 def bare_code(lines: list[str], function: Function, longest: int | None = None) -> str | None:
-    """A function's text from its ``def`` on, not indented, without its docstring, its comments and lines that hold no more.
+    """A function's text from its ``def`` on, dedented, without docstring and comments and the lines that these leave empty.
 
-    None when its docstring shares a line with code or is all it has, when it is too long or cannot be tokenized, and when moving
+    None if its docstring shares a line with code or is its whole body, if it is too long or cannot be tokenized, or if dedenting
     its lines would change anything else, such as a string.
 
     Args:
         lines: the source that ``function`` was parsed from, by :func:`source_lines`.
-        longest: most characters, counted with the comments.
+        longest: maximum number of characters, including comments.
     """
     kept, body = lines[function.lineno - 1 : function.end_lineno], function.body
     expected = copy.copy(function)
@@ -90,7 +90,7 @@ def first_sentence(docstring: str) -> str | None:
 
 
 def description(docstring: str) -> str | None:
-    """The first sentence with its markup taken out, or None when it is not a description that stands alone."""
+    """The first sentence without its markup, or None if it is not a self-contained description."""
     sentence = first_sentence(_ROLE.sub(r"\1", docstring).replace("``", "`"))
     if sentence is None or not sentence.endswith(".") or _ABBREVIATION.search(sentence):
         return None

@@ -1,1 +1,1 @@
-"""The editors, one file each, and what they share."""
+"""The editors, one file each, and their shared code."""

@@ -1,15 +1,15 @@
-"""A-GRACE and its ablations (paper section V): GRACE with a query that other wordings share.
+"""A-GRACE and its ablations (paper section V): GRACE with a query that rephrased prompts share.
 
-GRACE asks its codebook with the last token's key, which another wording of the same request does not hit. A-GRACE asks
-with ``E(mean of the prompt's keys)``, where the encoder ``E`` was trained on other cases to bring wordings of one
-request together and to keep neighbours apart. Value, layer, radius and steps are GRACE's; the codebook is asked once
-a text, when the prompt is read.
+GRACE queries its codebook with the last token's key, and a rephrased prompt's key is too far away. A-GRACE queries it
+with ``E(mean of the prompt's keys)``, where the encoder ``E`` was trained on other cases to bring a prompt and its rephrased
+prompts together and to keep neighbours apart. Value, layer, radius and steps are GRACE's; the codebook is queried once
+per text, when the prompt is read.
 
-Ablations: without contrastive learning (w/o CL) the mean of the keys is the query as it is; without the mean (w/o Mean) the
-encoder, trained on last tokens, is given the last token's key.
+Ablations: without contrastive learning (w/o CL) the unencoded mean of the keys is the query; without the mean (w/o Mean) the
+encoder is trained on last tokens' keys and gets the last token's key.
 
-The released program asks with NaN from the second generation after an edit on, so that its specificity and fluency are
-the unedited model's; ``later_calls="unedited"`` does as it does. Its w/o Mean is not affected.
+From the second generation after an edit on, the released program's query is NaN, so its specificity and fluency are
+the unedited model's; ``later_calls="unedited"`` reproduces this. Its w/o Mean is not affected.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ LaterCalls = Literal["edited", "unedited"]
 
 
 class AGRACEWithoutCLHyperparameters(GRACEHyperparameters):
-    """GRACE's, and what the second and later generations after an edit are made by."""
+    """GRACE's hyperparameters, and which model makes the second and later generations after an edit."""
 
     later_calls: LaterCalls = "edited"
 
 
 class AGRACEHyperparameters(EncoderHyperparameters):
-    """The encoder's, and what the second and later generations after an edit are made by."""
+    """The encoder's hyperparameters, and which model makes the second and later generations after an edit."""
 
     later_calls: LaterCalls = "edited"
 
 
 class AGRACEWithoutMeanHyperparameters(EncoderHyperparameters):
-    """``encoder_query`` is what the encoder is trained on: last tokens, or means (another reading of the paper)."""
+    """``encoder_query`` is what the encoder is trained on: last tokens' keys, or means (another reading of the paper)."""
 
     encoder_query: Query = "last"
 
@@ -69,7 +69,7 @@ class AGRACEWithoutCL(CodebookEditor[Hparams]):
 
 
 class AGRACE(AGRACEWithoutCL[EncoderHparams]):
-    """GRACE whose query is an encoded mean over the prompt, so that other wordings find the edit."""
+    """GRACE whose query is an encoded mean over the prompt, so that rephrased prompts find the edit."""
 
     name, title, order, colour = "a-grace", "A-GRACE", 7, 3
     Hyperparameters: ClassVar[type[Schema]] = AGRACEHyperparameters
@@ -96,7 +96,7 @@ class AGRACE(AGRACEWithoutCL[EncoderHparams]):
         self._trained = trained_encoder(self.subject.original, self.hparams, query, cases, edited, self.seed)
 
     def _edit_batch(self, cases, tokenized):
-        _ = self.trained  # without an encoder no value is learnt in vain
+        _ = self.trained  # raises before any value is learnt, if there is no encoder
         return super()._edit_batch(cases, tokenized)
 
     def stand_in(self, cases):
@@ -116,7 +116,7 @@ class AGRACE(AGRACEWithoutCL[EncoderHparams]):
         for case in cases:
             if case.dataset != trained_on:
                 raise StudyError(
-                    f"case {case.case_id} is of {case.dataset}, and the encoder of {self.name} was trained on "
+                    f"case {case.case_id} belongs to {case.dataset}, but the encoder of {self.name} was trained on "
                     f"{trained_on}: call fit with cases of {case.dataset}"
                 )
         return {**super()._asked_with(cases), "encoder": self.trained.encoder}

@@ -1,7 +1,7 @@
-"""AlphaEdit: MEMIT's residual, written where other texts have next to nothing (Fang et al. 2025; not in the paper).
+"""AlphaEdit: MEMIT's residual, written along directions that other texts hardly use (Fang et al. 2025; not in the paper).
 
-``P`` projects onto the eigenvectors of the second moment ``C`` whose eigenvalues are below a threshold: an update ``r (P k)^T`` leaves
-the outputs for what lies in the others as they are. For the keys ``K`` of a batch with residuals ``R``, the update is ``X^T`` with
+``P`` projects onto the eigenvectors of the second moment ``C`` whose eigenvalues are below a threshold: an update ``r (P k)^T`` does not change
+the outputs for keys in the span of the others. For the keys ``K`` of a batch with residuals ``R``, the update is ``X^T`` with
 ``(P (K K^T + H H^T) + ridge I) X = P K R^T``, with ``H`` the keys of earlier edits. That is locate_then_edit/spreading.py with ``A^-1 = P / ridge``;
 for the one key of a case alone::
 
@@ -23,7 +23,7 @@ from .locate_then_edit.spreading import SpreadingEditor, SpreadingHyperparameter
 
 
 class AlphaEditHyperparameters(SpreadingHyperparameters):
-    """``eigenvalue_threshold`` is on the scale of the second moment; the defaults are those that the authors give for Llama-3-8B."""
+    """``eigenvalue_threshold`` is on the scale of the second moment; the defaults are the authors' for Llama-3-8B."""
 
     lr: float = Field(default=0.1, gt=0)
     weight_decay: float = Field(default=0.5, ge=0)
@@ -39,7 +39,7 @@ class AlphaEdit(SpreadingEditor[AlphaEditHyperparameters]):
     name, title, order = "alphaedit", "AlphaEdit", 12
     Hyperparameters: ClassVar[type[Schema]] = AlphaEditHyperparameters
     compat: ClassVar = {}  # the released program does not have it
-    # the second threshold keeps about half of the dimensions of smollm2-135m-code, the second ridge writes most of a residual there
+    # on smollm2-135m-code, the second threshold keeps about half of the dimensions, and the second ridge writes most of a residual
     selection_grid: ClassVar = [
         {"kl_factor": kl, "eigenvalue_threshold": threshold, "ridge": ridge}
         for kl, threshold, ridge in product((0.0625, 0.0), (0.02, 0.006), (10.0, 0.1))
@@ -67,7 +67,7 @@ class AlphaEdit(SpreadingEditor[AlphaEditHyperparameters]):
 
     def stand_in(self, cases):
         super().stand_in(cases)
-        # Their eigenvalues are one, but for a few larger ones.
+        # Their eigenvalues are one, except for a few larger ones.
         self.projections = {
             layer: torch.eye(len(moment.matrix), device=self.subject.device).double()
             for layer, moment in self.moments.items()

@@ -1,7 +1,7 @@
-"""What an editor is: hyperparameters, ``edit`` from cases to edits, and ``fit`` for those that learn.
+"""What an editor is: hyperparameters, ``edit`` from cases to edits, and ``fit`` for editors that learn.
 
 A new editor is one file: a subclass of :class:`Editor` with a ``name``, in this folder or in another package that names it
-in its entry points (group ``clme_lib.editors``). It registers itself; its attributes say all that the study asks of it.
+in its entry points (group ``clme_lib.editors``). It registers itself; its attributes tell the study everything it needs to know.
 """
 
 from __future__ import annotations
@@ -37,33 +37,33 @@ EDITORS: Registry[type[Editor]] = Registry("editor", "clme_lib.editors", "clme_l
 
 
 class TargetHyperparameters(Schema):
-    """Of an editor that learns to write a target: whether the end of text is learnt after it (not in the paper)."""
+    """For editors that learn to write a target: whether the end of text after it is learnt too (not in the paper)."""
 
     end_of_target: bool = False
 
 
 class Editor(ABC, Generic[Hparams]):
-    """Turns cases into edits of one subject, without ever changing the subject.
+    """Makes edits of one subject from cases, without ever changing the subject.
 
     Args:
         hparams: an instance of the class's ``Hyperparameters``.
         seed: the study's seed; each case draws from its own generator.
 
     Attributes:
-        layers: those it edits, ascending.
-        name: what commands and records call it; a subclass that has one is registered.
-        title, order, colour: its name and place in tables, and its place in seaborn's colourblind palette; else its name, the
-            last place, and a colour of its own.
-        Hyperparameters: their types, ranges and defaults, the paper's values; a subject's YAML overrides single ones.
-        needs_training: ``fit`` has to be called before ``edit``; of an instance, with its hyperparameters (:meth:`trains`).
-        updates_weights: its edits change weights, which the diagnosis takes apart.
-        reads_given_prompts: its edits depend on what the model makes of a prompt as it stands, without text before it.
-        from_lookup: it changes no column before the lookup token, so that an optimisation step passes over the target's only.
-        compat: what ``preset="compat"`` changes: the released program's defects that can change conclusions.
-        without_early_stop: the hyperparameters under which every case takes all steps, whatever its loss.
-        timed_untrained: what was learnt does not change an edit's cost, which is always measured with :meth:`stand_in`.
-        selection_grid: the settings that are tried to select a subject's, the paper's first; as many for each of the study's editors.
-        selects_reach: the grid says how far from its prompt an edit acts, for each dataset, and the other values are the subject's.
+        layers: the edited layers, ascending.
+        name: its name in commands and records; a subclass with a name is registered.
+        title, order, colour: its name and position in tables, and its index in seaborn's colourblind palette; without them, its
+        name, the last position and an unused colour.
+        Hyperparameters: types, ranges and defaults (the paper's values); a subject's YAML overrides single ones.
+        needs_training: ``fit`` must be called before ``edit``; for an instance, with its hyperparameters (:meth:`trains`).
+        updates_weights: its edits change weights, so the diagnosis applies to them.
+        reads_given_prompts: its edits depend on how the model reads a prompt without any text before it.
+        from_lookup: it changes no position before the lookup token, so an optimisation step only processes the later positions.
+        compat: hyperparameters that ``preset="compat"`` changes: the released program's defects that can change conclusions.
+        without_early_stop: hyperparameters with which every case takes all steps, whatever its loss.
+        timed_untrained: what it learns does not affect an edit's cost, which is always measured with :meth:`stand_in`.
+        selection_grid: the settings to choose a subject's from, the paper's first; equally many for each of the study's editors.
+        selects_reach: the grid is about how far from its prompt an edit acts, per dataset; the other values are the subject's.
     """
 
     name: ClassVar[str]
@@ -86,7 +86,7 @@ class Editor(ABC, Generic[Hparams]):
         super().__init_subclass__(**named)
         if "name" not in vars(cls):
             return
-        # an editor that extends another is not that one in a table
+        # a subclass of another editor does not inherit its title, order and colour
         for attribute, default in {"title": cls.name, "order": 100, "colour": None}.items():
             setattr(cls, attribute, vars(cls).get(attribute, default))
         EDITORS.register(cls)
@@ -104,19 +104,19 @@ class Editor(ABC, Generic[Hparams]):
 
     @classmethod
     def trains(cls, hparams: Schema) -> bool:
-        """Whether ``fit`` has to be called before ``edit`` with these hyperparameters: as the class says, where they make no difference."""
+        """Whether ``fit`` must be called before ``edit`` with these hyperparameters (by default, whatever the class says)."""
         return cls.needs_training
 
     @classmethod
     def cached_in(cls, hparams: Schema) -> str | None:
-        """Folder of the cache where it keeps what it makes once before it edits, with these hyperparameters; None if it makes nothing."""
+        """Cache folder of what it prepares once before editing, with these hyperparameters; None if it prepares nothing."""
         return None
 
     def of(self, subject: Subject) -> Editor[Hparams]:
-        """This editor, with what it has gathered and learnt, for an edited state of its subject."""
+        """This editor, including all that it has gathered and learnt, for an edited state of its subject."""
         if subject.original is not self.subject.original:
             raise StudyError(
-                f"{self.name} was made for {self.subject.name}, and {subject.name} is no edited state of it"
+                f"{self.name} was made for {self.subject.name}, and {subject.name} is not an edited state of it"
             )
         self._check_prompts(subject)
         editor = copy.copy(self)
@@ -124,32 +124,32 @@ class Editor(ABC, Generic[Hparams]):
         return editor
 
     def fit(self, cases: Sequence[Case], edited: Sequence[Case] = ()) -> None:
-        """Learn from training cases, or load what was learnt from them before; most editors have nothing to learn.
+        """Learn from training cases, or load what was learnt from them earlier; most editors have nothing to learn.
 
         Args:
-            edited: the cases to be edited afterwards. Nothing is learnt from them; the released A-GRACE chooses its
-                encoder by them, which its ``compat`` preset repeats.
+            edited: the cases to be edited afterwards. No editor learns from them, but the released A-GRACE chooses its
+            encoder by them, which its ``compat`` preset reproduces.
 
         Raises:
-            StudyError: the cases are of several datasets, or lack what is learnt from.
+            StudyError: the cases belong to several datasets, or lack something that is needed for learning.
         """
 
     def setup(self) -> dict[str, Any]:
-        """Prepare what is shared by all cases, outside any case's clock, and describe it for the run's provenance."""
+        """Prepare what all cases share, outside any case's clock, and describe it for the run's provenance."""
         return {}
 
     def stand_in(self, cases: Sequence[Case]) -> None:
-        """Put something of the same size in the place of what is learnt or gathered, to measure time and memory of editing ``cases``."""
+        """Substitute something of the same size for what is learnt or gathered, to measure the time and memory of editing ``cases``."""
 
     def operations(self, prompt: int, target: int, steps: int) -> list[Phase]:
-        """What an edit of a case of so many tokens, whose loss was evaluated ``steps`` times, cannot do without (operations.py);
-        empty where nobody has counted."""
+        """The operations that editing a case with this many tokens and ``steps`` loss evaluations cannot avoid (operations.py);
+        empty if they have not been counted."""
         return []
 
     def edit(self, cases: Sequence[Case], batch_size: int | None = None, progress: bool = False) -> list[Edit]:
         """One edit per case, in the cases' order.
 
-        Cases of similar length are optimised together. Each has its own loss, stop and random draws: its batch does not matter.
+        Cases of similar length are optimised together. Each has its own loss, stopping point and random draws, so its batch does not matter.
 
         Raises:
             CaseError: a case cannot be edited (empty target, loss not finite); the message names it.
@@ -167,9 +167,9 @@ class Editor(ABC, Generic[Hparams]):
         return [edits[n] for n in range(len(cases))]
 
     def edit_together(self, cases: Sequence[Case]) -> list[Edit]:
-        """One edit per case, in the cases' order, that are made to act together: composed, in that order, they are the edit of all cases.
+        """One edit per case, in the cases' order, made to act together: composed in that order, they are the edit of all cases.
 
-        An editor that knows no better makes each alone. Its log's seconds are the whole's, divided by the cases.
+        By default each edit is made alone. The log's seconds are those of all edits divided by the number of cases.
 
         Raises:
             CaseError: a case cannot be edited; the message names it.
@@ -177,21 +177,21 @@ class Editor(ABC, Generic[Hparams]):
         return self.edit(cases)
 
     def cost(self, case: Case) -> int:
-        """Columns that every optimisation step touches; cases of equal cost make batches without padding."""
+        """Positions that every optimisation step processes; cases of equal cost make batches without padding."""
         return self._cost(self._tokenize(case))
 
     def _check_prompts(self, subject: Subject) -> None:
         if self.reads_given_prompts and subject.edit is not None and subject.edit.to_prompts:
             raise StudyError(
-                f"{self.name} edits by what the model reads, and {subject.edit.editor} has put text before this subject's prompts: "
-                "edit first, and put text before prompts then"
+                f"{self.name} depends on what the model reads, and {subject.edit.editor} has put text before this subject's prompts: "
+                "edit first, then put text before prompts"
             )
 
     def _cost(self, tokenized: TokenRow) -> int:
         return len(tokenized.inputs) - (tokenized.lookup if self.from_lookup else 0)
 
     def _max_cost_ratio(self) -> float:
-        """The largest of a batch's costs over the smallest: a third of the work at most is for padding."""
+        """Largest allowed ratio of costs in a batch, so that at most a third of the work is padding."""
         return longest_above(self.subject, self.layers[-1]) if self.from_lookup else 1.5
 
     @abstractmethod
@@ -206,7 +206,7 @@ class Editor(ABC, Generic[Hparams]):
             raise CaseError(f"case {case.case_id} of {case.dataset}: {error}") from error
 
     def _together(self, cases: Sequence[Case], edit_batch: _EditBatch) -> list[Edit]:
-        """What ``edit_batch`` makes of all cases as one batch, for an editor that has a way of its own to :meth:`edit_together`."""
+        """The edits that ``edit_batch`` makes of all cases as one batch, for editors that override :meth:`edit_together`."""
         self.setup()
         return self._timed(cases, [self._tokenize(case) for case in cases], edit_batch)
 
@@ -229,6 +229,6 @@ class Editor(ABC, Generic[Hparams]):
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device is idle, so that wall-clock seconds mean something."""
+    """Wait until the device is idle, so that wall-clock times are meaningful."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -2,10 +2,10 @@
 
 Every training case gives one positive pair (its prompt and its rephrased prompt) and five negative ones (its prompt and
 each neighbour's). Adam minimises the contrastive loss; after each epoch the balanced accuracy of *within the radius* is
-taken on cases that are not trained on, the best epoch is kept, and training ends when it has not improved for some.
+measured on cases that are not trained on, the best epoch is kept, and training ends after ``patience`` epochs without improvement.
 
-Those cases are a fifth of the training cases. The paper and the released program take the other half, the cases that
-are edited afterwards; ``selection="edited"`` does so.
+These cases are a fifth of the training cases. The paper and the released program use the other half, i.e. the cases that
+are edited afterwards; ``selection="edited"`` reproduces this.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from .grace import GRACEHyperparameters, PerDataset
 
 
 class EncoderHyperparameters(GRACEHyperparameters):
-    """GRACE's, and those of the encoder's training.
+    """GRACE's hyperparameters, and those of the encoder's training.
 
     ``margin`` is the contrastive loss's, per dataset, in units of the encoded space like ``radius``; ``selection`` says
-    by which cases the epoch is chosen, ``patience`` how many epochs without improvement end the training.
+    which cases choose the epoch, ``patience`` after how many epochs without improvement training ends.
     """
 
     architecture: Architecture = "released"
@@ -51,7 +51,7 @@ class EncoderHyperparameters(GRACEHyperparameters):
 
 FORMAT = "clme-encoder"
 Cases = Sequence[Case]
-HELD_OUT = 5  # one in so many training cases chooses the epoch
+HELD_OUT = 5  # one in this many training cases is held out to choose the epoch
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,16 @@ class Pairs:
 
     @torch.no_grad()
     def distances(self, encoder: Encoder | None) -> torch.Tensor:
-        """That of every pair (N,), encoded, or as the queries are."""
+        """The distance of every pair (N,), between encoded queries, or between the queries themselves."""
         encoded = self.queries if encoder is None else encoder(self.queries)
         return distances(encoded[self.first], encoded[self.second])
 
 
 def make_pairs(subject: Subject, cases: Sequence[Case], layer: int, query: Query) -> Pairs:
-    """The pairs of all cases, case after case, the positive one first; StudyError if a case has none of either kind."""
+    """The pairs of all cases, case by case, the positive one first; StudyError if a case lacks either kind."""
     if bare := [case for case in cases if not case.rephrased or not case.unrelated]:
         lacking = f"case {bare[0].case_id} of {bare[0].dataset}"
-        raise StudyError(f"{lacking} needs a rephrased and an unrelated prompt to learn from")
+        raise StudyError(f"{lacking} needs a rephrased prompt and a neighbour to learn from")
     prompts: dict[str, int] = {}
     rows = []
     for case in cases:
@@ -89,9 +89,9 @@ def make_pairs(subject: Subject, cases: Sequence[Case], layer: int, query: Query
 def train(
     training: Pairs, held_out: Pairs, hparams: EncoderHyperparameters, margin: float, seeds: tuple
 ) -> tuple[Encoder, list[dict]]:
-    """The encoder of the best epoch and, of every epoch, its mean loss and its balanced accuracy on the held-out pairs.
+    """The encoder of the best epoch, and every epoch's mean loss and balanced accuracy on the held-out pairs.
 
-    By ``seeds`` the initial weights, the order of the pairs and the dropout masks are drawn.
+    ``seeds`` determine the initial weights, the order of the pairs and the dropout masks.
     """
     queries, device = training.queries, training.queries.device
     encoder = Encoder(queries.shape[1], hparams.architecture, generator(*seeds, "weights")).to(device)
@@ -128,10 +128,10 @@ class TrainedEncoder:
 def trained_encoder(
     subject: Subject, hparams: EncoderHyperparameters, query: Query, cases: Cases, edited: Cases, seed: int
 ) -> TrainedEncoder:
-    """The encoder learnt from ``cases``, from the user's cache or trained now; StudyError if they are of several datasets, too few,
-    or have no margin."""
+    """The encoder learnt from ``cases``, from the user's cache or trained now; StudyError if they belong to several datasets, are too
+    few, or have no margin."""
     if len({case.dataset for case in cases}) != 1:
-        raise StudyError("an encoder learns from the cases of one dataset at a time, at least one of them")
+        raise StudyError("an encoder learns from at least one case, and all cases must be of one dataset")
     dataset = cases[0].dataset
     if dataset not in hparams.margin:
         raise StudyError(f"margin: no value for {dataset!r}; given: {', '.join(hparams.margin) or 'none'}")
@@ -163,13 +163,13 @@ def trained_encoder(
 
 
 def _split(cases: Cases, edited: Cases, selection: str, seed: int) -> tuple[Cases, Cases]:
-    """The cases that are learnt from, and those that choose the epoch."""
+    """The cases to learn from, and the cases that choose the epoch."""
     if selection == "edited":
         if not edited:
-            raise StudyError('selection="edited" chooses by the cases to be edited: pass them, fit(cases, edited=...)')
+            raise StudyError('selection="edited" uses the cases to be edited: pass them as fit(cases, edited=...)')
         return cases, edited
     if len(cases) < 2:
-        raise StudyError("an encoder needs at least two training cases: one of them is held out to choose the epoch")
+        raise StudyError("an encoder needs at least two training cases: one is held out to choose the epoch")
     by_id = {case.case_id: case for case in cases}
     order = [by_id[n] for n in seeded_order(by_id, "held out", seed, cases[0].dataset)]
     count = max(1, len(order) // HELD_OUT)
@@ -181,7 +181,7 @@ def _digest(cases: Cases) -> str:
 
 
 def distances(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """``||a - b + 1e-6||`` along the last axis, as PyTorch's pairwise distance has it."""
+    """``||a - b + 1e-6||`` along the last axis, as PyTorch's pairwise distance computes it."""
     return (first - second + 1e-6).norm(dim=-1)
 
 
@@ -192,7 +192,7 @@ def contrastive_loss(distance: torch.Tensor, positive: torch.Tensor, margin: flo
 
 
 def balanced_accuracy(distance: torch.Tensor, positive: torch.Tensor, radius: float | Sequence[float]) -> list[float]:
-    """Half the share of positive pairs within a radius plus half that of negative ones beyond it; StudyError if a kind is missing."""
+    """Mean of the share of positive pairs within a radius and of negative pairs beyond it; StudyError if either kind is missing."""
     if not positive.any() or positive.all():
         raise StudyError("balanced accuracy needs both positive and negative pairs")
     radii = [radius] if isinstance(radius, int | float) else radius

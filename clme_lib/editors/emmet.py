@@ -5,7 +5,7 @@ that other texts' keys define, ``A = covariance_weight * C``::
 
     dW = R^T (K A^-1 K^T + ridge I)^-1 K A^-1
 
-which is locate_then_edit/spreading.py with ``A * ridge`` in the place of ``A``, on a single layer. For one case: ``a = q / (ridge + k^T q)``.
+which is locate_then_edit/spreading.py with ``A * ridge`` instead of ``A``, on a single layer. For one case: ``a = q / (ridge + k^T q)``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .locate_then_edit.spreading import SpreadingEditor, SpreadingHyperparameter
 
 
 class EMMETHyperparameters(SpreadingHyperparameters):
-    """``ridge`` is how far from equality an update may stay, in units of ``k^T A^-1 k``; the constants are those of the authors' program."""
+    """``ridge`` is how far an update may stay from equality, in units of ``k^T A^-1 k``; the defaults are the authors' program's."""
 
     layers: Layers = (5,)
     covariance_weight: float = Field(default=100_000.0, gt=0)
@@ -34,7 +34,7 @@ class EMMET(SpreadingEditor[EMMETHyperparameters]):
     name, title, order = "emmet", "EMMET", 13
     Hyperparameters: ClassVar[type[Schema]] = EMMETHyperparameters
     compat: ClassVar = {}  # the released program does not have it
-    # the second ridge maps a key of smollm2-135m to its value nearly exactly, as the first does at 11008 dimensions
+    # the second ridge maps a key of smollm2-135m almost exactly to its value, as the first one does at 11008 dimensions
     selection_grid: ClassVar = [
         {"kl_factor": kl, "layers": layers, "ridge": ridge}
         for kl, layers, ridge in product((0.0625, 0.0), ((5,), (10,)), (0.1, 1e-4))

@@ -37,12 +37,12 @@ class FTLHyperparameters(TargetHyperparameters):
 
 
 class FTL(Editor[FTLHyperparameters]):
-    """Constrained fine-tuning of ``W_l``; one dense update a case."""
+    """Constrained fine-tuning of ``W_l``; one dense update per case."""
 
     name, title, order, colour = "ft-l", "FT-L", 1, 0
     Hyperparameters = FTLHyperparameters
     without_early_stop: ClassVar = {"loss_floor": 0.0}
-    # the paper's ratio of learning rate to bound is kept: the search is over how wide the box is, and where
+    # the paper's ratio of learning rate to bound is kept; the grid varies the box's width and the layer
     selection_grid: ClassVar = [
         {"layer": layer, "bound": bound, "lr": 5 * bound}
         for layer, bound in product((21, 14), (1e-4, 3e-3, 5e-3, 1e-2))
@@ -55,7 +55,7 @@ class FTL(Editor[FTLHyperparameters]):
         hparams = self.hparams
         forward = PartialForward(self.subject, tokenized, hparams.layer, from_lookup=False)
         weight = self.subject.down_proj(hparams.layer).weight
-        # one parameter a case: a finished one gets no gradient, and Adam leaves a parameter without gradient alone
+        # one parameter per case: Adam does not change a finished case's parameter, because it gets no gradient
         deltas = [torch.zeros_like(weight, dtype=torch.float32, requires_grad=True) for _ in cases]
         optimizer = torch.optim.Adam(deltas, lr=hparams.lr)
         losses: list[list[float]] = [[] for _ in cases]
@@ -64,7 +64,7 @@ class FTL(Editor[FTLHyperparameters]):
         for _ in range(hparams.steps):
             changes = torch.stack([key @ delta.T for key, delta in zip(keys, deltas)])
             current = forward.losses(forward.outputs + changes.to(forward.outputs.dtype))
-            # this look waits for the device; a step of a case that has stopped would cost seven passes over its matrix
+            # this check waits for the device, but a step of a stopped case would cost seven passes over its matrix
             for n, loss in enumerate(current.tolist()):
                 if n in active:
                     losses[n].append(loss)
@@ -81,7 +81,7 @@ class FTL(Editor[FTLHyperparameters]):
                     deltas[n].clamp_(-hparams.bound, hparams.bound)
         edits = []
         for n, case in enumerate(cases):
-            # a loss below the floor was not followed by an update
+            # no update followed a loss below the floor
             log = EditLog(len(losses[n]) - (n not in active), tuple(losses[n]))
             edits.append(DenseUpdate(case.case_id, self.name, layer=hparams.layer, delta=deltas[n].detach(), log=log))
         return edits

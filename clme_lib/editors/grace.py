@@ -1,4 +1,4 @@
-"""GRACE: a codebook beside one layer (paper section III-B; Hartvigsen et al. 2023, "cold" initial values).
+"""GRACE: a codebook at one layer (paper section III-B; Hartvigsen et al. 2023, "cold" initial values).
 
 Algorithm, for one case: the key is the input of ``W_l`` at the prompt's last token; a value ``v`` drawn from
 U[0, 1)^d replaces the output of ``W_l`` there; `steps` Adam updates of ``v`` alone minimise the mean cross-entropy of the
@@ -26,11 +26,11 @@ from .operations import Phase, Sizes
 
 def _per_dataset(value: Any) -> Any:
     if not isinstance(value, dict):
-        raise ValueError("a value for each dataset is needed, such as {'cnle': 2.0, 'csne': 2.0}")
+        raise ValueError("expected a value for each dataset, such as {'cnle': 2.0, 'csne': 2.0}")
     return value
 
 
-# of a radius or a margin: the paper's first
+# grid of a radius or margin, the paper's value first
 REACHES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0)
 PerDataset = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(_per_dataset)]
 
@@ -55,7 +55,7 @@ Hparams = TypeVar("Hparams", bound=GRACEHyperparameters)
 
 
 class CodebookEditor(Editor[Hparams]):
-    """What GRACE and A-GRACE share: one key and one learnt value a case."""
+    """Shared base of GRACE and A-GRACE: one key and one learnt value per case."""
 
     updates_weights = False
     from_lookup = True
@@ -72,7 +72,7 @@ class CodebookEditor(Editor[Hparams]):
         draws = [generator(self.seed, self.subject.name, case.dataset, self.name, case.case_id) for case in cases]
         initial = torch.stack([torch.rand(self.subject.hidden_size, generator=draw) for draw in draws])
         values = initial.to(device, copy=True).requires_grad_(True)
-        # Adam is element-wise: one optimiser over the stacked values is one optimiser a case
+        # Adam is element-wise, so one optimiser over the stacked values equals one optimiser per case
         optimizer = torch.optim.Adam([values], lr=hparams.lr)
         losses = []
         for _ in range(hparams.steps):
@@ -98,19 +98,19 @@ class CodebookEditor(Editor[Hparams]):
         ]
 
     def _keys(self, cases, forward: PartialForward) -> torch.Tensor:
-        """(B, d_f) or encoded, what queries are compared with."""
+        """The keys that queries are compared with: (B, d_f), or encoded."""
         return forward.keys[range(len(cases)), forward.touched].float()
 
     def _radius(self, case: Case) -> float:
         return self.hparams.radius
 
     def _asked_with(self, cases) -> dict[str, Any]:
-        """What else the codebooks hold: how their queries are made."""
+        """Further fields of the codebooks, which say how their queries are made."""
         return {}
 
 
 class GRACE(CodebookEditor[GRACEHyperparameters]):
-    """A codebook that is asked with the last token's key, at the prompt and at every token written."""
+    """A codebook that is queried with the last token's key, at the prompt and at every generated token."""
 
     name, title, order, colour = "grace", "GRACE", 6, 2
     Hyperparameters = GRACEHyperparameters

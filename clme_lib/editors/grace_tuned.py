@@ -1,6 +1,6 @@
-"""GRACE with a radius for each dataset, selected as A-GRACE's margins are (not in the paper, which leaves it at 1).
+"""GRACE with a radius per dataset, selected in the same way as A-GRACE's margins (not in the paper, where the radius is 1).
 
-Without it a comparison with A-GRACE credits the encoder with what any selected radius does.
+Without this editor, a comparison with A-GRACE would credit the encoder with the effect of a selected radius.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from .grace import REACHES, CodebookEditor, GRACEHyperparameters, PerDataset, ra
 
 
 class GRACETunedHyperparameters(GRACEHyperparameters):
-    """GRACE's, with ``radii`` in the place of its ``radius``: one for each dataset."""
+    """GRACE's hyperparameters, with ``radii``, one per dataset, instead of ``radius``."""
 
     radii: PerDataset = dict.fromkeys(PAPER_DATASET_NAMES, 1.0)
 

@@ -1,6 +1,6 @@
-"""``in-context``: no edit of the model at all; it reads the case's prompt and target before every prompt (not in the paper; Zheng et al. 2023).
+"""``in-context``: the model is not edited; it reads the case's prompt and target before every prompt (not in the paper; Zheng et al. 2023).
 
-The row that editors have to beat. With the prompt ``x``, the target ``y`` and two line breaks, a prompt ``p`` is read as ``x y \\n\\n p``.
+This is the baseline that editors have to beat. With the prompt ``x``, the target ``y`` and two line breaks, a prompt ``p`` is read as ``x y \\n\\n p``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from .base import Editor
 
 
 def shown(case) -> str:
-    """What is read before prompts: the case's prompt and target, and two line breaks."""
+    """The text before prompts: the case's prompt and target, and two line breaks."""
     return f"{case.prompt} {case.target}\n\n"
 
 

@@ -1,8 +1,8 @@
-"""``in-context-retrieved``: a memory of cases; the nearest is read before a prompt that is near enough to it (not in the paper).
+"""``in-context-retrieved``: a memory of cases; the nearest case is read before a prompt that is near enough to it (not in the paper).
 
 Its keys are those of A-GRACE without contrastive learning, the mean over a prompt's tokens of the inputs of ``W_l``, and its radius is
-selected for each dataset in the same way. What differs is what the memory gives: a text that the model reads, where a codebook gives a
-vector that was learnt for one wording.
+selected for each dataset in the same way. The difference is what the memory returns: a text for the model to read, whereas a codebook
+returns a vector that was learnt for one prompt.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .operations import Sizes
 
 
 class InContextRetrievedHyperparameters(Schema):
-    """``layer`` is where keys are read; ``radii`` are in units of its key space, for each dataset."""
+    """``layer`` is where keys are read; ``radii``, one per dataset, are in units of its key space."""
 
     layer: int = Field(default=27, ge=0)
     radii: PerDataset = dict.fromkeys(PAPER_DATASET_NAMES, 1.0)

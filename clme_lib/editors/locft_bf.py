@@ -1,11 +1,11 @@
 """LocFT-BF: one matrix, fine-tuned breadth first over all cases (Yang et al. 2025; not in the paper).
 
-Passes over the cases in mini-batches, one Adam step each, in place of many steps on one case after another; the end of the target is learnt::
+Passes over the cases in mini-batches, one Adam step each, instead of many steps on one case after another; the end of the target is learnt too::
 
     repeat `passes` times, for each mini-batch B of the cases:
         D <- Adam(D, grad mean over B of l(D))        l(D): mean cross-entropy of the target's tokens under W_l + D
 
-For one case alone these are ``passes`` steps on it, FT-L's without its bound.
+For a single case these are ``passes`` steps of FT-L without its bound.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .operations import Sizes
 
 
 class LocFTBFHyperparameters(TargetHyperparameters):
-    """``batch`` is how many cases a step learns from."""
+    """``batch`` is the number of cases per step."""
 
     layer: int = Field(default=21, ge=0)
     lr: float = Field(default=5e-4, gt=0)
@@ -53,7 +53,7 @@ class LocFTBF(Editor[LocFTBFHyperparameters]):
         return self._together(cases, self._edit_jointly)
 
     def _edit_jointly(self, cases, tokenized):
-        """The update of all is the first case's edit; the others' change nothing, and say how their losses went."""
+        """The first case's edit holds the update for all; the other edits change nothing, and log their losses."""
         delta, losses = self._tune(cases, tokenized)
         logs = [EditLog(len(of_case), tuple(of_case)) for of_case in losses]
         first = DenseUpdate(cases[0].case_id, self.name, layer=self.hparams.layer, delta=delta, log=logs[0])

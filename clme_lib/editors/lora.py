@@ -1,8 +1,8 @@
 """``lora``: a low-rank adapter of every block's ``W_l``, fine-tuned on the case alone (Hu et al. 2022; not in the paper).
 
 ``W_l <- W_l + B_l A_l`` in all blocks, ``A_l`` (r, d_f) drawn as peft draws it, ``B_l`` (d, r) zero, both learnt by Adam on the target's mean cross-entropy. Other
-programs put the adapter on the attention's queries and values; here it is on the matrices that all editors work on, and an edit is factors like
-any other: it composes, and ``clme export`` writes it as it is.
+programs put the adapter on the attention's queries and values; here it is on the matrices that all editors change, so an edit is a pair of
+factors like any other: it composes, and ``clme export`` writes it unchanged.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .operations import Phase, Sizes
 
 
 class LoRAHyperparameters(TargetHyperparameters):
-    """``rank`` is that of every block's update."""
+    """``rank`` is the rank of every block's update."""
 
     rank: int = Field(default=8, gt=0)
     steps: int = Field(default=70, gt=0)
@@ -54,7 +54,7 @@ class LoRA(Editor[LoRAHyperparameters]):
         forward = PartialForward(self.subject, tokenized, 0, from_lookup=False)
         factors = {layer: self._initial(cases, layer) for layer in self.layers}
         parameters = [part.to(device).requires_grad_(True) for pair in factors.values() for part in pair]
-        # Adam is element-wise: one optimiser over the stacked factors is one optimiser a case
+        # Adam is element-wise, so one optimiser over the stacked factors equals one optimiser per case
         optimizer = torch.optim.Adam(parameters, lr=hparams.lr)
         factors = {layer: (parameters[2 * n], parameters[2 * n + 1]) for n, layer in enumerate(self.layers)}
 

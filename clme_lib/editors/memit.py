@@ -17,7 +17,7 @@ from .locate_then_edit.spreading import SpreadingEditor, SpreadingHyperparameter
 
 
 class MEMITHyperparameters(SpreadingHyperparameters):
-    """``covariance_weight`` is lambda: how many times the second moment counts against the one key."""
+    """``covariance_weight`` is lambda: the weight of the second moment relative to the one key."""
 
     covariance_weight: float = Field(default=15_000.0, gt=0)
 

@@ -1,6 +1,6 @@
-"""NeuralDB: ROME's value, added where a key is like the edit's (Fei et al. 2026; not in the paper).
+"""NeuralDB: ROME's value, added where a key is similar to the edit's (Fei et al. 2026; not in the paper).
 
-A memory beside one layer, asked at every token. With ``k_j`` the bare prompt's key and ``r_j = v* - W_l k_j`` the residual that ROME would write::
+A memory at one layer, queried at every token. With ``k_j`` the bare prompt's key and ``r_j = v* - W_l k_j`` the residual that ROME would write::
 
     out = W_l k + r_j  if cos(k, k_j) > gate, j the nearest;  else W_l k
 """
@@ -30,13 +30,13 @@ class NeuralDBHyperparameters(RewritingHyperparameters):
     def _nothing_is_written(self):
         if self.lookup != "colon" or self.lookup_weight or self.statistics_ridge:
             raise ValueError(
-                "its memory is asked with keys as they are: lookup, lookup_weight and statistics_ridge do not apply"
+                "its memory is queried with unchanged keys: lookup, lookup_weight and statistics_ridge do not apply; leave them out"
             )
         return self
 
 
 class NeuralDB(RewritingEditor[NeuralDBHyperparameters]):
-    """A gated residual beside ``W_l``; no weight changes."""
+    """A gated residual added to the output of ``W_l``; no weight changes."""
 
     name, title, order = "neuraldb", "NeuralDB", 14
     Hyperparameters = NeuralDBHyperparameters
@@ -48,7 +48,7 @@ class NeuralDB(RewritingEditor[NeuralDBHyperparameters]):
 
     @cached_property
     def moments(self):
-        """None: nothing is written along a direction."""
+        """None: no weights are updated, so no direction is needed."""
         return {}
 
     @torch.no_grad()

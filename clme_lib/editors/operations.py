@@ -1,4 +1,4 @@
-"""The arithmetic and the memory traffic that an editor's algorithm cannot do without: what RQ2's floor is made of.
+"""The arithmetic and memory traffic that an editor's algorithm cannot avoid, from which RQ2's floor is computed.
 
 For one case alone, with P prompt and T target tokens, b weights in a block, n blocks above the edited layer, a head
 of h weights, w of the edited matrix, and S steps. In multiply-adds, each of which is two operations::
@@ -31,7 +31,7 @@ from ..subjects.subject import Subject
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of an edit whose passes follow each other: ``operations`` (floating point) and ``traffic`` (bytes)."""
+    """A part of an edit whose passes run one after another: ``operations`` (floating point) and ``traffic`` (bytes)."""
 
     name: str
     operations: float
@@ -57,7 +57,7 @@ class Sizes:
         return Phase("read", operations, blocks * self.block * self._bytes)
 
     def read_once(self, prompt: int, target: int, layer: int) -> list[Phase]:
-        """What optimising at ``layer`` reads once: the whole row up to it, the prompt above it."""
+        """The reading that optimising at ``layer`` needs once: the whole row up to the layer, and the prompt above it."""
         return [self.read(prompt + target - 1, layer + 1), self.read(prompt, self.blocks - 1 - layer)]
 
     def read_prompts(self, prompts: Iterable[int]) -> Phase:

@@ -1,4 +1,4 @@
-"""PMET: MEMIT with the attention's part learnt beside the MLP's and left out of the writing (paper section III-B; Li et al. 2024).
+"""PMET: MEMIT with a second learnt vector for the attention, which is not written (paper section III-B; Li et al. 2024).
 
 Algorithm, for one case: two vectors are learnt together, added to the outputs of the attention and of the MLP of the
 last edited layer (learning.py). The first is discarded. ``z`` is the MLP's output plus the second; the residual
@@ -23,7 +23,7 @@ from .memit import MEMIT, MEMITHyperparameters
 class PMETHyperparameters(MEMITHyperparameters):
     """``kl_stop`` is in nats, after weighting by ``kl_factor``.
 
-    ``attention=False`` learns the MLP's vector alone, as the paper's text has it; the released program learns both.
+    ``attention=False`` learns only the MLP's vector, as the paper's text says; the released program learns both.
     """
 
     steps: int = Field(default=30, gt=0)
@@ -39,7 +39,7 @@ class PMET(MEMIT):
     Hyperparameters = PMETHyperparameters
     hparams: PMETHyperparameters
     without_early_stop: ClassVar = {"loss_floor": 0.0, "kl_stop": 0.0}
-    # without the attention's vector, which is left out of the writing, the MLP's is learnt to do alone
+    # without the attention's vector, which is never written, the MLP's vector learns to suffice alone
     selection_grid: ClassVar = [
         {"kl_factor": kl, "covariance_weight": weight, "attention": attention}
         for attention, kl, weight in product((True, False), (0.0625, 0.0), (15_000.0, 2_093.0))

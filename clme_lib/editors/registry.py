@@ -1,6 +1,6 @@
-"""The editors by name, and one of them with its hyperparameters for a subject.
+"""The editors by name, and loading an editor with its hyperparameters for a subject.
 
-A file in this folder that defines an editor is enough. Another package writes, for a class or the module that defines some::
+A file in this folder that defines an editor is registered. Another package names a class, or a module that defines editors::
 
     [project.entry-points."clme_lib.editors"]
     one-step = "my_package.one_step:OneStep"
@@ -31,11 +31,11 @@ def resolve_hparams(
     preset: Preset = "clean",
     **overrides: Any,
 ) -> Schema:
-    """An editor's hyperparameters for a subject, from what :func:`load_editor` takes: the paper's, which are the class's defaults;
-    over them what the subject's YAML has, what the preset changes, and ``overrides``.
+    """An editor's hyperparameters for a subject, with the arguments of :func:`load_editor`: the paper's values, which are the class's
+    defaults, overridden by the subject's YAML, then by the preset, then by ``overrides``.
 
     Args:
-        blocks: how many the subject has: layers that the paper names and the subject lacks are moved (None: as they are).
+        blocks: the subject's number of blocks; layers of the paper that it does not have are moved (None: kept).
     """
     editor = get_editor(name)
     fields = editor.Hyperparameters.model_fields.items()
@@ -63,8 +63,8 @@ def load_editor(
 
     Args:
         name: one of :func:`list_editors`.
-        values: ``subject`` for the subject's own values, ``transferred`` for the paper's carried over to it.
-        preset: ``compat`` repeats the released program's defects that can change conclusions.
+        values: ``subject`` for the subject's own values, ``transferred`` for the paper's values transferred to it.
+        preset: ``compat`` reproduces the released program's defects that can change conclusions.
         seed: the study's seed.
         **overrides: single hyperparameters to change, such as ``layer=20``.
 

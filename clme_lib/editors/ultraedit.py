@@ -1,13 +1,13 @@
-"""UltraEdit: MALMEN's update without a network to train (Gu et al. 2025; not in the paper).
+"""UltraEdit: MALMEN's update without a trained network (Gu et al. 2025; not in the paper).
 
 One forward and one backward pass gives the keys ``K`` and the gradients ``G`` of the target's tokens, as for MALMEN. With both normalised to mean 0
 and deviation 1 in each dimension (``k~``, ``g~``)::
 
-    v = -step_size |k~|^2 g~        the change wanted of W_l k
+    v = -step_size |k~|^2 g~        the desired change of W_l k
     W_l <- W_l + V^T (K K^T + I)^-1 K
 
-The authors let the normaliser run along the edits, so that an edit depends on those before it. Here it is gathered from other cases and
-does not change after: a case's edit depends on nothing but the case.
+The authors update the normaliser with every edit, so an edit depends on earlier edits. Here it is gathered from other cases and then
+stays fixed, so that a case's edit depends only on the case.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class UltraEdit(Editor[UltraEditHyperparameters]):
 
     def fit(self, cases, edited=()):
         if not cases:
-            raise StudyError("ultraedit gathers its normaliser from cases that are not edited, at least one of them")
+            raise StudyError("ultraedit gathers its normaliser from cases that are not edited, and needs at least one")
         by_id = {case.case_id: case for case in cases}
         order = seeded_order(by_id, "ultraedit", self.seed, cases[0].dataset)[: self.hparams.records]
         gathered: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {layer: [] for layer in self.layers}
@@ -92,7 +92,7 @@ class UltraEdit(Editor[UltraEditHyperparameters]):
         if self.normalisers is None:
             raise StudyError("ultraedit has no normaliser: call fit(cases) with cases that will not be edited")
         cached = self._cached(self.subject, tokenized)
-        none = torch.zeros((), device=self.subject.device)  # the damping is 1, its logarithm 0
+        none = torch.zeros((), device=self.subject.device)  # a damping of 1 has the logarithm 0
         factors: list[dict[int, tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in cases]
         for layer in self.layers:
             pairs = zip((cached.keys[layer], cached.gradients[layer]), self.normalisers[layer])

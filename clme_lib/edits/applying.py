@@ -31,7 +31,7 @@ def applying(
     for edit in edits:
         if edit.to_prompts:
             raise StudyError(
-                f"the edit of case {edit.case_id} by {edit.editor} puts text before prompts, which a pass over given tokens cannot do: "
+                f"the edit of case {edit.case_id} by {edit.editor} puts text before prompts, which is impossible in a pass over given tokens: "
                 "write texts with clme_lib.generate"
             )
     state, handles = attach(decoder, down_proj, edits, rows)
@@ -60,7 +60,7 @@ def attach(
 
 def _layer_hook(state: PassState, layer: int, device: torch.device) -> Callable:
     changes = _changes(state.edits, layer, device)
-    # The rows that a change acts on are the same in most passes of a generation, so their tensors are kept.
+    # A change acts on the same rows in most passes of a generation, so their tensors are kept.
     placed: list[tuple[list[int], torch.Tensor, torch.Tensor]] = []
     placed_for: list[int] | None = None
 
@@ -91,7 +91,7 @@ def _layer_hook(state: PassState, layer: int, device: torch.device) -> Callable:
 
 
 def _place(owners: list[int], position: dict[int, int], device) -> tuple[list[int], torch.Tensor, torch.Tensor]:
-    """The rows that some edits own, as a list and as a tensor, and each one's ``position`` (by its edit)."""
+    """The rows that belong to some edits, as a list, and the ``position`` of each row's edit, as a tensor."""
     rows = [row for row, edit in enumerate(owners) if edit in position]
     stacked = [position[owners[row]] for row in rows]
     index, of_rows = torch.tensor([rows, stacked], device=device, dtype=torch.long)
@@ -101,8 +101,8 @@ def _place(owners: list[int], position: dict[int, int], device) -> tuple[list[in
 def _changes(edits: Sequence[Edit], layer: int, device: torch.device) -> list[tuple[dict[int, int], Change]]:
     """Which edits change a layer's output, and how: edits of one kind together, the parts of composed ones in order.
 
-    With each change stand the edits that it is of, and each one's position among those that were stacked: an edit that stands for several
-    is stacked once.
+    Each change comes with its edits, and each edit's position among the stacked ones: edits that are equal in effect
+    are stacked once.
     """
     parts = [[part for part in edit.parts if layer in part.layers] for edit in edits]
     changes = []
@@ -130,5 +130,5 @@ def check_fits(edit: Edit, down_proj: DownProj) -> None:
             if any(size not in (actual, None) for size, actual in zip_longest(sizes, tensor.shape)):
                 raise StudyError(
                     f"edit of case {part.case_id} by {part.editor}: {name} has shape {tuple(tensor.shape)}, which does not "
-                    f"fit a model of d={d}, d_f={d_f}: made for another subject?"
+                    f"fit a model with d={d}, d_f={d_f}: was it made for another subject?"
                 )

@@ -1,8 +1,8 @@
 """Memories: edits that act on a module's output where a query is near enough to a key, as GRACE's, A-GRACE's and NeuralDB's do.
 
-GRACE's grows by its authors' rule (Hartvigsen et al. 2023). Where a new entry's ball meets the nearest old entry's and both have the same target, the
-old radius grows to reach the new key, which needs no entry of its own; with another target both radii become half of the distance. In every memory an entry takes the place
-of an old one with the same key: of two edits of one prompt the later counts.
+GRACE's codebook grows by its authors' rule (Hartvigsen et al. 2023). If a new entry's ball meets the nearest old entry's and both have the same
+target, the old radius grows to reach the new key, and no entry is added; if the targets differ, both radii become half of the distance. In every
+memory a new entry replaces an old one with the same key, so the later of two edits of one prompt counts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from .encoder import Encoder
 
 Query = Literal["mean", "last"]
 _ENTRIES = ("keys", "values", "radii")
-_SAME_KEY = 1e-4  # distance between keys, relative to their length, that is rounding; those of different prompts are far further apart
+_SAME_KEY = (
+    1e-4  # relative distance between keys that is only rounding; keys of different prompts are much further apart
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,15 +37,13 @@ class Codebook(Edit):
     keys: torch.Tensor  #: (n, d_f)
     values: torch.Tensor  #: (n, d)
     radii: torch.Tensor  #: (n,)
-    targets: torch.Tensor | None = None  #: (n,) int64, equal where the target is; None if that is not known
+    targets: torch.Tensor | None = None  #: (n,) int64, equal for equal targets; None if these are not known
     kind: ClassVar[str] = "codebook"
-    every_token: ClassVar[bool] = (
-        True  #: whether tokens that the model has written are looked up too, not the prompt alone
-    )
+    every_token: ClassVar[bool] = True  #: whether generated tokens are looked up too, not only the prompt
 
     @property
     def asked_with(self) -> Query:
-        """Which query of a prompt is looked up."""
+        """Which of a prompt's queries is looked up."""
         return "last"
 
     @property
@@ -61,7 +61,7 @@ class Codebook(Edit):
         return whole
 
     def _rows(self, rows: Any) -> dict[str, Any]:
-        """What some of the entries hold."""
+        """The contents of some of the entries."""
         return {name: getattr(self, name)[rows] for name in (*_ENTRIES, "targets")}
 
     def _with_entry(self, new: Codebook) -> Codebook:
@@ -77,16 +77,16 @@ class Codebook(Edit):
         return replace(new, **joined_entries(old, added, (*_ENTRIES, "targets")))
 
     def _asked_like(self, later: Codebook) -> bool:
-        """Whether two codebooks of one class and layer are asked with the same query at the same times."""
+        """Whether two codebooks of one class and layer are consulted with the same query at the same tokens."""
         return True
 
     def nearest(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each query (Q, d_f) the distance to its nearest key (Q,), and whether it is within that key's radius (Q,)."""
+        """For each query (Q, d_f), the distance to its nearest key (Q,), and whether it is within that key's radius (Q,)."""
         distance, _, fired = nearest_entry(queries, self.keys.to(queries), self.radii.to(queries))
         return distance, fired
 
     def asked(self, inputs: torch.Tensor, state: PassState) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """Rows and columns (N,) of ``inputs`` (B, T, d_f) where it is asked in a pass, and the queries (N, d_f or encoded)."""
+        """Rows and columns (N,) of ``inputs`` (B, T, d_f) where it is consulted in a pass, and the queries (N, d_f or encoded)."""
         where = state.next_token_columns(inputs)
         return where, inputs[where]
 
@@ -117,7 +117,7 @@ class Codebook(Edit):
             nearest = distances.argmin(dim=-1)
             distance = distances[torch.arange(len(queries), device=device), nearest]
             fired = distance <= radii[books, nearest]
-            if state.prompt_end is None:  # lookups are of generated texts, not of passes over given ones
+            if state.prompt_end is None:  # lookups are recorded for generated texts, not for passes over given texts
                 state.lookups.append(Lookup(state.phase, list(state.batch_rows), distance, fired))
             replaced = values[books, nearest].to(outputs.dtype)
             return outputs.index_put(where, torch.where(fired[:, None], replaced, outputs[where]))
@@ -127,15 +127,15 @@ class Codebook(Edit):
 
 @dataclass(frozen=True, eq=False)
 class PromptCodebook(Codebook):
-    """A-GRACE's memory: consulted once a text, in the prompt pass, with a query that stands for the whole prompt.
+    """A-GRACE's memory: consulted once per text, in the prompt pass, with a query that represents the whole prompt.
 
-    What is replaced is the last prompt column's output, as in GRACE. With ``first_call_only``, a defect of the released program,
+    As in GRACE, the last prompt column's output is replaced. With ``first_call_only``, a defect of the released program,
     only the first generation after an edit (of the edit and rephrased prompts) consults the codebook; all later ones are the
     unedited subject's.
     """
 
-    query: Query = "mean"  #: of the inputs of ``W_l`` over the prompt's real tokens, or the ``last`` token's
-    encoder: Encoder | None = None  #: what keys and queries went through, the keys being (n, 256) then
+    query: Query = "mean"  #: mean of the inputs of ``W_l`` over the prompt's tokens, or the ``last`` token's input
+    encoder: Encoder | None = None  #: encodes keys and queries; the keys are then (n, 256)
     first_call_only: bool = False
     kind: ClassVar[str] = "prompt-codebook"
     every_token: ClassVar[bool] = False
@@ -167,7 +167,7 @@ class PromptCodebook(Codebook):
         mean = self.query == "mean"
         queries = self._encoded(masked_mean(inputs, state.prompt_columns(inputs)) if mean else inputs[where].float())
         if not queries.isfinite().all():
-            raise StudyError(f"a query of layer {self.layer} is not finite: use float32, or look at the prompt's mask")
+            raise StudyError(f"a query of layer {self.layer} is not finite: use float32, or check the prompt's mask")
         return where, queries
 
     def settings(self) -> dict:
@@ -226,12 +226,12 @@ class AdditiveCodebook(Edit):
             queries = inputs.to(directions.dtype)
             queries = queries / queries.norm(dim=-1, keepdim=True).clamp(min=1e-12)
             cosines = torch.einsum("btf,bnf->btn", queries, directions[rows])
-            # what is filled up is no entry, however near
+            # padding is never an entry, however near it is
             cosine, nearest = torch.where(gates[rows][:, None] > 1, -2.0, cosines).max(dim=-1)
             fired = cosine > gates[rows].gather(1, nearest)
             if state.prompt_end is None:
                 where = state.last_columns(inputs)
-                distances = (1 - cosine[where]).clamp(min=0)  # Rounding may take a cosine beyond 1.
+                distances = (1 - cosine[where]).clamp(min=0)  # Rounding may make a cosine larger than 1.
                 state.lookups.append(Lookup(state.phase, list(state.batch_rows), distances, fired[where]))
             added = residuals[rows[:, None], nearest].to(outputs.dtype)
             return torch.where(fired[..., None], outputs + added, outputs)
@@ -246,8 +246,8 @@ def _replaced(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
 
 
 def joined_entries(old: Any, new: Any, names: Sequence[str]) -> dict[str, Any]:
-    """What two memories hold together, by name, each a tensor or a tuple with a value for each of the ``keys``: the old entries whose key no
-    new one has, and the new ones."""
+    """The joined contents of two memories by name, each a tensor or a tuple with a value per key: the old entries whose key is not among
+    the new ones, and then the new entries."""
     kept = ~_replaced(old.keys, new.keys)
     entries: dict[str, Any] = {}
     for name in names:
@@ -262,7 +262,7 @@ def joined_entries(old: Any, new: Any, names: Sequence[str]) -> dict[str, Any]:
 def nearest_entry(
     queries: torch.Tensor, keys: torch.Tensor, radii: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each query (Q, d) its nearest of ``keys`` (n, d): the distance, the key's index, and whether it is within the key's radius (n,)."""
+    """For each query (Q, d), the nearest of ``keys`` (n, d): the distance, the key's index, and whether it is within the key's radius (n,)."""
     distances = torch.cdist(queries, keys, compute_mode="donot_use_mm_for_euclid_dist")
     distance, nearest = distances.min(dim=-1)
     return distance, nearest, distance <= radii[nearest]
@@ -270,6 +270,6 @@ def nearest_entry(
 
 def masked_mean(keys: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean of (B, T, d_f) over the columns where (B, T) ``mask`` is true, in float32: (B, d_f)."""
-    # A product with zero would not hide a NaN or an infinity that a padding column may hold.
+    # Multiplying by zero would not remove a NaN or infinity from a padding column.
     summed = torch.where(mask.bool()[..., None], keys.float(), 0.0).sum(dim=1)
     return summed / mask.sum(dim=1, keepdim=True, dtype=torch.float32)

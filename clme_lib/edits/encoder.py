@@ -1,4 +1,4 @@
-"""A-GRACE's encoder: from the keys' space to one where an edit's other wordings are near and its neighbours are not."""
+"""A-GRACE's encoder: maps keys into a space where a prompt's rephrased prompts are near it and its neighbours are not."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _TENSORS = ("first.weight", "first.bias", "second.weight", "second.bias")
 
 
 class Encoder(torch.nn.Module):
-    """``E: R^d_f -> R^256``, of two linear layers.
+    """``E: R^d_f -> R^256``, with two linear layers.
 
-    ``released``: d_f -> d_f/4, LeakyReLU of slope 0.5, dropout of a half, -> 256. ``paper`` (section V): d_f -> d_f, ReLU, -> 256.
+    ``released``: d_f -> d_f/4, LeakyReLU of slope 0.5, dropout of 0.5, -> 256. ``paper`` (section V): d_f -> d_f, ReLU, -> 256.
     """
 
     def __init__(self, width: int, architecture: Architecture, draw: torch.Generator | None = None) -> None:
@@ -48,7 +48,7 @@ class Encoder(torch.nn.Module):
         return self.second(inner)
 
     def equals(self, encoder: Encoder) -> bool:
-        """Whether another encoder gives the same: architecture and weights."""
+        """Whether another encoder has the same architecture and weights."""
         pairs = zip(self.state_dict().values(), encoder.state_dict().values())
         return self.architecture == encoder.architecture and all(torch.equal(own, its.to(own)) for own, its in pairs)
 
@@ -56,8 +56,8 @@ class Encoder(torch.nn.Module):
     def from_tensors(cls, tensors: dict[str, torch.Tensor], architecture: Architecture) -> Encoder:
         """An encoder with the weights of another's ``state_dict``."""
         if missing := [name for name in _TENSORS if name not in tensors]:
-            raise StudyError(f"an encoder's {', '.join(missing)} is missing")
+            raise StudyError(f"the encoder lacks {', '.join(missing)}")
         encoder = cls(tensors["first.weight"].shape[1], architecture)
-        # The tensors themselves are taken, not copies: edits that share them are asked together.
+        # The tensors are shared, not copied, so that edits with the same encoder can be applied together.
         encoder.load_state_dict({name: tensors[name] for name in _TENSORS}, assign=True)
         return encoder.requires_grad_(False)

@@ -11,7 +11,7 @@ import torch
 
 from ..support.artifact import Artifact
 from ..support.errors import StudyError
-from . import codebooks, prompts, weights  # noqa: F401  # registers their kinds
+from . import codebooks, prompts, weights  # noqa: F401  # registers the kinds of edits
 from .applying import check_fits
 from .base import Edit
 
@@ -22,7 +22,7 @@ FORMAT, FORMAT_VERSION = "clme-edits", 2
 
 
 def save_edits(path: str | os.PathLike, edits: Sequence[Edit], subject: Subject, about: dict | None = None) -> None:
-    """Write edits to one file, with what it says ``about`` them as JSON values. A tensor that several share is written once."""
+    """Write edits to one file, with ``about`` as a JSON description. A tensor that several edits share is written once."""
     tensors: dict[str, torch.Tensor] = {}
     first: dict[tuple, str] = {}
     entries = []
@@ -38,7 +38,7 @@ def save_edits(path: str | os.PathLike, edits: Sequence[Edit], subject: Subject,
 
 
 def read_about(path: str | os.PathLike) -> dict:
-    """What an edits file says about its edits; StudyError if it is no such file."""
+    """The JSON description in an edits file; StudyError if it is not an edits file."""
     header, _ = _read(path, with_tensors=False)
     return header.get("about", {})
 
@@ -47,7 +47,7 @@ def load_edits(path: str | os.PathLike, subject: Subject) -> list[Edit]:
     """Read edits written by :func:`save_edits`.
 
     Raises:
-        StudyError: not such a file, another version, or edits of another subject.
+        StudyError: the file is not an edits file, has another version, or is for another subject.
     """
     header, tensors = _read(path)
     if header["fingerprint"] != subject.fingerprint:
@@ -71,5 +71,5 @@ def _read(path: str | os.PathLike, with_tensors: bool = True) -> tuple[dict, dic
         )
     header, tensors = Artifact(file).read(with_tensors=with_tensors)
     if header.get("format") != FORMAT or header.get("version") != FORMAT_VERSION:
-        raise StudyError(f"{file}: not a {FORMAT} file of version {FORMAT_VERSION}; write it with save_edits")
+        raise StudyError(f"{file}: not a {FORMAT} file of version {FORMAT_VERSION}; write such files with save_edits")
     return header, tensors

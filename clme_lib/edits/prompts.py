@@ -1,7 +1,7 @@
-"""Edits that leave the model alone and put texts before its prompts.
+"""Edits that do not change the model but put texts before its prompts.
 
-They act where a prompt is given as text: where texts are generated, or asked how likely they are
-(:func:`~clme_lib.evaluation.generation.as_read`). A pass over given tokens has no output that they could change.
+They act where a prompt is given as text: when texts are generated, or their likelihood is computed
+(:func:`~clme_lib.evaluation.generation.as_read`). In a pass over given tokens there is nothing that they could change.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .codebooks import joined_entries, nearest_entry
 
 @dataclass(frozen=True)
 class Reading:
-    """What is read before a prompt; and if keys were asked, the distance to the nearest and whether the prompt is within its radius."""
+    """The text read before a prompt; if keys were looked up, also the distance to the nearest key and whether the prompt is within its radius."""
 
     before: str
     distance: float | None = None
@@ -34,11 +34,11 @@ class PromptEdit(Edit):
 
     @property
     def asked_at(self) -> int | None:
-        """The layer whose mean key of a prompt decides what is read before it; None if nothing is asked."""
+        """The layer whose mean key of a prompt decides which text is read before it; None if no key is looked up."""
         return None
 
     def readings(self, queries: torch.Tensor) -> list[Reading]:
-        """What is read before each of P prompts whose mean keys are ``queries`` (P, d_f; P rows of any width if nothing is asked)."""
+        """What is read before each of P prompts whose mean keys are ``queries`` (P, d_f; P rows of any width if no key is looked up)."""
         return [Reading("".join(self.texts))] * len(queries)
 
     def joined(self, later):
@@ -54,7 +54,7 @@ class PromptEdit(Edit):
 
 @dataclass(frozen=True, eq=False)
 class RetrievedPromptEdit(PromptEdit):
-    """The model reads the text whose key is nearest to the prompt's, and that only if the prompt is within the key's radius."""
+    """The model reads the text whose key is nearest to the prompt's, if the prompt is within that key's radius."""
 
     layer: int
     keys: torch.Tensor  # (n, d_f), one of each text

@@ -1,4 +1,4 @@
-"""SimIE: single edits, made once of the unedited model, joined into a sequence (released with EasyEdit, 2025; not in the paper).
+"""SimIE: single edits, each made on the unedited model, joined into a sequence (released with EasyEdit, 2025; not in the paper).
 
 With ``k_t`` the key of edit t at a layer and ``D_t`` its update there, starting from ``M = m I`` and ``W = 0``::
 
@@ -6,7 +6,7 @@ With ``k_t`` the key of edit t at a layer and ``D_t`` its update there, starting
     W <- W + (D_t - W) k_t k_t^T M^-1
 
 So each edit adds what its key still lacks, along directions that earlier keys have not used. ``M^-1`` follows from the keys alone
-(Woodbury), so nothing is inverted that is larger than the number of edits; the sum has one pair of factors for each edit.
+(Woodbury), so no inverted matrix is larger than the number of edits; the sum has one pair of factors per edit.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from ..support.errors import StudyError
 from .base import Edit
 from .weights import LowRankUpdate
 
-INITIAL = 1e4  # m, of the authors
+INITIAL = 1e4  # the authors' value of m
 
 
 def simie(edits: Sequence[Edit], keys: Callable[[int], torch.Tensor], initial: float = INITIAL) -> Edit:
-    """One edit of the sequence of ``edits`` (at least one), which were made of the same model each.
+    """One edit from a sequence of ``edits`` (at least one) that were all made on the same model.
 
     Args:
         keys: by layer, every edit's key there (N, d_f).
 
     Raises:
-        StudyError: an edit is no update of weights.
+        StudyError: an edit does not update weights.
     """
     deltas = [edit.deltas() for edit in edits]
     if strange := next((edit for edit, of_edit in zip(edits, deltas) if of_edit is None), None):
-        raise StudyError(f"SimIE joins updates of weights, and the edits of {strange.editor} are none")
+        raise StudyError(f"SimIE joins updates of weights, but the edits of {strange.editor} do not update weights")
     factors = {}
     for layer in sorted({layer for of_edit in deltas for layer in of_edit or ()}):
         written = [n for n, of_edit in enumerate(deltas) if layer in (of_edit or ())]

@@ -15,7 +15,7 @@ from .base import Change, Edit
 class LowRankUpdate(Edit):
     """``W_l <- W_l + left @ right`` at each layer of ``factors``: layer -> (left (d, r), right (r, d_f)).
 
-    ``keys`` (layer -> (r, d_f)) are what the update was solved for, where later edits have to know; they change no output.
+    ``keys`` (layer -> (r, d_f)) are the keys that the update was solved for, if later edits need them; they change no output.
     """
 
     factors: dict[int, tuple[torch.Tensor, torch.Tensor]]

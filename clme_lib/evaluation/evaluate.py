@@ -1,4 +1,4 @@
-"""Edit, generate, score: what one batch of cases becomes (paper section III-D).
+"""Generate and score: from a batch of edited cases to records (paper section III-D).
 
 Effectiveness and generalization are greedy, with as many tokens as the target has; so is specificity, with 16 tokens, compared with
 the subject's own unedited answers; fluency is top-5 sampling of 64 tokens. Beside the paper's protocol, the first two go on to 64
@@ -30,7 +30,7 @@ SINGLE = "single"
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What all records of an editor in a run share, and how they are made."""
+    """What all records of an editor in a run have in common, and how they are made."""
 
     editor: str
     run: str = ""
@@ -39,13 +39,13 @@ class Circumstances:
     seed: int = DEFAULT_SEED  # of the fluency sampling, which is the same for all editors
     protocol: str = SINGLE
     metrics: tuple[str, ...] | None = STUDY_METRICS  # None leaves them to be computed later (``clme score``)
-    folds: Mapping[int, int] = field(default_factory=dict)  # the fold of each case, by its id
+    folds: Mapping[int, int] = field(default_factory=dict)  # each case's fold, by case id
     start: str = UNKNOWN
     library: str = UNKNOWN
     commit: str = UNKNOWN
 
     def record(self, subject: str, case: Case, position: int = 1, **fields) -> Record:
-        """The record of a case with these fields, or of one that could not be edited or scored: with the reason as its ``error``."""
+        """The record of a case with these fields; a case that could not be edited or scored has the reason as its ``error``."""
         return Record(
             **{name: value for name, value in vars(self).items() if name in Record.model_fields},
             subject=subject,
@@ -67,10 +67,10 @@ def evaluate(
     preset: Preset = "clean",
     metrics: Sequence[str] = STUDY_METRICS,
 ) -> pd.DataFrame:
-    """Score edits, one per case in the cases' order: a row each, as :func:`clme_lib.evaluation.records.frame` has them.
+    """Score edits, one per case in the cases' order; returns a row for each, in the form of :func:`clme_lib.evaluation.records.frame`.
 
-    ``seed`` is of the fluency sampling, which is the same for all editors; with the preset ``compat`` a target's generation is as long as
-    the target tokenised alone; :func:`clme_lib.metrics.base.list_metrics` names the ``metrics``.
+    ``seed`` determines the fluency sampling, which is the same for all editors; with the preset ``compat`` the text for a target is as
+    long as the target tokenised alone; :func:`clme_lib.metrics.base.list_metrics` names the ``metrics``.
     """
     if [case.case_id for case in cases] != [edit.case_id for edit in edits]:
         raise StudyError("edits and cases differ: pass one edit per case, in the cases' order")

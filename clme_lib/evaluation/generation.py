@@ -27,9 +27,9 @@ from ..support.errors import CaseError
 SPECIFICITY_TOKENS = 16
 FLUENCY_TOKENS = 64
 FLUENCY_TOP_K = 5
-# Prompts worked on side by side: few enough to stay in a CPU's caches, many enough to keep a GPU busy.
+# Prompts processed together: few enough to stay in a CPU's caches, many enough to keep a GPU busy.
 _ROWS = {"cpu": 64, "cuda": 512}
-# Checking which rows are done synchronises with the GPU, so it happens once in so many steps.
+# Checking which rows are done synchronises with the GPU, so it only happens once in this many steps.
 CHECK_DONE_EVERY = {"cpu": 1, "cuda": 8}
 
 
@@ -38,7 +38,7 @@ class Request:
     """One text to generate."""
 
     prompt: str
-    budget: int  # most new tokens
+    budget: int  # maximum number of new tokens
     edit: int = -1  # index of the edit that acts on this row; -1: the unedited model
     noise: torch.Tensor | None = None  # (budget, k) Gumbel noise for top-k sampling; None: greedy
 
@@ -65,7 +65,7 @@ def generate(
 ) -> list[Generated]:
     """Generate every request; ``Request.edit`` is an index into ``edits``.
 
-    Memory grows with ``max_rows``, the prompts worked on side by side (default: 64 on CPU, 512 on CUDA); results do not change.
+    Memory grows with ``max_rows``, the number of prompts processed together (default: 64 on CPU, 512 on CUDA); results do not change.
     """
     requests, edits, readings = as_read(subject, requests, edits)
     sources: dict[tuple[str, int], list[int]] = {}
@@ -98,9 +98,9 @@ def generate(
 def as_read(
     subject: Subject, requests: Sequence[Request], edits: Sequence[Edit]
 ) -> tuple[list[Request], list[Edit], dict[int, Reading]]:
-    """Requests for the prompts that are really read, what remains of the edits, and by request what was put before its prompt.
+    """Requests for the prompts that the model actually reads, the remaining parts of the edits, and what was put before each prompt.
 
-    Edits that change prompts (edits/prompts.py) have then done their part; a request for whose row nothing else remains has no edit.
+    Edits that change prompts (edits/prompts.py) are then done; a request whose edit has no other part gets no edit.
     """
     own = subject.edit.to_prompts if subject.edit else []
     parts: dict[int, list[Any]] = {-1: own}
@@ -129,7 +129,7 @@ def as_read(
 
 
 def first_tokens(subject: Subject, written: Generated, count: int, with_end: bool = True) -> Generated:
-    """What ``written`` would be had it been written with a budget of ``count`` tokens; without its end of text if that is not asked for."""
+    """What ``written`` would be with a budget of ``count`` tokens; without its end of text unless ``with_end``."""
     ids = list(written.ids[:count])
     if not with_end and ids and ids[-1] == subject.tokenizer.eos_token_id:
         ids.pop()
@@ -138,7 +138,7 @@ def first_tokens(subject: Subject, written: Generated, count: int, with_end: boo
 
 @dataclass
 class _Prompt:
-    """A prompt that has been read: its keys and values in a pass's cache, and what the next token is drawn from."""
+    """A prompt that has been read: its keys and values in a pass's cache, and the logits of the next token."""
 
     length: int
     cache: Any  # a transformers Cache
@@ -171,7 +171,7 @@ def _decode(
 ) -> list[Generated]:
     """Continue prompts token by token, all rows together, each to its own budget or EOS.
 
-    Finished rows leave the batch once they are a quarter of it (budgets differ a lot); until then they repeat EOS, which is cut off.
+    Finished rows leave the batch once they are a quarter of it (budgets differ a lot); until then they repeat EOS, which is removed.
     """
     device, eos = subject.device, subject.tokenizer.eos_token_id
     lengths = torch.tensor([prompt.length for prompt in prompts], device=device)
@@ -233,7 +233,7 @@ def _sample(logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 
 
 class _BufferLayer(DynamicLayer):
-    """Keys and values of one block in a buffer with room for every step to come."""
+    """Keys and values of one block in a buffer with room for all remaining steps."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, filled: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How likely a subject thinks given texts."""
+"""How likely given texts are under a subject."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A subject that does what the study takes it to do: loaded, and compared with its model's own forward pass.
+"""Loading a subject, and checking that the study's passes compute the same as its model's own forward pass.
 
 The names of a model's modules do not tell how it computes: a multiplier on the residual stream, a norm after the attention, or a
-sliding window leave the names as they are. So a few short prompts go through the model as transformers runs it and through the
-study's own passes, and a subject that differs by more than rounding is refused.
+sliding window does not change them. So a few short prompts go through the model as transformers runs it and through the
+study's own passes, and a subject for which the two differ by more than rounding is refused.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ _PROMPTS = (
     "Intent: sort `a`\nCode:",
 )
 _WRITTEN = 2  # tokens: each costs a pass through the model
-# What rounding may do: to the length of a vector, relative to it, and to a loss in nats.
+# Tolerances for rounding: relative to the length of a vector, and in nats for a loss.
 _TOLERANCES = {"float32": (1e-3, 1e-2), "float16": (2e-2, 0.1), "bfloat16": (1e-1, 0.5)}
 
 
 def load_subject(name: str, device: str = "auto", dtype: str = "auto") -> Subject:
-    """Load a model, and refuse one that the study would not run as it is.
+    """Load a model; a model that the study's passes would not reproduce is refused.
 
     Args:
-        name: a registered one (:func:`list_subjects`; ``smollm2-135m`` needs no account), any hub id such as ``owner/model``, a
+        name: a registered name (:func:`list_subjects`; ``smollm2-135m`` needs no account), any hub id such as ``owner/model``, a
             folder with safetensors weights, or a YAML that names one of these as its ``id`` and has hyperparameters for it.
         device: ``auto`` (CUDA when there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``auto`` (float32 on every device), ``float32``, ``bfloat16`` or ``float16``.
 
     Raises:
         StudyError: unknown name, failed download, files that are damaged or do not fit together, an architecture that computes
-            something else than the editors assume, no such device or dtype, or too little memory.
+        differently from what the editors assume, no such device or dtype, or too little memory.
     """
     subject = read_subject(name, device, dtype)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "clme": __version__}
@@ -64,7 +64,7 @@ def check_behaviour(subject: Subject) -> None:
     """Compare the study's passes with the model's own.
 
     Raises:
-        StudyError: they differ by more than rounding, or the study's cannot be run on this model; the message says in what.
+        StudyError: they differ by more than rounding, or the study's passes cannot run on this model; the message says where.
     """
     kind = f"subject {subject.name!r} is a {type(subject.model).__name__} that"
     remedy = (
@@ -76,19 +76,19 @@ def check_behaviour(subject: Subject) -> None:
     ]
     if not prompts:
         raise StudyError(
-            f"subject {subject.name!r} reads {subject.positions} tokens (max_position_embeddings or sliding_window in its config.json), too few for any case"
+            f"subject {subject.name!r} reads {subject.positions} tokens (max_position_embeddings or sliding_window in its config.json), too few for any case; choose another subject"
         )
     try:
         differences = _differences(subject, prompts)
     except (StudyError, MemoryError):
         raise
-    except Exception as error:  # whatever a model raises that takes other arguments than the known ones
+    except Exception as error:  # a model with unknown arguments may raise anything
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise StudyError(f"{kind} the study's passes cannot run ({type(error).__name__}: {error}). {remedy}") from error
     relative, nats = _TOLERANCES[subject.dtype_name]
     for what, (difference, is_relative) in differences.items():
-        if not difference <= (relative if is_relative else nats):  # also when it is no number
+        if not difference <= (relative if is_relative else nats):  # also if it is NaN
             size = f"{100 * difference:.3g}%" if is_relative else f"{difference:.2g} nats"
             raise StudyError(f"{kind} the study's passes do not reproduce: {what} differ by {size}. {remedy}")
 
@@ -112,7 +112,7 @@ def _differences(subject: Subject, prompts: Sequence[str]) -> dict[str, tuple[fl
     def compare(what: str, here: torch.Tensor, there: torch.Tensor) -> None:
         note(what, ((here - there).float().norm() / there.float().norm()).item(), True)
 
-    # Padded on the right: what follows a token does not reach it.
+    # Padded on the right, because later tokens do not influence earlier ones.
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True).to(subject.device)
     with contextlib.ExitStack() as hooks:
         points = "residual", "mlp_input", "keys", "outputs", "mlp_output"
@@ -120,7 +120,7 @@ def _differences(subject: Subject, prompts: Sequence[str]) -> dict[str, tuple[fl
         own = subject.model(padded, output_hidden_states=True, use_cache=False)
     for layer, (block, at) in enumerate(zip(subject.blocks, read)):
         after = at["residual"] + at["outputs"]
-        if block is subject.blocks[-1]:  # The last state that transformers gives is normalised.
+        if block is subject.blocks[-1]:  # The last state that transformers returns is normalised.
             after = subject.decoder.norm(after)
         normed = block.post_attention_layernorm(at["residual"])
         for n, ids in enumerate(rows):
@@ -136,7 +136,7 @@ def _differences(subject: Subject, prompts: Sequence[str]) -> dict[str, tuple[fl
         logits = own.logits[n, row.first_label : len(row.inputs)].float()
         labels = torch.tensor(row.target_ids, device=subject.device)
         losses.append(torch.nn.functional.cross_entropy(logits, labels).item())
-        # Every token that the study writes has to be the model's own choice, given those before it.
+        # Every token that the study generates has to be the model's own choice, given the previous ones.
         missed = logits.amax(-1) - logits.gather(-1, labels[:, None])[:, 0]
         note("the tokens of a greedy text", missed.max().item(), False)
     layer = len(subject.blocks) * 3 // 4
@@ -151,7 +151,7 @@ def _differences(subject: Subject, prompts: Sequence[str]) -> dict[str, tuple[fl
 
 
 def check_lengths(subject: Subject, cases: Sequence[Case], source: str) -> None:
-    """Refuse cases, from ``source``, that the subject has too few positions for: every prompt with what is written after it.
+    """Refuse cases from ``source`` for which the subject has too few positions: for any prompt with the text generated after it.
 
     Raises:
         StudyError: naming the case, its longest text and the subject's positions.

@@ -1,6 +1,6 @@
-"""Records: one row per case of a run. Every table, figure and number of the book is a function of them.
+"""Records: one row per case and editor of a run. Every table, figure and number of the book is a function of records.
 
-Prompts and targets are never in a record; the case id finds them and ``case_sha256`` proves they are the same.
+A record never contains prompts or targets; the case id identifies them, and ``case_sha256`` proves that they are the same.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..support.journal import read_rows
 from ..support.schema import Schema, parse
 
 SCHEMA_VERSION = 2
-UNKNOWN = "unknown"  # where a record comes from, when that cannot be proved
+UNKNOWN = "unknown"  # provenance of a record that cannot be proved
 SCORED, UNSCORED, FAILED = "scored", "not scored yet", "failed"
 _MAPPINGS = {"scores", "texts", "sha256"}  # fields with a value for each metric or measure
 _KEY = attrgetter("run", "subject", "dataset", "editor", "preset", "protocol", "position", "case_id")
@@ -34,7 +34,7 @@ _KEY = attrgetter("run", "subject", "dataset", "editor", "preset", "protocol", "
 def _of_each_measure(by_measure: dict[str, Any] | None) -> dict[str, Any] | None:
     if by_measure is not None and set(by_measure) - set(FREE_TEXTS) != set(TEXTS):
         raise ValueError(
-            f"there has to be an entry for each of {', '.join(TEXTS)}, and no other but {', '.join(FREE_TEXTS)}"
+            f"expected an entry for each of {', '.join(TEXTS)}, and otherwise only {', '.join(FREE_TEXTS)}"
         )
     return by_measure
 
@@ -44,11 +44,11 @@ def _in_range(scores: dict[str, float | None] | None) -> dict[str, float | None]
         if score is None or name not in list_metrics():  # a metric that is not installed here
             continue
         metric = get_metric(name)
-        of_one_text = metric.measure not in ("generalization", FREE_TEXTS[1])  # Of several it is their mean.
+        of_one_text = metric.measure not in ("generalization", FREE_TEXTS[1])  # Others are means over several.
         binary = metric.binary and of_one_text
         if not 0 <= score <= metric.highest or (binary and score not in (0, 1)):
             allowed = "0 or 1" if binary else f"from 0 to {metric.highest:g}"
-            raise ValueError(f"{name} is {score}, and can only be {allowed}")
+            raise ValueError(f"{name} is {score}, but must be {allowed}")
     return scores
 
 
@@ -58,42 +58,42 @@ _Measured = Annotated[float | None, Field(ge=0)]
 
 
 class Record(Schema):
-    """One case under one editor."""
+    """The result of one case with one editor."""
 
     schema_version: Literal[2] = Field(2, description="2")
     run: _Name = Field(description="name of the run")
     subject: str = Field(description="the model under edit")
     dataset: _Name = Field(description="dataset")
-    source: str = Field(description="where its cases come from: embedded, published, or a file")
-    editor: _Name = Field(description="editor; none: the unedited subject")
-    preset: Preset = Field(description="clean, or compat: with the released program's defects")
+    source: str = Field(description="source of its cases: embedded, published, or a file")
+    editor: _Name = Field(description="editor; none is the unedited subject")
+    preset: Preset = Field(description="clean, or compat (with the released program's defects)")
     protocol: _Name = Field(description="how cases were edited: single, or many in one model")
     position: int = Field(ge=1, description="how many edits the model held when the case was evaluated")
-    fold: int = Field(ge=0, le=1, description="half of the cases that it is in; trained editors learnt from the other")
-    case_id: int = Field(ge=0, lt=2**53, description="its id in the dataset")  # what every reader of JSON holds exactly
-    case_sha256: _Hash = Field(description="SHA-256 of the case's texts, which a record does not have")
+    fold: int = Field(ge=0, le=1, description="the case's half of the dataset; trained editors learnt from the other")
+    case_id: int = Field(ge=0, lt=2**53, description="the case's id in the dataset")  # exact in every JSON reader
+    case_sha256: _Hash = Field(description="SHA-256 of the case's texts, which are not in the record")
     start: str = Field(UNKNOWN, description="id, in run.json, of the start that made the record")
-    library: str = Field(UNKNOWN, description="SHA-256 of the library's files that made it")
-    commit: str = Field(UNKNOWN, description="their commit; +changes: with changes that were not committed")
+    library: str = Field(UNKNOWN, description="SHA-256 of the library's files when the record was made")
+    commit: str = Field(UNKNOWN, description="commit of these files; +changes: with uncommitted changes")
     scores: Annotated[dict[str, float | None] | None, AfterValidator(_in_range)] = Field(
         None,
-        description="by metric, from 0 to 1 (fluency in bits, overrun in tokens); null where the case has nothing to measure it on, and all "
-        "null when the texts have not been scored yet",
+        description="by metric, from 0 to 1 (fluency in bits, overrun in tokens); null if the case has nothing that the metric could measure; all "
+        "null if the texts have not been scored yet",
     )
-    edit_seconds: _Measured = Field(None, description="of the batch that the edit was made in, divided by its size")
-    edit_batch: int | None = Field(None, ge=1, description="size of that batch")
+    edit_seconds: _Measured = Field(None, description="seconds of the batch with this edit, divided by its size")
+    edit_batch: int | None = Field(None, ge=1, description="number of cases in that batch")
     steps: int | None = Field(None, ge=0, description="optimisation steps that the edit took")
     loss: float | None = Field(None, description="last loss, in nats per token of the target")
     peak_memory_mib: _Measured = Field(None, description="peak memory of that batch (on a CPU, of the process)")
-    initial_sha256: str = Field("", description="SHA-256 of what the optimisation began from")
+    initial_sha256: str = Field("", description="SHA-256 of the optimisation's initial value")
     distances: list[_Measured] | None = Field(
         None,
-        description="from a codebook's key to the queries of the edit prompt, the rephrased prompt and each neighbour; null where it was not "
+        description="distances from a codebook's key to the queries of the edit prompt, the rephrased prompt and each neighbour; null if it was not "
         "consulted",
     )
-    fired: list[bool] | None = Field(None, description="whether the codebook fired there, in the same order")
+    fired: list[bool] | None = Field(None, description="whether the codebook fired at these prompts, in the same order")
     texts: Annotated[dict[str, list[str]] | None, AfterValidator(_of_each_measure)] = Field(
-        None, description="what was written, by measure; null where it is not ours to publish"
+        None, description="generated texts, by measure; null if they may not be published"
     )
     sha256: Annotated[dict[str, list[_Hash]] | None, AfterValidator(_of_each_measure)] = Field(
         None, description="SHA-256 of each of these texts"
@@ -102,10 +102,11 @@ class Record(Schema):
         None, description="the unedited subject's answers to the neighbours; null in published records"
     )
     free_tokens: list[Annotated[int, Field(ge=0)]] | None = Field(
-        None, description="tokens of the free texts (edit prompt, then rephrased), fewer than 64 where they ended"
+        None,
+        description="numbers of tokens of the free texts (edit prompt, then rephrased); fewer than 64 if a text ended earlier",
     )
-    target_tokens: int | None = Field(None, ge=1, description="tokens of the target")
-    held_out: bool = Field(False, description="of many edits in one model: none of them is of this case")
+    target_tokens: int | None = Field(None, ge=1, description="number of tokens of the target")
+    held_out: bool = Field(False, description="whether the model that holds many edits holds none of this case")
     target_loss: float | None = Field(
         None, description="of cases that are held out: -log p(target | prompt), in nats per token of the target"
     )
@@ -121,7 +122,7 @@ class Record(Schema):
             raise ValueError("sha256: the hashes of the texts are missing")
         for measure, texts in (self.texts or {}).items():
             if text_hashes(texts) != self.sha256[measure]:
-                raise ValueError(f"texts.{measure}: not the texts whose SHA-256 is kept beside them")
+                raise ValueError(f"texts.{measure}: the texts do not have the recorded SHA-256")
         counted = {"distances": TEXTS[:-1], "fired": TEXTS[:-1], "answers": ("specificity",), "free_tokens": FREE_TEXTS}
         for name, measures in counted.items():
             per_text = getattr(self, name)
@@ -139,7 +140,7 @@ class Record(Schema):
 
 
 def evaluated(record: Record, case: Case, answers: Sequence[str]) -> Evaluated:
-    """What metrics read of a record whose texts were kept."""
+    """The metrics' input from a record whose texts were kept."""
     return Evaluated(
         case,
         record.texts or {},
@@ -156,13 +157,13 @@ def text_hashes(texts: Sequence[str]) -> list[str]:
 
 
 def finite(value: float | None) -> float | None:
-    """The value, or None where JSON has no number for it."""
+    """The value, or None if JSON cannot represent it."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def read_records(paths: Iterable[Path]) -> list[Record]:
-    """Records of JSON Lines files named ``<dataset>.<editor>.jsonl``, checked: types, ranges, hashes of the texts, and the file they
-    are in. A failed case that was tried again has its later record. StudyError names the file, line and field of a wrong one."""
+    """Records of JSON Lines files named ``<dataset>.<editor>.jsonl``, with types, ranges, hashes of texts and file
+    names checked. A failed case that was tried again has its later record. StudyError names file, line and field of a wrong record."""
     records: dict[tuple, Record] = {}
     for path in paths:
         place = path.name.removesuffix(".jsonl")

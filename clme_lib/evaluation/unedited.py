@@ -1,8 +1,8 @@
 """What the unedited subject writes: the answers that specificity compares with, and every text that an edit cannot change.
 
-Generated once per subject, weights, dtype and kind of device, and kept in the user's cache by prompt and decoding. A row of the cache
-that was changed, or is another subject's, is not read: its text is generated again. The unedited row
-of a table never reads its texts from here: it generates anew, and so measures how much two generations of the same model differ.
+They are generated once per subject, weights, dtype and kind of device, and cached by prompt and decoding. A row of the cache
+that was changed, or belongs to another subject, is ignored, and its text is generated again. The unedited row
+of a table never uses this cache: it generates its texts again, and so measures how much two generations of the same model differ.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def answers_for(subject: Subject, prompts: Sequence[str]) -> list[str]:
 
 
 def unedited(subject: Subject, requests: Sequence[Request]) -> list[Generated]:
-    """What the subject writes without any edit: from the cache, or generated now."""
+    """The subject's texts without any edit, from the cache or generated now."""
     known = kept_texts(subject)
     known.refresh()
     keys = [_key(request) for request in requests]
@@ -48,7 +48,7 @@ def unedited(subject: Subject, requests: Sequence[Request]) -> list[Generated]:
 
 
 def kept_texts(subject: Subject) -> Journal:
-    """The rows of the cache that are this subject's, as it is loaded."""
+    """The rows of the cache that belong to this subject as it is loaded."""
     identity = {
         "fingerprint": subject.fingerprint,
         "dtype": subject.dtype_name,
@@ -60,11 +60,11 @@ def kept_texts(subject: Subject) -> Journal:
 
 
 def unchanged(subject: Subject, requests: Sequence[Request], edits: Sequence[Edit]) -> dict[int, Generated]:
-    """The requests whose text is the unedited subject's, by their place in ``requests``: those without an edit, those before whose
-    prompt nothing is put, and those whose codebooks fire neither at the prompt nor, where they are asked there, at any token written."""
+    """The requests whose text is the unedited subject's, by their index in ``requests``: requests without an edit, requests whose prompt
+    gets no text before it, and requests whose codebooks fire neither at the prompt nor (if consulted there) at any generated token."""
     requests, edits, readings = as_read(subject, requests, edits)
     codebooks = {n: edits[request.edit].lookups if request.edit >= 0 else () for n, request in enumerate(requests)}
-    # A text after a prompt that nothing else puts this before is not worth keeping.
+    # A text after such an individual prompt would not be used again, so it is not kept.
     read_as_is = [n for n in codebooks if n not in readings or not readings[n].before]
     texts = {n: _asked(readings.get(n)) for n in read_as_is if codebooks[n] is not None}
     asked = [(n, book) for n in texts for book in codebooks[n] or ()]
@@ -88,7 +88,7 @@ def unchanged(subject: Subject, requests: Sequence[Request], edits: Sequence[Edi
 
 
 def _asked(reading: Reading | None) -> Generated:
-    """A text to be, with what is known of the memory that was asked before its prompt was read."""
+    """A placeholder for a text, with the result of the memory lookup before its prompt was read."""
     return Generated("") if reading is None else Generated("", distance=reading.distance, fired=reading.fired)
 
 
@@ -101,7 +101,7 @@ def _fire_later(
     layer: int,
 ) -> list[int]:
     """Which of the ``asked`` requests' codebooks, all in ``layer``, fire at a token of their texts."""
-    # The last token written is never read.
+    # The last generated token is never read.
     written = [texts[n].ids[:-1] for n, _ in asked]
     rows = [encode(subject.tokenizer, requests[n].prompt) + list(ids) for (n, _), ids in zip(asked, written)]
     firing = []
@@ -116,12 +116,12 @@ def _fire_later(
     return firing
 
 
-# A file is read once in a process, and again when another process has made it grow.
+# A file is read once per process, and again if another process has appended to it.
 _journal = cache(lambda file: Journal(file, partial(_key_of, file.stem)))
 
 
 def _key_of(name: str, row: Any) -> str | None:
-    """The key of a row of the file of this name; None where the row was not written there, or was changed."""
+    """The key of a row of the file with this name; None if the row was not written to that file, or was changed."""
     return row["key"] if isinstance(row, dict) and row.get("sha256") == _row_sha256(name, row) else None
 
 

@@ -1,1 +1,1 @@
-"""Reading a model: tokens, passes that start at the edited layer, and what prompts' keys are."""
+"""Running a model: tokens, passes that start at the edited layer, and the keys of prompts."""

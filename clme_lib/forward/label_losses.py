@@ -43,7 +43,7 @@ def label_losses(states, head, labels, compared: LabelIndices, reference: torch.
     """Cross-entropy of labels under a vocabulary head, and how far the distributions before some of them have moved.
 
     The gradient of ``-log softmax(W h)[y]`` with respect to ``h`` is ``W^T (softmax(W h) - onehot(y))``: the softmax is
-    at hand when the loss is, so the logits of a few labels at a time live only until both are taken from them. At ``compared``
+    known when the loss is, so the logits of a few labels at a time are only kept until both are computed. At ``compared``
     labels' columns ``KL(p || p_reference)`` is taken from the same logits; its gradient is ``W^T (p (log p - log p_reference - KL))``.
 
     (N, d) normalised last-block states, the head, (N,) labels, the C to compare at and log-probabilities (C, V) or None

@@ -16,7 +16,7 @@ from ..subjects.subject import Subject
 class Padded:
     """R rows in W columns, on the subject's device."""
 
-    ids: torch.Tensor  # (R, W); padding repeats EOS as everywhere else, only ``layout`` says what it is
+    ids: torch.Tensor  # (R, W); padding repeats EOS as everywhere else, and only ``layout`` marks it
     layout: Layout
     positions: torch.Tensor  # (R, W) of the tokens in their rows
     # (R, 1, W, W or more) True where a column (third axis) attends to another (fourth): to the real ones up to itself

@@ -1,7 +1,7 @@
-"""What a codebook can be asked with: the mean over a prompt's tokens of the inputs of ``W_l``, or the last token's.
+"""Queries for codebooks: the mean over a prompt's tokens of the inputs of ``W_l``, or the last token's input.
 
-Encoders are trained on the queries of thousands of prompts. Those are kept in the user's cache, in files of a few hundred prompts
-each: an interrupted extraction goes on where it stopped, and datasets that share prompts share their queries.
+Encoders are trained on the queries of thousands of prompts. They are kept in the user's cache, in files of a few hundred prompts
+each: an interrupted extraction is resumed, and datasets that share prompts share their queries.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Hooks that read or change what a module of the model gives."""
+"""Hooks that read or change the input or output of a module of the model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _POINTS = {
 
 @contextlib.contextmanager
 def recorded(block: Any, *points: str) -> Iterator[dict[str, torch.Tensor]]:
-    """What the latest pass through a block inside the ``with`` block gave at some points, by their names."""
+    """The states at some named points in the latest pass through a block inside the ``with`` block."""
     values: dict[str, torch.Tensor] = {}
 
     def keep(point: str, is_input: bool) -> Callable:

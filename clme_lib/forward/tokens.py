@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenRow:
-    """What a forward pass over one row has to know; columns count from the row's first token, padding included."""
+    """The input of a forward pass over one row; columns count from the row's first token, padding included."""
 
     inputs: tuple[int, ...]  # token ids to read
     pads: int  # how many of the first are padding
@@ -62,7 +62,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, end: 
     if joined[: len(prompt_ids)] != prompt_ids:
         raise CaseError(
             f"the tokenizer merges the end of the prompt {prompt[-60:]!r} with the target {target[:30]!r}: "
-            "no column separates the two. Use a tokenizer that splits at the space after a colon."
+            "no position separates the two. Use a tokenizer that splits at the space after a colon."
         )
     if not str(tokenizer.decode(prompt_ids[-1:])).endswith(":"):
         raise CaseError(f"the last token of the prompt {prompt[-60:]!r} does not decode to a colon")
@@ -70,14 +70,14 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, end: 
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, end: bool) -> list[int]:
-    """The end of text that is learnt after a target, or nothing."""
+    """The ids of the end of text that is learnt after a target, or nothing."""
     return [tokenizer.eos_token_id] if end else []
 
 
 def token_budget(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, preset: Preset) -> int:
-    """How many new tokens the target's generation may use: as many as it has in context, which is what a perfect edit emits.
+    """How many new tokens the target's generation may use: as many as the target has in context, which a perfect edit generates.
 
-    ``compat`` counts it tokenised alone, as the paper's released program does: too short or too long for some targets.
+    ``compat`` counts the target tokenised alone, like the paper's released program: too short or too long for some targets.
     """
     if preset == "compat":
         return len(encode(tokenizer, target))

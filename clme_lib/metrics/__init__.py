@@ -1,1 +1,1 @@
-"""Measures of what was written."""
+"""Metrics of generated texts."""

@@ -1,7 +1,7 @@
-"""Whether what is written is right when it is run, where a case has a check. Nothing here is computed unless it is asked for by name.
+"""Whether a generated snippet is right when it is run, for cases with a check. Only computed if requested by name.
 
-The snippet is the free text up to the end of its first statement. It runs in the sandbox (support/sandbox.py), which says what it
-holds and what not.
+The snippet is the free text up to the end of its first statement. It runs in the sandbox (support/sandbox.py documents which
+attacks that withstands).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .free import cut
 
 
 def _share(measure: str, kind: str, evaluated: Evaluated) -> float | None:
-    """Share of a measure's free texts of which ``kind`` became; None where there are none, or no check."""
+    """Share of a measure's free texts whose outcome is ``kind``; None if there are no texts or no check."""
     texts, check = evaluated.texts.get(measure, ()), evaluated.case.check
     if check is None or not texts:
         return None

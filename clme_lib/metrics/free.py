@@ -1,8 +1,8 @@
-"""Scores of what a subject writes freely, beside the paper's: up to 64 tokens whatever the target's length, and it stops when it likes.
+"""Scores of free texts, in addition to the paper's: a subject writes up to 64 tokens whatever the target's length, and decides when to stop.
 
-The paper's protocol writes exactly as many tokens as the target has, so that the target's length is given away, stopping is never tested
-and what would follow is never seen; and it compares strings, so that code written otherwise and code that does not parse are alike.
-Free texts are cut at the first line break: of code, the first one outside brackets and strings that no indented line follows.
+The paper's protocol writes exactly as many tokens as the target has, so it reveals the target's length, and never tests whether the
+model stops; and it compares strings, so equivalent code and code that does not parse both count as wrong.
+Free texts are cut at the first line break; in code, at the first one outside brackets and strings that no indented line follows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .text import exact_match
 FREE_TOKENS = 64
 Judgement = Callable[[str, Evaluated], float | None]
 
-# a string with its prefix's quotes, a comment, a line that goes on, or any other character
+# a string in any quotes, a comment, a line continuation, or any other character
 _PIECE = re.compile(
     r"""('''|\"{3})(?:\\.|(?!\1).)*(?:\1|\Z)|(["'])(?:\\.|(?!\2)[^\\\n])*(?:\2|(?=\n)|\Z)|\#[^\n]*|\\\n|.""", re.DOTALL
 )
@@ -47,12 +47,12 @@ def _is_code(evaluated: Evaluated) -> bool:
 
 
 def cut(text: str, evaluated: Evaluated) -> str:
-    """A free text up to its first statement's or line's end."""
+    """A free text up to the end of its first statement or line."""
     return (first_statement(text) if _is_code(evaluated) else text.partition("\n")[0]).strip()
 
 
 def _syntax(code: str) -> str | None:
-    """The syntax tree as text; None where there is no statement, or it is not Python."""
+    """The syntax tree as text; None if there is no statement, or the code is not Python."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes
         try:
@@ -64,7 +64,7 @@ def _syntax(code: str) -> str | None:
 
 def _same_text(text: str, evaluated: Evaluated) -> float | None:
     target = evaluated.case.target.strip()
-    # What is cut at the end of a statement or line can never equal a target that has several.
+    # A text that is cut after one statement or line can never equal a target that has several.
     return float(text == target) if cut(target, evaluated) == target else None
 
 
@@ -91,19 +91,19 @@ def _chrf(text: str, evaluated: Evaluated) -> float | None:
 
 
 def _mean(judge: Judgement, measure: str, evaluated: Evaluated) -> float | None:
-    """Mean over a measure's free texts; None where there are none, or nothing can be said of them."""
+    """Mean over a measure's free texts; None if there are none, or they cannot be judged."""
     judged = [judge(cut(text, evaluated), evaluated) for text in evaluated.texts.get(measure, ())]
     values = [value for value in judged if value is not None]
     return sum(values) / len(values) if values else None
 
 
 def _stops(evaluated: Evaluated) -> float | None:
-    """Whether the text after the edit prompt ended before its 64 tokens did."""
+    """Whether the text after the edit prompt ended before reaching 64 tokens."""
     return float(evaluated.free_tokens[0] < FREE_TOKENS) if evaluated.free_tokens else None
 
 
 def _overrun(evaluated: Evaluated) -> float | None:
-    """Tokens that follow the target, where the text after the edit prompt begins with it."""
+    """Number of tokens after the target, if the text after the edit prompt begins with the target."""
     if not evaluated.free_tokens or not evaluated.texts[FREE_TEXTS[0]][0].strip().startswith(evaluated.case.target):
         return None
     return float(max(0, evaluated.free_tokens[0] - evaluated.target_tokens))
@@ -115,9 +115,9 @@ def opens_with_fence(text: str) -> bool:
 
 
 def _kept_without_fence(evaluated: Evaluated) -> float | None:
-    """Share of neighbours whose text is the unedited subject's, but for a code fence at the beginning of either.
+    """Share of neighbours whose text is the unedited subject's, ignoring a code fence at the beginning of either.
 
-    Without its fence a text is shorter than one that had none: they are compared as far as both go.
+    A text without its fence is shorter than a text that had none, so they are compared up to the end of the shorter one.
     """
     pairs = [(_FENCE.sub("", edited, 1), _FENCE.sub("", plain, 1)) for edited, plain in _neighbours(evaluated)]
     kept = [a == b or (bool(a and b) and (a.startswith(b) or b.startswith(a))) for a, b in pairs]
@@ -125,7 +125,7 @@ def _kept_without_fence(evaluated: Evaluated) -> float | None:
 
 
 def _answer_in_neighbours(evaluated: Evaluated) -> float | None:
-    """Share of neighbours that are answered with the target, though not by the unedited subject."""
+    """Share of neighbours that the edited subject, but not the unedited one, answers with the target."""
     answered = [
         _begins_alike(edited, evaluated) > _begins_alike(plain, evaluated) for edited, plain in _neighbours(evaluated)
     ]
@@ -133,7 +133,7 @@ def _answer_in_neighbours(evaluated: Evaluated) -> float | None:
 
 
 def _begins_alike(text: str, evaluated: Evaluated) -> bool:
-    """Whether a text begins with the target, or the target with it where it is the longer one."""
+    """Whether a text begins with the target, or a longer target begins with the text."""
     text, target = text.strip(), evaluated.case.target.strip()
     return bool(text) and (text.startswith(target) or target.startswith(text))
 
@@ -143,7 +143,7 @@ def _neighbours(evaluated: Evaluated) -> list[tuple[str, str]]:
 
 
 def _fired(evaluated: Evaluated) -> Sequence[bool]:
-    """Of a codebook: whether it fired at each rephrased prompt."""
+    """Whether a codebook fired at each rephrased prompt."""
     return evaluated.fired[1 : 1 + len(evaluated.texts["generalization"])]
 
 
@@ -152,13 +152,13 @@ def _fires(evaluated: Evaluated) -> float | None:
 
 
 def _right_where_fired(evaluated: Evaluated) -> float | None:
-    """Share of the rephrased prompts at which a codebook fired whose text is the target, as the paper's protocol writes it."""
+    """Share of texts equal to the target (under the paper's protocol) among the rephrased prompts at which a codebook fired."""
     texts = [text.strip() for text, fired in zip(evaluated.texts["generalization"], _fired(evaluated)) if fired]
     return sum(exact_match([text], [evaluated.case.target]) for text in texts) / len(texts) if texts else None
 
 
 def _free(suffix: str, title: str, judge: Judgement, binary: bool) -> list[Metric]:
-    """A judgement of the texts after the edit prompt and after the rephrased ones."""
+    """A metric for the text after the edit prompt, and one for the texts after the rephrased prompts."""
     return [
         Metric(f"{measure}_{suffix}", f"{short} {title}", measure, partial(_mean, judge, measure), binary)
         for measure, short in zip(FREE_TEXTS, ("Eff.", "Gen."))
@@ -180,4 +180,4 @@ _METRICS = [
     Metric("right_where_fired", "Right where fired", "generalization", _right_where_fired),
 ]
 FREE_METRICS = tuple(register_metric(replace(metric, order=20 + n)).name for n, metric in enumerate(_METRICS))
-STUDY_METRICS = (*PAPER_METRICS, *FREE_METRICS)  # what a run computes unless it is told otherwise
+STUDY_METRICS = (*PAPER_METRICS, *FREE_METRICS)  # a run's default metrics

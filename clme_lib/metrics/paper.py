@@ -23,7 +23,7 @@ def _with_target(compare: Comparison, measure: str, evaluated: Evaluated) -> flo
 
 
 def _with_answers(compare: Comparison, measure: str, evaluated: Evaluated) -> float | None:
-    """The comparison of all neighbours' texts, as they are, with the unedited subject's answers."""
+    """The comparison of all neighbours' texts, unstripped, with the unedited subject's answers."""
     return compare(evaluated.texts[measure], evaluated.answers) if evaluated.answers else None
 
 
@@ -40,10 +40,10 @@ _METRICS = [
 ]
 _METRICS += [
     Metric("specificity_rate", "Spec. kept", "specificity", partial(_with_answers, exact_match_rate, "specificity")),
-    # entropy tells broken text (too low), not better text, apart
+    # low entropy marks broken text, but higher entropy is not better text
     Metric("fluency", "FL.", "fluency", lambda case: fluency(case.texts["fluency"]), highest=32, higher_is_better=None),
 ]
 PAPER_METRICS = tuple(register_metric(replace(metric, order=n)).name for n, metric in enumerate(_METRICS))
 COMPARISONS = tuple(_COMPARISONS)
-# the ten of the paper's tables; the share of unchanged neighbours is shown beside them
+# the ten scores of the paper's tables; the share of unchanged neighbours is shown next to them
 PAPER_SCORES = tuple(name for name in PAPER_METRICS if name != "specificity_rate")

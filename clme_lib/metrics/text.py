@@ -1,4 +1,4 @@
-"""Exact match, BLEU and ROUGE-L of what is written, and fluency (paper section III-D).
+"""Exact match, BLEU, ROUGE-L and fluency of generated texts (paper section III-D).
 
 All take parallel lists, because specificity pools the five neighbours of a case. Per-case exact match, BLEU and
 ROUGE-L are rounded to three decimals before they are averaged, as in the released program.
@@ -31,7 +31,7 @@ def _rouge():
 
 def _pairs(generated: Sequence[str], references: Sequence[str]) -> list[tuple[str, str]]:
     if len(generated) != len(references) or not generated:
-        raise ValueError(f"{len(generated)} generated texts meet {len(references)} references")
+        raise ValueError(f"{len(generated)} generated texts, but {len(references)} references")
     return list(zip(generated, references))
 
 
@@ -74,7 +74,7 @@ def fluency(texts: Sequence[str]) -> float:
     from nltk.tokenize import word_tokenize
 
     if not texts:
-        raise ValueError("fluency of no texts")
+        raise ValueError("fluency needs at least one text")
     # preserve_line needs no punkt data; it differs at sentence-final stops only
     tokenized = [word_tokenize(text, preserve_line=True) for text in texts]
     entropies = [(2 / 3 * ngram_entropy(tokens, 2) + 4 / 3 * ngram_entropy(tokens, 3)) / 2 for tokens in tokenized]

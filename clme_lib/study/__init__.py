@@ -1,1 +1,1 @@
-"""The paper's study: runs, tables and figures, research questions, appendices."""
+"""The study: runs, tables and figures, research questions, appendices."""

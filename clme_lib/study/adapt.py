@@ -200,7 +200,7 @@ def _write(model: Any, config: Any, out: Path) -> None:
 
     tensors = {name: tensor.half().contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise StudyError("the training diverged: some of the adapter's numbers are not finite; lower its learning rate")
+        raise StudyError("training diverged: some of the adapter's weights are not finite; lower the learning rate")
     out.mkdir(parents=True, exist_ok=True)
     config.base_model_name_or_path, config.inference_mode = BASE, True
     config.save_pretrained(out)

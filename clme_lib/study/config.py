@@ -1,6 +1,6 @@
-"""What can be asked for: every option of every command and notebook, stated once.
+"""Every option of every command and notebook, defined once.
 
-The command line is made from these classes (:mod:`clme_lib.support.options`); notebooks take any of their fields by name.
+The command line is generated from these classes (:mod:`clme_lib.support.options`); notebooks take any of their fields by name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Config = TypeVar("Config", bound=Schema)
 
 
 def make_config(schema: type[Config] | None = None, where: str = "run configuration", **fields: Any) -> Config:
-    """A checked configuration, by default a :class:`RunConfig`; StudyError names the field and what was expected."""
+    """A validated configuration, by default a :class:`RunConfig`; StudyError names the field and what was expected."""
     return parse(schema or RunConfig, fields, where)  # type: ignore[return-value]
 
 
@@ -36,13 +36,13 @@ def _split(value: Any) -> Any:
 
 
 def _name_in(registry: str) -> Callable[[str], str]:
-    """From a name to the name of its entry; ``registry`` is ``module:function``, imported when it is used."""
+    """A function that looks a name up and returns its entry's name; ``registry`` is ``module:function``, imported on use."""
     module, function = registry.split(":")
     return lambda name: getattr(import_module(f"clme_lib.{module}"), function)(name).name
 
 
 def _each(what: str, registry: str) -> Callable[[tuple[str, ...]], tuple[str, ...]]:
-    """Names as their registry has them, each once, and at least one."""
+    """A check that there is at least one name; it returns the registry's names, each once."""
 
     def check(names: tuple[str, ...]) -> tuple[str, ...]:
         if not names:
@@ -65,7 +65,7 @@ def _all(value: Any) -> Any:
 
 def _count_or_auto(value: Any) -> Any:
     if value != "auto" and not _is_count(value):
-        raise ValueError(f"a whole number from 1 to {_LARGEST_BATCH} is needed, or auto")
+        raise ValueError(f"expected a whole number from 1 to {_LARGEST_BATCH}, or auto")
     return value
 
 
@@ -74,7 +74,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _share(value: Any) -> Any:
-    """A number of GPUs: a whole number, or a part of one."""
+    """A number of GPUs: a whole number, or a fraction of one."""
     if value == "auto":
         return value
     try:
@@ -82,12 +82,12 @@ def _share(value: Any) -> Any:
     except (TypeError, ValueError):
         share = -1.0
     if not 0 <= share <= 64 or (share > 1 and share != int(share)):
-        raise ValueError("auto, a part of a GPU or a whole number of them is needed")
+        raise ValueError("expected auto, a fraction of a GPU, or a whole number of GPUs")
     return share
 
 
 def _overrides(given: Any) -> Any:
-    """``"grace.radius=2.5,memit.layers=[4, 5]"``, or a list of such, as a value by editor and hyperparameter."""
+    """``"grace.radius=2.5,memit.layers=[4, 5]"``, or a list of such texts, as ``{editor: {hyperparameter: value}}``."""
     if isinstance(given, dict):
         return given
     texts = [given] if isinstance(given, str) else given
@@ -112,22 +112,22 @@ def _given(value: Any) -> Any:
 def _sizes(given: Any) -> Any:
     sizes = _split(given)
     if not all(map(_is_count, sizes)):
-        raise ValueError(f"a batch has from 1 to {_LARGEST_BATCH} cases")
+        raise ValueError(f"a batch holds 1 to {_LARGEST_BATCH} cases")
     return tuple(sorted({int(size) for size in sizes}))
 
 
 def _editable(editors: tuple[str, ...]) -> tuple[str, ...]:
     if UNEDITED in editors:
-        raise ValueError(f"there is nothing to time of {UNEDITED!r}")
+        raise ValueError(f"{UNEDITED!r} makes no edit that could be timed; leave it out")
     return editors
 
 
 def _argument(description: str) -> Any:
-    """A field that the command line takes by its position."""
+    """A field that is a positional argument on the command line."""
     return Field(description=description, json_schema_extra={"positional": True})
 
 
-def _editors(default: tuple[str, ...] | None, description: str = "comma-separated; see clme list") -> Any:
+def _editors(default: tuple[str, ...] | None, description: str = "comma-separated editors; see clme list") -> Any:
     return Field(default, description=description, json_schema_extra={"flags": ["--editor", "--editors"]})
 
 
@@ -143,73 +143,69 @@ _LARGEST_BATCH = 65_536
 _Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")]
 _Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 _Folder = Annotated[Path, BeforeValidator(_given)]
-_Seed = Annotated[int, Field(gt=-(2**53), lt=2**53)]  # what every reader of JSON holds exactly
-_SUBJECT = Field("smollm2-135m", min_length=1, description="registry name, Hugging Face id or folder")
-_DATASET = Field(PAPER_DATASET_NAMES, description="comma-separated: names, or JSON files that describe a dataset")
+_Seed = Annotated[int, Field(gt=-(2**53), lt=2**53)]  # integers that every JSON reader represents exactly
+_SUBJECT = Field("smollm2-135m", min_length=1, description="registered name, Hugging Face id or folder")
+_DATASET = Field(PAPER_DATASET_NAMES, description="comma-separated names, or JSON files that describe a dataset")
 _DEVICE = Field("auto", description="auto, cpu, cuda, cuda:N")
 _DTYPE: Any = Field("auto", description="auto (float32), float32, bfloat16, float16")
-_SEED = Field(DEFAULT_SEED, description="of every random draw")
+_SEED = Field(DEFAULT_SEED, description="seed of every random draw")
 _RUN = _argument("the run's folder")
 
 
 class RunConfig(Schema):
     """What to run. Lists may be given as comma-separated text.
 
-    Samples of one number are nested. ``within`` repeats a part of an earlier run: only cases are drawn that all of the editors have
-    there. A batch that does not fit is halved. The cases that are for choosing hyperparameters are never drawn.
+    Samples with the same ``sample`` number are nested. ``within`` repeats part of an earlier run: only cases that it has for all of the
+    editors are drawn. A batch that does not fit into memory is halved. Selection cases are never drawn.
     """
 
     subject: str = _SUBJECT
     dataset: Datasets = _DATASET
     editors: Editors = _editors((UNEDITED, "ft-l", "grace"))
-    cases: _CountOrAll = Field(8, description="per dataset, or all")
+    cases: _CountOrAll = Field(8, description="number of cases per dataset, or all")
     out: _Folder = Field(Path("runs/run"), description="the run's folder; the same command resumes it")
     name: Annotated[_FileName | None, BeforeValidator(_all)] = Field(
-        None, description="in its records; if not given, the folder's name"
+        None, description="name of the run in its records (default: the folder's name)"
     )
-    sample: _Seed = Field(0, description="which random sample of cases")
-    within: Path | None = Field(None, description="draw the cases from this earlier run's")
+    sample: _Seed = Field(0, description="number of the random sample of cases")
+    within: Path | None = Field(None, description="folder of an earlier run to draw the cases from")
     source: str = Field("embedded", description="embedded, published, or a JSON file in the published layout")
-    preset: Preset = Field("clean", description="clean, or compat: with the released program's defects")
+    preset: Preset = Field("clean", description="clean, or compat (with the released program's defects)")
     values: str = Field(
         "subject",
         pattern="^(subject|transferred)$",
-        description="hyperparameters: subject, or transferred (the paper's)",
+        description="hyperparameters: the subject's own (subject) or the paper's (transferred)",
     )
     set: Annotated[dict[str, dict[str, Any]], BeforeValidator(_overrides)] = Field(
-        {}, description="single hyperparameters, such as grace.radius=2.5,memit.layers=[4,5]"
+        {}, description="single hyperparameters to change, such as grace.radius=2.5,memit.layers=[4,5]"
     )
-    protocol: _Protocol = Field("single", description="how cases are edited")
-    held_out: int = Field(
-        0,
-        ge=0,
-        description="many edits: cases that are not edited, on which each state of the model is evaluated as well",
-    )
-    metrics: Metrics = Field(STUDY_METRICS, description="comma-separated (default: the study's); see clme list")
+    protocol: _Protocol = Field("single", description="how cases are edited; see clme list")
+    held_out: int = Field(0, ge=0, description="many edits: unedited cases on which each state is evaluated as well")
+    metrics: Metrics = Field(STUDY_METRICS, description="comma-separated metrics (default: the study's); see clme list")
     scored: bool = Field(
-        True, description="keep the texts and score them later: clme score", json_schema_extra={"off": "--unscored"}
+        True, description="keep the texts, to be scored later by clme score", json_schema_extra={"off": "--unscored"}
     )
-    retry_failed: bool = Field(False, description="try failed cases again (a changed library does so anyway)")
+    retry_failed: bool = Field(False, description="try failed cases again (always done if the library has changed)")
     accept: Annotated[Literal["library"] | None, BeforeValidator(_all)] = Field(
-        None, description="library: go on with a run that another version of the library began"
+        None, description="library: resume a run that another version of the library began"
     )
     seed: _Seed = _SEED
     device: _Device = _DEVICE
     dtype: _Dtype = _DTYPE
     batch_size: Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)] = Field(
-        8, description="cases edited and scored together, or auto: what memory allows"
+        8, description="cases edited and scored together, or auto (as many as memory allows)"
     )
 
-    on: Literal["here", "ray"] = Field("here", description="here, or ray: on this machine's workers or a cluster's")
-    ray_address: str | None = Field(None, description="a cluster's (default: $RAY_ADDRESS, else this machine)")
+    on: Literal["here", "ray"] = Field("here", description="here (this process), or ray (workers, local or remote)")
+    ray_address: str | None = Field(None, description="address of a cluster (default: $RAY_ADDRESS, else this machine)")
     workers: Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)] = Field(
-        "auto", description="on Ray, or auto: as many as fit"
+        "auto", description="number of Ray workers, or auto (as many as fit)"
     )
-    cpus_per_worker: Annotated[int, Field(ge=1, le=4096)] = Field(1, description="on Ray: threads of each")
+    cpus_per_worker: Annotated[int, Field(ge=1, le=4096)] = Field(1, description="threads of each Ray worker")
     gpus_per_worker: Annotated[float | Literal["auto"], BeforeValidator(_share)] = Field(
-        "auto", description="on Ray (auto: 1 where there are GPUs, else 0)"
+        "auto", description="GPUs of each Ray worker; auto: 1 if there are GPUs, else 0"
     )
-    dry_run: bool = Field(False, description="say what is left to do, on which workers and for how long, and end")
+    dry_run: bool = Field(False, description="only print what is left to do, on which workers and for how long")
 
     @model_validator(mode="after")
     def _overrides_fit(self) -> RunConfig:
@@ -221,71 +217,71 @@ class RunConfig(Schema):
 
 
 class ReportConfig(RunConfig):
-    """What a notebook of results shows: a run, and what stands beside it."""
+    """What a results notebook shows: a run, and optionally a second one to compare it with."""
 
-    beside: Path | None = Field(None, description="folder of another subject's run")
+    beside: Path | None = Field(None, description="folder of another subject's run, to compare with")
 
 
 class ManyEditsConfig(RunConfig):
-    """What to run of many edits in one model: each protocol with each sample, in a folder of its own."""
+    """Which runs of many edits in one model to make: one per protocol and sample, each in its own folder."""
 
-    subject: str = Field("smollm2-135m-code", min_length=1, description="registry name, Hugging Face id or folder")
+    subject: str = Field("smollm2-135m-code", min_length=1, description="registered name, Hugging Face id or folder")
     dataset: Datasets = Field(
-        PAPER_DATASET_NAMES[:1], description="comma-separated: names, or JSON files that describe a dataset"
+        PAPER_DATASET_NAMES[:1], description="comma-separated names, or JSON files that describe a dataset"
     )
     editors: Editors = _editors((UNEDITED, "in-context", "ft-l", "rome", "grace-tuned"))
-    cases: _CountOrAll = Field(3, description="edits in one model")
-    held_out: int = Field(3, ge=0, description="cases that are not edited, on which each state is evaluated as well")
-    out: _Folder = Field(Path("runs/rq4"), description="folder of a run for each protocol and sample")
+    cases: _CountOrAll = Field(3, description="number of edits in one model")
+    held_out: int = Field(3, ge=0, description="unedited cases on which each state is evaluated as well")
+    out: _Folder = Field(Path("runs/rq4"), description="folder of the runs, one per protocol and sample")
     protocols: Annotated[_Names, AfterValidator(_each("protocol", "study.protocols:get_protocol"))] = Field(
-        ("sequential", "batch", "simie"), description="comma-separated"
+        ("sequential", "batch", "simie"), description="comma-separated protocols; see clme list"
     )
     samples: Annotated[tuple[_Seed, ...], BeforeValidator(_split), Field(min_length=1)] = Field(
-        (0,), description="comma-separated: which random samples, each in its own order"
+        (0,), description="comma-separated numbers of random samples, each with its own order"
     )
-    conflicts: Path | None = Field(None, description="table of clme measure conflicts, which the notebook shows")
+    conflicts: Path | None = Field(None, description="table to show, as clme measure conflicts writes it")
 
 
 class BenchConfig(Schema):
-    """What to measure of efficiency. Lists may be given as comma-separated text."""
+    """Which costs of editing to measure. Lists may be given as comma-separated text."""
 
     subject: str = _SUBJECT
-    random_weights: bool = Field(False, description="of a registered subject's exact shape")
+    random_weights: bool = Field(False, description="random weights in the exact shape of a registered subject")
     dataset: Datasets = _DATASET
     editors: Annotated[Editors, AfterValidator(_editable)] = _editors(PAPER_VARIANTS)
-    cases: int = Field(10, ge=1, description="edited alone, per dataset and editor")
+    cases: int = Field(10, ge=1, description="cases edited one at a time, per dataset and editor")
     batches: Annotated[tuple[int, ...], BeforeValidator(_sizes)] = Field(
-        (1, 8), description="comma-separated sizes whose throughput is measured; '' for none"
+        (1, 8), description="comma-separated batch sizes to measure throughput with; '' for none"
     )
-    threads: int = Field(0, ge=0, le=4096, description="CPU threads; 0: as PyTorch chooses")
+    threads: int = Field(0, ge=0, le=4096, description="CPU threads; 0 leaves the choice to PyTorch")
     seed: _Seed = _SEED
     device: _Device = _DEVICE
     dtype: _Dtype = _DTYPE
     out: _Folder = Field(Path("runs/bench"), description="folder of measurements; the same command resumes them")
     show: Path | None = Field(None, description="folder of finished measurements to show instead")
-    plain: Path | None = Field(None, description="table of benchmarks/whole_case.py, for what a plain procedure needs")
+    plain: Path | None = Field(None, description="table of a plain procedure's times, by benchmarks/whole_case.py")
 
 
 class MeasureConfig(Schema):
-    """Which measurement of the appendices to make. What is not given is the measurement's own default."""
+    """Which of the appendices' measurements to make. Options that are not given have the measurement's defaults."""
 
-    measurement: str = _argument("its name; `clme measure list` shows all")
+    measurement: str = _argument("name of the measurement; `clme measure list` shows all")
     subject: str = _SUBJECT
-    editors: Editors | None = _editors(None, "comma-separated")
-    dataset: Datasets | None = Field(None, description="comma-separated")
-    cases: int | None = Field(None, ge=1, description="selection cases per dataset, of 30")
-    out: Path | None = Field(None, description="CSV to write")
+    editors: Editors | None = _editors(None, "comma-separated editors")
+    dataset: Datasets | None = Field(None, description="comma-separated datasets")
+    cases: int | None = Field(None, ge=1, description="number of selection cases per dataset, at most 30")
+    out: Path | None = Field(None, description="CSV file to write")
     device: _Device = _DEVICE
 
 
-# The other verbs' (cli.py says what each is for).
+# The configurations of the other verbs (cli.py says what each verb does).
 
 
 class ScoreConfig(Schema):
     run: Path = _RUN
     target: Path = _argument("folder of the scored run to write")
     metrics: Metrics | None = Field(
-        None, description="comma-separated metrics to compute anew; if not given, all of the records not scored yet"
+        None, description="comma-separated metrics to recompute (default: the study's, in records without scores)"
     )
 
 
@@ -296,7 +292,7 @@ class AdaptConfig(Schema):
 
 class CheckConfig(Schema):
     run: Path = _RUN
-    published: Path = _argument("the published run's folder")
+    published: Path = _argument("folder of the published run")
 
 
 class PublishConfig(Schema):
@@ -307,21 +303,21 @@ class PublishConfig(Schema):
 class SubmitConfig(Schema):
     run: Path = _RUN
     target: Path = _argument("results/submissions/NAME, the folder to write")
-    authors: str = Field(min_length=1, description="whose results they are")
-    about: str = Field(min_length=1, description="a sentence on the editor, with what is needed to find it")
-    url: str | None = Field(None, pattern=r"^https://", description="of its paper or program")
-    check_cases: Annotated[int, Field(ge=1)] = Field(2, description="per dataset and editor, edited again now")
+    authors: str = Field(min_length=1, description="names of the authors of the results")
+    about: str = Field(min_length=1, description="a sentence about the editor that says where to find it")
+    url: str | None = Field(None, pattern=r"^https://", description="https:// address of the editor's paper or program")
+    check_cases: Annotated[int, Field(ge=1)] = Field(2, description="cases per dataset and editor to edit again")
 
 
 class ExportConfig(Schema):
     edits: Path = _argument("file that save_edits wrote")
-    to: Path = Field(description="new folder of the adapter or model")
+    to: Path = Field(description="new folder to write the adapter or model to")
     subject: str = _SUBJECT
     case_ids: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(
-        (), description="comma-separated: of the edits in the file, those of these cases; if not given, all together"
+        (), description="comma-separated ids of the cases whose edits to export; if not given, all edits together"
     )
-    merged: bool = Field(False, description="the whole model with the updates in its weights, not an adapter")
-    allow_rounding: bool = Field(False, description="merge into 16-bit weights")
+    merged: bool = Field(False, description="write the whole model, updates included, instead of an adapter")
+    allow_rounding: bool = Field(False, description="merge into 16-bit weights, which loses most of an update")
     device: _Device = _DEVICE
     dtype: _Dtype = _DTYPE
 
@@ -329,42 +325,46 @@ class ExportConfig(Schema):
 class NotebookConfig(Schema):
     source: Path = _argument("notebooks/NAME.py")
     target: Path = _argument("executed .ipynb to write")
-    parameters: tuple[tuple[str, str], ...] = Field((), json_schema_extra={"flags": ["-p"], "pairs": True})
+    parameters: tuple[tuple[str, str], ...] = Field(
+        (), description="a notebook parameter; may be repeated", json_schema_extra={"flags": ["-p"], "pairs": True}
+    )
 
 
 class DataBuildConfig(Schema):
-    dataset: _PaperDataset = _argument("which of the paper's")
-    out: _Folder = Field(description="folder of the stages and of the dataset")
-    source: str = Field("embedded", description="embedded, hub (CoNaLa, CodeSearchNet), or a file or folder")
-    targets: _CountOrAll = Field(None, description="edit inputs at most")
-    seed: int = Field(DEFAULT_SEED, description="of the split")
-    encoder: str | None = Field(None, description="Hugging Face encoder of the neighbours; if not given, TF-IDF")
-    model: str | None = Field(None, description="CNLE: language model that scores and rewrites; if not given, offline")
-    endpoint: str | None = Field(None, description="CNLE: base of an OpenAI-compatible endpoint")
-    concurrency: int = Field(8, ge=1, description="CNLE: questions under way at once")
-    budget: int | None = Field(None, ge=1, description="CNLE: tokens that may be spent")
-    names: str | None = Field(None, description="CSNE: masked language model that renames; if not given, the corpus")
-    tokenizer: str | None = Field(None, description="CSNE: counts the 256 tokens; if not given, the embedded subject's")
-    answers: str | None = Field(None, description="subject whose answers to the neighbours are written as well")
-    device: str = Field("cpu", description="of encoder and masked language model")
+    dataset: _PaperDataset = _argument("cnle or csne")
+    out: _Folder = Field(description="folder for the stages and the dataset")
+    source: str = Field("embedded", description="embedded, hub (CoNaLa or CodeSearchNet), or a file or folder")
+    targets: _CountOrAll = Field(None, description="maximum number of edit inputs")
+    seed: int = Field(DEFAULT_SEED, description="seed of the split")
+    encoder: str | None = Field(None, description="Hugging Face encoder that finds the neighbours (default: TF-IDF)")
+    model: str | None = Field(None, description="CNLE: language model that scores and rewrites; offline if not given")
+    endpoint: str | None = Field(None, description="CNLE: base URL of an OpenAI-compatible endpoint")
+    concurrency: int = Field(8, ge=1, description="CNLE: maximum number of parallel requests")
+    budget: int | None = Field(None, ge=1, description="CNLE: maximum number of tokens to spend")
+    names: str | None = Field(None, description="CSNE: masked language model that renames (default: corpus statistics)")
+    tokenizer: str | None = Field(
+        None, description="CSNE: tokenizer that counts the 256 tokens; if not given, the embedded subject's"
+    )
+    answers: str | None = Field(None, description="subject whose answers to the neighbours are also written")
+    device: str = Field("cpu", description="device of the encoder and the masked language model")
 
 
 class DataLabelsConfig(Schema):
     build: Path = _argument("folder of a built CNLE")
-    file: Path = _argument("CSV; written when it does not exist, else read")
-    margin: float = Field(0.05, description="of a share, at 95% confidence")
+    file: Path = _argument("CSV file; written if it does not exist, else read")
+    margin: float = Field(0.05, description="margin of error of a share, at 95% confidence")
 
 
 class DataFineTuneConfig(Schema):
-    build: Path = _argument("folder of a built CSNE: its non-targeted functions are learnt from")
+    build: Path = _argument("folder of a built CSNE, whose non-targeted functions are the training data")
     out: _Folder = Field(description="folder of the fine-tuned encoder")
     encoder: str = Field("microsoft/codebert-base", description="Hugging Face encoder or folder")
     epochs: int = Field(3, ge=1, description="passes over the functions")
-    batch: int = Field(32, ge=1, description="functions in a step")
+    batch: int = Field(32, ge=1, description="functions per step")
     lr: float = Field(2e-5, gt=0, description="learning rate")
     device: str = Field("cpu", description="cpu, cuda, cuda:N")
 
 
 class DataCheckConfig(Schema):
     path: Path = _argument("JSON file")
-    dataset: _PaperDataset | None = Field(None, description="which of the paper's; if not given, from the file's name")
+    dataset: _PaperDataset | None = Field(None, description="cnle or csne; if not given, the file's name decides")

@@ -79,7 +79,7 @@ def measure_conflicts(
         for name in editors:
             editor = load_editor(name, subject)
             if editor.needs_training:
-                raise StudyError(f"{name} is trained before it edits, and nothing is trained here")
+                raise StudyError(f"{name} must be trained before it edits; choose an editor that needs no training")
             following = [*chosen[1:], chosen[0]]
             pairs = [pair for pair in zip(chosen, following, originals) if pair[2]]
             for case, other, original in tqdm(pairs, desc=f"{dataset} {name}", unit="case"):

@@ -1,8 +1,8 @@
-"""Copies of a run: published, which is what the repository keeps of it, or scored anew. Records are never edited.
+"""Copies of a run: published (for the repository), or scored again. Records are never edited.
 
-A dataset says whether texts may be published. CSNE is mined from packages whose text is not ours to publish, so its records keep
-scores and hashes only; whoever re-runs a case can still compare every string by its hash. Scoring needs the metrics' packages, and
-no model.
+A dataset says whether its texts may be published. CSNE is mined from packages whose code may not be redistributed here, so its records
+keep only scores and hashes; anybody who re-runs a case can still compare every string by its hash. Scoring needs the metrics'
+packages, but no model.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from .work import planned
 def publish(run: Path, target: Path) -> int:
     """Copy a run to ``target`` for the repository; returns the number of records.
 
-    Of each editor and dataset the largest finished sample is published: a run that was stopped while growing has more
-    cases, and not random ones. The copy is marked as published, which :func:`~clme_lib.study.runs.run` only reads.
+    For each editor and dataset the largest finished sample is published: a run that was stopped while growing has more
+    cases, but not a random sample. The copy is marked as published, so :func:`~clme_lib.study.runs.run` only reads it.
 
     Raises:
         StudyError: the target exists, a case failed in the run, or a sample is not finished.
     """
     if target.exists():
         raise StudyError(
-            f"{target} exists already: published records are never changed; choose another name or remove it"
+            f"{target} already exists, and published records are never changed; choose another name or remove it"
         )
     manifest = load_manifest(run)
     load_run(run)
@@ -76,12 +76,12 @@ def publish(run: Path, target: Path) -> int:
 
 
 def _finished_sample(run: Path, manifest: dict, records: list[Record]) -> set[int]:
-    """Ids of the largest sample that the records of one editor and dataset contain whole."""
+    """Ids of the largest sample that the records of one editor and dataset contain completely."""
     dataset, editor = records[0].dataset, records[0].editor
     keys = {(record.position, record.case_id) for record in records}
     largest: set[int] = set()
     for start in manifest["starts"]:
-        # a start that was killed counts as well, once another has completed its sample
+        # a start that was killed also counts once another start has completed its sample
         if dataset in start["cases"] and editor in start["hyperparameters"]:
             fields = {**manifest["config"], "cases": start["cases"][dataset], "sample": start["sample"], "out": run}
             config = make_config(**fields)
@@ -91,12 +91,12 @@ def _finished_sample(run: Path, manifest: dict, records: list[Record]) -> set[in
             if len(sample) > len(largest) and all(is_recorded(step, keys) for step in steps):
                 largest = {case.case_id for case in sample}
     if not largest:
-        raise StudyError(f"{run}: {editor} has not finished on {dataset}: start the run again, then publish")
+        raise StudyError(f"{run}: {editor} has not finished on {dataset}: run the same command again, then publish")
     return largest
 
 
 def draw(published: Path) -> None:
-    """Draw the headline figure of a published run beside its records, from them."""
+    """Draw the headline figure of a published run from its records, and store it next to them."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -112,14 +112,14 @@ def score_run(run: Path, target: Path, metrics: Sequence[str] | None = None) -> 
     """Write a copy of ``run`` to ``target`` with scores from its texts; returns how many records were scored now.
 
     Args:
-        metrics: computed anew in every record that has texts, other scores stay. None: the study's, in records not scored yet.
+        metrics: recomputed in every record that has texts; other scores stay. None: the study's, in records not scored yet.
 
     Raises:
-        StudyError: the target exists, a case is not the one that the record was made from, or no record has texts, or one that is not
-            scored yet has none, or answers were not kept.
+        StudyError: the target exists, a case has changed since its record was made, no record has texts, a record that is not
+        scored yet has none, or the unedited answers were not kept.
     """
     if target.exists():
-        raise StudyError(f"{target} exists already: choose another name or remove it")
+        raise StudyError(f"{target} already exists: choose another name or remove it")
     manifest = load_manifest(run)
     load_run(run)
     contents = {file: read_records([file]) for file in record_files(run)}
@@ -139,7 +139,7 @@ def score_run(run: Path, target: Path, metrics: Sequence[str] | None = None) -> 
                 record, count = _scored(record, file, answers, metrics or STUDY_METRICS), count + 1
             scored[file.name].append(record)
     if metrics and not count:
-        raise StudyError(f"{run}: no record has texts to score: they were not published; score a run of your own")
+        raise StudyError(f"{run}: no record has texts to score, because they were not published; score your own run")
     names = [*manifest["config"].get("metrics", PAPER_METRICS), *(metrics or ())]
     manifest["config"] |= {"scored": True, "metrics": [name for name in list_metrics() if name in names]}
     write_copy(run, target, manifest, scored)
@@ -151,12 +151,12 @@ def _scored(record: Record, file: Path, answers: Sequence[str] | None, metrics: 
     by_id = {case.case_id: case for case in load_cases(record.dataset, record.source)}
     case = by_id.get(record.case_id)
     if case is None or case.sha256 != record.case_sha256:
-        raise StudyError(f"{what} is not the one that this record was made from")
+        raise StudyError(f"{what} differs from the one that this record was made from")
     if record.texts is None:
-        raise StudyError(f"{what} has no texts to score: they were not published; score a run of your own")
+        raise StudyError(f"{what} has no texts to score, because they were not published; score your own run")
     if case.unrelated and answers is None and any(get_metric(name).measure == "specificity" for name in metrics):
         raise StudyError(
-            f"{what} keeps no answers of the unedited subject: run the editor {UNEDITED!r} in the same folder first"
+            f"{what} has no answers of the unedited subject: run the editor {UNEDITED!r} in the same folder first"
         )
     computed = scores_of(evaluated(record, case, answers or ()), metrics)
     return record.model_copy(update={"scores": {**(record.scores or {}), **computed}})

@@ -1,4 +1,4 @@
-"""What is there, what fits together, and what to do about the rest: the checks behind ``clme doctor``."""
+"""The checks behind ``clme doctor``: what is installed, whether it fits together, and what to do if not."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _BROWSERS = ("chromium", "google-chrome", "chrome")
 
 
 class Check(NamedTuple):
-    """What was looked at, whether it is as it should be, and what it is or what to do."""
+    """What was checked, whether it passed, and what was seen or what to do."""
 
     what: str
     passed: bool
@@ -41,7 +41,7 @@ class Check(NamedTuple):
 
 
 def diagnose() -> Iterator[Check]:
-    """Every check in turn; a slow one (the embedded model, read whole) takes seconds. Nothing is downloaded."""
+    """Every check in turn; the slowest (reading the whole embedded model) takes seconds. Nothing is downloaded."""
     yield _python()
     yield from _torch()
     yield _cache()
@@ -57,7 +57,7 @@ def _python() -> Check:
     wish = (
         ""
         if supported
-        else f"; the study runs on {low[0]}.{low[1]} to {high[0]}.{high[1]}: set PYTHON= and run `make setup`"
+        else f"; the study needs {low[0]}.{low[1]} to {high[0]}.{high[1]}: set PYTHON= and run `make setup`"
     )
     return Check("Python", supported, platform.python_version() + wish)
 
@@ -67,7 +67,7 @@ def _torch() -> Iterator[Check]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     yield Check("torch", True, f"{torch.__version__} on {name}")
     free = free_memory_bytes(device) / 2**30
-    short = "" if free >= _NEEDED_GIB else f"; the embedded subject needs about {_NEEDED_GIB}: close other programs"
+    short = "" if free >= _NEEDED_GIB else f"; the embedded subject needs about {_NEEDED_GIB} GiB: close other programs"
     yield Check("memory", free >= _NEEDED_GIB, f"{free:.1f} GiB free{short}")
 
 
@@ -90,20 +90,20 @@ def _embedded_subjects() -> Iterator[Check]:
             continue
         made = "fetched" if source.adapter is None else "merged"
         if not embedded.location(source.adapter).is_dir():
-            yield Check(name, True, f"not there yet: {made} on first use, or now by `clme prepare`")
+            yield Check(name, True, f"not there yet: will be {made} on first use, or by `clme prepare` now")
             continue
         try:
             embedded.verify(source.adapter, whole=True)
         except (OSError, StudyError) as error:
             yield Check(name, False, str(error))
         else:
-            yield Check(name, True, f"{embedded.location(source.adapter)}, every file as it was made")
+            yield Check(name, True, f"{embedded.location(source.adapter)}, all files unchanged")
 
 
 def _datasets() -> Iterator[Check]:
     for dataset in PAPER_DATASETS:
         if dataset is CSNE and not embedded_csne.is_mined():
-            yield Check(dataset.title, True, "not mined yet: done on first use, or now by `clme prepare`")
+            yield Check(dataset.title, True, "not mined yet: will be mined on first use, or by `clme prepare` now")
             continue
         try:
             yield Check(dataset.title, True, f"{len(load_cases(dataset))} embedded cases, as committed")
@@ -115,14 +115,14 @@ def _packages() -> Check:
     what = "packages"
     constraints = Path(__file__).parents[2] / "constraints.txt"
     if not constraints.is_file():
-        return Check(what, True, "no constraints.txt beside the library: versions are not compared")
+        return Check(what, True, "no constraints.txt next to the library: versions are not compared")
     pins = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", constraints.read_text(encoding="utf-8"), re.M))
     different = []
     for name, pinned in pins.items():
         try:
             installed = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            continue  # a package of an extra that is not installed, or of another system
+            continue  # belongs to an extra that is not installed, or to another system
         if installed.partition("+")[0] != pinned.partition("+")[0]:
             different.append(f"{name} {installed} (pinned: {pinned})")
     remedy = "; install with `pip install -c constraints.txt -e .`" if different else "as constraints.txt pins them"
@@ -132,5 +132,5 @@ def _packages() -> Check:
 def _browser() -> Check:
     browser = next(filter(None, map(shutil.which, _BROWSERS)), None)
     if browser is None and os.environ.get("CI"):
-        return Check("browser", False, "none; install chromium, the browser tests need it")
+        return Check("browser", False, "none; install chromium, which the browser tests need")
     return Check("browser", True, browser or "none; only the browser tests need one (chromium)")

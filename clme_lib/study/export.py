@@ -1,7 +1,7 @@
-"""Edits taken away: as an adapter that peft loads, or in the weights of a model that transformers loads. Neither needs this library.
+"""Exporting edits as an adapter that peft loads, or merged into a model that transformers loads. Neither needs this library.
 
-Factors ``left (d, r) @ right (r, d_f)`` are a LoRA of ``down_proj`` with ``A = right``, ``B = left`` and ``alpha = r``; ranks that differ
-between layers are filled up with zeros. Whatever updates weights can be merged into them, ``W + delta``, and saved.
+Factors ``left (d, r) @ right (r, d_f)`` are a LoRA of ``down_proj`` with ``A = right``, ``B = left`` and ``alpha = r``; smaller
+ranks are padded with zeros. Any update of weights can be merged, ``W + delta``, and saved.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def export_edits(
     """Write what ``edits`` (at least one) make together of a subject to a new folder; returns what was written, in a sentence.
 
     Args:
-        merged: the whole model with the updates in its weights, instead of an adapter beside it.
-        allow_rounding: merge into 16-bit weights, where most entries of an update are below what a weight can change by.
+        merged: write the whole model with the updates in its weights, instead of an adapter.
+        allow_rounding: merge into 16-bit weights, although most entries of an update are smaller than a weight's rounding step.
 
     Raises:
-        StudyError: the folder exists; an edit does not change weights; an adapter of an update that has no factors; 16-bit weights.
+        StudyError: the folder exists; an edit does not change weights; an update without factors is to be an adapter; 16-bit weights.
     """
     if folder.exists():
-        raise StudyError(f"{folder} exists already; choose another folder")
+        raise StudyError(f"{folder} already exists; choose another folder")
     whole = Edit.compose([*([subject.edit] if subject.edit else []), *edits])
     if whole.changes_nothing:
         raise StudyError("the edits change nothing: there is nothing to export")
@@ -42,12 +42,12 @@ def export_edits(
         editors = ", ".join(sorted({part.editor for part in refused}))
         if all(part.changes_prompts for part in refused):
             raise StudyError(
-                f"the edits of {editors} are text before prompts, which no weights hold: put it there yourself (edit.texts), or edit by "
+                f"the edits of {editors} are text before prompts, which weights cannot hold: put it there yourself (edit.texts), or use "
                 "an editor that updates weights"
             )
         raise StudyError(
-            f"the edits of {editors} look up a codebook at every prompt, which no weights can do: run the model with "
-            "`with subject.applying(edits): ...`, or edit by in-context or an editor that updates weights"
+            f"the edits of {editors} look up a codebook at every prompt, which weights cannot do: run the model with "
+            "`with subject.applying(edits): ...`, or use in-context or an editor that updates weights"
         )
     unfinished = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -67,7 +67,7 @@ def _adapter(edit: Edit, subject: Subject, folder: Path) -> str:
 
     if not all(isinstance(part, LowRankUpdate) for part in edit.parts):
         raise StudyError(
-            f"{edit.editor} updates whole matrices, which no adapter of low rank holds: export the merged model (--merged)"
+            f"{edit.editor} updates whole matrices, which a low-rank adapter cannot hold: export the merged model (--merged)"
         )
     factors: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for part in edit.parts:
@@ -104,7 +104,7 @@ def _adapter(edit: Edit, subject: Subject, folder: Path) -> str:
 def _merged(deltas: dict[int, torch.Tensor], allow_rounding: bool, subject: Subject, folder: Path) -> str:
     if subject.dtype != torch.float32 and not allow_rounding:
         raise StudyError(
-            f"the weights are {subject.dtype_name}, and rounding would lose most of an update: load the subject in float32, export an adapter, or pass "
+            f"the weights are {subject.dtype_name}, where rounding would lose most of an update: load the subject in float32, export an adapter, or pass "
             "--allow-rounding"
         )
     state, changed, entries = subject.model.state_dict(), 0, 0
@@ -119,4 +119,4 @@ def _merged(deltas: dict[int, torch.Tensor], allow_rounding: bool, subject: Subj
     subject.model.save_pretrained(folder, state_dict=state, safe_serialization=True)
     subject.tokenizer.save_pretrained(folder)
     ratio = (kept / meant) ** 0.5
-    return f"{changed} of {entries} entries of {len(deltas)} matrices changed, by {ratio:.4f} of the update's norm, in {subject.dtype_name}"
+    return f"{changed} of {entries} entries in {len(deltas)} matrices changed, by {ratio:.4f} of the update's norm, in {subject.dtype_name}"

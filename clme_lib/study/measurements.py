@@ -1,4 +1,4 @@
-"""The appendices' measurements by name (``clme measure``): each stands beside its table, and writes a CSV."""
+"""The appendices' measurements by name (``clme measure``). Each is defined next to its table and writes a CSV file."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from ..evaluation.loading import load_subject
 from ..support.errors import StudyError
 from .config import MeasureConfig
 
-# name -> where, and what it measures
+# name -> where it is defined, and what it measures
 MEASUREMENTS = {
-    "selection": ("appendices.selection:select", "an editor's grid of hyperparameters"),
-    "presets": ("appendices.selection:compare_presets", "what the released program's defects do to an editor"),
-    "end-of-target": ("appendices.selection:compare_ends", "what learning to stop after the target changes"),
+    "selection": ("appendices.selection:select", "scores of each setting in an editor's hyperparameter grid"),
+    "presets": ("appendices.selection:compare_presets", "effect of the released program's defects on an editor"),
+    "end-of-target": ("appendices.selection:compare_ends", "effect of also learning to stop after the target"),
     "weight-updates": (
         "appendices.weight_updates:diagnose_editors",
-        "what weight updates do to losses, before any text is generated",
+        "effect of weight updates on losses, before any text is generated",
     ),
     "pmet-parts": (
         "appendices.weight_updates:take_pmet_apart",
-        "what leaving out the attention's vector and spreading cost PMET",
+        "what PMET loses by omitting the attention's vector and by spreading the update",
     ),
     "lookups": (
         "appendices.lookups:sweep_lookups",
-        "an editor's writes under lookup-aware statistics, and at another token",
+        "an editor's updates under lookup-aware statistics, and at another token",
     ),
     "conflicts": (
         "conflicts:measure_conflicts",
-        "what two edits of one prompt leave: two targets, and the original answer restored",
+        "two edits of one prompt: with two targets, and with the original answer as the second target",
     ),
     "statistics": (
         "appendices.statistics:compare_statistics",
-        "MEMIT's writes under statistics of more and of less text",
+        "MEMIT's updates under statistics from more and from less text",
     ),
-    "radius": ("rq3.measurements:sweep_radius", "A-GRACE's measures as a function of margin and radius"),
+    "radius": ("rq3.measurements:sweep_radius", "A-GRACE's scores as a function of margin and radius"),
     "encoders": (
         "appendices.encoder_settings:compare_encoders",
-        "A-GRACE's encoder by several settings, trained on more and fewer cases",
+        "A-GRACE's encoder under several settings and training-set sizes",
     ),
 }
 _FLAGS = {"file": "--out", "datasets": "--dataset", "editor": "--editor", "editors": "--editor", "cases": "--cases"}
@@ -50,7 +50,7 @@ def measure(config: MeasureConfig) -> pd.DataFrame:
     """Make a measurement and return its table.
 
     Raises:
-        StudyError: no such measurement, an option that it does not take, or none where it needs one.
+        StudyError: no such measurement, an option that it does not take, or a required option that is missing.
     """
     if config.measurement not in MEASUREMENTS:
         raise StudyError(f"unknown measurement {config.measurement!r}; known: {', '.join(MEASUREMENTS)}")
@@ -68,7 +68,7 @@ def measure(config: MeasureConfig) -> pd.DataFrame:
     given = {name: value for name, value in options.items() if value is not None}
     needed = [name for name, parameter in taken.items() if parameter.default is parameter.empty]
     if unknown := [name for name in given if name not in taken]:
-        raise StudyError(f"measure {config.measurement}: {_FLAGS[unknown[0]]} is not taken, or only one")
+        raise StudyError(f"measure {config.measurement}: does not take {_FLAGS[unknown[0]]}, or takes only one value")
     if missing := [name for name in needed if name not in given]:
-        raise StudyError(f"measure {config.measurement}: {_FLAGS[missing[0]]} is needed")
+        raise StudyError(f"measure {config.measurement}: needs {_FLAGS[missing[0]]}")
     return function(load_subject(config.subject, config.device), **given)

@@ -20,16 +20,16 @@ from ..support.schema import Schema, parse
 from .config import RunConfig
 
 _WIDGET = "application/vnd.jupyter.widget-view+json"
-_INJECTED = "# Parameters"  # how the cell begins that papermill puts after a notebook's own parameters
+_INJECTED = "# Parameters"  # first line of the cell that papermill puts after a notebook's own parameters
 
 Config = TypeVar("Config", bound=Schema)
 
 
 def config_from_notebook(namespace: Mapping[str, Any], schema: type[Config] = RunConfig) -> Config:  # type: ignore[assignment]
-    """The configuration from a notebook's parameters: call it in a cell after theirs, with ``globals()``.
+    """The configuration from a notebook's parameters: call it with ``globals()`` in a cell after the parameter cell.
 
     Parameters are the names that the parameter cell gives with a type (``cases: int = 8``), and all that papermill passes. Any field of
-    the configuration may be passed, also those that the cell does not list.
+    the configuration may be passed, including fields that the cell does not list.
 
     Raises:
         StudyError: an unknown name (the message lists the known ones) or a value of the wrong type.
@@ -63,9 +63,9 @@ def _parameters(namespace: Mapping[str, Any]) -> Iterator[str]:
 
 
 def execute(source: Path, target: Path, parameters: Mapping[str, Any]) -> None:
-    """Execute a text notebook; ``target`` appears only when every cell has succeeded.
+    """Execute a text notebook; ``target`` only appears if every cell succeeds.
 
-    Two equal executions give equal bytes: time stamps are dropped and cell ids numbered.
+    Equal executions give equal bytes: time stamps are removed and cell ids are numbered.
 
     Raises:
         StudyError: a cell failed, as it does with an unknown parameter (the partial notebook's path is named).

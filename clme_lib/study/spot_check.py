@@ -13,8 +13,8 @@ from ..support.errors import StudyError
 from .paper import UNEDITED
 from .tables import table
 
-GREEDY_AGREEMENT = 0.90  # below this share for an editor, the check fails
-UNEDITED_POINTS = 1.0  # a score of the unedited row may move by this much, in points
+GREEDY_AGREEMENT = 0.90  # if an editor's share is lower, the check fails
+UNEDITED_POINTS = 1.0  # tolerated change of a score of the unedited row, in points
 _SCORES = [f"{measure}_{metric}" for measure in MEASURES for metric in COMPARISONS]
 
 
@@ -32,12 +32,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was compared.
+    """The result of a comparison.
 
     Attributes:
         table: per dataset and editor: cases, greedy and sampled texts, and how many of each are the same.
         differences: every text that differs.
-        moved: scores of the unedited row that moved by more than a point.
+        moved: scores of the unedited row that changed by more than a point.
     """
 
     table: pd.DataFrame
@@ -59,7 +59,7 @@ def compare(here: pd.DataFrame, published: pd.DataFrame) -> Comparison:
     """Compare records of the same cases.
 
     Raises:
-        StudyError: nothing in common, or a case that is not the same case any more.
+        StudyError: the records have nothing in common, or a case has changed.
     """
     keys = ["subject", "dataset", "editor", "preset", "protocol", "position", "case_id"]
     pairs = here.merge(published, on=keys, suffixes=("", "_published"))
@@ -68,7 +68,7 @@ def compare(here: pd.DataFrame, published: pd.DataFrame) -> Comparison:
     changed = pairs[pairs["case_sha256"] != pairs["case_sha256_published"]]
     if len(changed):
         case = f"case {changed.iloc[0]['case_id']} of {changed.iloc[0]['dataset']}"
-        raise StudyError(f"{case} has changed since the published run; publish anew")
+        raise StudyError(f"{case} has changed since the published run; publish again")
     rows, differences, moved = [], [], []
     for (dataset, editor), of_editor in pairs.groupby(["dataset", "editor"], sort=False):
         pairs_of_editor = of_editor.to_dict("records")

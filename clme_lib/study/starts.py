@@ -23,7 +23,7 @@ def begin(
 
     Args:
         model: what :func:`clme_lib.study.provenance.model` says of the subject.
-        hyperparameters: of the editors that this start is to use; ``setup``: what those prepared.
+        hyperparameters: those of the editors in this start; ``setup``: what these editors prepared.
     """
     cases = {name: load_cases(name, config.source) for name in config.dataset}
     write_text(config.out / "folds.json", json.dumps({name: folds(cases[name], config.seed) for name in cases}) + "\n")

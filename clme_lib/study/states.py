@@ -1,4 +1,4 @@
-"""States of a model between the steps of a protocol: how they are made, and the file that a later start goes on from.
+"""States of a model between the steps of a protocol: how they are made, and the file from which a later start resumes.
 
 ``states/<dataset>.<editor>.safetensors`` in a run's folder is the last state that a later step builds on, and in the end the state with
 all edits, as one edits file (:func:`~clme_lib.edits.files.load_edits` reads it); it is replaced after every step.
@@ -21,13 +21,13 @@ from ..edits.files import load_edits, read_about, save_edits
 from ..support.errors import CaseError, StudyError
 from .protocols import Protocol, Step
 
-# faults of a case, not of the environment
+# errors caused by a case, not by the environment
 CASE_FAULTS = (CaseError, ValueError, ArithmeticError, LinAlgError)
 
 
 @dataclass(frozen=True)
 class State:
-    """What the model holds after a step: its edit, how each case's came about, and why others could not be made."""
+    """The model's state after a step: its edit, how each case's edit was made, and why others could not be made."""
 
     edit: Edit
     logs: dict[int, EditLog] = field(default_factory=dict)
@@ -118,5 +118,5 @@ class States:
         alone = {case.case_id: self._attempt(editor, [case])[case.case_id] for case in cases}
         good = [case for case in cases if alone[case.case_id][1] is None]
         if len(good) == len(cases):
-            raise StudyError(f"{editor.name} makes each edit of a batch, but not all of them together")
+            raise StudyError(f"{editor.name} can make each edit of the batch, but not all of them together")
         return alone | self._attempt(editor, good)

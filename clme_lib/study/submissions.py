@@ -60,11 +60,11 @@ def submit(config: SubmitConfig) -> Submission:
         StudyError: something is missing, cannot be proved, or does not come out the same; nothing is written then.
     """
     if config.target.exists():
-        raise StudyError(f"{config.target} exists already: choose another name or remove it")
+        raise StudyError(f"{config.target} already exists: choose another name or remove it")
     manifest = load_manifest(config.run)
     if manifest["config"]["source"] not in ("embedded", "published"):
         raise StudyError(
-            f"{config.run}: its cases come from {manifest['config']['source']}, which others do not have; run it on embedded or published cases"
+            f"{config.run}: its cases come from {manifest['config']['source']}, which others do not have; use embedded or published cases"
         )
     config.target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=config.target.parent, prefix=".submission-") as folder:
@@ -93,10 +93,10 @@ def load_submission(folder: Path) -> Submission:
     check_records(folder)
     editors = set(load_run(folder)["editor"])
     if strange := editors ^ set(submission.packages):
-        raise StudyError(f"{file}: packages: {', '.join(sorted(strange))} is not in both, the records and the list")
+        raise StudyError(f"{file}: packages: {', '.join(sorted(strange))} must be both in the records and in the list")
     if submission.checked.greedy_same < spot_check.GREEDY_AGREEMENT * submission.checked.greedy:
         raise StudyError(
-            f"{file}: checked: {submission.checked.greedy_same} of {submission.checked.greedy} texts came out the same, which is too few"
+            f"{file}: checked: only {submission.checked.greedy_same} of {submission.checked.greedy} texts were reproduced, which is too few"
         )
     return submission
 
@@ -112,11 +112,11 @@ def check_records(folder: Path) -> None:
     if len(unknown := records[records["commit"].str.startswith(UNKNOWN) | ~records["start"].isin(starts)]):
         row = unknown.iloc[0]
         raise StudyError(
-            f"{folder}: case {row['case_id']} by {row['editor']}: what made the record is not known; make it with a library that is in a git repository"
+            f"{folder}: case {row['case_id']} by {row['editor']}: the record does not say what made it; run the case again with a library that is in a git repository"
         )
     if len(changed := records[records["commit"].str.endswith("+changes")]):
         raise StudyError(
-            f"{folder}: case {changed.iloc[0]['case_id']} was made by a library with uncommitted changes; commit them and run it again"
+            f"{folder}: case {changed.iloc[0]['case_id']} was made by a library with uncommitted changes; commit them and run the case again"
         )
     if (records["protocol"] == SINGLE).all():
         for dataset, rows in records.groupby("dataset"):
@@ -128,7 +128,7 @@ def check_records(folder: Path) -> None:
                     )
                 if missing := ids - by_editor.get(UNEDITED, set()):
                     raise StudyError(
-                        f"{folder}: {dataset} case {min(missing)} by {editor} has no row without an edit beside it; add the editor {UNEDITED}"
+                        f"{folder}: {dataset} case {min(missing)} by {editor} has no unedited record to compare with; add the editor {UNEDITED}"
                     )
 
 
@@ -147,7 +147,7 @@ def _edit_again(copy: Path, fields: dict, cases: int, folder: Path) -> Checked:
     config = make_config(**again)
     comparison = spot_check.compare(run(config), load_run(copy))
     if not comparison.passed:
-        raise StudyError(f"the sample did not come out the same:\n{spot_check.describe(comparison)}")
+        raise StudyError(f"the sample was not reproduced:\n{spot_check.describe(comparison)}")
     counts = comparison.table[["cases", "greedy", "greedy_same"]].sum()
     (start,) = load_manifest(config.out)["starts"]
     return Checked(

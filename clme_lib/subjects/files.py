@@ -1,4 +1,4 @@
-"""Reading a subject: its files are checked before and after they are loaded, so that nothing of the model is missing or made up."""
+"""Reading a subject: its files are checked before and after loading, so that no part of the model is missing or made up."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from . import embedded
 from .settings import SubjectSettings, list_subjects, load_settings
 from .subject import Subject, is_cached, prepare, torch_device, torch_dtype
 
-# what decides how a model computes and reads text; only files directly in its folder
+# files that decide how a model computes and reads text, all directly in its folder
 _FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
 _INDEX = "model.safetensors.index.json"
 _GIT_LFS = b"version https://git-lfs"
 _SAMPLE = "def twoCafés(x):\n    return x * 2  # Twice"
-_NAMED = 4  # tensors that a message names at most
+_NAMED = 4  # maximum number of tensors that a message names
 _Size = Annotated[int, Field(ge=1, le=10_000_000)] | None
 _Factor = Annotated[float, Field(gt=0, le=1e12)] | None
 
 
 class _Described(Schema):
-    """A part of config.json; the fields that only transformers reads are left to it."""
+    """A part of config.json; fields that only transformers reads are not checked here."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
@@ -49,7 +49,7 @@ class _Rope(_Described):
 
 
 class _Configuration(_Described):
-    """The numbers that a wrong one of makes another model, or asks for more memory than there is."""
+    """The numbers that, if wrong, describe another model or need more memory than there is."""
 
     model_type: str
     hidden_size: _Size = None
@@ -72,13 +72,13 @@ class _Configuration(_Described):
     def _heads_divide(self) -> _Configuration:
         heads, shared = self.num_attention_heads, self.num_key_value_heads
         if heads and shared and heads % shared:
-            raise ValueError(f"num_attention_heads={heads} is no multiple of num_key_value_heads={shared}")
+            raise ValueError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={shared}")
         if heads and self.hidden_size and not self.head_dim and self.hidden_size % heads:
-            raise ValueError(f"hidden_size={self.hidden_size} is no multiple of num_attention_heads={heads}")
+            raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={heads}")
         return self
 
     def shapes(self) -> dict[str, list[int | None]]:
-        """The shapes of some tensors of the layouts that the editors know; None where the configuration leaves one open."""
+        """The shapes of some tensors in the layouts that the editors know; None where the configuration does not decide a size."""
         d, heads = self.hidden_size, self.num_attention_heads
         size = self.head_dim or (d // heads if d and heads else None)
         shared = self.num_key_value_heads or heads
@@ -145,7 +145,7 @@ def subject_fingerprint(name: str) -> str | None:
 
 
 def _located(name: str, settings: SubjectSettings) -> tuple[Path, str]:
-    """The folder of a subject's files, downloaded when it has to be, and what identifies them."""
+    """The folder of a subject's files (downloaded if necessary), and what identifies them."""
     if settings.subject.source == "embedded":
         adapter = settings.subject.adapter
         return embedded.ensure(adapter), embedded.fingerprint(adapter)
@@ -156,8 +156,8 @@ def _located(name: str, settings: SubjectSettings) -> tuple[Path, str]:
             return Path(location), f"folder-sha256:{folder_sha256(Path(location))}{own_eos}"
     if name == location and ("/" not in name or name.startswith((".", "/"))):
         raise StudyError(
-            f"unknown subject {name!r}: neither a registered one ({', '.join(list_subjects())}), nor a folder, "
-            "nor a Hugging Face id of the form owner/model"
+            f"unknown subject {name!r}: not a registered name ({', '.join(list_subjects())}), a folder, "
+            "or a Hugging Face id of the form owner/model"
         )
     try:
         # no file in a folder of its own, and not the second copy of the weights that some repositories have
@@ -190,11 +190,11 @@ def _sha256(file: Path) -> str:
 
 
 def _check_files(name: str, folder: Path) -> _Configuration:
-    """What can be seen without loading: JSON that is JSON, weights that are weights, and sizes that are those of the weights."""
+    """Check what can be seen without loading: valid JSON, valid weights, and sizes that match the weights."""
     for file in sorted(file for pattern in _FILES for file in folder.glob(pattern)):
-        with contextlib.suppress(OSError), file.open("rb") as stream:  # What cannot be read is told of below.
+        with contextlib.suppress(OSError), file.open("rb") as stream:  # Unreadable files are reported below.
             if stream.read(len(_GIT_LFS)) == _GIT_LFS:
-                raise StudyError(f"{file}: a pointer of Git LFS, not the file itself: run `git lfs pull` in {folder}")
+                raise StudyError(f"{file}: a Git LFS pointer, not the file itself: run `git lfs pull` in {folder}")
     for part in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", _INDEX):
         if (file := folder / part).is_file() and not isinstance(read_json(file), dict):
             raise StudyError(f"{file}: not a JSON object")
@@ -202,13 +202,13 @@ def _check_files(name: str, folder: Path) -> _Configuration:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise StudyError(
-            f"subject {name!r} could not be loaded: {folder} has no *.safetensors file; weights must be safetensors, others can run code"
+            f"subject {name!r} could not be loaded: {folder} has no *.safetensors file; weights must be safetensors, because other formats can run code"
         )
     if (index := folder / _INDEX).is_file():
         listed = read_json(index).get("weight_map")
         if not isinstance(listed, dict) or {str(part) for part in listed.values()} - {file.name for file in weights}:
             raise StudyError(
-                f"{index}: its weight_map must name the files of the weights, which are {_names(weights)}; fetch it anew"
+                f"{index}: its weight_map must name the files of the weights, which are {_names(weights)}; fetch it again"
             )
     shapes: dict[str, list[int]] = {}
     for file in weights:
@@ -216,7 +216,7 @@ def _check_files(name: str, folder: Path) -> _Configuration:
             with safe_open(file, framework="pt") as content:
                 shapes |= {tensor: content.get_slice(tensor).get_shape() for tensor in content.keys()}  # noqa: SIM118 - it is no mapping
         except Exception as error:  # the format's errors have no common type
-            raise StudyError(f"{file}: cannot be read as a safetensors file: {error}; fetch it anew") from error
+            raise StudyError(f"{file}: cannot be read as a safetensors file: {error}; fetch it again") from error
     blocks = {int(match[1]) for tensor in shapes if (match := re.match(r"model\.layers\.(\d+)\.", tensor))}
     if blocks and (asked := configuration.num_hidden_layers) and asked != len(blocks):
         raise StudyError(
@@ -232,7 +232,7 @@ def _check_files(name: str, folder: Path) -> _Configuration:
 
 
 def _check_weights(folder: Path, model: Any, loaded: dict[str, Any]) -> None:
-    """Refuse what transformers filled up, left out or could not fit, and numbers that are none."""
+    """Refuse weights that transformers filled in, left out or could not fit, and values that are not finite."""
     names = _names(sorted(folder.glob("*.safetensors")))
     kinds = {"missing_keys": "lack", "unexpected_keys": "have, but the model does not know,"}
     problems = {what: sorted(map(str, loaded[kind])) for kind, what in kinds.items()}
@@ -241,14 +241,14 @@ def _check_weights(folder: Path, model: Any, loaded: dict[str, Any]) -> None:
         if tensors:
             more = f" and {len(tensors) - _NAMED} more" if len(tensors) > _NAMED else ""
             raise StudyError(
-                f"{folder}: the weights ({names}) {what} {', '.join(tensors[:_NAMED])}{more}: not a whole model of this "
-                "config.json; fetch both anew"
+                f"{folder}: the weights ({names}) {what} {', '.join(tensors[:_NAMED])}{more}: not a complete model for this "
+                "config.json; fetch both again"
             )
     for name, parameter in model.named_parameters():
         if not parameter.sum(dtype=torch.float32).isfinite():
             raise StudyError(
-                f"{folder}: {name} ({names}) has numbers that are not finite in {str(parameter.dtype).removeprefix('torch.')}: fetch "
-                "the file anew, or use float32"
+                f"{folder}: {name} ({names}) has values that are not finite in {str(parameter.dtype).removeprefix('torch.')}: fetch "
+                "the file again, or use float32"
             )
 
 
@@ -272,17 +272,17 @@ def _check_tokenizer(folder: Path, subject: Subject) -> None:
     if largest >= rows and _is_of_these_files(tokenizer, rows, files):
         raise StudyError(
             f"{folder}: the tokenizer ({names}) has token {largest}, but the model's embeddings (vocab_size in config.json) end at "
-            f"{rows - 1}: not this model's tokenizer"
+            f"{rows - 1}: use this model's tokenizer"
         )
     ids = tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"]
     if "".join(str(tokenizer.decode(ids)).split()) != "".join(_SAMPLE.split()):
         raise StudyError(
-            f"{folder}: the tokenizer ({names}) reads {_SAMPLE!r} and gives back {tokenizer.decode(ids)!r}: code needs all characters"
+            f"{folder}: the tokenizer ({names}) turns {_SAMPLE!r} into {tokenizer.decode(ids)!r}: code needs a tokenizer that keeps all characters"
         )
 
 
 def _is_of_these_files(tokenizer: Any, rows: int, files: list[Path]) -> bool:
-    """Whether a token beyond the embeddings is the files' own; some classes of transformers add one of theirs, which no text has."""
+    """Whether a token beyond the embeddings comes from the files; some transformers classes add a token that no text has."""
     beyond = {token: n for token, n in tokenizer.get_vocab().items() if n >= rows}
     written = "".join(file.read_text(encoding="utf-8") for file in files if file.suffix == ".json")
     return tokenizer.eos_token in beyond or any(
@@ -292,7 +292,7 @@ def _is_of_these_files(tokenizer: Any, rows: int, files: list[Path]) -> bool:
 
 @contextlib.contextmanager
 def _loading(name: str, folder: Path, *patterns: str) -> Iterator[None]:
-    """Errors of other libraries become a StudyError that names the files; that memory does not suffice is left to the caller."""
+    """Turn other libraries' errors into a StudyError that names the files; the caller handles running out of memory."""
     try:
         yield
     except StudyError:
@@ -302,7 +302,7 @@ def _loading(name: str, folder: Path, *patterns: str) -> Iterator[None]:
             raise
         files = _names(sorted({file for pattern in patterns for file in folder.glob(pattern)})) or patterns[0]
         raise StudyError(
-            f"subject {name!r} could not be loaded: {folder}: {files}: {_reason(error)}. Is it a whole folder of one model, of a kind "
+            f"subject {name!r} could not be loaded: {folder}: {files}: {_reason(error)}. Is the folder a complete model of a kind "
             "that this version of transformers knows? (Code of a model is never run.)"
         ) from error
 

@@ -44,7 +44,7 @@ class SubjectSource(Schema):
     revision: str = "main"
     blocks: int | None = Field(default=None, gt=0)
     shape: Shape | None = None
-    eos_token: str | None = None  # for checkpoints whose own differs between versions of transformers
+    eos_token: str | None = None  # for checkpoints whose EOS token differs between versions of transformers
 
 
 class SubjectSettings(Schema):
@@ -80,7 +80,7 @@ def load_settings(name: str) -> SubjectSettings:
 def transfer_layers(hparams: dict[str, Any], blocks: int) -> dict[str, Any]:
     """The paper's values for a model with ``blocks`` blocks.
 
-    A layer transfers by its index; one the model does not have becomes the last block, and a window of layers is
+    A layer keeps its index; a layer that the model does not have becomes the last block, and a window of layers is
     shifted as a whole so that it ends there. ValueError if the window is longer than the model.
     """
     moved = dict(hparams)
@@ -89,8 +89,6 @@ def transfer_layers(hparams: dict[str, Any], blocks: int) -> dict[str, Any]:
     if "layers" in moved:
         shift = min(0, blocks - 1 - max(moved["layers"]))
         if min(moved["layers"]) + shift < 0:
-            raise ValueError(
-                f"its layers, {list(moved['layers'])}, are more than the model's {blocks} blocks: set layers="
-            )
+            raise ValueError(f"its layers, {list(moved['layers'])}, outnumber the model's {blocks} blocks: set layers=")
         moved["layers"] = [layer + shift for layer in moved["layers"]]
     return moved

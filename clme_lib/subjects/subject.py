@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from ..edits.codebooks import Codebook
 
 
-# In a fingerprint, what follows this says how the loaded model was edited.
+# In a fingerprint, this is followed by a description of how the loaded model was edited.
 _EDITED = "+edit-sha256:"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def is_cached(model_id: str, revision: str = "main") -> bool:
-    """True when the model's configuration is in the Hugging Face cache; does not use the network."""
+    """Whether the model's configuration is in the Hugging Face cache; does not use the network."""
     try:
         return isinstance(try_to_load_from_cache(model_id, "config.json", revision=revision), str)
     except ValueError:  # it cannot be an id
@@ -47,12 +47,12 @@ class Subject:
     settings: SubjectSettings
     # what the weights are (a file hash or a hub commit) and what edited them; part of every cache key and record
     fingerprint: str
-    edit: Edit | None = None  # what edited() made of the loaded model; None for the loaded model itself
+    edit: Edit | None = None  # the edit that edited() applied to the loaded model; None for the loaded model itself
     loaded: Subject | None = None  # the subject of the loaded model, if this one was made by edited()
 
     @property
     def original(self) -> Subject:
-        """The subject without any edit. What editors gather or learn before they edit is of this one, however many edits there are."""
+        """The subject without any edit. Whatever editors gather or learn before they edit comes from it, however many edits there are."""
         return self.loaded or self
 
     @property
@@ -69,12 +69,12 @@ class Subject:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What a file that was made with this subject says of it."""
+        """How a file that was made with this subject identifies it."""
         return {"subject": self.name, "fingerprint": self.fingerprint, "dtype": self.dtype_name}
 
     @property
     def positions(self) -> int:
-        """The most tokens of a row, prompt and text together: the model's positions, or its sliding window where that is shorter."""
+        """Maximum number of tokens of prompt and text together: the model's positions, or its sliding window if that is shorter."""
         limits = (getattr(self.model.config, name, None) for name in ("max_position_embeddings", "sliding_window"))
         return min(filter(None, limits))
 
@@ -110,9 +110,9 @@ class Subject:
         return applying(self.decoder, self.down_proj, edits, rows)
 
     def edited(self, edit: Edit) -> Subject:
-        """The subject that ``edit`` makes of this one, which stays as it is; StudyError if it does not fit.
+        """The subject that results from applying ``edit`` to this one, which does not change; StudyError if the edit does not fit.
 
-        Its model is a copy of the modules that shares all tensors and carries the edit's hooks for good; hooks that are registered
+        Its model is a copy of the modules that shares all tensors and carries the edit's hooks permanently; hooks that are registered
         later, to apply further edits or to record, come after the edit's. In 16-bit precision this keeps what merging into the
         weights would round away. Editing twice is editing once with the composed edit.
         """
@@ -120,7 +120,7 @@ class Subject:
         shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
         model = copy.deepcopy(self.model, shared)
         for module in model.modules():
-            # Hooks of edits that are applied to the original just now, and of its own earlier edit, are not wanted.
+            # Hooks of edits that are currently applied to the original, and of its earlier edit, must not be copied.
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
         fingerprint = f"{self.fingerprint.partition(_EDITED)[0]}{_EDITED}{whole.sha256}"
@@ -144,7 +144,7 @@ def prepare(
         tokenizer.eos_token = settings.subject.eos_token
     if tokenizer.eos_token_id is None:
         raise StudyError(
-            f"the tokenizer of {name!r} has no EOS token, which the study pads with: name it as eos_token in tokenizer_config.json"
+            f"the tokenizer of {name!r} has no EOS token, which the study needs for padding: set eos_token in tokenizer_config.json"
         )
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.eos_token
@@ -162,7 +162,7 @@ def torch_device(name: str) -> torch.device:
     if name != "cpu" and not name.startswith("cuda"):
         raise StudyError(f"device={name!r} is not one of auto, cpu, cuda, cuda:N")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise StudyError(f"device={name!r} was asked for, but torch {torch.__version__} sees no CUDA device")
+        raise StudyError(f"device={name!r} was requested, but torch {torch.__version__} sees no CUDA device")
     return torch.device(name)
 
 

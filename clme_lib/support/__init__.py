@@ -1,1 +1,1 @@
-"""What every part stands on: errors, typed configuration, seeds, registries, files, memory, batches."""
+"""Shared foundations: errors, typed configuration, seeds, registries, files, memory, batches."""

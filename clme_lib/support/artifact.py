@@ -1,7 +1,7 @@
-"""Safetensors files that say what they are: a JSON header beside the tensors, written whole or not at all.
+"""Safetensors files that describe themselves: tensors and a JSON header, written completely or not at all.
 
-The header has the SHA-256 of itself and of the tensors, which is checked when a process first reads the file; files that were
-written before there was one are read without it.
+The header has the SHA-256 of itself and of the tensors, which is checked when a process first reads the file; older files
+without this hash are read unchecked.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from .reading import parse_json
 
 
 class Sharing(Protocol):
-    """How caches of several machines share what is made once."""
+    """How the caches of several machines share files that are made only once."""
 
     def made_once(self, file: Path) -> contextlib.AbstractContextManager[None]:
-        """Hold the file's name alone, over all machines, inside the block; it is fetched first if another machine has made it."""
+        """Lock the file's name on all machines inside the block; the file is fetched first if another machine has made it."""
 
 
 _sharing: ContextVar[Sharing | None] = ContextVar("sharing", default=None)
@@ -41,7 +41,7 @@ _sharing: ContextVar[Sharing | None] = ContextVar("sharing", default=None)
 
 @contextmanager
 def shared_by(sharing: Sharing) -> Iterator[None]:
-    """Inside the block artifacts are made once over several machines."""
+    """Inside the block, artifacts are made only once over several machines."""
     token = _sharing.set(sharing)
     try:
         yield
@@ -51,22 +51,22 @@ def shared_by(sharing: Sharing) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file of tensors that is refused when it is not of what it should be."""
+    """A file of tensors, which is refused if its header does not have the expected identity."""
 
     file: Path
-    # all that decides the content, as JSON values; the file's header begins with it
+    # everything that decides the content, as JSON values; the file's header begins with it
     identity: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def cached(cls, folder: str, prefix: str, identity: dict[str, Any]) -> Artifact:
-        """One in a folder of the user's cache, named by a readable prefix and the hash of its identity."""
+        """An artifact in a folder of the user's cache, named by a readable prefix and the hash of its identity."""
         return cls(cache_dir() / folder / f"{name_for(prefix, identity)}.safetensors", identity)
 
     def exists(self) -> bool:
         return self.file.is_file()
 
     def write(self, tensors: Mapping[str, torch.Tensor], **more: Any) -> None:
-        """Write it, with ``more`` in its header beside the identity; a killed process leaves the old file or the new one."""
+        """Write it, with ``more`` in its header after the identity; a killed process leaves the old file or the new one."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.file.parent, prefix=".unfinished-") as scratch:
             unfinished = Path(scratch) / "part"
@@ -77,14 +77,14 @@ class Artifact:
             os.replace(unfinished, self.file)
 
     def read(self, with_tensors: bool = True) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Header ({} if the file has none of ours) and, unless only that is needed, tensors; StudyError if it is of something else."""
+        """Header ({} if the file has none of ours) and, with ``with_tensors``, tensors; StudyError if the identity differs."""
         with self._opened() as content:
             header = _header(content)
             tensors = {name: content.get_tensor(name) for name in (content.keys() if with_tensors else ())}
         for name, value in json.loads(json.dumps(self.identity)).items():
             if header.get(name) != value:
                 raise StudyError(
-                    f"{self.file}: its {name} is {header.get(name)!r}, needed is {value!r}; remove the file to make it anew"
+                    f"{self.file}: its {name} is {header.get(name)!r}, expected {value!r}; remove the file to make it again"
                 )
         return header, tensors
 
@@ -96,9 +96,9 @@ class Artifact:
 
     @contextmanager
     def made_once(self) -> Iterator[None]:
-        """Hold the file alone inside the block, whose caller makes it there if it is not finished by then; others that want to wait.
+        """Lock the file inside the block, where the caller makes it if it is not finished; other processes wait.
 
-        The lock is free when its holder dies. On a cluster it holds over the nodes, and the file is there if another node has made it.
+        The lock is released if its holder dies. On a cluster it covers all nodes, and a file made by another node is fetched.
         """
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.with_suffix(".lock").open("a") as lock:
@@ -128,7 +128,7 @@ def _verify(file: Path, _size: int, _modified: int) -> None:
         if written and written != _sha256(
             header, ((name, content.get_tensor(name)) for name in sorted(content.keys()))
         ):
-            raise ValueError("its content has another SHA-256 than its header says")
+            raise ValueError("its content does not have the SHA-256 that its header names")
 
 
 def _header(content: Any) -> dict[str, Any]:

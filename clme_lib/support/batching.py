@@ -1,4 +1,4 @@
-"""What is worked on together: rows of like length, and as many cases as are asked for or as the device's memory allows."""
+"""Batches: rows of similar length, and as many cases as requested or as the device's memory allows."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def of_like_length(
 
 
 class Batches(Generic[Item]):
-    """Items (cases) in order, a batch at a time.
+    """Items (cases) in order, one batch at a time.
 
     Args:
-        items: those that cost alike beside each other, so that little of a batch is padding.
-        size: of a batch; ``auto`` starts with 8 and doubles while a batch's peak leaves more than half of the memory.
+        items: sorted so that items of similar cost are adjacent, and little of a batch is padding.
+        size: batch size; ``auto`` starts with 8 and doubles while a batch's peak leaves more than half of the memory free.
     """
 
     def __init__(self, items: Sequence[Item], size: int | Literal["auto"], device: torch.device) -> None:
@@ -70,12 +70,12 @@ class Batches(Generic[Item]):
             yield batch
             if self._grows and len(batch) == self.size:
                 used = peak_memory_mib(self._device) - base
-                # where the system tells no peak, ``used`` is NaN and the size stays
+                # if the system reports no peak, ``used`` is NaN and the size stays
                 if used < _LARGEST_SHARE * (used + free_memory_bytes(self._device) / 2**20):
                     self.size = min(2 * self.size, _LARGEST_SIZE[self._device.type])
 
     def did_not_fit(self, batch: list[Item]) -> None:
-        """Put a batch back, to be given out again in halves; no batch will be as large from now on."""
+        """Return a batch that did not fit, to be given out again in halves; later batches are smaller than it."""
         release_memory(self._device)
         self._left = batch + self._left
         self.size = max(1, len(batch) // 2)

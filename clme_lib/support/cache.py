@@ -18,14 +18,14 @@ def cache_dir() -> Path:
 
 
 def file_name(text: str) -> str:
-    """``text`` with a dash for every character that is unusual in a file's name."""
+    """``text`` with a dash for every character that is unusual in file names."""
     return "".join(character if character.isalnum() or character in ".-_" else "-" for character in text)
 
 
 def name_for(prefix: str, identity: Mapping[str, Any]) -> str:
-    """A file's name: what a person recognises, and a hash of all that decides its content (JSON values)."""
+    """A file's name: a readable prefix, and a hash of everything that decides its content (JSON values)."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    # A subject's name may be a long path, of which a file's name has no room for more.
+    # A subject's name may be a path that is too long for a file's name.
     return f"{file_name(prefix)[-100:]}-{digest[:16]}"
 
 

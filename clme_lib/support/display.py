@@ -1,4 +1,4 @@
-"""Showing what others wrote: text of a dataset, of a model, of a file stays text on a page, in a table and in a terminal.
+"""Showing untrusted text: the text of a dataset, a model or a file stays plain text on a page, in a table and in a terminal.
 
 On a page every character that can be markup of HTML, Markdown, MyST, Jinja or TeX where it stands becomes a numeric reference, and
 the text stays on one line of the source. Characters that a page or a terminal cannot hold (control characters, lone
@@ -37,24 +37,24 @@ def inline(text: object) -> Markup:
 
 def inline_code(text: str) -> Markup:
     """Code inside a sentence or cell. White space around it is left out."""
-    # dir keeps right-to-left marks to themselves
+    # dir limits the effect of right-to-left marks to the element
     return Markup(f'<code dir="ltr">{_IN_CODE.sub(_reference, _in_one_line(text.strip() or EMPTY))}</code>')
 
 
 def code_block(text: str) -> Markup:
-    """Code as a paragraph of its own, every line break where it is."""
+    """Code as a separate block that keeps every line break."""
     return Markup(f'<pre><code dir="ltr">{_IN_CODE.sub(_reference, text or EMPTY)}</code></pre>')
 
 
 def printable(text: str) -> str:
-    """Text for a terminal: line breaks and tabs stay, what a terminal would obey is written out."""
+    """Text for a terminal: line breaks and tabs stay, other control characters are written out."""
     return "".join(
         character if character.isprintable() or character in "\n\t" else _written_out(character) for character in text
     )
 
 
 def on_terminal(main: Callable[..., int]) -> Callable[..., int]:
-    """Make a program's output text that its terminal can show; it ends in silence when its reader has gone (``clme list | head``)."""
+    """Make a program's output printable on its terminal; the program ends silently if its reader has gone (``clme list | head``)."""
 
     @functools.wraps(main)
     def shown(*arguments: Any) -> int:
@@ -71,19 +71,19 @@ def on_terminal(main: Callable[..., int]) -> Callable[..., int]:
             for stream in (sys.stdout, sys.stderr):
                 try:
                     stream.flush()
-                except OSError:  # Python shall not try once more at its end
+                except OSError:  # keeps Python from trying once more at exit
                     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             cause = error.__cause__ or error
             if isinstance(cause, BrokenPipeError):
                 return 128 + signal.SIGPIPE
-            print(f"clme: what is printed cannot be written: {cause}", file=sys.stderr)
+            print(f"clme: cannot write the output: {cause}", file=sys.stderr)
             return 1
 
     return shown
 
 
 class _Unwritable(BaseException):
-    """Standard output cannot be written: like an interruption, it ends the command and is no error of what it was doing."""
+    """Standard output cannot be written. Like an interruption, this ends the command and is not an error of the current work."""
 
 
 class _Printable:

@@ -1,16 +1,16 @@
-"""The one exception that a user's mistake raises."""
+"""The exceptions for errors that the user can correct."""
 
 from __future__ import annotations
 
 
 class StudyError(Exception):
-    """Something the user can mend; the message names the file, the field and the remedy."""
+    """An error that the user can correct; the message names the file, the field and the remedy."""
 
 
 class CaseError(StudyError):
-    """What is wrong with a single case: it is recorded as failed, and the others go on. Any other StudyError ends a run."""
+    """An error of a single case, which is recorded as failed while the others continue. Any other StudyError ends a run."""
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line."""
+    """The message of another library's error, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,4 +1,4 @@
-"""Ctrl-C is never lost: a library that swallows the exception inside its own code cannot swallow the wish."""
+"""Ctrl-C is never lost, even if a library swallows the KeyboardInterrupt that it raises."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def remembered() -> Iterator[None]:
 
 
 def check() -> None:
-    """Raise KeyboardInterrupt if Ctrl-C was pressed and the work went on nevertheless."""
+    """Raise KeyboardInterrupt if Ctrl-C was pressed and the work continued nevertheless."""
     if _asked:
         raise KeyboardInterrupt
 

@@ -19,9 +19,9 @@ from .reading import parse_json
 
 
 class Journal:
-    """The rows of a file by what ``key`` gives for them, so that work goes on where it stopped.
+    """The rows of a file by the value of ``key``, so that interrupted work can be resumed.
 
-    ``rows`` are in the order in which keys first appeared; a later row takes the place of an earlier one with the same key.
+    ``rows`` are in the order in which keys first appeared; a later row replaces an earlier one with the same key.
     """
 
     def __init__(self, path: Path, key: Callable[[dict], Hashable]) -> None:
@@ -36,21 +36,21 @@ class Journal:
         return self.rows[self._key(row)]
 
     def refresh(self) -> None:
-        """Read the file again if another process has made it grow."""
+        """Read the file again if another process has appended to it."""
         size = self.path.stat().st_size if self.path.is_file() else 0
         if size != self._read_size:
             self.rows = {self._key(row): row for row in read_rows(self.path)}
             self._read_size = size
 
     def append(self, *rows: dict) -> None:
-        """Keep rows, in the file too; see :func:`append_rows`. What another process appended meanwhile stays unread."""
+        """Add rows, to the file too; see :func:`append_rows`. Rows that another process appended meanwhile stay unread."""
         append_rows(self.path, rows)
         self.rows.update((self._key(row), row) for row in rows)
         self._read_size = self.path.stat().st_size
 
 
 def read_rows(path: Path) -> list[dict]:
-    """All complete rows; an absent file has none. StudyError if a line other than a torn last one is no JSON object."""
+    """All complete rows; an absent file has none. StudyError if a line other than a torn last one is not a JSON object."""
     if not path.is_file():
         return []
     rows = []
@@ -64,7 +64,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def append_rows(path: Path, rows: Iterable[dict]) -> None:
-    """Append rows durably; StudyError when the disk does not take them (what was there stays readable)."""
+    """Append rows durably; StudyError if they cannot be written (earlier rows stay readable)."""
     text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,12 +80,12 @@ def append_rows(path: Path, rows: Iterable[dict]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole, as UTF-8; see :func:`write_bytes`."""
+    """Write a file completely or not at all, as UTF-8; see :func:`write_bytes`."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole: a process killed in the middle leaves the old one, or none. StudyError if the disk does not take it."""
+    """Write a file completely or not at all: a process killed in the middle leaves the old file, or none. StudyError if writing fails."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

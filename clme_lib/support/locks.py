@@ -1,4 +1,4 @@
-"""One writer at a time, over processes. A lock belongs to its open file: that of a process that died is free."""
+"""One writer at a time, across processes. A lock belongs to its open file, so a process that dies releases it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from .errors import StudyError
 
 
 def wait_for_lock(file: IO) -> None:
-    """Hold an open file alone until it is closed; waits for others that hold it."""
+    """Lock an open file until it is closed; waits while another process holds the lock."""
     if fcntl is not None:
         fcntl.flock(file, fcntl.LOCK_EX)
 
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder alone inside the block; it is made if it does not exist.
+    """Lock a folder inside the block; the folder is made if it does not exist.
 
     Raises:
-        StudyError: another process holds it (the message has its id), or the folder cannot be written to.
+        StudyError: another process holds the lock (the message has its id), or the folder cannot be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         except OSError:
             file.seek(0)
             raise StudyError(
-                f"{folder}: process {file.read().strip()} is writing there; wait for it, or choose another folder"
+                f"{folder}: process {file.read().strip()} is writing to this folder; wait for it, or choose another folder"
             ) from None
         file.truncate(0)
         file.write(f"{os.getpid()}\n")

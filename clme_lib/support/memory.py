@@ -23,7 +23,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """High-water mark since the last reset; NaN where the system does not tell."""
+    """High-water mark since the last reset; NaN if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
@@ -33,26 +33,26 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 def memory_in_use_mib(device: torch.device) -> float:
-    """What is allocated now: by tensors on CUDA, the resident set on CPU."""
+    """The memory in use: by tensors on CUDA, the resident set on CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 2**20
     return psutil.Process().memory_info().rss / 2**20
 
 
 def free_memory_bytes(device: torch.device) -> float:
-    """What may still be allocated on the device; on a CPU, limits of this process or its container are not looked at."""
+    """The memory that can still be allocated on the device; on a CPU, limits of this process or its container are ignored."""
     return float(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
 
 
 def release_memory(device: torch.device) -> None:
-    """Give back what an abandoned computation held."""
+    """Release the memory of an abandoned computation."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device's memory did not suffice."""
+    """Whether an error means that the device ran out of memory."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(symptom in str(error) for symptom in _SYMPTOMS)
     )

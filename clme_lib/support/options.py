@@ -1,7 +1,7 @@
-"""A command line made from a configuration class: an option for each field, its help from the field's description.
+"""A command line generated from a configuration class: an option for each field, with the field's description as help.
 
-A field's ``json_schema_extra`` may say ``positional``, ``flags`` (in place of ``--field-name``), ``off`` (the flag that turns a
-true field off) or ``pairs`` (the option takes NAME VALUE, any number of times).
+A field's ``json_schema_extra`` may hold ``positional``, ``flags`` (instead of ``--field-name``), ``off`` (the flag that turns a
+true field off) or ``pairs`` (the option takes NAME VALUE and may be repeated).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .schema import Schema
 
 
 def add_options(parser: argparse.ArgumentParser, schema: type[Schema]) -> None:
-    """Add an option for each field; values are checked by the schema alone, and what is not given is left to it."""
+    """Add an option for each field. Only the schema checks values and fills in defaults."""
     for name, field in schema.model_fields.items():
         extra: Any = field.json_schema_extra or {}
         shown = _help(field)

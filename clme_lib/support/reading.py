@@ -1,7 +1,7 @@
-"""Reading JSON and YAML that others wrote: what is ambiguous, or is no text or number, is refused with its place.
+"""Reading untrusted JSON and YAML: ambiguous content, and values that are not valid text or numbers, are refused with their location.
 
-Refused are duplicate keys, NaN and infinity, lone surrogates, nesting that no reader of ours survives, and YAML's aliases (with
-which a few lines stand for gigabytes).
+Refused are duplicate keys, NaN and infinity, lone surrogates, nesting that would overflow a reader, and YAML's aliases (with
+which a few lines can expand to gigabytes).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
     if _SURROGATE_ESCAPE.search(decoded):
         for place, string in _strings(content):
             if _SURROGATE.search(string):
-                raise StudyError(f"{where}: {place or '(top level)'}: a lone surrogate is no character: remove it")
+                raise StudyError(f"{where}: {place or '(top level)'}: a lone surrogate is not a character: remove it")
     return content
 
 
@@ -80,7 +80,7 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"key {max(keys, key=keys.count)!r} stands twice in one object")
+        raise ValueError(f"key {max(keys, key=keys.count)!r} occurs twice in one object")
     return content
 
 
@@ -91,7 +91,7 @@ def _finite(digits: str) -> float:
 
 
 def _not_a_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _strings(content: Any, place: str = "") -> Iterator[tuple[str, str]]:
@@ -110,12 +110,12 @@ def _strings(content: Any, place: str = "") -> Iterator[tuple[str, str]]:
 class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "aliases are not read", self.peek_event().start_mark)
+            raise yaml.composer.ComposerError(None, None, "aliases are not allowed", self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} occurs twice", node.start_mark)
         return super().construct_mapping(node, deep)

@@ -1,4 +1,4 @@
-"""Things known by name: this library's own, and those that other installed packages add by an entry point."""
+"""Registries of named things: the library's own, and those that other installed packages add through an entry point."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _LAST = 1_000_000
 class Registry(Generic[T]):
     """Entries by name, ordered by their ``order`` and then by name; those without an order come last.
 
-    Modules register what they define when they are imported, which happens when the registry is first asked: the library's own, and
-    those that other packages name under the entry-point group, whose values are entries or modules that register some.
+    Modules register what they define when they are imported, which happens when the registry is first used: the library's own modules,
+    and those that other packages name under the entry-point group, whose values are entries or modules that register some.
 
     Args:
-        what: a kind of entry, for messages; group: of entry points.
-        package: import path of the library's own entries: a module, or a package each module of which may register some.
+        what: kind of entry, for messages; group: entry-point group.
+        package: import path of the library's own entries: a module, or a package whose modules register them.
     """
 
     def __init__(self, what: str, group: str, package: str) -> None:
@@ -33,9 +33,9 @@ class Registry(Generic[T]):
         self._loading = self._loaded = False
 
     def register(self, entry: T) -> T:
-        """Add an entry; StudyError if the library itself, or another module, has one of this name.
+        """Add an entry; StudyError if the library itself, or another module, has an entry of this name.
 
-        It replaces an earlier one of its name and module, as when a notebook's cell is run again.
+        It replaces an earlier entry of the same name and module, as when a notebook's cell is run again.
         """
         name = entry.name  # type: ignore[attr-defined]
         known = self._entries.get(name, entry)
@@ -82,11 +82,11 @@ class Registry(Generic[T]):
             self._loading = False
 
     def _add(self, point: EntryPoint) -> None:
-        """A package that does not load spoils nothing but what it adds."""
+        """Add an entry point; a package that does not load only affects its own entries."""
         package = point.dist.name if point.dist else point.value
         try:
             if hasattr(entry := point.load(), "name"):
                 self.register(entry)
         except Exception as error:  # whatever another package raises
-            reason = f"package {package!r} does not load ({point.value}): {first_line(error)}; mend or remove it"
+            reason = f"package {package!r} does not load ({point.value}): {first_line(error)}; fix or remove it"
             self._broken[point.name] = reason

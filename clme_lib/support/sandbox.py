@@ -1,7 +1,7 @@
-"""Running snippets that nobody vouches for: one process for many, a fork of it for each (sandbox_process.py says what holds them).
+"""Running untrusted snippets: one process for all, and a fork of it for each (sandbox_process.py documents the confinement).
 
-It holds code that a model wrote by mistake, and clumsy attacks. It is no defence against somebody who means to break out of CPython or
-of the kernel: who expects that runs all of it in a virtual machine.
+It withstands a model's harmful mistakes and simple attacks. It is no defence against somebody who intends to break out of CPython or
+the kernel: if you expect that, run everything in a virtual machine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from .errors import StudyError
 
 PASSES = "passes"
-# how a snippet fails, in the order of tables, and what that means
+# kinds of failure, in the order of tables, with their meaning
 FAILURES = {
     "syntax": "does not parse",
     "name": "NameError",
@@ -39,7 +39,7 @@ _ENVIRONMENT = {
     "PATH": os.defpath,
     "LC_ALL": "C.UTF-8",
     "TZ": "UTC",
-    "ARROW_DEFAULT_MEMORY_POOL": "system",  # Its own reserves more than the limit.
+    "ARROW_DEFAULT_MEMORY_POOL": "system",  # Arrow's own pool reserves more than the limit.
     "MPLBACKEND": "Agg",
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -49,12 +49,13 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Check:
-    """How it is known that a snippet is right.
+    """Code that decides whether a snippet is right.
 
     Attributes:
-        setup: code that is run before it and makes the names it needs.
-        test: code that is run after it, in the same namespace, and raises unless it is right. It also finds ``result``, the value of
-            the snippet's last statement if that is an expression or an assignment to a name, and ``output``, what was printed.
+        setup: code that is run before the snippet and defines the names it needs.
+        test: code that is run after the snippet, in the same namespace, and raises an error unless the snippet is right. It can use
+        ``result``, the value of the snippet's last statement if that is an expression or an assignment to a name, and ``output``,
+        the printed text.
     """
 
     setup: str
@@ -62,7 +63,7 @@ class Check:
 
 
 class Sandbox:
-    """A process that runs snippets, each for so many ``seconds`` at most; it is started when it is first needed."""
+    """A process that runs snippets, each for at most ``seconds``; it is started when it is first needed."""
 
     def __init__(self, seconds: float = 5.0) -> None:
         self._seconds = seconds
@@ -77,11 +78,11 @@ class Sandbox:
         """
         request = {"setup": check.setup, "snippet": snippet, "test": check.test, "seconds": self._seconds}
         request["modules"] = _imported(check.setup)
-        answer = self._ask(request) or self._ask(request)  # once more where the process itself was ended
+        answer = self._ask(request) or self._ask(request)  # once more if the process itself was killed
         if answer is None:
             return "ended"
         if answer["kind"] == "setup":
-            raise StudyError(f"the setup of a check fails: {answer['error']}: {check.setup!r}; mend the check")
+            raise StudyError(f"the setup of a check fails: {answer['error']}: {check.setup!r}; correct the check")
         return answer["kind"]
 
     def close(self) -> None:
@@ -110,7 +111,7 @@ class Sandbox:
     def _start(self) -> None:
         if sys.platform != "linux":
             raise StudyError(
-                "running snippets needs Linux, which confines them: use a container, or leave `executes` out"
+                "snippets are only run on Linux, which can confine them: use a container, or leave out the metrics that run code (`executes`)"
             )
         self._home = tempfile.TemporaryDirectory(prefix="clme-sandbox-home-")
         self._process = subprocess.Popen(
@@ -127,7 +128,7 @@ class Sandbox:
 
 @lru_cache(maxsize=100_000)
 def outcome(check: Check, snippet: str) -> str:
-    """``passes``, or how the snippet fails, from this process's one sandbox."""
+    """``passes``, or how the snippet fails, in this process's only sandbox."""
     return _sandbox().run(check, snippet)
 
 

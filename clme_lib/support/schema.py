@@ -66,7 +66,7 @@ def parse(schema: type[Parsed], content: Any, where: str, *, strict: bool = Fals
         reason = first["msg"].removeprefix("Value error, ").replace("Extra inputs are not permitted", "unknown key")
         if (
             not first["loc"] and first["type"] == "value_error"
-        ):  # how several fields go together, not what one of them holds
+        ):  # an error about how fields go together, not about one value
             raise StudyError(f"{where}: {reason}") from None
         # A list of the fields helps with a misspelt name, not with a wrong value.
         known = f"; known: {', '.join(schema.model_fields)}" if first["type"] == "extra_forbidden" else ""

@@ -1,4 +1,4 @@
-"""Seeds. Every random draw has a generator of its own, so no case depends on which others ran, or in what order."""
+"""Seeds. Every random draw has its own generator, so no case depends on which others ran, or in what order."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ def generator(*parts: object) -> torch.Generator:
 
 
 def seeded_order(ids, *parts: object) -> list:
-    """``ids`` in the order of their own hashes: a shuffle in which adding an id moves no other two against each other."""
+    """``ids`` in the order of their own hashes: a shuffle in which adding an id does not change the order of the others."""
     return sorted(ids, key=lambda entry: (seed_of(*parts, entry), entry))

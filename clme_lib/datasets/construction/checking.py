@@ -1,8 +1,8 @@
 """What is wrong with a dataset in the published layout: ``clme data check PATH``.
 
 Errors make a case meaningless (two cases with one id, a neighbour that is an edit input, a rephrased prompt that repeats the
-prompt); warnings say what a measure cannot tell (a target too short for BLEU, code that is not Python 3). Nothing is
-changed. Every finding names its cases and what to do.
+prompt); warnings name limits of a measure (a target too short for BLEU, code that is not Python 3). Nothing is
+changed. Every finding names its cases and says what to do.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from ..published import parse_record, read_records
 from ..renaming import same_up_to_names
 from ..source_code import parsed
 
-# of the embedded and the paper's subjects; each ends what its subject writes
+# end-of-text strings of the embedded and the paper's subjects: a subject stops writing at its own
 END_OF_TEXT = ("<|im_end|>", "<|endoftext|>", "</s>")
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 Level = Literal["error", "warning"]
-_Check = tuple[Level, str, str, Callable[[Case], bool]]  # level, problem, remedy, and whether a case has the problem
+_Check = tuple[Level, str, str, Callable[[Case], bool]]  # level, problem, remedy, and the test for the problem
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Table III's row of one kind of text: how many there are, and their lengths in words and symbols."""
+    """A row of Table III: the number of texts of one kind, and their lengths in words and symbols."""
 
     text: str
     number: int
@@ -70,7 +70,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether there is no error."""
+        """Whether there are no errors."""
         return not any(finding.level == "error" for finding in self.findings)
 
     def __str__(self) -> str:
@@ -88,7 +88,7 @@ def check_file(path: Path | str, dataset: str | None = None) -> Report:
         dataset: ``cnle`` or ``csne``; None: from the file's name, as the authors' loader does (``Conala``, ``CodeSearchNet``).
 
     Raises:
-        StudyError: the file is not a JSON list, or its name does not say which dataset it is.
+        StudyError: the file is not a JSON list, or its name does not tell the dataset.
     """
     path = Path(path)
     kind = get_dataset(dataset) if dataset else _named_in(path)
@@ -100,7 +100,7 @@ def check_file(path: Path | str, dataset: str | None = None) -> Report:
             answered.update(list(record["neighborhoods"].get("answers") or ()))
         except StudyError as error:
             malformed.append(str(error))
-    findings = [Finding("error", "malformed records", tuple(malformed), "Mend or remove them.")] if malformed else []
+    findings = [Finding("error", "malformed records", tuple(malformed), "Correct or remove them.")] if malformed else []
     findings += [
         Finding("warning", f"answers of {model} are missing for some cases", (f"{len(cases) - count} of {len(cases)}",),
                 "The study generates its own; answers in a file are not used.")
@@ -113,7 +113,7 @@ def _named_in(path: Path) -> Dataset:
     for dataset in map(get_dataset, list_datasets()):
         if dataset.layout and dataset.layout.file.removeprefix("Edit").lower() in path.name.lower():
             return dataset
-    raise StudyError(f"{path}: the name has neither Conala nor CodeSearchNet in it: say which it is with --dataset")
+    raise StudyError(f"{path}: the name has neither Conala nor CodeSearchNet in it: name the dataset with --dataset")
 
 
 def check_cases(cases: Sequence[Case]) -> tuple[Finding, ...]:
@@ -129,7 +129,7 @@ def check_cases(cases: Sequence[Case]) -> tuple[Finding, ...]:
     if 0 < different <= len(cases):
         findings.append(
             Finding("warning", "few different neighbours", (f"{different} for {len(cases)} cases",),
-                    "Specificity measures the same ones again and again: target fewer, or take a larger source.")
+                    "Specificity measures the same ones repeatedly: target fewer inputs, or use a larger source.")
         )  # fmt: skip
     return tuple(findings)
 
@@ -160,7 +160,7 @@ def _checks(cases: Sequence[Case]) -> list[_Check]:
     ids, prompts = Counter(case.case_id for case in cases), Counter(case.prompt for case in cases)
     closest = _closest(cases)
     checks: list[_Check] = [
-        ("error", "case_id occurs twice", "Number the cases.",
+        ("error", "case_id occurs twice", "Give every case its own number.",
          lambda case: ids[case.case_id] > 1),
         ("error", "edit input occurs in several cases", "Keep one of them: two edits of one prompt contradict each other.",
          lambda case: prompts[case.prompt] > 1),
@@ -168,20 +168,20 @@ def _checks(cases: Sequence[Case]) -> list[_Check]:
          lambda case: case.prompt in case.rephrased),
         ("error", "a neighbour is the case's own edit or rephrased input", "Choose another neighbour.",
          lambda case: bool({case.prompt, *case.rephrased} & set(case.unrelated))),
-        ("error", "a neighbour is another case's edit input", "Neighbours come from the non-targeted half: split anew.",
+        ("error", "a neighbour is another case's edit input", "Neighbours must come from the non-targeted half: split again.",
          lambda case: any(prompt in prompts and prompt != case.prompt for prompt in case.unrelated)),
         ("error", "a neighbour occurs twice in a case", "Choose another one.",
          lambda case: len(set(case.unrelated)) < len(case.unrelated)),
-        ("warning", f"a neighbour is closer than {TOO_CLOSE} to the edit input (TF-IDF)", "Leaving it unchanged may be wrong.",
+        ("warning", f"a neighbour is closer than {TOO_CLOSE} to the edit input (TF-IDF)", "Its answer may have to change too: choose another neighbour.",
          lambda case: closest.get(case.case_id, 0) > TOO_CLOSE),
         ("warning", "target is too short for BLEU", "With fewer than four tokens it scores 0 even when written exactly.",
          lambda case: bleu([case.target], [case.target]) == 0),
-        ("warning", "target has no Latin letter or digit", "ROUGE-L is 0 even when it is written exactly.",
+        ("warning", "target has no Latin letter or digit", "ROUGE-L is 0 even when the target is written exactly.",
          lambda case: rouge_l([case.target], [case.target]) == 0),
         ("warning", f"target contains an end-of-text string ({', '.join(END_OF_TEXT)})",
-         "A subject whose string it is stops writing there, and what follows can never be written: choose another target.",
+         "A subject that uses this string stops there and can never write the rest: choose another target.",
          lambda case: any(string in case.target for string in END_OF_TEXT)),
-        ("warning", "target begins or ends with white space", "It can never match exactly: what is generated is stripped.",
+        ("warning", "target begins or ends with white space", "It can never match exactly, because generated text is stripped: strip the target.",
          lambda case: case.target != case.target.strip()),
     ]  # fmt: skip
     of_targets: list[_Check] = [
@@ -193,7 +193,7 @@ def _checks(cases: Sequence[Case]) -> list[_Check]:
          lambda case: not parsed(case.text)),
         ("warning", "a neighbour is not Python 3", "Check whether it is Python 2.",
          lambda case: not all(parsed(dataset.text(prompt)) for prompt in case.unrelated)),
-        ("warning", "rephrased function is not the function up to names", "Rename anew and verify.",
+        ("warning", "rephrased function is not the function up to names", "Rename again and verify.",
          lambda case: bool(parsed(case.text)) and not all(
              same_up_to_names(case.text, dataset.text(prompt)) for prompt in case.rephrased)),
     ]  # fmt: skip

@@ -1,7 +1,7 @@
-"""Asking a language model behind any OpenAI-compatible endpoint, without paying twice.
+"""Querying a language model behind any OpenAI-compatible endpoint, without paying twice.
 
-Every answer is appended to a cache file the moment it comes, by the hash of model, settings and question: what was answered before
-a crash is not asked again. The maintained ``openai`` client retries with back-off on rate limits, time-outs and server errors.
+Every answer is appended to a cache file as soon as it arrives, under the hash of model, settings and question, so a question answered
+before a crash is not asked again. The ``openai`` client retries with back-off on rate limits, time-outs and server errors.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from ...support.journal import append_rows, read_rows
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LONGEST_ANSWER = 256  # tokens
-_FRAME = 1_000  # tokens that an endpoint may put around a question
+_FRAME = 1_000  # tokens that an endpoint may add around a question
 
 
 class Endpoint:
-    """A model to ask at temperature 0.
+    """A language model, queried at temperature 0.
 
     Args:
         model: its name at the endpoint.
         url: the endpoint's base, such as ``http://localhost:8000/v1`` (None: OpenAI's own).
         cache: JSON Lines file of answers.
-        concurrency: most questions under way at once.
-        budget: most tokens, asked and answered, that the cache may come to hold (None: no limit).
-        retries: how often the client tries again, waiting longer each time.
+        concurrency: maximum number of parallel requests.
+        budget: maximum number of tokens in the cache, questions and answers together (None: no limit).
+        retries: how often the client retries, waiting longer each time.
 
     The key is taken from the environment variable ``OPENAI_API_KEY``; a local endpoint may need none.
     """
@@ -53,11 +53,11 @@ class Endpoint:
             import openai
         except ImportError as error:
             raise StudyError(
-                "asking a model needs the package openai: pip install -c constraints.txt -e '.[construct]'"
+                "a language model is queried with the package openai: pip install -c constraints.txt -e '.[construct]'"
             ) from error
         key = os.environ.get("OPENAI_API_KEY") or ("none" if url else None)
         if key is None:
-            raise StudyError("OPENAI_API_KEY is not set: set it, or name an endpoint of your own with --endpoint")
+            raise StudyError("OPENAI_API_KEY is not set: set it, or name your endpoint with --endpoint")
         self.cache, self.concurrency, self.budget = cache, concurrency, budget
         self.settings: dict[str, Any] = {"model": model, "temperature": 0}  # what an answer depends on
         self._client = openai.OpenAI(api_key=key, base_url=url, max_retries=retries, timeout=timeout)
@@ -72,16 +72,16 @@ class Endpoint:
                 or tokens < 0
             ):
                 raise StudyError(
-                    f"{cache}, line {number}: no answer with its key and tokens; remove the line to ask again"
+                    f"{cache}, line {number}: expected an answer with its key and tokens; remove the line to ask again"
                 )
             self._known[row["key"]] = answer
             self.spent += tokens
 
     def ask(self, instruction: str, questions: Sequence[str]) -> Iterator[str]:
-        """The answer of each question, in the order of the questions whenever they come: what is built from them is the same each time.
+        """The answers in the order of the questions, whatever order they arrive in, so that builds are reproducible.
 
         Raises:
-            StudyError: the endpoint refuses or cannot be reached, or the budget is spent; what was answered is kept.
+            StudyError: the endpoint refuses or cannot be reached, or the budget is spent; answers so far are kept.
         """
         contents = [json.dumps([self.settings, instruction, question]) for question in questions]
         keys = [hashlib.sha256(content.encode()).hexdigest() for content in contents]
@@ -94,8 +94,8 @@ class Endpoint:
             while True:
                 if failure is None and waiting and self.budget is not None and self.spent >= self.budget:
                     failure = StudyError(
-                        f"the budget of {self.budget} tokens is spent ({self.spent}); {len(waiting)} questions are left: start again "
-                        "with a larger --budget, the answers are kept"
+                        f"the budget of {self.budget} tokens is spent ({self.spent} used); {len(waiting)} questions are left: start again "
+                        "with a larger --budget (the answers are kept)"
                     )
                 while failure is None and waiting and len(under_way) < self.concurrency:
                     key, question = waiting.popleft()
@@ -129,17 +129,17 @@ class Endpoint:
                 raise ValueError("the reply has no choices")
             answer: Any = reply.choices[0].message.content  # the client does not check types
             if not isinstance(answer, str | None):
-                raise ValueError(f"the answer is {type(answer).__name__}, expected a text")
-            answer = _SURROGATE.sub("\ufffd", answer or "")  # no file could be read that has one
+                raise ValueError(f"the answer is {type(answer).__name__}, expected text")
+            answer = _SURROGATE.sub("\ufffd", answer or "")  # a file that contains one could not be read
             return answer, _tokens(reply.usage, instruction + question + answer)
         except (openai.OpenAIError, ValueError, AttributeError, TypeError, LookupError) as error:
             raise StudyError(
-                f"{self._client.base_url}: {type(error).__name__}: {str(error)[:300]}; the answers so far are kept in {self.cache}, "
-                "start the same command again to go on"
+                f"{self._client.base_url}: {type(error).__name__}: {str(error)[:300]}; the answers so far are kept in {self.cache}; "
+                "run the same command again to resume"
             ) from error
 
 
 def _tokens(usage: Any, text: str) -> int:
-    """The tokens that an endpoint says it used; the bytes of the text, which are more, where it says nothing that can be true."""
+    """The tokens that an endpoint reports; without a plausible report, the number of bytes of the text, which is larger."""
     said, most = getattr(usage, "total_tokens", None), len(text.encode())
     return said if type(said) is int and 0 < said <= most + _LONGEST_ANSWER + _FRAME else most

@@ -36,14 +36,14 @@ class TextEncoder:
         self.tokenizer, self.model = _load(name, "AutoModel", self.device, "pad_token")
         if "attention_mask" not in inspect.signature(self.model.forward).parameters:
             raise StudyError(
-                f"{name!r} is a {type(self.model).__name__}, which takes no attention_mask: a text's vector would depend on the texts "
-                "beside it; choose another encoder"
+                f"{name!r} is a {type(self.model).__name__}, which takes no attention_mask, so a text's vector would depend on the texts "
+                "in its batch; choose another encoder"
             )
         self.pooling = card_pooling(name)
         self.settings = {"encoder": name, "pooling": self.pooling}  # for the stage's manifest
 
     def vectors(self, texts: Sequence[str]) -> torch.Tensor:
-        """(N, d) unit vectors, with gradients when they are on."""
+        """(N, d) unit vectors, with gradients if these are enabled."""
         batch = self.tokenizer(
             list(texts),
             padding=True,
@@ -73,11 +73,11 @@ def card_pooling(name: str) -> Literal["cls", "mean"]:
 
     try:
         file = cached_file(name, "1_Pooling/config.json")
-    except OSError:  # no such file, or no network: loading the model has already told
+    except OSError:  # no such file, or no network, which loading the model would have reported
         return "mean"
     card = read_json(str(file))
     if not isinstance(card, dict):
-        raise StudyError(f"{file}: expected an object that says how to pool; remove the file to pool by the mean")
+        raise StudyError(f"{file}: expected an object that says how to pool; remove the file to use the mean")
     return "cls" if card.get("pooling_mode_cls_token") else "mean"
 
 
@@ -91,9 +91,9 @@ def fine_tune(
     lr: float,
     seed: int,
 ) -> list[float]:
-    """Fine-tune an encoder on code search, description against function with the batch's others as negatives; returns the losses.
+    """Fine-tune an encoder on code search (each description against its function, with the rest of the batch as negatives); returns the losses.
 
-    The paper's neighbours of CSNE come from a CodeBERT fine-tuned on this task. Saved to ``folder`` as safetensors, with its pooling.
+    The paper's neighbours of CSNE come from a CodeBERT fine-tuned on this task. The encoder is saved to ``folder`` as safetensors, with its pooling.
     """
     if len(pairs) < 2:
         raise StudyError("fine-tuning needs at least two pairs of description and function")
@@ -146,7 +146,7 @@ class MaskedNames:
         most = _most_tokens(self.tokenizer, self.model)
         batch = self.tokenizer(masked, truncation=True, max_length=most, return_tensors="pt").to(self.device)
         masks = (batch["input_ids"][0] == self.tokenizer.mask_token_id).nonzero()[:, 0]
-        if not len(masks):  # beyond what the model reads
+        if not len(masks):  # beyond the model's maximum length
             return None
         scores = self.model(**batch).logits[0, masks].float().log_softmax(-1).sum(0)
         fewest = min(len(name), _FEWEST_LETTERS)
@@ -159,7 +159,7 @@ class MaskedNames:
 
 
 def _load(name: str, kind: str, device: torch.device, token: str) -> tuple[Any, Any]:
-    """Tokenizer, which has to have the special ``token``, and model."""
+    """Tokenizer (which must have the special ``token``) and model."""
     import transformers
 
     try:
@@ -175,12 +175,12 @@ def _load(name: str, kind: str, device: torch.device, token: str) -> tuple[Any, 
         raise StudyError(f"{name!r}: its tokenizer has no {token.replace('_', ' ')}: choose another encoder")
     if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
         raise StudyError(
-            f"{name!r}: its tokenizer has {len(tokenizer)} tokens, the model embeds {rows}: the two do not belong together"
+            f"{name!r}: its tokenizer has {len(tokenizer)} tokens, but the model embeds {rows}: use a tokenizer and a model that belong together"
         )
-    # what transformers draws at random where the file has nothing; a pooler's output is not used here
+    # transformers draws missing weights at random; a pooler's output is not used here
     if missing := sorted(key for key in loaded["missing_keys"] if "pooler" not in key):
         raise StudyError(
-            f"{name!r}: its weights lack {missing[0]} (of {len(missing)} tensors): not a whole {type(model).__name__}"
+            f"{name!r}: its weights lack {missing[0]} ({len(missing)} tensors missing): not a complete {type(model).__name__}; fetch it again"
         )
     return tokenizer, model.eval().to(device)
 

@@ -11,7 +11,7 @@
     rephrase     targeted intents in other words                 targeted functions with other names, verified
     answers      the subject's own continuations of the neighbours (only when a subject is named)
 
-What comes out is a file in the published layout and what ``clme data check`` finds in it.
+The result is a file in the published layout, and the findings of ``clme data check`` about it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .sources import collect_functions, collect_pairs, source_files, too_long
 from .stages import StageRow, Stages, Step, kept, manifest_of, read_stage, stage_row
 
 MAX_TOKENS = 256
-# a subject's name, and from prompts to what it writes after them
+# a subject's name, and a function from prompts to its continuations
 Answers = tuple[str, Callable[[Sequence[str]], list[str]]]
 _FIELDS = {CNLE.name: ("intent", "snippet"), CSNE.name: ("code", "doc")}  # edit input and target
 
@@ -55,17 +55,17 @@ def build_cnle(
     embed: Embedder = tfidf,
     answers: Answers | None = None,
 ) -> Report:
-    """Build CNLE in ``folder``, or go on where it was stopped; returns the validation report of the file written.
+    """Build CNLE in ``folder``, or resume an interrupted build; returns the validation report of the file written.
 
     Args:
         source: ``embedded``, ``hub``, or a file or folder of CoNaLa rows.
         scorer: gives each pair its ``level``.
         rephraser: gives each targeted pair its ``rephrased`` intent.
-        targets: how many intents are targeted at most (None: half of the selected).
-        answers: of the subject whose answers to the neighbours are written into the file.
+        targets: maximum number of targeted intents (None: half of the selected ones).
+        answers: the subject whose answers to the neighbours are written into the file, and a function that gives them.
 
     Raises:
-        StudyError: a source or endpoint fails, a stage in the folder was made with other settings, or nothing is left of the rows.
+        StudyError: a source or endpoint fails, a stage in the folder was made with different settings, or no rows are left.
     """
     work = _Construction(folder, CNLE, source, collect_pairs, embed)
     scores = work.run("score", scorer, work.collected)
@@ -76,7 +76,7 @@ def build_cnle(
         return _distinct(rows, unfit, intent=[" ".join(row["intent"].split()).casefold() for row in rows])
 
     selected = work.run("select", Step({"level": LEVELS[-1]}, select, one_by_one=False), work.source_rows(scores))
-    # without a model only rows that have a second wording can be targeted
+    # without a language model, only rows that have a second wording can be targeted
     needs_wording = rephraser is GIVEN_INTENTS
     targeted, pool = work.split(selected, {"targets": targets, "seed": seed, "second wording": needs_wording})
     near = work.neighbours(targeted, pool)
@@ -99,7 +99,7 @@ def build_csne(
     Args:
         source: ``embedded``, ``hub``, or a file or folder of CodeSearchNet rows.
         rephraser: made from the pool's functions; gives each targeted function its ``rephrased`` code.
-        targets: how many functions are targeted at most (None: all of the test part).
+        targets: maximum number of targeted functions (None: all of the test part).
         tokenizer: counts the tokens (the paper: CodeBERT's); None: the embedded subject's.
     """
     work = _Construction(folder, CSNE, source, collect_functions, embed)
@@ -119,7 +119,7 @@ def build_csne(
 
 
 class _Construction:
-    """The steps that both datasets take. ``collected`` are the source's usable rows, ``rows`` the same by their id."""
+    """The steps shared by both datasets. ``collected`` are the source's usable rows; ``rows`` maps ids to them."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class _Construction:
     ) -> None:
         self.dataset, self.embed, self._stages = dataset, embed, Stages(folder)
         self.text, self.target = _FIELDS[dataset.name]
-        known: Any = source  # its files with their hashes, so that another source in its place is noticed
+        known: Any = source  # its files with their hashes, so that a replaced source is noticed
         if source != "embedded":
             known = [[file.name, file_sha256(file)] for file in source_files(dataset, source)]
         step = Step({"dataset": dataset.name, "source": known}, lambda _: collect(source))
@@ -143,7 +143,7 @@ class _Construction:
         return kept(self._stages.run(name, step, todo))
 
     def source_rows(self, rows: Iterable[StageRow]) -> list[StageRow]:
-        """The source's rows of the same ids."""
+        """The source's rows with the same ids."""
         return [self.rows[row["id"]] for row in rows]
 
     def split(self, selected: Sequence[StageRow], settings: dict[str, Any]) -> tuple[list[StageRow], list[StageRow]]:
@@ -171,12 +171,12 @@ class _Construction:
         return self.run("neighbours", Step(settings, make, fields={"neighbours": list}), targeted)
 
     def finish(self, near: Sequence[StageRow], rephrased: Sequence[StageRow], answers: Answers | None) -> Report:
-        """Write the rows that have neighbours and another wording as cases, and check them."""
+        """Write the rows that have neighbours and a rephrased input as cases, and check them."""
         wordings = {row["id"]: row["rephrased"] for row in rephrased}
         complete = [row for row in near if row["id"] in wordings]
         if not complete:
             raise StudyError(
-                f"no case is left in {self._stages.folder} ({self._stages.account()}): take a larger source"
+                f"no case is left in {self._stages.folder} ({self._stages.account()}): use a larger source"
             )
         cases = [
             Case.of(
@@ -205,7 +205,7 @@ class _Construction:
 
 
 def _distinct(rows: Sequence[StageRow], reasons: Iterable[str | None], **texts: Iterable[str]) -> Iterator[StageRow]:
-    """Drop rows that have a reason, and those one of whose texts, given by what they are, an earlier row has."""
+    """Drop rows that have a reason, and rows of which an earlier row has one of the ``texts`` (by kind of text)."""
     known: set[tuple[str, str]] = set()
     for row, reason, *of_row in zip(rows, reasons, *texts.values()):
         named = list(zip(texts, of_row))
@@ -217,10 +217,10 @@ def _distinct(rows: Sequence[StageRow], reasons: Iterable[str | None], **texts: 
 
 
 def _split(settings: dict[str, Any], account: str, rows: Sequence[StageRow]) -> Iterator[StageRow]:
-    """Which rows are targeted: the source's test part where it has parts, else the first in seeded order.
+    """Which rows are targeted: the source's test part if it has parts, else the first in seeded order.
 
     Raises:
-        StudyError: too few rows are left on a side; the message has the ``account`` of the stages before.
+        StudyError: too few rows are left to target or for the pool; the message has the ``account`` of the earlier stages.
     """
     by_id = {row["id"]: row for row in rows}
     order = seeded_order(by_id, "construction", settings["seed"])
@@ -238,9 +238,9 @@ def _split(settings: dict[str, Any], account: str, rows: Sequence[StageRow]) -> 
     if not targeted or others < NEIGHBOURS:
         most = 0 if by_part else min(len(candidates), len(rows) - NEIGHBOURS)
         raise StudyError(
-            f"{settings['targets'] or 'half'} of the rows were asked for as targets; of the {len(rows)} that are left, {len(candidates)} can be "
-            f"targeted and {others} would be the others, of which {NEIGHBOURS} are needed ({account}): "
-            + (f"give --targets {most} or fewer" if most > 0 else "take a larger source")
+            f"{settings['targets'] or 'half'} of the rows were requested as targets; of the {len(rows)} that are left, {len(candidates)} can be "
+            f"targeted, which leaves {others} for the pool; it needs at least {NEIGHBOURS} ({account}): "
+            + (f"give --targets {most} or fewer" if most > 0 else "use a larger source")
             + ("" if candidates or by_part else ", or name a --model: no row has a second wording (rewritten_intent)")
         )
     for row_id in order:
@@ -249,25 +249,23 @@ def _split(settings: dict[str, Any], account: str, rows: Sequence[StageRow]) -> 
 
 
 def stage_rows(folder: Path, name: str, *fields: str) -> list[StageRow]:
-    """The rows of a stage that was built before; StudyError when the folder has none, or they lack a field: another dataset's do."""
+    """The rows of a finished stage; StudyError if the folder has none, or they lack a field (as another dataset's rows do)."""
     files = sorted(folder.glob(f"[0-9][0-9]-{name}.jsonl"))
     rows = read_stage(files[0]) if files else []
     if not rows:
-        raise StudyError(
-            f"{folder}: no stage {name!r} there; build the dataset first: clme data build ... --out {folder}"
-        )
+        raise StudyError(f"{folder}: no stage {name!r}; build the dataset first: clme data build ... --out {folder}")
     for what in fields:
         if any(what not in row for row in kept(rows)):
-            raise StudyError(f"{files[0]}: rows have no {what!r}: is it of another dataset?")
+            raise StudyError(f"{files[0]}: rows have no {what!r}: is this stage of another dataset?")
     return rows
 
 
 def built_cases(folder: Path) -> list[Case]:
-    """The cases of a dataset that was built in ``folder``; StudyError when it has none or the file is damaged."""
+    """The cases of a dataset that was built in ``folder``; StudyError if there is none or its file is damaged."""
     for dataset in PAPER_DATASETS:
         if (file := published.file_in(folder, dataset)).is_file():
             return published.read(file, dataset)
-    raise StudyError(f"{folder}: no dataset there; build it first: clme data build ... --out {folder}")
+    raise StudyError(f"{folder}: no dataset; build it first: clme data build ... --out {folder}")
 
 
 def level_counts(folder: Path) -> pd.DataFrame:
@@ -279,7 +277,7 @@ def level_counts(folder: Path) -> pd.DataFrame:
 
 
 def stage_counts(folder: Path) -> pd.DataFrame:
-    """What each stage of a construction kept, and dropped for which reason."""
+    """What each stage of a construction kept and dropped, by reason."""
     manifests = map(manifest_of, sorted(folder.glob("[0-9][0-9]-*.json")))
     counts = [(made["stage"], what, count) for made in manifests for what, count in made["counts"].items()]
     return pd.DataFrame(counts, columns=["stage", "what", "count"])

@@ -4,9 +4,9 @@ Only *very relevant* pairs become cases. The offline scorer asks how much an int
 
     help = mean over the snippet's tokens of log p(token | its intent) - log p(token | another intent)
 
-What makes a snippet likely after any intent cancels. The levels' thresholds were chosen on pairs that were labelled by hand
-(``benchmarks/relevance.py``, which also says how well both agree); the agreement of any scorer with people is measured by
-:mod:`.agreement`.
+Whatever makes a snippet likely after any intent cancels out. The levels' thresholds were chosen on hand-labelled pairs
+(``benchmarks/relevance.py`` measures how well the scorer agrees with these labels); :mod:`.agreement` measures any scorer's agreement
+with people.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .endpoint import Endpoint
 from .stages import StageRow, Step, stage_row
 
 LEVELS = ("very irrelevant", "irrelevant", "neutral", "relevant", "very relevant")
-THRESHOLDS = (0.29, 0.61, 0.83, 1.19)  # the least help, in nats per token, of each level but the first
+THRESHOLDS = (0.29, 0.61, 0.83, 1.19)  # the smallest help, in nats per token, of each level except the first
 INSTRUCTION = (
     "You judge pairs of a natural-language intent and a Python snippet. Say how well the snippet does what the intent asks, with one of these "
     "levels and nothing else: " + "; ".join(f"{n} = {level}" for n, level in enumerate(LEVELS, 1)) + "."
@@ -31,17 +31,17 @@ SCORER = "smollm2-135m-code"  # the offline scorer's subject
 Losses = Callable[[Sequence[tuple[str, str]]], list[float]]
 _FIELDS = {"level": str}
 _NUMBER = re.compile(r"(?<![\d.])([1-5])(?!\.?\d)")
-# the longer names first, of which the others are parts
+# longer names first, because shorter ones are parts of them
 _LEVEL = re.compile(rf"\b(not )?({'|'.join(sorted(LEVELS, key=len, reverse=True))})\b")
 _AT_ONCE = 64  # pairs
-_MOST_CHARACTERS = 2_000  # of a pair, which has no more tokens than that
+_MOST_CHARACTERS = 2_000  # of a pair; it cannot have more tokens than characters
 
 
 def offline_scorer(losses: Losses) -> Step:
-    """Gives each row its ``level`` by how much its intent helps; the row also says how much, in nats per token.
+    """Gives each row its ``level`` by how much its intent helps; the row also has that amount, in nats per token.
 
     Args:
-        losses: from prompts and texts to the mean loss of each text after its prompt, by the subject :data:`SCORER`.
+        losses: maps (prompt, text) pairs to the mean loss of each text after its prompt, by the subject :data:`SCORER`.
     """
 
     def score(rows: Sequence[StageRow]) -> Iterator[StageRow]:
@@ -63,7 +63,7 @@ def offline_scorer(losses: Losses) -> Step:
 def intents_help(pairs: Sequence[tuple[str, str]], losses: Losses) -> list[float]:
     """By how many nats per token each (intent, snippet) pair's snippet is likelier after its own intent than after another.
 
-    The other one is of the embedded pool, drawn for each intent, so that no pair's value depends on the rest.
+    The other intent is drawn from the embedded pool for each pair, so that no pair's value depends on the rest.
     """
     pool = {row["intent"] for row in embedded_cnle.read_rows("cnle-pool")}
     texts = [snippet.strip() for _, snippet in pairs]

@@ -28,7 +28,7 @@ def _rephrase_as_given(rows: Sequence[StageRow]) -> Iterator[StageRow]:
         yield _rephrased(row, row.get("rewritten_intent") or "")
 
 
-# the source's own second wording, as CoNaLa's annotated part and the embedded set have one; a row without it is dropped
+# the source's second wording, which CoNaLa's annotated part and the embedded set have; a row without one is dropped
 GIVEN_INTENTS = Step({"rephraser": "given"}, _rephrase_as_given, fields=FIELDS)
 
 
@@ -55,7 +55,7 @@ def _rephrased(row: StageRow, text: str) -> StageRow:
 
 
 def renamed(row: StageRow, substitute: Substitute) -> StageRow:
-    """A function's ``rephrased`` code: names chosen, applied by source position, and verified.
+    """A function's ``rephrased`` code: names are chosen, replaced by source position, and verified.
 
     The variant has the same syntax tree up to the names in both directions, isomorphic symbol tables and the same byte code.
     """
@@ -75,9 +75,9 @@ def renamed(row: StageRow, substitute: Substitute) -> StageRow:
 
 
 def corpus_names(corpus: Sequence[str]) -> Step:
-    """Functions with names that are used alike in a corpus of functions (:class:`~clme_lib.datasets.renaming.Substitutes`).
+    """Renames functions with names that a corpus of functions uses similarly (:class:`~clme_lib.datasets.renaming.Substitutes`).
 
-    Of a larger corpus the first functions are taken (a pool comes in seeded order), because every name is compared with every other.
+    Only the first functions of a large corpus are used (a pool is in seeded order), because every name is compared with every other.
     """
     codes = corpus[:_CORPUS]
 

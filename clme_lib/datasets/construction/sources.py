@@ -1,7 +1,7 @@
-"""Reading what the datasets are made from: CoNaLa and CodeSearchNet, from the Hub, files or the embedded stand-ins.
+"""Reading the datasets' sources: CoNaLa and CodeSearchNet, from the Hub, from files, or from the embedded stand-ins.
 
-Files are JSON (a list), JSON Lines (also gzipped) or Parquet. A row that cannot be used is dropped with its reason, which the
-stage's counts show; a file that cannot be read is an error that names it.
+Files are JSON (a list), JSON Lines (also gzipped) or Parquet. An unusable row is dropped with a reason, which the
+stage's counts show; an unreadable file is an error that names it.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ HUB = {
     CSNE.name: ("code-search-net/code_search_net", "python/**.parquet"),
 }
 _TOKENIZED = 1_000  # texts at a time
-LONGEST = 100_000  # characters; nothing longer can have 256 tokens, and parsing it may take minutes
+LONGEST = 100_000  # characters; longer code cannot have just 256 tokens, and may take minutes to parse
 
 
 def read_table(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a JSON, JSON Lines (``.gz``) or Parquet file.
 
     Raises:
-        StudyError: it cannot be read; the message has the line.
+        StudyError: the file cannot be read; the message names the line.
     """
     if path.suffix == ".parquet":
         import pyarrow.parquet as parquet
@@ -78,7 +78,7 @@ def _object(where: str, row: Any) -> dict[str, Any]:
 def hub_files(dataset: Dataset) -> list[Path]:
     """The dataset's source files, downloaded to the Hugging Face cache.
 
-    The Hub keeps most datasets as Parquet, and converts the others on a branch of its own, which is asked when the repository
+    The Hub stores most datasets as Parquet, and converts the others on a separate branch, which is used if the repository
     itself has no such file.
     """
     from huggingface_hub import snapshot_download
@@ -91,9 +91,9 @@ def hub_files(dataset: Dataset) -> list[Path]:
                 return files
     except Exception as error:  # the hub's errors have no common type
         raise StudyError(
-            f"{repository} could not be downloaded: {first_line(error)}; get its files by hand and pass them with --source"
+            f"{repository} could not be downloaded: {first_line(error)}; download its files yourself and pass them with --source"
         ) from error
-    raise StudyError(f"{repository} has no files like {pattern}; get its files by hand and pass them with --source")
+    raise StudyError(f"{repository} has no files like {pattern}; download its files and pass them with --source")
 
 
 def source_files(dataset: Dataset, source: str) -> list[Path]:
@@ -108,7 +108,7 @@ def source_files(dataset: Dataset, source: str) -> list[Path]:
     files = [file for file in files if file.suffix in (".json", ".jsonl", ".gz", ".parquet")]
     if not files or not all(map(os.path.isfile, files)):
         raise StudyError(
-            f"source {source!r} is neither hub, embedded, nor a JSON, JSON Lines, gzip or Parquet file or a folder of them"
+            f"source {source!r} is not hub, embedded, a JSON, JSON Lines, gzip or Parquet file, or a folder of such files"
         )
     return files
 
@@ -165,31 +165,31 @@ def collect_functions(source: str) -> Iterator[StageRow]:
 def bare_function(code: str) -> str | None:
     """A function's source without docstring, comments and decorators; None when it is not one function of Python 3."""
     code = "\n".join(source_lines(code)).strip()
-    # CodeSearchNet strips a method's first line of its indentation and leaves the rest theirs
+    # CodeSearchNet strips the indentation of a method's first line but not of the others
     first, *rest = code.split("\n")
     least = min((len(line) - len(line.lstrip()) for line in rest if line.strip()), default=4)
     outdented = "\n".join([first, *(line[max(0, least - 4) :] for line in rest)])
     function, moved = single_function(code), single_function(outdented)
     if function is None:
         return None
-    if moved is None or ast.dump(moved) != ast.dump(function):  # the text of a string has moved
+    if moved is None or ast.dump(moved) != ast.dump(function):  # dedenting changed the text of a string
         moved, outdented = function, code
     return bare_code(source_lines(outdented), moved)
 
 
 def _text(row: dict[str, Any], *names: str) -> str:
-    """The first of the fields that is a text, with line feeds alone and without white space around it; else an empty one."""
+    """The first of the fields that is text, stripped and with only line feeds as line ends; else an empty text."""
     texts = (row[name].replace("\r\n", "\n").strip() for name in names if isinstance(row.get(name), str))
     return next(filter(None, texts), "")
 
 
 def too_long(texts: Sequence[str], limit: int, tokenizer: str | None) -> Iterator[bool]:
-    """Which texts have more than ``limit`` tokens: of a Hugging Face tokenizer (the paper: CodeBERT's), or of the embedded subject's."""
+    """Whether each text has more than ``limit`` tokens, by a Hugging Face tokenizer (the paper: CodeBERT's) or the embedded subject's."""
     from transformers import AutoTokenizer
 
     try:
         encode = AutoTokenizer.from_pretrained(tokenizer or str(embedded_subject.ensure()), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise StudyError(f"tokenizer {tokenizer!r} could not be loaded: {first_line(error)}") from error
-    for first in range(0, len(texts), _TOKENIZED):  # an encoding takes many times the memory of its text
+    for first in range(0, len(texts), _TOKENIZED):  # an encoding takes many times its text's memory
         yield from (len(ids) > limit for ids in encode(list(texts[first : first + _TOKENIZED]))["input_ids"])

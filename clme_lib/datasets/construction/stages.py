@@ -1,11 +1,11 @@
-"""Stages of a construction: JSON Lines artefacts that say what they were made from, and go on where they were stopped.
+"""Stages of a construction: JSON Lines artefacts that record what they were made from, and can be resumed.
 
-Stage ``neighbours`` of a folder is ``05-neighbours.jsonl``, its rows, and ``05-neighbours.json``::
+For example, the stage ``neighbours`` has its rows in ``05-neighbours.jsonl`` and its manifest in ``05-neighbours.json``::
 
     {"stage": ..., "settings": {...}, "inputs": {stage: sha256 of its rows}, "counts": {...}, "finished": true}
 
-A finished stage is read, an unfinished one completed: rows are appended as they are made and known by their ``id``. A stage
-whose settings, inputs or rows have changed since it was made is refused rather than mixed or silently made anew.
+A finished stage is read, an unfinished one completed: rows are appended as they are made and identified by their ``id``. A stage
+whose settings, inputs or rows have changed since it was made is refused, and neither mixed nor silently remade.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ...support.reading import read_json
 from ...support.schema import Schema, parse
 
 StageRow = dict[str, Any]
-_MOST_AT_ONCE = 256  # rows in one append, which is a disk write
+_MOST_AT_ONCE = 256  # rows per append, which is one disk write
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Step:
     """How the rows of a stage are made.
 
     Attributes:
-        settings: whatever decides the result besides the rows it is made from, as JSON values.
-        make: from rows to one row each of the same ``id``, in any order.
-        one_by_one: whether a row's result depends on no other row; a stage that was stopped then makes only the missing ones.
-        fields: what a row has that was not dropped, with the types.
+        settings: everything besides the input rows that decides the result, as JSON values.
+        make: maps rows to one row each with the same ``id``, in any order.
+        one_by_one: whether a row's result depends on no other row; an interrupted stage then makes only the missing rows.
+        fields: names and types of the fields of a row that was not dropped.
     """
 
     settings: dict[str, Any]
@@ -54,27 +54,27 @@ class Stages:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._made: dict[str, str] = {}  # SHA-256 of each stage's rows
-        self.counts: dict[str, dict[str, int]] = {}  # of each stage, by what they are of
+        self.counts: dict[str, dict[str, int]] = {}  # by stage, then by what is counted
 
     def run(self, name: str, step: Step, todo: Sequence[StageRow]) -> list[StageRow]:
-        """The rows of stage ``name``: read, or made from those of the stage before (the first stage is given none).
+        """The rows of stage ``name``: read, or made from the rows of the previous stage (the first stage gets none).
 
         Raises:
-            StudyError: the stage in the folder was made with other settings or from other rows.
+            StudyError: the stage in the folder was made with different settings or from different rows.
         """
         file = self.folder / f"{len(self._made) + 1:02d}-{name}.jsonl"
         identity = {"stage": name, "settings": step.settings, "inputs": dict(self._made)}
         before = manifest_of(file)
-        goes_on = step.one_by_one and bool(todo)  # else what an unfinished stage has is made anew, and decides nothing
+        goes_on = step.one_by_one and bool(todo)  # if not, the rows of an unfinished stage are made again
         for part, now in identity.items() if before and (before["finished"] or goes_on) else ():
             if before.get(part) != now:
                 raise StudyError(
-                    f"{file}: made with other {part} ({_difference(before.get(part), now)}); remove {file.stem}.* and "
-                    "those after it to make them anew, or choose another folder"
+                    f"{file}: made with different {part} ({_difference(before.get(part), now)}); remove {file.stem}.* and "
+                    "the later stages to make them again, or choose another folder"
                 )
         if not before or not before["finished"]:
             if not before and file.exists():
-                raise StudyError(f"{file}: has no {file.stem}.json beside it that says how it was made; move it away")
+                raise StudyError(f"{file}: has no {file.stem}.json next to it that says how it was made; move it away")
             if not goes_on:
                 file.unlink(missing_ok=True)
             _write_manifest(file, {**identity, "finished": False})
@@ -94,7 +94,7 @@ class Stages:
         return rows
 
     def account(self) -> str:
-        """What each stage had and dropped, in one line."""
+        """The number of rows that each stage had and dropped, in one line."""
         return "; ".join(
             f"{name}: " + ", ".join(f"{count} {what}" for what, count in counts.items())
             for name, counts in self.counts.items()
@@ -105,25 +105,25 @@ def read_stage(file: Path) -> list[StageRow]:
     """The rows of a stage's file.
 
     Raises:
-        StudyError: the stage is finished and its file is not as it was then.
+        StudyError: the stage is finished and its file has changed since.
     """
     manifest = manifest_of(file)
     if manifest.get("finished") and not (file.is_file() and file_sha256(file) == manifest["sha256"]):
         raise StudyError(
-            f"{file}: was changed after it was made; put it back, or remove {file.stem}.* and those after it"
+            f"{file}: was changed after it was made; restore it, or remove {file.stem}.* and the later stages"
         )
     return read_rows(file)
 
 
 def _complete(file: Path, name: str, step: Step, todo: Sequence[StageRow]) -> None:
-    """Append the rows that are missing, as they come: a kill loses what was made in the last second."""
+    """Append the missing rows as they are made: a kill loses those of the last second."""
     missing = {row["id"] for row in todo}
     for number, row in enumerate(read_rows(file), 1):
         known = isinstance(row, dict) and isinstance(row.get("id"), int | str) and row["id"] in missing
         if not known or (
             not row.get("dropped") and any(type(row.get(f)) is not kind for f, kind in step.fields.items())
         ):
-            raise StudyError(f"{file}, line {number}: no row of this stage, or a second one of its id; remove the line")
+            raise StudyError(f"{file}, line {number}: not a row of this stage, or a repeated id; remove the line")
         missing.remove(row["id"])
     journal = Journal(file, lambda row: row["id"])
     left = [row for row in todo if row not in journal]
@@ -155,7 +155,7 @@ class _Manifest(Schema):
 
 
 def manifest_of(file: Path) -> dict[str, Any]:
-    """What a stage's rows were made from; nothing when there is no such stage yet. StudyError when it cannot be told."""
+    """What a stage's rows were made from; empty if the stage does not exist yet. StudyError if the manifest cannot be read."""
     manifest = file.with_suffix(".json")
     if not manifest.exists():
         return {}
@@ -173,7 +173,7 @@ def _difference(before: Any, now: Any) -> str:
 
 
 def stage_row(row_id: Any, dropped: str | None = None, **fields: Any) -> StageRow:
-    """A row with its fields, or with the reason why it is left out from here on."""
+    """A row with its fields, or with the reason why later stages leave it out."""
     return {"id": row_id, "dropped": dropped} if dropped else {"id": row_id, **fields}
 
 

@@ -1,4 +1,4 @@
-"""Context templates: what ROME, MEMIT and PMET put before a prompt, so that an edit does not hang on the prompt's start.
+"""Context templates: what ROME, MEMIT and PMET put before a prompt, so that an edit does not depend on the prompt being first.
 
 The empty context and five continuations by the unedited subject (ten tokens each, top-5 sampling). They
 depend on the subject and the seed only and are recorded with a run.
@@ -15,7 +15,7 @@ from ...subjects.subject import Subject
 from ...support.seeds import generator
 
 OPENINGS = ("The", "Therefore", "Because", "I", "You")
-TOKENS = 10  # the opening included
+TOKENS = 10  # including the opening word
 TOP_K = 5
 
 

@@ -1,4 +1,4 @@
-"""Texts to gather statistics from: the embedded mined functions, one's own files, or a dataset on the Hugging Face hub."""
+"""Texts to gather statistics from: the embedded mined functions, the user's files, or a dataset on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 from ...support.errors import StudyError
 from ...support.seeds import seeded_order
 
-SEED = 1  # of the order in which documents are drawn
+SEED = 1  # seed of the order in which documents are drawn
 WIKIPEDIA = "hub:wikimedia/wikipedia/20231101.en"
 _TEXT_FILES = (".txt", ".md", ".rst", ".py")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in a fixed random order, by the ``name`` that was asked for and a hash or revision of the content; ``documents()``
+    """Documents in a fixed random order, with the requested ``name`` and a hash or revision of the content; ``documents()``
     starts over from the first."""
 
     name: str
@@ -27,9 +27,9 @@ class Corpus:
 
 
 def open_corpus(name: str) -> Corpus:
-    """A corpus by its name: ``embedded`` (functions of embedded CSNE that are no edit targets, each with its description);
+    """A corpus by its name: ``embedded`` (functions of embedded CSNE that are not edited, each with its description);
     ``wikipedia``; ``hub:owner/name`` or ``hub:owner/name/folder`` (a hub dataset's Parquet files with a ``text`` column); or the
-    path of a text file or a folder of them (.txt, .md, .rst, .py; one document a file).
+    path of a text file or a folder of text files (.txt, .md, .rst, .py; one document per file).
 
     Raises:
         StudyError: there is no such corpus, it is empty, or the hub cannot be reached.
@@ -54,7 +54,7 @@ def _files(name: str) -> Corpus:
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in _TEXT_FILES and f.is_file())
     if not files:
         raise StudyError(
-            f"corpus {name!r} is neither embedded, wikipedia, hub:OWNER/NAME, nor a text file or a folder with any "
+            f"corpus {name!r} is not embedded, wikipedia, hub:OWNER/NAME, a text file, or a folder of text files "
             f"({', '.join(_TEXT_FILES)})"
         )
     digest = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files))
@@ -71,7 +71,7 @@ def _files(name: str) -> Corpus:
 
 
 def _hub(name: str, place: str) -> Corpus:
-    """Parquet shards are fetched one by one, in a seeded order, and only as many as are needed."""
+    """A corpus of Parquet shards, fetched one by one in a seeded order, and only as many as needed."""
     from huggingface_hub import HfApi, hf_hub_download
 
     owner, _, rest = place.partition("/")

@@ -10,14 +10,14 @@ module's output at the lookup token of every row and learnt by Adam, to lower (p
 An iteration evaluates L; stops the case when L is below ``loss_floor`` or this was the last of ``steps`` evaluations; else
 makes an Adam update and shortens delta to ``clamp * |v_0|``. A case whose loss is no longer finite keeps the last delta
 whose loss was. Cases of a batch share nothing: the batch's loss is the sum of theirs, a stopped case's delta is
-restored after each update, and its rows leave the batch once a quarter of the cases have stopped. Which have is known to
-the device; the host looks now and then, because each look waits.
+restored after each update, and its rows leave the batch once a quarter of the cases have stopped. The device knows which
+cases have stopped; the host checks only occasionally, because each check waits for the device.
 
-The released program misplaces rows (it reads columns counted without padding from a batch padded on the left) and
-tokenises targets alone, without the space before them. ``padding="released"`` and ``targets="alone"`` do as it does.
+The released program misplaces rows (it counts columns without padding but reads them from a left-padded batch) and
+tokenises targets without the space before them. ``padding="released"`` and ``targets="alone"`` reproduce this.
 
-``lookup="content"`` (not in the paper) reads keys and learns delta at the last token of what the template surrounds, before the prompt's last
-line break, in the place of the colon that all prompts end in.
+``lookup="content"`` (not in the paper) reads keys and learns delta at the last token inside the template, before the prompt's last
+line break, instead of at the colon that all prompts end in.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from ..operations import Phase, Sizes
 from .contexts import TOKENS, context_templates
 from .second_moments import SecondMoment, StatisticsHyperparameters, second_moments
 
-# Asking which cases have stopped waits for a GPU; not asking costs steps of the rows of those that have.
+# Checking which cases have stopped waits for a GPU; not checking costs steps on rows of stopped cases.
 CHECK_DONE_EVERY = {"cpu": 1, "cuda": 5}
 
 
@@ -67,7 +67,7 @@ Hparams = TypeVar("Hparams", bound=RewritingHyperparameters)
 
 
 def up_to_lookup(text: str, lookup: str) -> str:
-    """A prompt as far as the token at which the editors read their key: to its end, or to where its content ends.
+    """A prompt up to the token at which the editors read their key: to its end, or to the end of its content.
 
     Raises:
         CaseError: ``lookup`` is ``content``, and the prompt has no line break before its last line.
@@ -100,10 +100,10 @@ def rewriting_rows(
     end: bool = False,
     lookup: str = "colon",
 ) -> list[TokenRow]:
-    """One row a context, and the bare prompt's row last unless the first one can stand for it.
+    """One row per context, and the bare prompt's row last unless the first row can replace it.
 
-    With aligned rows and targets in context, the first row (no context) has the lookup token where the bare prompt has it,
-    and what follows cannot be seen from there.
+    With aligned rows and targets in context, the first row (no context) has the lookup token at the same position as the bare prompt,
+    and later tokens cannot influence it.
     """
     tokenizer = subject.tokenizer
     rows = [tokenize(tokenizer, context + case.prompt, case.target, end) for context in contexts]
@@ -118,7 +118,7 @@ def rewriting_rows(
             inputs = tuple(encode(tokenizer, f"{context}{case.prompt} {written}"))
             rows[n] = TokenRow(inputs, 0, rows[n].lookup, len(inputs) - len(alone), tuple(alone))
     bare = tuple(encode(tokenizer, case.prompt))
-    # its label is never scored: only the distribution there is read
+    # its label is never scored; only the distribution at that position is read
     rows.append(
         TokenRow(bare, 0, len(encode(tokenizer, up_to_lookup(case.prompt, lookup))) - 1, len(bare) - 1, bare[-1:])
     )
@@ -126,7 +126,7 @@ def rewriting_rows(
 
 
 def misplaced(rows: Sequence[TokenRow], pad: int) -> list[TokenRow]:
-    """Rows as the released program reads them: too far left by the padding that the longest row costs each."""
+    """Rows as the released program reads them: too far left by the padding that the longest row causes."""
     longest = max(len(row.inputs) for row in rows)
     moved: list[TokenRow] = []
     for row in rows:
@@ -139,10 +139,10 @@ def misplaced(rows: Sequence[TokenRow], pad: int) -> list[TokenRow]:
 
 
 class Rewriting:
-    """The rows of ``cases`` (B,) of the editor's batch, as many for each, in one partial pass.
+    """The rows of ``cases`` (B,) of the editor's batch, equally many per case, in one partial pass.
 
     The labels of the first ``contexts`` rows of a case enter its loss. The distribution after the bare prompt is read from the row
-    that follows them, or from the first where :func:`rewriting_rows` lets that stand for it.
+    that follows them, or from the first row if :func:`rewriting_rows` lets that one replace it.
     """
 
     def __init__(self, forward: PartialForward, cases: torch.Tensor, contexts: int) -> None:
@@ -153,15 +153,15 @@ class Rewriting:
         self._after_bare = LabelIndices.of(forward.label_counts.cumsum(0)[bare] - forward.label_counts[bare])
 
     def at_lookup(self, tail: torch.Tensor) -> torch.Tensor:
-        """(R, x) of a tail tensor (R, S, x): what it has at each row's lookup column."""
+        """(R, x) of a tail tensor (R, S, x): its values at each row's lookup column."""
         return tail[torch.arange(len(tail), device=tail.device), self.forward.touched]
 
     def by_case(self, per_row: torch.Tensor) -> torch.Tensor:
-        """(B, 6, ...) of a tensor by row: those of each case's rows with a target, the one without a context first."""
+        """(B, 6, ...) of a tensor by row: the values of each case's rows with a target, the row without a context first."""
         return per_row.view(len(self.cases), self.each, *per_row.shape[1:])[:, : self.contexts]
 
     def select(self, cases: torch.Tensor) -> Rewriting:
-        """The same for some of the cases (indices into ``self.cases``, ascending)."""
+        """The same rows for only some of the cases (indices into ``self.cases``, ascending)."""
         rows = cases[:, None] * self.each + torch.arange(self.each, device=cases.device)
         return Rewriting(self.forward.select(rows.flatten()), self.cases[cases], self.contexts)
 
@@ -180,15 +180,15 @@ class Rewriting:
 
 
 class RewritingEditor(Editor[Hparams]):
-    """What ROME, MEMIT and PMET share."""
+    """Shared base of ROME, MEMIT and PMET."""
 
     from_lookup = True
     compat: ClassVar = {"padding": "released", "targets": "alone"}
     without_early_stop: ClassVar = {"loss_floor": 0.0}
     default_batch = 4
-    #: of cases, with what :meth:`learn` gives for them: their edits
+    #: from cases and the results of :meth:`learn` for them to their edits
     write: Callable[..., list[Any]]
-    #: prompts of cases that are not edited, each as far as its lookup token
+    #: prompts of cases that are not edited, each up to its lookup token
     lookup_prompts: Sequence[str] = ()
 
     @classmethod
@@ -203,18 +203,18 @@ class RewritingEditor(Editor[Hparams]):
         return self.write(cases, *self.learn(cases))
 
     def fit(self, cases, edited=()):
-        """With ``lookup_weight``: take prompts to gather the lookup token's second moment from."""
+        """With ``lookup_weight``: store prompts from which the lookup token's second moment is gathered."""
         if not self.needs_training:
             return
         by_id = {case.case_id: case for case in cases}
         if not by_id:
             raise StudyError(
-                f"{self.name} gathers lookup tokens' keys from cases that are not edited, at least one of them"
+                f"{self.name} gathers lookup tokens' keys from cases that are not edited, and needs at least one such case"
             )
         order = seeded_order(by_id, "lookup", self.seed, cases[0].dataset)[: self.hparams.lookup_records]
         prompts = [text for case_id in order for text in (by_id[case_id].prompt, *by_id[case_id].rephrased)]
         self.lookup_prompts = [up_to_lookup(prompt, self.hparams.lookup) for prompt in dict.fromkeys(prompts)]
-        vars(self).pop("moments", None)  # those of the dataset before
+        vars(self).pop("moments", None)  # the moments of the previous dataset
 
     @cached_property
     def contexts(self) -> tuple[str, ...]:
@@ -245,7 +245,7 @@ class RewritingEditor(Editor[Hparams]):
         return {"contexts": list(self.contexts), **({"statistics": statistics} if statistics else {})}
 
     def mean_width(self, prompt: int) -> float:
-        """Tokens of a row's context and prompt, on average, when the prompt has ``prompt``."""
+        """Average number of tokens of a row's context and prompt, for a prompt of ``prompt`` tokens."""
         return prompt + TOKENS * (len(self.contexts) - 1) / len(self.contexts)
 
     def _tokenize(self, case):
@@ -253,7 +253,7 @@ class RewritingEditor(Editor[Hparams]):
         return row if self.hparams.lookup == "colon" else _at_content(self.subject, row, case.prompt)
 
     def _lookup_tokens(self, case: Case, context: str) -> list[int]:
-        """Token ids of a context and a prompt, as far as the lookup token."""
+        """Token ids of a context and a prompt, up to the lookup token."""
         return encode(self.subject.tokenizer, up_to_lookup(context + case.prompt, self.hparams.lookup))
 
     def operations(self, prompt, target, steps):
@@ -264,7 +264,7 @@ class RewritingEditor(Editor[Hparams]):
         return [sizes.read(width, sizes.blocks, rows), Phase("steps", steps * operations, steps * traffic)]
 
     def _outputs(self, forward: PartialForward) -> list[torch.Tensor]:
-        """What a delta is learnt for each of: (R, S, d), before the deltas; the last one's is to be written."""
+        """The outputs (R, S, d) for each of which a delta is learnt, without the deltas; the last one's delta is written."""
         return [forward.outputs]
 
     def _place(self, rewriting: Rewriting, deltas: list[torch.Tensor]) -> torch.Tensor:
@@ -274,7 +274,7 @@ class RewritingEditor(Editor[Hparams]):
     def _stops(
         self, total: torch.Tensor, agreed: torch.Tensor, kl: torch.Tensor, factor: torch.Tensor, cases: torch.Tensor
     ) -> torch.Tensor:
-        """(B,) which of ``cases`` have learnt enough; may change their NLL ``factor`` (of all cases) for the next evaluation."""
+        """(B,) which of ``cases`` can stop; may change the NLL ``factor`` (of all cases) for the next evaluation."""
         return total < self.hparams.loss_floor
 
     def learn(self, cases: Sequence[Case]) -> tuple[Any, ...]:
@@ -332,5 +332,5 @@ class RewritingEditor(Editor[Hparams]):
             counted = tuple(loss for loss in case_losses if not math.isnan(loss))
             if not counted:
                 raise CaseError(f"case {case.case_id}: the loss of {self.name} is not finite; use float32")
-            logs.append(EditLog(len(counted) - 1, counted))  # the update after the last loss was not made, or not kept
+            logs.append(EditLog(len(counted) - 1, counted))  # no update followed the last loss, or it was not kept
         return whole, initial[-1] + deltas[-1].detach(), logs

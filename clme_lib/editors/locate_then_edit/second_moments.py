@@ -4,13 +4,13 @@
 per subject, layer and corpus, in float32, block by block up to the highest layer asked for; kept in the user's cache
 as safetensors whose header says what it is. An interrupted gathering goes on where it stopped.
 
-Lookup-aware statistics (not in the paper): every prompt ends in the same token, so that the keys which are asked with resemble each other far more
-than those of a text do, and an update along ``C^-1 k`` acts on all of them. With ``lookup_weight`` w > 0 and ``statistics_ridge`` rho,
-the editors use in the place of ``C``::
+Lookup-aware statistics (not in the paper): every prompt ends in the same token, so the keys at that token resemble each other far more
+than the keys in a text do, and an update along ``C^-1 k`` acts on all of them. With ``lookup_weight`` w > 0 and ``statistics_ridge`` rho,
+the editors use instead of ``C``::
 
     S = C + w C_lookup,   S + rho (tr S / d_f) I
 
-``C_lookup`` is the second moment of the keys at the lookup token alone, over prompts of cases that are not edited.
+``C_lookup`` is the second moment of the keys at the lookup token only, over prompts of cases that are not edited.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ TOKENS_PER_DIMENSION, LEAST_PER_DIMENSION = 40, 10
 DOCUMENT_TOKENS = 4_096  # longer documents are cut
 _PASS_TOKENS = 4_096  # tokens, padding included, of one pass
 _DESCRIBED = ("corpus", "identity", "documents", "tokens", "lookup_prompts")
-_CHUNK_DOCUMENTS = 256  # documents sorted by length together; a gathering resumes at these
+_CHUNK_DOCUMENTS = 256  # documents sorted by length together; gathering resumes at such a chunk
 
 
 class StatisticsHyperparameters(Schema):
     """Where second moments come from: a ``corpus`` as :func:`~clme_lib.editors.locate_then_edit.corpora.open_corpus` takes it,
-    and so many of its documents, however long, or of its tokens. Neither: forty tokens per dimension of the key, or the whole
-    corpus if that is at least ten.
+    and how many of its documents (of any length) or tokens to use. By default: forty tokens per dimension of the key, or the whole
+    corpus if that has at least ten.
 
-    ``lookup_weight`` is how many times the second moment of lookup tokens' keys is added, gathered from the prompts of ``lookup_records``
-    cases; ``statistics_ridge`` is added to the diagonal, in units of its mean.
+    ``lookup_weight`` is the factor with which the second moment of lookup tokens' keys is added, gathered from the prompts of
+    ``lookup_records`` cases; ``statistics_ridge`` is added to the diagonal, in units of its mean.
     """
 
     corpus: str = "embedded"
@@ -66,7 +66,7 @@ class StatisticsHyperparameters(Schema):
 
 @dataclass(frozen=True, eq=False)
 class SecondMoment:
-    """``C_l`` of one layer: its ``matrix`` (d_f, d_f) in float32, on the CPU, since edits need its factor alone, which is on
+    """``C_l`` of one layer: its ``matrix`` (d_f, d_f) in float32, on the CPU, because edits only need its factor, which is on
     ``device``; ``header`` says what it was gathered from."""
 
     matrix: torch.Tensor
@@ -78,7 +78,7 @@ class SecondMoment:
         return {name: self.header[name] for name in _DESCRIBED if name in self.header}
 
     def adjusted(self, lookup_keys: torch.Tensor | None, weight: float, ridge: float) -> SecondMoment:
-        """With ``weight`` times the second moment of ``lookup_keys`` (P, d_f) added, and ``ridge`` times the diagonal's mean to the diagonal."""
+        """This moment plus ``weight`` times that of ``lookup_keys`` (P, d_f), plus ``ridge`` times the diagonal's mean on the diagonal."""
         matrix, header = self.matrix.double(), self.header
         if lookup_keys is not None:
             keys = lookup_keys.double().cpu()
@@ -93,7 +93,7 @@ class SecondMoment:
         if failed or not factor.isfinite().all():
             raise StudyError(
                 f"the second moment of layer {self.header['layer']} from {self.header['tokens']} tokens of "
-                f"{self.header['corpus']} is not positive definite: gather it from more, or more varied, text (corpus_tokens)"
+                f"{self.header['corpus']} is not positive definite: gather it from more text (corpus_tokens), or from more varied text"
             )
         return factor
 
@@ -103,7 +103,7 @@ class SecondMoment:
 
 
 def random_moments(subject: Subject, layers: Sequence[int], seed: int) -> dict[int, SecondMoment]:
-    """Stand-ins for measurements: one well-conditioned random positive-definite matrix, which each layer factorises for itself."""
+    """Stand-ins for measurements: one well-conditioned random positive-definite matrix, factorised separately for each layer."""
     samples = torch.randn(subject.inner_size, 64, generator=generator(seed, "second moment")).to(subject.device)
     matrix = torch.addmm(torch.eye(subject.inner_size, device=subject.device), samples, samples.T, alpha=1 / 64).cpu()
     header = {"corpus": "random", "identity": f"seed {seed}", "documents": 0, "tokens": 0}
@@ -133,7 +133,7 @@ def second_moments(
         with contextlib.ExitStack() as held:
             for _, file in sorted(
                 files.items()
-            ):  # in the same order everywhere, so that nobody waits for who waits for them
+            ):  # in the same order everywhere, so that no two processes wait for each other
                 held.enter_context(file.made_once())
             if absent := {layer: file for layer, file in sorted(files.items()) if not file.exists()}:
                 _gather(subject, absent, corpus, identity, least)
@@ -142,14 +142,14 @@ def second_moments(
         header, tensors = file.read()
         matrix = tensors.get("matrix")
         if matrix is None or matrix.shape != (size, size) or not matrix.isfinite().all():
-            raise StudyError(f"{file.file}: not a finite matrix of {size} squared; remove the file to gather it anew")
+            raise StudyError(f"{file.file}: not a finite {size} x {size} matrix; remove the file to gather it again")
         _require(header["tokens"], least, corpus, subject)
         moments[layer] = SecondMoment(matrix, header, subject.device)
     return moments
 
 
 def _artifact(identity: dict, **what: Any) -> Artifact:
-    """A file named so that a person finds it: by subject, corpus and layer, or the layers of a gathering in progress."""
+    """A file with a readable name: subject, corpus and layer, or the layers of a gathering in progress."""
     ((name, value),) = what.items()
     prefix = f"{identity['subject']}-{identity['corpus'][-60:]}-{name}-{value}"  # a corpus may be a long path
     return Artifact.cached("statistics", prefix, {**identity, **what})
@@ -158,7 +158,7 @@ def _artifact(identity: dict, **what: Any) -> Artifact:
 def _require(tokens: int, least: int, corpus: Corpus, subject: Subject) -> None:
     if tokens < least:
         raise StudyError(
-            f"corpus {corpus.name!r} has only {tokens} tokens for {subject.name}, needed are {least} "
+            f"corpus {corpus.name!r} has only {tokens} tokens for {subject.name}, but {least} are needed "
             f"(the key has {subject.inner_size} dimensions): use a larger corpus, or set corpus_tokens"
         )
 
@@ -197,7 +197,7 @@ def _gather(subject: Subject, files: dict[int, Artifact], corpus: Corpus, identi
 
 
 def _next_rows(subject: Subject, texts: Iterator[str], longest: int, left: int) -> list[list[int]]:
-    """Token ids of the next documents, ``left`` tokens at most; none when the texts or the tokens are used up."""
+    """Token ids of the next documents, at most ``left`` tokens; empty if the texts or the tokens are used up."""
     rows: list[list[int]] = []
     while left and len(rows) < _CHUNK_DOCUMENTS and (text := next(texts, None)) is not None:
         rows.append(encode(subject.tokenizer, text)[: min(longest, left)])

@@ -1,4 +1,4 @@
-"""Writing the change of a hidden state into the MLPs of several layers, as MEMIT does (Meng et al. 2023); what its kin share.
+"""Writing the change of a hidden state into the MLPs of several layers, as MEMIT does (Meng et al. 2023); shared base of related editors.
 
 Algorithm, for one case with layers ``l_1 .. l_n``::
 
@@ -8,16 +8,16 @@ Algorithm, for one case with layers ``l_1 .. l_n``::
         r = z - h                                             both read with the layers below already written
         W_{l_i} <- W_{l_i} + (r / (n + 1 - i)) a^T            a: the editor's direction for k
 
-Nothing is written into the model: the stream of all columns is carried from block to block, with what the update adds.
+Nothing is written into the model: the stream of all columns is carried from block to block, including what the update adds.
 
-The direction is that of a least-squares problem: ``W_l`` should map ``k`` to ``r`` more, and what other texts have, weighed by an editor's own
-positive-definite ``A``, to what it did::
+The direction solves a least-squares problem: ``W_l`` should add ``r`` to its output for ``k``, and keep its outputs for other texts' keys,
+weighted by a positive-definite ``A`` that each editor chooses::
 
     a = (A + k k^T)^-1 k = q / (1 + k^T q),  q = A^-1 k
 
 Several cases that are written together (:meth:`SpreadingEditor.edit_together`) are one problem: with their keys as the rows of ``K`` and ``Q = K A^-1``,
-the directions are the rows of ``(I + Q K^T)^-1 Q``, which costs a solve of as many unknowns as there are cases. With ``accumulate``,
-what earlier edits of the subject wrote counts like other texts: ``A <- A + K_h^T K_h``, by the same identity.
+the directions are the rows of ``(I + Q K^T)^-1 Q``, which costs a solve with as many unknowns as there are cases. With ``accumulate``,
+the keys of earlier edits of the subject count like other texts' keys: ``A <- A + K_h^T K_h``, by the same identity.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .second_moments import random_moments
 
 
 class SpreadingHyperparameters(RewritingHyperparameters):
-    """``layers`` are those that are written, ascending; the vector is learnt after the last. ``accumulate`` keeps what earlier edits wrote."""
+    """``layers`` are the updated layers, ascending; the vector is learnt after the last. ``accumulate`` protects earlier edits."""
 
     layers: Layers = (4, 5, 6, 7, 8)
     accumulate: bool = False
@@ -83,17 +83,17 @@ class SpreadingEditor(RewritingEditor[Hparams]):
         return self.write(cases, torch.stack([states[n] for n in order]), [logs[n] for n in order], together=True)
 
     def learn(self, cases):
-        """What the lookup token should hold after the last edited layer, (B, d) float32, and the logs; needs gradients."""
+        """The target state of the lookup token after the last edited layer, (B, d) float32, and the logs; needs gradients."""
         _, states, logs = super().learn(cases)
         return states, logs
 
     def _outputs(self, forward):
-        # the stream after a block is its MLP's output on top of constants: delta may as well be added there
+        # the stream after a block is its MLP's output plus constants, so delta can be added to that output
         return [forward.residual + forward.outputs]
 
     @staticmethod
     def _held(read: BlockPass) -> torch.Tensor:
-        """What ``z`` is compared with, read after the last edited layer: the stream."""
+        """The state that ``z`` is compared with, read after the last edited layer: the stream."""
         return read.hidden
 
     @staticmethod
@@ -103,10 +103,10 @@ class SpreadingEditor(RewritingEditor[Hparams]):
 
     @abstractmethod
     def solve(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
-        """``A^-1 k`` of each key (B, d_f), in float64: how much each direction may be used."""
+        """``A^-1 k`` of each key (B, d_f), in float64; ``A`` says how strongly each direction is protected."""
 
     def history(self, layer: int) -> torch.Tensor | None:
-        """(H, d_f) in float64: the keys that edits of the subject were solved for at this layer; None if there are none, or they do not count."""
+        """(H, d_f) in float64: keys that earlier edits of the subject were solved for at this layer; None if there are none, or they do not count."""
         if not self.hparams.accumulate or self.subject.edit is None:
             return None
         updates = [part for part in self.subject.edit.parts if isinstance(part, LowRankUpdate)]
@@ -132,16 +132,16 @@ class SpreadingEditor(RewritingEditor[Hparams]):
     def write(
         self, cases: Sequence[Case], target_states: torch.Tensor, logs: Sequence[EditLog], together: bool = False
     ) -> list[LowRankUpdate]:
-        """The cases' edits: each layer's update, so that the lookup token comes to hold its target state (B, d).
+        """The cases' edits: updates of each layer that bring the lookup token to its target state (B, d).
 
-        Each is an edit of its own; ``together``, the sum of all is what makes every case's lookup token hold its state.
+        Each edit does this for its case alone; with ``together``, the sum of all edits does it for every case.
         """
         layers, contexts = self.layers, len(self.contexts)
         prompts = [self._lookup_tokens(case, context) for case in cases for context in self.contexts]
         walk = Blockwise(self.subject, prompts)
         every = torch.arange(len(prompts), device=self.subject.device)
         bare, columns = every[::contexts], self._key_columns(prompts)
-        # the bare prompt weighs as much as the contexts together
+        # the bare prompt has as much weight as all contexts together
         weights = torch.tensor([0.5] + [0.5 / (contexts - 1)] * (contexts - 1), device=self.subject.device)
         hidden = walk.up_to(layers[0])
         factors: list[dict[int, tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in cases]
@@ -175,7 +175,7 @@ class SpreadingEditor(RewritingEditor[Hparams]):
         ]
 
     def _key_columns(self, prompts: list[list[int]]) -> torch.Tensor:
-        """(R,) the column, from the right, at which each row's key is read: the last, but for ``padding="released"``."""
+        """(R,) the column, from the right, at which each row's key is read: the last, except with ``padding="released"``."""
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.subject.device)
         if self.hparams.padding == "aligned":
             return torch.full_like(lengths, -1)

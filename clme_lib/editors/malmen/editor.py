@@ -9,7 +9,7 @@ Algorithm, for one case::
 ``fit`` trains the network on other cases (training.py), once per subject, dataset and fold.
 
 The released program caches the first tokens of the prompt instead, because it reads a mask made for the target
-alone; and it tokenises the target alone. ``cached="released"`` and ``targets="alone"`` do as it does.
+alone; and it tokenises the target alone. ``cached="released"`` and ``targets="alone"`` reproduce this.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class MALMEN(Editor[MALMENHyperparameters]):
 
     timed_untrained = True
     compat: ClassVar = {"cached": "released", "targets": "alone"}
-    # Trained on few records, so that a laptop can; the first setting is the paper's but for that. The step size moves
-    # with the same optimiser, so that its start is soon forgotten.
+    # Trained on few records, to be feasible on a laptop; otherwise the first setting is the paper's. The step size is
+    # learnt by the same optimiser, so its initial value matters little.
     selection_grid: ClassVar = [
         {"meta_lr": meta_lr, "locality_factor": factor, "iterations": 150, "records": 150}
         for meta_lr, factor in product((1e-5, 3e-5), (1.0, 3.0, 10.0, 30.0))

@@ -1,4 +1,4 @@
-"""Keys and gradients of several layers in one pass: what MALMEN's updates are made from."""
+"""Keys and gradients of several layers in one pass: the inputs of MALMEN's updates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def upper_states(forward: PartialForward, hooks: dict[int, Hook]) -> torch.Tenso
 
 
 def edit_row(subject: Subject, prompt: str, target: str, targets: str, end: bool = False) -> TokenRow:
-    """The row an edit of ``prompt`` towards ``target`` reads."""
+    """The row that an edit of ``prompt`` towards ``target`` reads."""
     tokens = tokenize(subject.tokenizer, prompt, target, end)
     if targets == "in-context":
         return tokens
@@ -34,7 +34,7 @@ class Cached:
     mean cross-entropy of the target under the unedited subject."""
 
     def __init__(self, forward: PartialForward, layers: Sequence[int], cached: str) -> None:
-        self.owner = forward.label_rows  #: (n,) the row each cached token is of
+        self.owner = forward.label_rows  #: (n,) the row of each cached token
         columns = forward.label_columns
         if cached == "released":
             starts = forward.label_counts.cumsum(0) - forward.label_counts
@@ -52,7 +52,7 @@ class Cached:
         with torch.enable_grad():
             states = upper_states(forward, {layer: hook(layer) for layer in layers})
             losses = forward.row_means(forward.label_losses(states)[0])
-            # the sum of the rows' means: a token counts the same in training's batches as in a single edit
+            # the sum of the rows' means, so that a token has the same weight in a training batch as in a single edit
             gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
         self.losses = losses.detach()
         self.gradients = {layer: part[self.owner, columns].float() for layer, part in zip(layers, gradients)}

@@ -2,15 +2,15 @@
 
 For each cached token, with key ``k`` (input of ``W_l``) and gradient ``g`` (of the loss with respect to ``W_l k``)::
 
-    [k~; g~] = network(normalised [k; g])        residual low-rank blocks, shared by layers but for scale and shift
-    v = -eta_l (k . k~) g~                       the change wanted of W_l k
+    [k~; g~] = network(normalised [k; g])        residual low-rank blocks, shared by layers except for scale and shift
+    v = -eta_l (k . k~) g~                       the desired change of W_l k
 
-and the update that comes closest to all tokens' wishes, with damping ``e^theta_l``::
+and the update that comes closest to the desired changes of all tokens, with damping ``e^theta_l``::
 
     S = (K^T K + e^theta I)^-1 K^T V = K^T U,    U = (K K^T + e^theta I)^-1 V,    W_l <- W_l + S^T
 
-The second form (push-through identity) solves a system of the size of the tokens, not of the key, and gives the update
-as a product of rank at most the number of tokens. The gradients of a loss L through the equation follow from ``dL/dU``:
+The second form (push-through identity) solves a system with one unknown per token instead of one per key dimension, and gives the update
+as a product whose rank is at most the number of tokens. The gradients of a loss L through the equation follow from ``dL/dU``:
 ``dL/dV = (K K^T + e^theta I)^-1 dL/dU`` and ``dL/dtheta = -e^theta <dL/dV, U>``; :class:`_NormalEquation`.
 """
 
@@ -46,7 +46,7 @@ def normal_equation(keys: torch.Tensor, values: torch.Tensor, log_damping: torch
 
 
 class Hypernetwork(nn.Module):
-    """From keys and gradients (of the ``sizes`` d_f and d) to wanted changes, for all edited layers.
+    """Maps keys and gradients (of the ``sizes`` d_f and d) to desired changes, for all edited layers.
 
     Its ``blocks`` of inner width ``rank`` start as the identity: of their two factors one is drawn, the other is zero. ``step_size``
     is the initial eta of every layer.
@@ -74,7 +74,7 @@ class Hypernetwork(nn.Module):
 
     @torch.no_grad()
     def observe(self, keys: torch.Tensor, gradients: torch.Tensor) -> None:
-        """Take rows (n, d_f) and (n, d) into the normaliser. Only training does: an edit must not depend on others."""
+        """Add rows (n, d_f) and (n, d) to the normaliser. Only training does this, because an edit must not depend on others."""
         rows = torch.cat([keys, gradients], dim=-1)
         total = self.observed + len(rows)
         mean = rows.mean(dim=0)
@@ -84,12 +84,12 @@ class Hypernetwork(nn.Module):
         self.observed.copy_(total)
 
     def forward(self, keys: torch.Tensor, gradients: torch.Tensor, layer: int) -> torch.Tensor:
-        """Wanted changes (n, d) of the outputs for keys (n, d_f) and gradients (n, d) of the ``layer``-th edited layer."""
+        """Desired changes (n, d) of the outputs for keys (n, d_f) and gradients (n, d) of the ``layer``-th edited layer."""
         deviation = (self.spread / (self.observed - 1).clamp(min=1).float()).sqrt()
         rows = (torch.cat([keys, gradients], dim=-1) - self.mean) / (deviation + _EPSILON)
         blocks = zip(self.inward, self.outward, self.offset, self.scale, self.shift)
         for inward, outward, offset, scale, shift in blocks:
-            # clamp passes the gradient at exactly zero, where every row starts; relu would not, and nothing would ever learn
+            # every row starts at exactly zero, where clamp passes the gradient; relu would not, and nothing would be learnt
             rows = rows + scale[layer] * (rows @ inward @ outward + offset).clamp(min=0) + shift[layer]
         transformed_key, transformed_gradient = rows.split(self.sizes, dim=-1)
         along = (keys * transformed_key).sum(dim=-1, keepdim=True)

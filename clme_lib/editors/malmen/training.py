@@ -2,14 +2,14 @@
 
 An iteration, for a batch of records::
 
-    cache keys and gradients on (prompt, target); take them into the normaliser
+    cache keys and gradients on (prompt, target); add them to the normaliser
     one joint update from all of the batch's tokens
     L = mean cross-entropy of the targets after the *rephrased* prompts
         + locality_factor * mean KL(p_unedited || p_edited) on the neighbours' own answers         both under the update
     gradients through the normal equation into the network; clip their norm; Adam
 
-The update is never written: it acts through hooks as ``(x K^T) U``, so the gradient with respect to ``U`` is all that the
-normal equation needs. What lies below the edited layers is constant, computed once a sequence, and kept for later
+The update is never written: it acts through hooks as ``(x K^T) U``, so the normal equation only needs the gradient with respect to ``U``.
+The states below the edited layers are constant; they are computed once per sequence, and kept for later
 epochs as far as memory allows. Training resumes at its last checkpoint; a finished network is kept in the user's cache.
 """
 
@@ -41,9 +41,9 @@ from .hypernetwork import Hypernetwork, normal_equation
 
 
 class MALMENHyperparameters(TargetHyperparameters):
-    """``step_size`` is where each layer's learnt step starts; ``meta_lr`` is the network's learning rate.
+    """``step_size`` is the initial value of each layer's learnt step; ``meta_lr`` is the network's learning rate.
 
-    ``records`` limits how many of the given cases are trained on (None: all).
+    ``records`` is the maximum number of cases to train on (None: all).
     """
 
     layers: Layers = (26, 27, 28, 29, 30, 31)
@@ -66,9 +66,9 @@ _CHECKPOINT_EVERY = 50
 
 
 def trained(subject: Subject, hparams: MALMENHyperparameters, cases: Sequence[Case], seed: int) -> Hypernetwork:
-    """The hypernetwork trained on ``cases``: from the cache, or trained now, from its last checkpoint if it has one."""
+    """The hypernetwork trained on ``cases``: from the cache, or trained now (from its last checkpoint if there is one)."""
     if not cases or len({case.dataset for case in cases}) != 1:
-        raise StudyError("malmen learns from the cases of one dataset at a time, at least one of them")
+        raise StudyError("malmen learns from at least one case, and all cases must be of one dataset")
     if bare := [case for case in cases if not case.rephrased]:
         raise StudyError(f"malmen learns from rephrased prompts, and case {bare[0].case_id} has none")
     records = _ordered(cases, seed, cases[0].dataset)[: hparams.records]
@@ -105,7 +105,7 @@ class Training:
             **subject.identity,
             "dataset": dataset,
             "seed": seed,
-            # What is not learnt was no hyperparameter of the networks that are there already.
+            # Networks trained before this hyperparameter existed have no entry for it.
             "values": hparams.model_dump(mode="json", exclude=None if hparams.end_of_target else {"end_of_target"}),
             "records": [case.sha256 for case in self.records],
         }
@@ -115,7 +115,7 @@ class Training:
         self._kept_bytes = 0
 
     def finish(self) -> Hypernetwork:
-        """Load what there is, do the missing iterations, keep the result."""
+        """Load the last checkpoint, do the missing iterations and store the result."""
         self._load()
         if self.iteration < self.hparams.iterations:
             with self.artifact.made_once():
@@ -130,7 +130,7 @@ class Training:
         description = f"malmen: train on {len(self.records)} {self.records[0].dataset} cases"
         left = range(self.iteration, last)
         for iteration in (bar := tqdm(left, total=last, initial=self.iteration, desc=description, unit="step")):
-            # records come in a new seeded order every epoch, of which the rest is dropped
+            # every epoch has a new seeded order of records, whose incomplete last batch is dropped
             epoch, within = divmod(iteration, len(self.records) // size)
             order = _ordered(self.records, self.seed, "epoch", epoch)
             generalization, locality = self.step(order[within * size : (within + 1) * size])
@@ -177,8 +177,8 @@ class Training:
     def _losses(
         self, rows: Sequence[TokenRow], shifts: dict[int, Hook], reference: bool = False, factor: float = 1.0
     ) -> float:
-        """Mean cross-entropy per label under the update, or with ``reference`` divergence from the unedited subject; its
-        gradient, times ``factor``, is left in the update's coefficients."""
+        """Mean cross-entropy per label under the update, or with ``reference`` the divergence from the unedited subject; its
+        gradient, times ``factor``, is accumulated in the update's coefficients."""
         labels = sum(len(row.target_ids) for row in rows)
         total = 0.0
         # at most a fifth of a group's columns is padding
@@ -206,16 +206,16 @@ class Training:
         return torch.cat([states[row] for row in rows])
 
     def _answered(self, prompt: str) -> TokenRow:
-        """A neighbour's prompt with the subject's own continuation as its target."""
+        """A neighbour's prompt with the unedited subject's continuation as its target."""
         before = encode(self.subject.tokenizer, prompt)
         joined = encode(self.subject.tokenizer, prompt + self.answers[prompt])
-        # an answer that merges with the prompt's last token, or is empty, still leaves the last column to compare
+        # if an answer is empty or merges with the prompt's last token, the last column can still be compared
         first = min(len(before), len(joined) - 1)
         return TokenRow.of(joined[:first], joined[first:])
 
     @torch.no_grad()
     def _forward(self, rows: Sequence[TokenRow]) -> PartialForward:
-        """The pass from the first edited layer on; what lies below is computed once a sequence."""
+        """The pass from the first edited layer on; the states below are computed once per sequence."""
         layer = self.layers[0]
         residuals = self._recall("residual", rows)
         if missing := [row for row in dict.fromkeys(rows) if row not in residuals]:

@@ -1,1 +1,1 @@
-"""The appendices, each measurement beside its table."""
+"""The appendices: each measurement next to its table."""

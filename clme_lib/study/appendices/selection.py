@@ -157,7 +157,7 @@ def select(
     described = get_editor(editor)
     if not (grid := described.selection_grid):
         known = [name for name in EDITORS if EDITORS[name].selection_grid]
-        raise StudyError(f"no grid to select {editor!r} from; known: {', '.join(known)}")
+        raise StudyError(f"{editor!r} has no grid of hyperparameters; editors that have one: {', '.join(known)}")
     values: Literal["subject", "transferred"] = "subject" if described.selects_reach else "transferred"
     measured = measure(subject, editor, grid, file, values=values, cases=cases, datasets=datasets)
     if described.selects_reach:
@@ -180,7 +180,7 @@ def compare_presets(subject: Subject, editor: str, file: Path, cases: int | None
     described = get_editor(editor)
     if not (defects := described.compat):
         known = [name for name in EDITORS if EDITORS[name].compat]
-        raise StudyError(f"{editor!r} has no presets to compare; known: {', '.join(known)}")
+        raise StudyError(f"{editor!r} has no presets to compare; editors that have some: {', '.join(known)}")
     clean = {name: described.Hyperparameters.model_fields[name].default for name in defects}
     settings = [dict(zip(defects, chosen)) for chosen in product(*((clean[name], defects[name]) for name in defects))]
     settings = [settings[0], settings[-1]] if described.needs_training else settings
@@ -197,7 +197,7 @@ def compare_ends(
         StudyError: the editor learns no target.
     """
     if "end_of_target" not in get_editor(editor).Hyperparameters.model_fields:
-        raise StudyError(f"{editor!r} learns no target, so that nothing can follow it")
+        raise StudyError(f"{editor!r} learns no target that an end of text could follow; choose another editor")
     settings = [{"end_of_target": learnt} for learnt in (False, True)]
     options: dict[str, Any] = {"values": "subject", "cases": cases, "datasets": datasets, "scores": END_SCORES}
     return _finish(measure(subject, editor, settings, file, **options), file)

@@ -82,7 +82,7 @@ def diagnose(subject: Subject, cases: Sequence[Case], edits: Sequence[Edit]) -> 
     rows = []
     for case, edit in zip(cases, edits):
         if (updates := edit.deltas()) is None:
-            raise StudyError(f"{edit.editor} does not update weights: there is nothing to diagnose")
+            raise StudyError(f"{edit.editor} does not update weights, so there is nothing to diagnose")
         before, after = (_target_losses(subject, case, applied) for applied in ([], [edit]))
         deltas = {layer: delta.to(subject.device) for layer, delta in updates.items()}
         own, *neighbours = (_moved(subject, prompt, deltas) for prompt in (case.prompt, *case.unrelated))
@@ -114,7 +114,7 @@ def diagnose_editors(subject: Subject, file: Path, editors: Sequence[str] = DIAG
     """
     updating = [name for name in EDITORS if EDITORS[name].updates_weights]
     if unknown := [editor for editor in editors if editor not in updating]:
-        raise StudyError(f"{', '.join(unknown)}: no editor that updates weights; known: {', '.join(updating)}")
+        raise StudyError(f"not editors that update weights: {', '.join(unknown)}; known: {', '.join(updating)}")
     rows = []
     for editor in editors:
         for values in ("transferred", "subject"):

@@ -1,1 +1,1 @@
-"""A run's work on many machines with Ray: what is asked of which worker, and who keeps the records."""
+"""Distributing a run over many machines with Ray: which worker does what, and which process writes the records."""

@@ -1,4 +1,4 @@
-"""Reaching a cluster or starting Ray on this machine, and what a worker is given of its resources."""
+"""Connecting to a cluster or starting Ray on this machine, and the resources of each worker."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def connected(config: RunConfig) -> Iterator[Any]:
     address = config.ray_address or os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not address:
-        # Read when Ray is imported: it makes Ray use the loopback, on any system.
+        # Ray reads this when it is imported: it makes Ray use the loopback interface on any system.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
@@ -49,7 +49,7 @@ def connected(config: RunConfig) -> Iterator[Any]:
 
 
 def _check_reachable(address: str) -> None:
-    """Say at once that nobody listens, which Ray takes minutes to find out."""
+    """Raise at once if nothing listens at the address, which Ray takes minutes to find out."""
     match = re.fullmatch(r"(?:ray://)?(?P<host>.+):(?P<port>[0-9]+)", address)
     if match is None:
         return  # such as auto, which Ray looks up
@@ -57,7 +57,7 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((match["host"], int(match["port"])), timeout=10).close()
     except (OSError, OverflowError) as error:
         raise StudyError(
-            f"ray_address: nothing can be reached at {address}: {error}. Start a cluster there (ray start --head), or leave the address out"
+            f"ray_address: nothing can be reached at {address}: {error}. Start a cluster there (ray start --head), or omit the address"
         ) from error
 
 
@@ -69,7 +69,7 @@ def resources_of(ray: Any, config: RunConfig) -> dict[str, float]:
 
 
 def room(ray: Any, config: RunConfig) -> int:
-    """How many workers there should be: as asked for, or as many as fit on the nodes that are alive."""
+    """How many workers there should be: as requested, or as many as fit on the nodes that are alive."""
     if config.workers != "auto":
         return int(config.workers)
     options, workers = resources_of(ray, config), 0

@@ -23,8 +23,8 @@ class Member:
 
     name: str
     actor: Any
-    about: dict[str, Any] = field(default_factory=dict)  # what it said of itself; nothing before it is ready
-    units: list[Unit] = field(default_factory=list)  # what it was asked for, in this order: it works on the first
+    about: dict[str, Any] = field(default_factory=dict)  # its description of itself; empty until it is ready
+    units: list[Unit] = field(default_factory=list)  # the units assigned to it, in order: it works on the first
     at: Place | None = None
     size: int | None = None
     records: int = 0
@@ -69,7 +69,7 @@ class Crew:
         room = self._room()
         if room == 0 and not self.members:
             raise StudyError(
-                "on: no node of the cluster has what a worker needs; see cpus_per_worker and gpus_per_worker"
+                "on: no node of the cluster has the CPUs and GPUs that a worker needs; lower cpus_per_worker or gpus_per_worker"
             )
         for _ in range(room - len(self.members) - self._left_out):
             self._started += 1
@@ -81,13 +81,13 @@ class Crew:
         self._asked[getattr(member.actor, method).remote(unit, *args)] = member, unit
 
     def news(self) -> Iterator[tuple[Member, Unit | None, Any]]:
-        """Whose answers are there, to what, and the answers or the errors in their place; waits a moment for the first."""
+        """The answers that have arrived: worker, unit, and answer or error; waits a moment for the first."""
         asked = list(self._asked)
         ready, _ = self.ray.wait(asked, num_returns=1, timeout=_LOOKS_EVERY)
         if ready and len(asked) > 1:
             ready, _ = self.ray.wait(asked, num_returns=len(asked), timeout=0)
         for reference in ready:
-            if reference not in self._asked:  # of a worker that has just died
+            if reference not in self._asked:  # the answer of a worker that has just died
                 continue
             member, unit = self._asked.pop(reference)
             try:
@@ -100,11 +100,11 @@ class Crew:
             yield member, unit, answer
 
     def node_is_gone(self, error: Exception) -> bool:
-        """Whether a worker was lost with its node, or the way to it, and not in its own process, for which its work may be the reason."""
+        """Whether a worker was lost because its node or the connection to it failed, rather than its own process (which its work may have killed)."""
         return isinstance(error, self.ray.exceptions.ActorUnavailableError) or "its node has died" in str(error)
 
     def dismiss(self, member: Member, state: str) -> None:
-        """A worker is none any more, because it died or is of no use."""
+        """Remove a worker that died or cannot be used."""
         member.state = state
         self.past.append(self.members.pop(member.name))
         self._asked = {reference: asked for reference, asked in self._asked.items() if asked[0] is not member}
@@ -115,16 +115,16 @@ class Crew:
             self.ray.kill(member.actor)
 
     def died_starting(self, member: Member) -> None:
-        """A worker died before it was ready. Its node may be gone, so that another takes its place, unless that happens again and again."""
+        """Handle a worker that died before it was ready. Its node may be gone, so it is replaced, unless this happens repeatedly."""
         self._died_starting += 1
         if self._died_starting > _DEATHS_OF_STARTING:
-            self.leave_out(member, "it died as it started, as others did before it; Ray's logs say more")
+            self.leave_out(member, "it died while starting, like others before it; see Ray's logs")
 
     def leave_out(self, member: Member, reason: str) -> None:
-        """Do without a worker that cannot start, and without another in its place.
+        """Continue without a worker that cannot start, and do not replace it.
 
         Raises:
-            StudyError: there is no other.
+            StudyError: no other worker is left.
         """
         self._left_out += 1
         if member.name in self.members:

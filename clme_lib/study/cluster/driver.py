@@ -1,7 +1,7 @@
 """The one process that plans a run, asks workers for units of it, and alone writes its folder; workers are Ray actors (worker.py).
 
-A worker that dies is replaced, and what it had is asked for again (queue.py says how often). A record is written once, whoever sends it.
-Killing the driver loses the batches under way; the same command goes on, with Ray or without.
+A worker that dies is replaced, and its units are assigned again (queue.py limits how often). A record is written once, whoever sends it.
+Killing the driver loses the current batches; the same command resumes the run, with Ray or without.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def complete_on_ray(
     datasets = [replace(get_dataset(name), load=_no_cases) for name in config.dataset]
     with connected(config) as ray:
         job = ray.put(Job(config, datasets, everything, ids))
-        # where the driver is: no other node's death takes it along
+        # on the driver's node, so that it does not die with another node
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=False
         )
@@ -67,7 +67,7 @@ def complete_on_ray(
 
 
 def _no_cases(source: str) -> Sequence[Case]:
-    raise StudyError(f"workers are given their cases, and load none from {source}")
+    raise StudyError(f"workers are given their cases and cannot load any from {source}")
 
 
 class _Actor(Worker):
@@ -145,7 +145,7 @@ class Driver:
                     self._ask(member, ahead)
 
     def _size(self, member: Member) -> int:
-        """How many cases a worker is asked for at once."""
+        """The number of cases to assign to a worker at once."""
         return member.size or (_FIRST_SIZE if self._config.batch_size == "auto" else self._config.batch_size)
 
     def _ask(self, member: Member, unit: Unit) -> None:
@@ -194,7 +194,7 @@ class Driver:
         for name, value in self._own.items():
             if about[name] != value:
                 raise StudyError(
-                    f"on: node {about['node']} has {name} {about[name]}, and this process has {value}: install the same on all nodes"
+                    f"on: node {about['node']} has {name} {about[name]}, but this process has {value}: install the same version on all nodes"
                 )
         if not self._start:
             self._model = {name: about[name] for name in ("hardware", "dtype", "model")}
@@ -203,7 +203,7 @@ class Driver:
         for name in ("model", "dtype"):
             if about[name] != self._model[name]:
                 raise StudyError(
-                    f"on: node {about['node']} has another {name} than the first: {about[name]}, not {self._model[name]}"
+                    f"on: node {about['node']} has a different {name} from the first worker's: {about[name]}, not {self._model[name]}"
                 )
         member.about, member.state = about, "working"
         self._caches.add(about["cache"])
@@ -238,7 +238,7 @@ class Driver:
             self._crew.ask(member, "go_on", member.units[0])
 
     def _keep(self, unit: Unit, rows: Sequence[dict[str, Any]]) -> None:
-        """Take over records that are not there yet; :meth:`_write` appends them."""
+        """Accept records that are not there yet; :meth:`_write` appends them."""
         keys = self._keys[unit.place[:2]]
         new = [row for row in rows if (row["position"], row["case_id"]) not in keys]
         keys.update((row["position"], row["case_id"]) for row in new)

@@ -161,7 +161,7 @@ class Queue:
             return ()
         if unit.kind != "edit":
             raise StudyError(
-                f"{unit}: {deaths} workers died of it; look into Ray's logs, or try it in one process (--on here)"
+                f"{unit}: {deaths} workers died while working on it; see Ray's logs, or try it in one process (--on here)"
             )
         if len(unit.cases) == 1:
             return unit.cases

@@ -37,12 +37,12 @@ def random_subject(name: str, device: str = "auto", dtype: str = "auto", seed: i
     shape = settings.subject.shape
     if name not in list_subjects() or shape is None:
         shaped = [registered for registered in list_subjects() if load_settings(registered).subject.shape]
-        raise StudyError(f"{name!r} has no shape to fill with random weights; known: {', '.join(shaped)}")
+        raise StudyError(f"{name!r} has no shape to fill with random weights; use one of {', '.join(shaped)}")
     place, precision = torch_device(device), torch_dtype(dtype)
     needed = _ROOM * parameters(shape) * precision.itemsize
     if needed > (free := free_memory_bytes(place)):
         raise StudyError(
-            f"{name} in {str(precision).removeprefix('torch.')} needs about {needed / 2**30:.1f} GiB and {place} has "
+            f"{name} in {str(precision).removeprefix('torch.')} needs about {needed / 2**30:.1f} GiB, but {place} has "
             f"{free / 2**30:.1f} GiB free: use a 16-bit dtype, a smaller subject or a larger device"
         )
     config = AutoConfig.for_model(

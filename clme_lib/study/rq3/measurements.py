@@ -44,7 +44,7 @@ def compat_run(config: RunConfig) -> pd.DataFrame:
         StudyError: the run itself has them.
     """
     if config.preset != "clean":
-        raise StudyError("preset: RQ3 compares both presets by itself; leave it at 'clean'")
+        raise StudyError("preset: RQ3 runs both presets by itself; leave it at 'clean'")
     folder = config.out.with_name(f"{config.out.name}-compat")
     # nothing was wrong with leaving a model unedited
     editors = tuple(name for name in config.editors if name in A_GRACE_VARIANTS)
@@ -192,6 +192,6 @@ def _kept(config: RunConfig, name: str, make: Callable[[Subject, Path], object])
     file = config.out / name
     if not file.is_file():
         if is_published(config.out):
-            raise StudyError(f"{file} is missing: a published run of RQ3 has it; restore it from the repository")
+            raise StudyError(f"{file} is missing from a published run of RQ3; restore it from the repository")
         make(load_subject(config.subject, config.device, config.dtype), file)
     return pd.read_csv(file)
