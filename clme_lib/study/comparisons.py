@@ -1,4 +1,4 @@
-"""Which editors differ: paired tests on the cases that both edited, and Holm's correction over all comparisons of a table."""
+"""Which editors differ: paired tests on cases that both edited, with Holm's correction over all comparisons of a table."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ SIGNIFICANT = 0.05
 
 
 def paired_p(differences: np.ndarray) -> float:
-    """Two-sided p of paired differences (cases,): McNemar's exact test where they are -1, 0 and 1 alone, else Wilcoxon's signed-rank
-    test. Both leave out what does not differ; 1 where nothing does."""
+    """Two-sided p of paired differences (cases,): McNemar's exact test if all are -1, 0 or 1, else Wilcoxon's signed-rank test.
+    Both tests leave out zero differences; p is 1 if all differences are zero."""
     if not differences.any():
         return 1.0
     if np.isin(differences, (-1, 0, 1)).all():
@@ -28,7 +28,7 @@ def paired_p(differences: np.ndarray) -> float:
 
 
 def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
-    """Adjusted p values: compared with a level, they keep the chance of any false finding among them below it (Holm, 1979)."""
+    """Adjusted p values: rejecting those below a level keeps the chance of any false rejection at or below that level (Holm, 1979)."""
     adjusted: dict[Key, float] = {}
     highest = 0.0
     for rank, key in enumerate(sorted(p_values, key=p_values.__getitem__)):
@@ -38,9 +38,9 @@ def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
 
 
 def as_good_as_the_best(records: pd.DataFrame, metrics: Sequence[Metric]) -> set[tuple[str, str, str]]:
-    """(dataset, editor, metric) of the edited rows that have the best mean, and of those that are not significantly worse.
+    """(dataset, editor, metric) for the edited rows with the best mean, and for rows that are not significantly worse.
 
-    Each is compared with the best on the cases that both have; Holm's correction is over all datasets, metrics and editors given.
+    Each editor is compared with the best on the cases that both have, with Holm's correction over all datasets, metrics and editors.
     """
     edited = records[(records["state"] == SCORED) & (records["editor"] != UNEDITED)]
     best: set[tuple[str, str, str]] = set()

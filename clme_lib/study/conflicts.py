@@ -1,5 +1,5 @@
-"""Edits that contradict each other in one model: a second target for the same prompt, and the original answer as the target of a second
-edit, which should take the first one back (not in the paper)."""
+"""Contradictory edits in one model: the second edit of a prompt has another target, or the unedited model's answer as its target, which
+should revert the first edit (not in the paper)."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from ..support.seeds import seed_of
 from .tables import editor_name, in_order, interval, table, write_csv
 
 EDITORS = ("ft-l", "rome", "grace-tuned", "in-context")
-# what of a pair of edits is measured: of the first alone; of the second without the first, which is the control; of both; and of
-# both where the second takes the first back
+# shares measured for a pair of edits: with the first edit alone; with the second alone, as the control; with both; and with both when
+# the second reverts the first
 SHARES = {
     "first": "First edit right",
     "second_alone": "Second target, edited alone",
@@ -45,7 +45,7 @@ SHARES = {
 
 @table
 def conflict_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """What two edits of one prompt leave, from what ``clme measure conflicts`` writes; shares with 95% intervals over cases."""
+    """Results of two edits of one prompt, from the file that ``clme measure conflicts`` writes; shares with 95% intervals over cases."""
     for editor in in_order(measured["editor"].unique()):
         for dataset, rows in measured[measured["editor"] == editor].groupby("dataset", sort=False):
             shown = {title: str(interval(rows[name], not name.startswith("n"))) for name, title in SHARES.items()}
@@ -61,14 +61,14 @@ def measure_conflicts(
 ) -> pd.DataFrame:
     """Edit each prompt twice, the second time in the model that holds the first edit; written as CSV, a row for each editor and case.
 
-    The second target is that of the next case. Cases whose original answer is empty cannot be edited back and are left out.
+    The second target is the next case's. Cases whose original answer is empty cannot be edited back and are left out.
 
     Args:
-        file: the table to be; what has been measured is kept beside it, so that an interrupted command goes on.
-        cases: of each dataset's selection cases, the first so many (None: all 30).
+        file: the table to write; finished measurements are kept beside it, so that an interrupted command resumes.
+        cases: use this many of each dataset's selection cases, from the first (None: all 30).
 
     Raises:
-        StudyError: an editor has to be trained first.
+        StudyError: an editor must be trained first.
     """
     unfinished = file.with_name(f"{file.name}.part")
     done = Journal(unfinished, lambda row: (row["identity"], row["case_id"]))
@@ -99,12 +99,12 @@ def measure_conflicts(
 
 
 def _original_answers(subject: Subject, cases: Sequence[Case]) -> list[str]:
-    """What the subject writes after each edit prompt, as long as the target."""
+    """The subject's texts after the edit prompts, each as long as the case's target."""
     return [text.strip() for text in _written(subject, cases, [case.prompt for case in cases])]
 
 
 def _edited_twice(editor: Editor, case: Case, second: Case, original: Case) -> dict[str, float]:
-    """Shares of a case: of texts that are a target, and of neighbours' answers that are the unedited subject's."""
+    """A case's ``SHARES``: of texts that match their target, and of neighbours' answers that equal the unedited subject's."""
     subject = editor.subject
     (first,) = editor.edit([case])
     later = editor.of(subject.edited(first))
@@ -122,7 +122,7 @@ def _edited_twice(editor: Editor, case: Case, second: Case, original: Case) -> d
 
 
 def _written(subject: Subject, cases: Sequence[Case], prompts: Sequence[str], edits: Sequence[Edit] = ()) -> list[str]:
-    """Texts as long as the cases' targets, the n-th under the n-th edit."""
+    """Texts after the prompts, as long as the cases' targets; the n-th is written under the n-th edit, if any are given."""
     budgets = [token_budget(subject.tokenizer, case.prompt, case.target, "clean") for case in cases]
     acting = range(len(edits)) if edits else [-1] * len(cases)
     requests = [Request(prompt, budget, n) for prompt, budget, n in zip(prompts, budgets, acting)]

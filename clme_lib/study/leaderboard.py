@@ -1,8 +1,8 @@
-"""The leaderboard's files: what the page of that name sorts, filters and opens, without a server.
+"""The leaderboard's files, which its page sorts, filters and opens without a server.
 
-``board.js`` has a row for each result (a run's subject, dataset, editor, preset, protocol and number of edits) and what its columns are;
-``cases/NAME.js`` the cases behind a row; ``prompts/DATASET.js`` what they were about. Each calls ``clme.loaded(NAME, DATA)`` with JSON, because a
-page that is opened from a disk may load scripts, but no data. Texts of a dataset that may not be published are left out.
+``board.js`` has a row for each result (a run's subject, dataset, editor, preset, protocol and number of edits) and describes its columns;
+``cases/NAME.js`` has the cases behind a row; ``prompts/DATASET.js`` their prompts and targets. Each calls ``clme.loaded(NAME, DATA)`` with JSON,
+because a page opened from a disk may load scripts but not data. Texts of datasets that may not be published are left out.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from .tables import cells, editor_name, interval, scored, to_markdown
 SUBMISSIONS = "submissions"
 GROUPS = {"the paper's scores": PAPER_METRICS, "free writing": FREE_METRICS, "running the code": EXECUTION_METRICS}
 _BY = ["subject", "dataset", "editor", "preset", "protocol", "position"]
-# of a record, what a reader of one case wants to see beside its scores and texts
+# fields of a record that are shown for a single case, in addition to its scores and texts
 _OF_A_CASE = ("fold", "steps", "loss", "edit_seconds", "distances", "fired", "start", "commit", "library")
 _SHOWN_PLAIN = ("effectiveness_em", "generalization_em", "specificity_em", "specificity_rate", "fluency")
 
 
 def run_folders(results: Path) -> list[Path]:
-    """Folders of published runs: the study's, those of many edits in one model, and submissions."""
+    """Folders of published runs: the study's own, RQ4's (many edits in one model), and submissions."""
     patterns = ("runs/*/run.json", "many/*/*/run.json", f"{SUBMISSIONS}/*/run.json")
     return [file.parent for pattern in patterns for file in sorted(results.glob(pattern))]
 
 
 def board(results: Path) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-    """A row for each result, and the records it is computed from."""
+    """Each result's row, and the records from which it is computed."""
     for folder in run_folders(results):
         records = scored(load_run(folder))
         records = records[~records["held_out"]]
@@ -70,7 +70,7 @@ def board(results: Path) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
 
 
 def _score(values: pd.Series, name: str) -> list[float | None]:
-    """Mean, bounds of the 95% interval and the number of cases; a bound that there is not is None."""
+    """Mean, bounds of the 95% interval and the number of cases; a bound that does not exist is None."""
     metric = get_metric(name)
     score = interval(values.astype(float), metric.binary, shares=metric.highest == 1)
     numbers = (score.mean, score.low, score.high)
@@ -81,7 +81,7 @@ def write(results: Path, target: Path, local: bool = False) -> str:
     """Write the leaderboard of a folder of results; returns its rows as a Markdown table, for readers without JavaScript.
 
     Args:
-        local: the site stays on the machine that mined the embedded datasets, so that it may show prompts and targets of all of them.
+        local: whether the site stays on this machine, so that it may show prompts and targets of all embedded datasets.
     """
     rows: list[dict[str, Any]] = []
     prompts: dict[str, bool] = {}

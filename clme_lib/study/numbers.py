@@ -1,4 +1,4 @@
-"""The numbers in the book's prose, computed from the published records and written to files that its pages read."""
+"""The numbers in the book's prose, computed from the published records and written to files that the pages read."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ CODE_SUBJECT = "smollm2-135m-code"
 
 
 def write_numbers(results: Path) -> None:
-    """Write what the pages read: ``numbers.json``, by name and as text; ``hyperparameters.csv``, all values of the registered
-    subjects; and ``hyperparameters_differing.csv``, those in which the published run's subject differs from the paper's."""
+    """Write the files that the pages read: ``numbers.json``, numbers as text, by name; ``hyperparameters.csv``, all values of the registered
+    subjects; and ``hyperparameters_differing.csv``, the values in which the published run's subject differs from the paper's."""
     write_text(results / "numbers.json", json.dumps(prose_numbers(results), indent=1, ensure_ascii=False) + "\n")
     all_values().to_csv(results / "hyperparameters.csv", index=False)
     differing_values(own=PUBLISHED).to_csv(results / "hyperparameters_differing.csv", index=False)
 
 
 def prose_numbers(results: Path) -> dict[str, str]:
-    """Every number of the prose by the name that pages call it by, as ``{{ name }}``."""
+    """Every number of the prose, by the name that pages use for it, as ``{{ name }}``."""
     folder = results / "runs" / PUBLISHED
     records = load_run(folder)
     counts = records.groupby(["dataset", "editor"]).size()
@@ -57,7 +57,7 @@ def prose_numbers(results: Path) -> dict[str, str]:
 
 
 def _verdicts(results: Path) -> dict[str, str]:
-    """How many comparisons of the scorecard have which verdict, of the chat model and of the code model."""
+    """How many of the scorecard's comparisons have each verdict, for the chat model and for the code model."""
     of_subjects = counts(load_evidence(results, (PUBLISHED, CODE_SUBJECT)))
     names = {"chat_verdicts": PUBLISHED, "code_verdicts": CODE_SUBJECT}
     listed = {
@@ -68,8 +68,8 @@ def _verdicts(results: Path) -> dict[str, str]:
 
 
 def _code_subject(results: Path) -> dict[str, str]:
-    """How the subject that was trained on code was made, and what that did to losses on texts of packages it never saw and to what
-    the unedited subject writes."""
+    """How the subject trained on code was made, and how this training changed its loss on texts of held-out packages and its unedited
+    answers."""
     made = provenance(CODE_SUBJECT)
     return {
         "code_unedited": to_markdown(
@@ -96,7 +96,7 @@ def _code_subject(results: Path) -> dict[str, str]:
 
 
 def _unedited_row(folder: Path) -> dict[str, str]:
-    """What the unedited subject of a run writes after CNLE's prompts."""
+    """A summary of what a run's unedited subject writes after CNLE's prompts."""
     records = load_run(folder, editors=[UNEDITED])[lambda rows: rows["dataset"] == CNLE.name]
     answers = [text for texts in records["generated_specificity"] for text in texts]
     row = {"Subject": folder.name, "n": str(len(records))}
@@ -108,11 +108,11 @@ def _unedited_row(folder: Path) -> dict[str, str]:
 
 
 def provenance_table(starts: list[dict], records: pd.DataFrame) -> str:
-    """A Markdown table of a run's starts: when, on what and by which program each worked, and how many of the records it made.
+    """A Markdown table of a run's starts: the time, hardware and program of each, and how many of the records it made.
 
     Args:
         starts: as the run's ``run.json`` lists them.
-        records: of the run; of those whose maker cannot be proved the last rows say so, by editor.
+        records: the run's records; those whose start is unknown are counted in the last rows, by editor.
     """
     rows = []
     for start in sorted(starts, key=lambda start: start["started"]):

@@ -1,8 +1,8 @@
-"""What a protocol is: which cases are edited in which state of the model, and when each case is evaluated.
+"""Protocols: which cases are edited in which state of the model, and when each case is evaluated.
 
 A new protocol is a subclass of :class:`Protocol` in its own file, registered by :func:`register_protocol` or by the entry-point group
-``clme_lib.protocols`` of an installed package. The paper's is :class:`SingleEdits`. The others put many edits into one model, and evaluate
-all of them whenever it holds 1, 3, 10, 30, 100 ... of them, and at the end; the cases' order is the sample's.
+``clme_lib.protocols`` of an installed package. The paper's is :class:`SingleEdits`. The others put many edits into one model, in the sample's
+order, and evaluate all of them whenever the model holds 1, 3, 10, 30, 100 ... edits, and at the end.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Step:
     Attributes:
         edited: the cases that are edited, each in the state after step ``after``.
         evaluated: the cases that are evaluated while all these edits act together.
-        held_out: cases that no step edits, which are evaluated as well: what the model still knows of other things.
+        held_out: cases that no step edits; they are also evaluated, to show what the model can still do.
         position: how many edits the model then holds.
         after: index of the step whose state is edited; None for the unedited subject.
     """

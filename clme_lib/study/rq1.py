@@ -42,17 +42,17 @@ proficiency_table = table(score_rows)
 
 @table
 def free_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """Scores beside the paper's (metrics/free.py, metrics/executes.py): of each metric that some record has, a column."""
+    """Scores beside the paper's (metrics/free.py, metrics/executes.py): a column for each metric that any record has."""
     rows = list(score_rows(records, [*FREE_METRICS, *EXECUTION_METRICS[:2]]))
     measured = [name for row in rows for name, cell in row.items() if cell != "–"]
     kept = [name for name in (rows[0] if rows else ()) if name in measured]
-    # A row of which nothing but its names is known would say nothing.
+    # rows without any score are left out
     yield from ({name: row[name] for name in kept} for row in rows if any(row[name] != "–" for name in kept[3:]))
 
 
 @table
 def failure_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """What becomes of the snippets that are run: of each kind of failure the share of cases, in percent."""
+    """How the snippets that are run fail: the share of cases for each kind of failure, in percent."""
     names = [name for name in EXECUTION_METRICS if name.startswith("fails_") and name in records]
     for (dataset, editor), rows in scored(records).groupby(["dataset", "editor"], sort=False):
         checked = rows.dropna(subset=names) if names else rows[:0]
@@ -68,7 +68,7 @@ _BESIDE = ("effectiveness_em", "generalization_em", "specificity_rate")
 
 @table
 def subjects_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """Several subjects' edited rows side by side: exact match of edits and of other wordings, and neighbours left unchanged."""
+    """Several subjects' edited rows side by side: exact match after edit and rephrased prompts, and neighbours unchanged."""
     edited = scored(records)[lambda rows: rows["editor"] != UNEDITED]
     subjects = edited["subject"].unique()
     for (dataset, editor), rows in edited.groupby(["dataset", "editor"], sort=False):
@@ -83,7 +83,7 @@ def subjects_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
         yield row
 
 
-# a score of the paper's protocol, and what stands in its place when nothing is given away
+# a score under the paper's protocol, and its counterpart when nothing about the target is given away
 PROTOCOL_CHANGES = (
     ("effectiveness_em", "free_effectiveness_em"),
     ("effectiveness_em", "free_effectiveness_executes"),
@@ -95,10 +95,10 @@ PROTOCOL_CHANGES = (
 
 @table
 def protocol_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """What the paper's protocol hides: of each edited row its score, and another one on the same cases.
+    """What the paper's protocol hides: for each edited row, the paper's score and its counterpart on the same cases.
 
-    Differences of means in points with a 95% bootstrap interval over cases; p by a paired test, with Holm's correction over the table.
-    A score that no record has is left out.
+    Differences of means in points with a 95% bootstrap interval over cases; p from a paired test, with Holm's correction over the table.
+    Scores that no record has are left out.
     """
     edited = scored(records)[lambda rows: rows["editor"] != UNEDITED]
     changes = [change for change in PROTOCOL_CHANGES if set(change) <= set(edited) and edited[change[1]].notna().any()]
@@ -123,8 +123,8 @@ def protocol_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 @table
 def reach_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """Generalization of the codebooks, taken apart: how often they fire at the rephrased prompt, and how often the text is right where
-    they do. The product is what the encoder and the value reach together, but for texts that are right without the edit."""
+    """Generalization of the codebooks in two factors: how often they fire at the rephrased prompt, and how often the text is right when
+    they do. Their product is the generalization, except for texts that are right without the edit."""
     names = ["fires", "right_where_fired", "generalization_em"]
     edited = scored(records)
     if not set(names) <= set(edited):
@@ -139,8 +139,8 @@ def reach_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 @table
 def transfer_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """The paper's Table V: effectiveness on CSNE and CNLE and its relative change, with the mean over the paper's editors; ``n`` is of both
-    datasets, in this order."""
+    """The paper's Table V: effectiveness on CSNE and CNLE and its relative change, with the mean over the paper's editors; ``n`` gives the
+    number of cases of both datasets, in this order."""
     scores = [f"effectiveness_{name}" for name in COMPARISONS]
     groups = scored(records).groupby(["editor", "dataset"], sort=False)
     means, counts = groups[scores].mean() * 100, groups.size()
@@ -164,9 +164,9 @@ def transfer_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 
 def transfer_findings(records: pd.DataFrame) -> dict[str, list[str]]:
-    """Which of the paper's editors are more (``more``), less or not distinguishably (``alike``) effective on CNLE than on CSNE.
+    """Which of the paper's editors are more effective on CNLE than on CSNE (``more``), less (``less``), or neither (``alike``).
 
-    By exact match, whose cases differ between datasets: Fisher's exact test, two-sided, by Holm over the editors.
+    Exact match is compared by Fisher's exact test (the cases are not paired), two-sided, with Holm's correction over the editors.
     """
     from scipy.stats import fisher_exact
 
@@ -187,8 +187,8 @@ def transfer_findings(records: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def proficiency_figure(records: pd.DataFrame):
-    """Exact match of the three measures by editor, a panel for each dataset, with 95% intervals (a matplotlib figure); where no
-    record has scores, a figure that says so."""
+    """Exact match of the three measures by editor, a panel for each dataset, with 95% intervals (a matplotlib figure); if no
+    record has scores, the figure says so."""
     data = scored(records)
     if data.empty:
         figure, axes = panels(1, 1, 4.2, 1.0)
@@ -208,7 +208,7 @@ def proficiency_figure(records: pd.DataFrame):
             means, low, high = 100 * np.array([(share.mean, share.low, share.high) for share in shares]).T
             look = {"color": editor_colour(editor), "label": plain(editor_name(editor))}
             middles = bars(axis, place, len(editors), means, [share.n for share in shares], **look)
-            # rounding can put a bound a hair inside the mean
+            # rounding can put the mean slightly outside its bounds
             errors = np.maximum([means - low, high - means], 0)
             axis.errorbar(middles, means, yerr=errors, fmt="none", ecolor="0.2", elinewidth=0.8, capsize=2)
         axis.set_xticks(range(len(MEASURES)), [measure.capitalize() for measure in MEASURES])
@@ -221,10 +221,10 @@ def proficiency_figure(records: pd.DataFrame):
 
 
 def examples(records: pd.DataFrame, cases: Sequence[Case], count: int = 3) -> Iterator[tuple[Case, pd.DataFrame]]:
-    """The first cases that have texts in every editor's record, each with what every edited model wrote.
+    """The first cases for which every editor's record has texts, each with the texts of all edited models.
 
     Yields:
-        The case, and a table with a row for each editor (``Editor``) and a column for the text of each measure.
+        The case, and a table with a row for each editor (``Editor``) and a column for each measure's text.
     """
     by_id = {case.case_id: case for case in cases}
     texts = scored(records)[lambda rows: rows["generated_effectiveness"].notna() & rows["case_id"].isin(by_id)]
@@ -240,9 +240,9 @@ def findings(records: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """What the exact matches of the edited models show, by dataset.
 
     Returns:
-        For each dataset ``best``: by measure the editors with the highest share of cases, and that share's interval;
-        and ``careful``: generalization of each editor that makes at least half of the edits hold and keeps all
-        neighbours in at least half of the cases.
+        For each dataset ``best``: for each measure, the editors with the highest share of cases, and that share's interval;
+        and ``careful``: the generalization of each editor whose edits succeed in at least half of the cases and leave all
+        neighbours unchanged in at least half.
     """
     by_dataset = {}
     edited = scored(records)[lambda rows: rows["editor"] != UNEDITED]

@@ -1,6 +1,6 @@
 """RQ4's runs, table and figure: many edits in one model, computed from the records of several runs.
 
-A run is of one protocol and one sample, in a folder of its own (``<out>/<protocol>-<sample>``): the order of a sequence is its sample's.
+Each run has one protocol and one sample, in its own folder (``<out>/<protocol>-<sample>``); edits follow the sample's order.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .protocols import get_protocol, protocol_title
 from .runs import run, sampled
 from .tables import Interval, editor_colour, editor_name, interval, mean_over_tokens, percent, scored, table
 
-ENDS = 10  # edits, at either end of a sequence, that are looked at alone
+ENDS = 10  # number of first and of last edits of a sequence that are also shown separately
 SHOWN = ("effectiveness_em", "generalization_em", "specificity_rate")
 
 
 def run_many(config: ManyEditsConfig) -> pd.DataFrame:
-    """The records of all protocols and samples, completed where they are not; ``sample`` and each case's ``turn`` in its sequence (from 0)
-    are columns of their own. A protocol that joins updates of weights leaves out the editors that make none."""
+    """Complete the runs of all protocols and samples and return their records, with columns ``sample`` and ``turn`` (each case's index in its
+    sequence, from 0). A protocol that joins weight updates leaves out the editors that make none."""
     frames = []
     for protocol in config.protocols:
         for sample in config.samples:
@@ -54,9 +54,9 @@ def _run_of(config: ManyEditsConfig, protocol: str, sample: int) -> RunConfig | 
 
 @table
 def retention_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """What is left of all edits, of the first ten and of the last ten, and of the neighbours, as the model holds more of them.
+    """How many edits still hold (of all, of the first ten and of the last ten) and neighbours stay unchanged, as edits accumulate in the model.
 
-    Shares in percent with 95% intervals over cases and samples; seconds are an edit's own, on average over those that the model holds.
+    Shares in percent with 95% intervals over cases and samples; seconds are the mean time per edit, over the edits in the model.
     """
     for (dataset, protocol, editor, held), rows in _states(records):
         row = {
@@ -80,9 +80,9 @@ def retention_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 @table
 def ability_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """What the model still can do: cases that it was not edited with, as it holds more edits.
+    """What the model can still do: scores on held-out cases as edits accumulate in it.
 
-    The perplexity is of all target tokens of these cases, given their prompts; *executes* is of those that have a check.
+    Perplexity is over all target tokens of these cases, given their prompts; *executes* is over the cases that have a check.
     """
     for (dataset, protocol, editor, held), rows in _states(records, held_out=True):
         name = "free_effectiveness_executes"
@@ -101,7 +101,7 @@ def ability_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 
 def ability_findings(records: pd.DataFrame) -> list[dict[str, Any]]:
-    """Of each dataset, protocol and editor: the perplexity of what was held out of the state with the most edits, and the unedited model's."""
+    """For each dataset, protocol and editor: perplexity on held-out cases in the state with the most edits, and the unedited model's."""
     losses: dict[tuple[str, str, str], dict[int, Interval]] = {}
     for (dataset, protocol, editor, held), rows in _states(records, held_out=True):
         losses.setdefault((dataset, protocol, editor), {})[held] = _mean_loss(rows)
@@ -130,7 +130,7 @@ def _perplexity(loss: Interval) -> str:
 
 
 def retention_figure(records: pd.DataFrame) -> Any:
-    """Effectiveness, generalization and neighbours left unchanged over the number of edits: a row for each protocol, a line for each editor."""
+    """Effectiveness, generalization and neighbours unchanged over the number of edits: a row for each protocol, a line for each editor."""
     from matplotlib.ticker import NullLocator
 
     records = scored(records[~records["held_out"]])
@@ -162,7 +162,7 @@ def retention_figure(records: pd.DataFrame) -> Any:
 
 
 def findings(records: pd.DataFrame) -> list[dict[str, Any]]:
-    """Of each dataset, protocol and editor, the state with the most edits beside the first: effectiveness and neighbours kept."""
+    """For each dataset, protocol and editor: mean scores (``SHOWN``) in the first evaluated state and in the state with the most edits."""
     rows = []
     states = dict(_states(records))
     for dataset, protocol, editor in dict.fromkeys(key[:3] for key in states):
@@ -174,7 +174,7 @@ def findings(records: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _states(records: pd.DataFrame, held_out: bool = False) -> Iterator[tuple[tuple[str, str, str, int], pd.DataFrame]]:
-    """Of each state its records of the cases that it was edited with, or of those that it was not."""
+    """Each state's scored records: of the cases edited in it or, with ``held_out``, of the held-out cases."""
     groups: Sequence[str] = ("dataset", "protocol", "editor", "position")
     records = records[records["held_out"] == held_out]
     for (dataset, protocol, editor, held), rows in scored(records).groupby(list(groups), sort=False):

@@ -1,8 +1,8 @@
-"""The paper's claims, and what records say of each: the first table of the book.
+"""The paper's claims, and what the records say about each: the first table of the book.
 
-A claim is a sentence of the paper with the figures of it that are known, and a function that looks for evidence in the records of one
-subject. Nothing here states a result: figures, p values and verdicts are computed. p values are two-sided and corrected by Holm over all of a
-table, subjects included.
+A claim is a sentence of the paper, with its figures if they are known, and a function that looks for evidence in the records of one
+subject. No result is stated here: figures, p values and verdicts are computed. p values are two-sided, with Holm's correction over the
+whole table, including all subjects.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from .tables import editor_name, interval, scored, table
 
 REPLICATED, REVERSED, UNDECIDED = "replicated", "reversed", "undecided"
 NOT_TESTABLE, INVALID = "not testable here", "invalid by a defect"
-# how many points "as good as" may be worse, so that an absence of evidence is not taken for evidence of absence
+# "as good as" may be worse by this many points; so absence of evidence is not taken for evidence of absence
 MARGIN = 10.0
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What there is of a subject.
+    """All evidence about one subject.
 
     Attributes:
-        records: of its run.
-        compat: of the same cases with the released program's defects; may be empty.
-        measured: times of edits made alone (rq2/measure.py), of this subject; may be empty.
+        records: its run's records.
+        compat: records of the same cases with the released program's defects; may be empty.
+        measured: the subject's rows of RQ2's measurements (rq2/measure.py); may be empty.
     """
 
     records: pd.DataFrame
@@ -49,16 +49,16 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the records of one dataset say of a claim.
+    """What the records of one dataset say about a claim.
 
     Attributes:
-        data: the dataset's title, or what else was compared.
+        data: the dataset's title, or a name for whatever else was compared.
         here: the figures.
-        n: of how many cases.
-        agrees: whether the figures go the paper's way.
-        p: of the difference, two-sided, not yet corrected; None where nothing was tested.
-        decided: the verdict where ``p`` does not give it.
-        low: of a claim that nothing is lost, the lower bound of the difference's 95% interval, in points.
+        n: the number of cases behind them.
+        agrees: whether the figures point in the paper's direction.
+        p: two-sided p of the difference, not yet corrected; None if nothing was tested.
+        decided: the verdict, if ``p`` does not determine it.
+        low: for claims that nothing is lost, the lower bound of the difference's 95% interval, in points.
     """
 
     data: str
@@ -70,7 +70,7 @@ class Outcome:
     low: float | None = None
 
     def verdict(self, p: float | None) -> str:
-        """By a corrected ``p``. That nothing is lost is replicated where a loss of more than ``MARGIN`` points is ruled out."""
+        """The verdict, given a corrected ``p``. A claim that nothing is lost is replicated if a loss of ``MARGIN`` points or more is ruled out."""
         if self.decided is not None:
             return self.decided
         if self.low is not None:
@@ -86,11 +86,11 @@ class Claim:
     """A claim of the paper.
 
     Attributes:
-        name: which of its findings or answers.
-        says: the claim in our words, with the paper's figures where they are known.
-        test: what is tested here, or why nothing can be.
-        page: label of where the figures are shown in full.
-        evidence: of what it is judged; None if it cannot be.
+        name: the paper's finding or answer that makes the claim.
+        says: the claim in our words, with the paper's figures if they are known.
+        test: what is tested here, or why nothing can be tested.
+        page: label of the page or table that shows the figures in full.
+        evidence: computes the outcomes from a subject's evidence; None if the claim cannot be tested.
     """
 
     name: str
@@ -101,7 +101,7 @@ class Claim:
 
 
 def _of(records: pd.DataFrame, editors: Sequence[str] | None = None) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Scored records of each dataset, of some editors."""
+    """Each dataset and its scored records, of the given editors only (None: all)."""
     rows = scored(records)
     rows = rows if editors is None else rows[rows["editor"].isin(editors)]
     for dataset in rows["dataset"].unique():
@@ -109,7 +109,7 @@ def _of(records: pd.DataFrame, editors: Sequence[str] | None = None) -> Iterator
 
 
 def _measured(editors: int) -> tuple[bool, str]:
-    """Whether these are all of the paper's six, and what to say where they are not."""
+    """Whether these are all of the paper's six editors, and a remark if they are not."""
     return editors == len(PAPER_EDITORS), "" if editors == len(PAPER_EDITORS) else f"; editors measured: {editors}"
 
 
@@ -204,7 +204,7 @@ def _farther(known: Evidence) -> Iterator[Outcome]:
 
 
 def _differences(records: pd.DataFrame, metric: str, editor: str, other: str) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Of each dataset a column for each of two editors, on the cases that both have."""
+    """Each dataset and a table with a column for each of two editors, on the cases that both have."""
     for dataset, rows in _of(records, [editor, other]):
         wide = rows.pivot(index="case_id", columns="editor", values=metric).astype(float)
         if {editor, other} <= set(wide):
@@ -232,7 +232,7 @@ def _kept(metric: str, editor: str, other: str, sign: int = 1) -> Callable[[Evid
             difference = sign * 100 * (both[editor] - both[other]).to_numpy()
             if difference.any():
                 low = interval(difference, binary=False, shares=False).low
-            else:  # what no case has lost may still be lost by as many as n cases cannot rule out
+            else:  # no case has lost anything: the bound is the largest loss that n cases cannot rule out
                 low = -100 * interval(difference, binary=True).high
             here = f"{100 * both[other].mean():.1f} → {100 * both[editor].mean():.1f}{unit}"
             yield Outcome(
@@ -248,7 +248,7 @@ def _kept(metric: str, editor: str, other: str, sign: int = 1) -> Callable[[Evid
 
 
 def _disabled(metric: str) -> Callable[[Evidence], Iterator[Outcome]]:
-    """With the released program's defects the score is the unedited model's; without them it is what is shown after it."""
+    """With the released program's defects the score equals the unedited model's; the score without the defects is also shown."""
 
     def evidence(known: Evidence) -> Iterator[Outcome]:
         unit = "%" if get_metric(metric).highest == 1 else ""
@@ -294,10 +294,10 @@ CLAIMS = (
 
 
 def load_evidence(results: Path, subjects: Sequence[str]) -> dict[str, Evidence]:
-    """What a folder of results has of some subjects, by name.
+    """The evidence about some subjects in a folder of results, by the subject's name.
 
     Raises:
-        StudyError: it has no published run of a subject.
+        StudyError: the folder has no published run of a subject.
     """
     measured = load_measurements(results / "efficiency")
     of_subjects = {}
@@ -330,7 +330,7 @@ def judged(of_subjects: dict[str, Evidence]) -> list[tuple[Claim, dict[str, list
 
 @table
 def scorecard_table(of_subjects: dict[str, Evidence]) -> Iterator[dict[str, Any]]:
-    """A row for each claim: the paper's, what the records say of each subject, and how it was tested.
+    """A row for each claim: the paper's words, what the records say for each subject, and how it was tested.
 
     Args:
         of_subjects: evidence by the subject's name.
@@ -351,7 +351,7 @@ def _shown(judgement: tuple[Outcome, str, float | None]) -> str:
 
 
 def counts(of_subjects: dict[str, Evidence]) -> dict[str, dict[str, int]]:
-    """By subject, how many outcomes have which verdict; a claim that cannot be tested counts once."""
+    """For each subject, the number of outcomes with each verdict; a claim that cannot be tested counts once."""
     by_subject: dict[str, dict[str, int]] = {subject: {} for subject in of_subjects}
     for claim, of_claim in judged(of_subjects):
         for subject, outcomes in of_claim.items():

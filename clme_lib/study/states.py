@@ -1,7 +1,7 @@
 """States of a model between the steps of a protocol: how they are made, and the file from which a later start resumes.
 
-``states/<dataset>.<editor>.safetensors`` in a run's folder is the last state that a later step builds on, and in the end the state with
-all edits, as one edits file (:func:`~clme_lib.edits.files.load_edits` reads it); it is replaced after every step.
+``states/<dataset>.<editor>.safetensors`` in a run's folder holds the last state that a later step builds on, and in the end the state with
+all edits, as one edits file (read by :func:`~clme_lib.edits.files.load_edits`). Each such state replaces the one before.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class States:
     """The states of one dataset and editor.
 
     Args:
-        file: where the last one is kept.
+        file: where the last state is kept.
     """
 
     def __init__(self, file: Path, protocol: Protocol, editor: Editor, steps: Sequence[Step]) -> None:
@@ -61,7 +61,7 @@ class States:
         return number in self._held
 
     def reach(self, number: int) -> State:
-        """The state after a step, of whose predecessors the last is here; those that no later step builds on are forgotten."""
+        """The state after a step, whose preceding state must be held here; states that no later step builds on are dropped."""
         if number not in self._held:
             step = self._steps[number]
             state = self._make(step, None if step.after is None else self._held[step.after])
@@ -80,7 +80,7 @@ class States:
         return any(step.after == earlier for step in self._steps[number + 1 :])
 
     def _identify(self) -> list[str]:
-        """What each state is of: subject, editor, protocol and the cases in the order they were edited in."""
+        """Each state's identity: a hash of its subject, editor, protocol and cases, in the order in which they were edited."""
         editor, identities = self._editor, list[str]()
         for step in self._steps:
             before = None if step.after is None else identities[step.after]
@@ -107,7 +107,7 @@ class States:
         return State(Edit.compose([before.edit, whole]), before.logs | logs, before.failed | failed)
 
     def _attempt(self, editor: Editor, cases: Sequence[Case]) -> dict[int, tuple[Edit | None, str | None]]:
-        """Of each case its edit, or why there is none; what the others' are does not depend on cases that fail."""
+        """Each case's edit, or why there is none; a case that fails does not affect the other cases' edits."""
         if not cases:
             return {}
         try:

@@ -25,12 +25,12 @@ from .paper import UNEDITED
 
 _LEVEL = 0.95
 _RESAMPLES = 2_000
-_GREY = 7  # of the palette, for editors of which only records are known here
+_GREY = 7  # index into the palette, for editors that are not installed here
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95% interval, on the scale of the values; the bounds are NaN of a single value that is not 0 or 1."""
+    """A mean and its 95% interval, on the scale of the values; the bounds are NaN if there is no interval."""
 
     mean: float
     low: float
@@ -42,10 +42,10 @@ class Interval:
 
 
 def interval(values: Sequence[float] | np.ndarray, binary: bool, shares: bool = True) -> Interval:
-    """Mean of per-case values that are there: Wilson's interval for 0/1 values, else percentile bootstrap over cases.
+    """Mean of per-case values, without NaN: Wilson's interval for ``binary`` values, else a percentile bootstrap over cases.
 
-    Of ``shares`` that are all 0, or all 1, it is Wilson's as well: resampling gives them back as they are, and would call them certain.
-    Others that are all the same have none.
+    ``shares`` that are all 0 or all 1 also get Wilson's interval, because the bootstrap's would have zero width. Other values that are
+    all equal have no interval.
     """
     data = np.asarray(values, dtype=float)
     data = data[~np.isnan(data)]
@@ -60,7 +60,7 @@ def interval(values: Sequence[float] | np.ndarray, binary: bool, shares: bool = 
 
 
 def mean_over_tokens(losses: Sequence[float], tokens: Sequence[float]) -> Interval:
-    """Mean loss of all tokens, from each case's mean and its number of tokens; the bootstrap draws cases with all their tokens."""
+    """Mean loss over all tokens, from each case's mean loss and number of tokens; the bootstrap resamples whole cases."""
     sums, counts = np.multiply(losses, tokens), np.asarray(tokens, dtype=float)
     low, high = float("nan"), float("nan")
     if len(sums) == 0:
@@ -80,7 +80,7 @@ def _resampled(columns: tuple[np.ndarray, ...], statistic: Callable[..., Any]) -
 
 
 def scored(records: pd.DataFrame) -> pd.DataFrame:
-    """Records that have scores; others failed, or are not scored yet."""
+    """The records that have scores; the others failed or have not been scored yet."""
     return records[records["state"] == SCORED]
 
 
@@ -93,11 +93,11 @@ def summary(records: pd.DataFrame) -> pd.DataFrame:
 
 
 class Table:
-    """A table that shows itself: HTML in a notebook, a numbered MyST table in the book.
+    """A table that displays as HTML in a notebook and as a numbered MyST table in the book.
 
     Attributes:
-        data: cells; what of them, of their titles and of the caption is not ``Markup`` is escaped when it is shown.
-        label: the name that pages refer to; the notebook that shows the table gives it.
+        data: cells; any cell, title or caption that is not ``Markup`` is escaped when it is shown.
+        label: the name by which pages refer to the table; the notebook that shows the table sets it.
     """
 
     def __init__(self, data: pd.DataFrame, caption: str, label: str) -> None:
@@ -105,7 +105,7 @@ class Table:
 
     @property
     def _shown(self) -> pd.DataFrame:
-        # A page may refer to a table that has no rows here, and MyST refuses a table without a cell.
+        # A page may refer to a table that has no rows, but MyST rejects a table without cells.
         return self.data if len(self.data) else cells([{"": "(nothing to show)"}])
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
@@ -123,9 +123,9 @@ class Table:
 
 
 def table(rows: Callable[..., Any]) -> Callable[..., Table]:
-    """Make a function that gives rows (a dictionary each, by column title) one that shows them.
+    """Decorate a function that returns rows (dictionaries by column title) so that it returns a :class:`Table`.
 
-    It is then called with the table's ``label`` and ``caption`` as well. A cell that a row lacks is empty.
+    The decorated function also takes the table's ``label`` and ``caption``. Cells that a row lacks are empty.
     """
 
     @functools.wraps(rows)
@@ -136,18 +136,18 @@ def table(rows: Callable[..., Any]) -> Callable[..., Table]:
 
 
 def cells(rows: Any) -> pd.DataFrame:
-    """A table of any cells, of which pandas leaves ``Markup`` what it is."""
+    """A table of any cells, with dtype object, so that pandas does not convert ``Markup``."""
     return pd.DataFrame(rows, dtype=object)
 
 
 def to_markdown(data: pd.DataFrame) -> str:
-    """A Markdown table; what of its cells and titles is not ``Markup`` is escaped."""
+    """A Markdown table; any cell or title that is not ``Markup`` is escaped."""
     rows = [map(inline, data.columns), ["---"] * data.shape[1], *(map(inline, row) for row in data.to_numpy())]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def write_csv(measured: pd.DataFrame, file: Path, digits: int = 4) -> pd.DataFrame:
-    """Write a measurement, rounded, and return it as it is."""
+    """Write a measurement, rounded, as CSV, and return it unrounded."""
     file.parent.mkdir(parents=True, exist_ok=True)
     measured.round(digits).to_csv(file, index=False)
     return measured
@@ -156,9 +156,9 @@ def write_csv(measured: pd.DataFrame, file: Path, digits: int = 4) -> pd.DataFra
 def score_rows(records: pd.DataFrame, metrics: Sequence[str] = PAPER_METRICS) -> Iterator[dict[str, str]]:
     """Rows of a table of metrics, by default the paper's ten scores and the share of unchanged neighbours.
 
-    A row for each dataset and editor. In bold are the best edited rows of a dataset and those that are not significantly worse
-    (:func:`~clme_lib.study.comparisons.as_good_as_the_best`). A value that not every case has says of how many it is the mean; that the
-    unedited subject leaves its own answers unchanged is no finding, and has no interval.
+    A row for each dataset and editor. A dataset's best values among edited rows are bold, and so are values not significantly worse
+    (:func:`~clme_lib.study.comparisons.as_good_as_the_best`). A mean over only some of the cases says how many; the unedited subject's
+    specificity is perfect by definition and has no interval.
     """
     described = [get_metric(name) for name in metrics]
     records = scored(records)
@@ -185,7 +185,7 @@ def score_rows(records: pd.DataFrame, metrics: Sequence[str] = PAPER_METRICS) ->
 
 
 def difference_cell(difference: np.ndarray, p: float) -> Markup:
-    """A mean of paired differences (cases,) in points, with its 95% bootstrap interval over cases and ``p``."""
+    """The mean of paired differences (cases,) in points, with its 95% bootstrap interval over cases and ``p``."""
     if not difference.any():
         return Markup("0.00<br><small>the same</small>")
     mean = interval(difference, binary=False, shares=False)
@@ -195,18 +195,18 @@ def difference_cell(difference: np.ndarray, p: float) -> Markup:
 
 
 def in_order(editors: Iterable[str]) -> list[str]:
-    """Editors in the order of tables; those of which only records are known here come last."""
+    """Editors in the order of tables; editors that are not installed here come last."""
     order = list_editors()
     return sorted(editors, key=lambda name: order.index(name) if name in order else len(order))
 
 
 def editor_name(name: str) -> str:
-    """An editor's name as the paper writes it; records may be of an editor that is not installed here."""
+    """An editor's name as the paper writes it; in capitals if the editor is not installed here."""
     return EDITORS[name].title if name in EDITORS else name.upper()
 
 
 def editor_colour(name: str) -> tuple[float, float, float]:
-    """An editor's colour in every figure: its own, a darker one of those that are spread over the editors without, or grey."""
+    """An editor's colour in every figure: its own; a darker colour if it declares none; or grey if it is not installed here."""
     import seaborn as sns
 
     without = [other for other in EDITORS if EDITORS[other].colour is None]

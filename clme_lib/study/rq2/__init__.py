@@ -1,1 +1,1 @@
-"""RQ2, what an edit costs: measured, counted, and shown."""
+"""RQ2: the cost of an edit, as measured and as counted."""

@@ -1,7 +1,7 @@
-"""The floor of an edit: the least time that a device needs for the operations that its algorithm cannot avoid.
+"""The floor of an edit: the least time a device needs for the operations that the editor's algorithm cannot avoid.
 
-Each editor counts its operations and memory traffic (clme_lib/editors/operations.py). A phase takes at least the longer of
-its arithmetic and its traffic at the device's rates, which are measured (:func:`measure_ceilings`); the floor is the sum over phases.
+Each editor counts its operations and memory traffic (clme_lib/editors/operations.py). At the device's measured rates
+(:func:`measure_ceilings`), a phase takes at least as long as its arithmetic or its traffic, whichever is longer; the floor is the sum over phases.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from ...editors.base import synchronize
 from ...editors.operations import Phase
 from ...subjects.subject import Subject
 
-_SIDE = {"cpu": 2_048, "cuda": 8_192}  # of the matrices whose product is timed
+_SIDE = {"cpu": 2_048, "cuda": 8_192}  # side of the matrices whose product is timed
 _COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device can do: operations and bytes per second, as measured."""
+    """A device's measured rates: operations and bytes per second."""
 
     operations: float
     traffic: float
 
     def seconds(self, phases: Sequence[Phase]) -> float:
-        """Least time that the phases take one after another."""
+        """The least time in which the phases can run one after another."""
         return sum(max(phase.operations / self.operations, phase.traffic / self.traffic) for phase in phases)
 
 
 def measure_ceilings(subject: Subject) -> Ceilings:
-    """The best of five large matrix products in the subject's dtype, and of five large copies."""
+    """The rates of the fastest of five large matrix products in the subject's dtype, and of the fastest of five large copies."""
     device, side = subject.device, _SIDE[subject.device.type]
     left, right = (torch.randn(side, side, device=device).to(subject.dtype) for _ in range(2))
     product = _best(lambda: left @ right, device)
@@ -53,6 +53,6 @@ def _best(act, device: torch.device) -> float:
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, once the device has done all that it was asked for."""
+    """The time in seconds, after the device has finished all its work."""
     synchronize(device)
     return time.perf_counter()

@@ -1,19 +1,19 @@
-"""RQ2's measurements: what one edit takes, and how many are made in a second.
+"""RQ2's measurements: the time and memory of one edit, and the number of edits per second.
 
-A folder holds one JSON Lines file a subject, one row a measurement, each with the machine, dtype and threads it was made with:
+A folder holds one JSON Lines file per subject, one row per measurement, each with its machine, dtype and number of threads:
 
-``ceiling``     what the device can do (floor.py)
-``setup``       seconds to make an editor ready on a dataset, and of a warm-up of two steps, both outside any other clock
-``edit``        one case, edited alone: seconds around the whole of ``editor.edit``, peak memory, what was in use before
-``throughput``  a batch: seconds of its edits, and of their evaluation, and the operations of both (editors/operations.py)
+``ceiling``     the device's rates (floor.py)
+``setup``       seconds to prepare an editor for a dataset, and of a warm-up of two steps; both are outside all other timings
+``edit``        one case, edited alone: seconds of the whole ``editor.edit``, peak memory, and memory in use before it
+``throughput``  a batch: seconds of its edits and of their evaluation, and the operations of both (editors/operations.py)
 
-Evaluating is to generate all texts here: to score them takes milliseconds per case, and packages that a machine for computing need not have.
-The paper times one edit at a time (section III-E); so do the ``edit`` rows. Rows are appended as they are measured, and a
-measurement that is there is not repeated. A batch that does not fit is recorded as such and ends the growth.
+Here evaluation means generating all texts: scoring takes milliseconds per case, and packages that a compute node may not have.
+The ``edit`` rows time one edit at a time, like the paper (section III-E). Rows are appended as they are measured, and
+existing measurements are not repeated. A batch that does not fit into memory is recorded, and no larger batch is tried.
 
-With random weights nothing stops early, because no target is ever learnt: every case takes its editor's full number of steps.
-What an editor learns or gathers is replaced by its stand-in: random positive-definite matrices for second moments, an untrained
-encoder for A-GRACE's. MALMEN's network is untrained for real subjects too: its arithmetic does not depend on what it has learnt.
+With random weights no target is ever learnt, so early stopping is disabled: every case takes its editor's full number of steps.
+What an editor learns or gathers is replaced by a stand-in: random positive-definite matrices for second moments, an untrained
+encoder for A-GRACE. MALMEN's network is untrained for real subjects too: its arithmetic does not depend on what it has learnt.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ from ..config import BenchConfig
 from .floor import clock, measure_ceilings
 from .random_weights import random_subject
 
-# what tells two measurements of a file apart
+# columns that together identify a measurement in a file
 _KEY = "kind", "subject", "random_weights", "dtype", "machine", "threads", "dataset", "editor", "case_id", "batch"
 
 
 def load_measurements(folder: Path | str) -> pd.DataFrame:
-    """All rows of a measurement folder; StudyError when there are none."""
+    """All rows of a measurement folder; StudyError if there are none."""
     rows = [row for file in sorted(Path(folder).glob("*.jsonl")) for row in read_rows(file)]
     if not rows:
         made_by = f"`clme bench --out {folder}` writes"
@@ -63,7 +63,7 @@ def load_measurements(folder: Path | str) -> pd.DataFrame:
 
 
 def bench(config: BenchConfig) -> pd.DataFrame:
-    """Complete the measurements of a configuration and return all that its folder has.
+    """Complete the measurements of a configuration and return all rows of its folder.
 
     Raises:
         StudyError: the subject cannot be loaded, or the device is too small for it.
@@ -138,7 +138,7 @@ class Bench:
 
 
 def ready(subject: Subject, name: str, cases: Sequence[Case], random_weights: bool, seed: int = DEFAULT_SEED) -> Editor:
-    """An editor whose set-up is done; with random weights with stand-ins for what is learnt or gathered, and no early stop."""
+    """An editor that is ready to edit; for random weights, with stand-ins for what is learnt or gathered, and no early stopping."""
     overrides = get_editor(name).without_early_stop if random_weights else {}
     editor = load_editor(name, subject, seed=seed, **overrides)
     if random_weights or editor.timed_untrained:
@@ -151,7 +151,7 @@ def ready(subject: Subject, name: str, cases: Sequence[Case], random_weights: bo
 
 
 def _warm_up(editor: Editor, case: Case) -> None:
-    """What the first edit pays for once: allocations, kernels. Two of an editor's steps reach all of its code."""
+    """Allocate memory and load kernels, so that the first timed edit does not; two steps run all of an editor's code."""
     hparams = editor.hparams
     if "steps" in type(hparams).model_fields:
         editor.hparams = hparams.model_copy(update={"steps": 2})
@@ -162,7 +162,7 @@ def _warm_up(editor: Editor, case: Case) -> None:
 
 
 def time_edit(editor: Editor, case: Case) -> dict[str, Any]:
-    """One case edited alone: the columns of an ``edit`` row."""
+    """Edit one case alone; returns the columns of an ``edit`` row."""
     device = editor.subject.device
     base = memory_in_use_mib(device)
     started = clock(device)
@@ -184,15 +184,15 @@ def time_edit(editor: Editor, case: Case) -> dict[str, Any]:
 
 
 def _added_tokens(subject: Subject, edit: Edit) -> int:
-    """How many tokens an edit puts before every prompt, or before those that ask for it: what it costs whenever the model is used."""
+    """How many tokens an edit puts before prompts, whether all or only matching ones: its cost whenever the model is used."""
     texts = [text for part in edit.to_prompts if isinstance(part, PromptEdit) for text in part.texts]
     return sum(len(subject.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
 
 
 def time_batch(editor: Editor, cases: Sequence[Case]) -> dict[str, Any]:
-    """A batch's edits, and their evaluation: the columns of a ``throughput`` row."""
+    """Edit and evaluate a batch; returns the columns of a ``throughput`` row."""
     device = editor.subject.device
-    # what all editors share is not this one's cost
+    # shared by all editors, so it is not timed
     answers_for(editor.subject, [prompt for case in cases for prompt in case.unrelated])
     subject, circumstances = editor.subject, Circumstances(editor.name, metrics=None)
     try:
@@ -200,7 +200,7 @@ def time_batch(editor: Editor, cases: Sequence[Case]) -> dict[str, Any]:
         edits = editor.edit(cases, batch_size=len(cases))
         edit_seconds = clock(device) - started
         if any(edit.lookups is not None for edit in edits):
-            # texts that no edit changes are made once for all such editors
+            # texts that no edit changes are generated once for all such editors, so this is not timed
             write(subject, requests_of(subject, cases, edits, circumstances), edits)
         started = clock(device)
         requests = requests_of(subject, cases, edits, circumstances)
@@ -218,7 +218,7 @@ def time_batch(editor: Editor, cases: Sequence[Case]) -> dict[str, Any]:
 
 
 def _phases_of_edits(editor: Editor, cases: Sequence[Case], edits: Sequence[Edit]) -> list[Phase]:
-    """The phases of a batch's edits: what each case computes, and weights that are read once for all."""
+    """The phases of a batch's edits: the operations of all cases, and weights that are read once for all of them."""
     phases: dict[str, Phase] = {}
     for case, edit in zip(cases, edits):
         tokens = tokenize(editor.subject.tokenizer, case.prompt, case.target)
@@ -237,7 +237,7 @@ def _phases_of_edits(editor: Editor, cases: Sequence[Case], edits: Sequence[Edit
 def _phases_of_evaluation(
     subject: Subject, requests: Sequence[Request], texts: Sequence[Generated], edits: Sequence[Edit]
 ) -> list[Phase]:
-    """The phases of writing what an edit can change: each prompt is read once by each edited model, however many texts follow it."""
+    """The phases of generating the texts that edits can change; each edited model reads a prompt once, however many texts follow it."""
     kept = unchanged(subject, requests, edits)
     written = [n for n in range(len(requests)) if n not in kept]
     read, _, _ = as_read(subject, [requests[n] for n in written], edits)
@@ -249,7 +249,7 @@ def _phases_of_evaluation(
 
 
 def _did_not_fit(error: Exception, device: torch.device) -> dict[str, str]:
-    """What is recorded of a measurement that the device's memory does not suffice for; any other error is raised."""
+    """The row for a measurement that does not fit into the device's memory; any other error is raised again."""
     if not is_out_of_memory(error):
         raise error
     release_memory(device)

@@ -1,8 +1,8 @@
-"""Shape-only subjects: the exact architecture of a paper's subject with seeded random weights.
+"""Subjects with random weights: the exact architecture of one of the paper's subjects, with seeded random weights.
 
-Time and memory of an edit depend on sizes, not on what the weights know. Where the trained weights cannot be had, the
+Time and memory of an edit depend on sizes, not on the weights' values. Where the trained weights are not available, the
 same arithmetic runs on random ones. The tokenizer is a byte-level BPE trained on the embedded cases, with at most the
-subject's own vocabulary size, so token counts come close to the real ones and are reported beside every figure.
+subject's own vocabulary size, so token counts are close to the real ones; they are reported with the measurements.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _ROOM = 1.15  # free memory over weights: activations and one edit's tensors mus
 
 
 def random_subject(name: str, device: str = "auto", dtype: str = "auto", seed: int = DEFAULT_SEED) -> Subject:
-    """A subject of the registered one's architecture and sizes, with random weights.
+    """A subject with the architecture and sizes of a registered one, and random weights.
 
     Args:
         name: a registered subject whose YAML has a ``shape``.
         device, dtype: as in :func:`clme_lib.evaluation.loading.load_subject`.
 
     Raises:
-        StudyError: the subject has no shape, or the device has not enough free memory for it.
+        StudyError: the subject has no shape, or the device does not have enough free memory for it.
     """
     settings = load_settings(name)
     shape = settings.subject.shape

@@ -1,4 +1,4 @@
-"""RQ2's tables and figures: what editing costs. All are functions of measurements (measure.py)."""
+"""RQ2's tables and figures, on the cost of editing. All are computed from measurements (measure.py)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..paper import PAPER_VARIANTS
 from ..tables import editor_name, in_order, table
 from .floor import Ceilings
 
-# CLMEEval's sizes (paper section III-C; of CSNE the paper says a little over 16,000)
+# CLMEEval's sizes (paper section III-C, which gives a little over 16,000 for CSNE)
 PAPER_CASES = {dataset.name: dataset.paper_cases or 0 for dataset in PAPER_DATASETS}
 _PAIRS = [(dataset, editor) for dataset in PAPER_CASES for editor in PAPER_VARIANTS]
 _PLACE = ["subject", "random_weights", "dtype", "machine", "threads"]
@@ -28,7 +28,7 @@ _NOT_MEASURED, _TOO_LARGE = "not measured", "out of memory"
 
 @table
 def circumstances(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """Where the measurements come from."""
+    """The circumstances of the measurements: weights, dtype, machine, tokens and version of the library."""
     by_weights = measured.sort_values("random_weights", kind="stable")
     for (subject, random_weights, dtype, machine, threads), rows in by_weights.groupby(_PLACE, sort=False):
         edits = rows[rows["kind"] == "edit"].groupby("dataset", sort=False)[["prompt_tokens", "target_tokens"]]
@@ -49,15 +49,15 @@ def circumstances(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 
 def unmeasured(measured: pd.DataFrame) -> list[str]:
-    """Registered subjects without any timed edit; one that was only trained further costs what it was trained from does."""
+    """Registered subjects without any timed edit, except subjects with an adapter, whose edits cost the same as their base model's."""
     timed = set(measured[measured["kind"] == "edit"]["subject"])
     return [name for name in list_subjects() if name not in timed and load_settings(name).subject.adapter is None]
 
 
 @table
 def cost_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """Seconds and peak memory of one edit alone: medians, with quartiles of the time where there are several edits; and where an editor
-    changes prompts, how many tokens are read before each because of it."""
+    """Seconds and peak memory of one edit alone: medians, with quartiles of the time if there are several edits; and, for editors that
+    put text before prompts, how many tokens this adds."""
     shows_added = "added_tokens" in measured and (measured["added_tokens"] > 0).any()
     names = list(measured["dataset"].dropna().unique())
     for (subject, editor), rows in _rows(measured, "edit", "setup").groupby(["label", "editor"], sort=False):
@@ -99,7 +99,7 @@ def cost_summary(measured: pd.DataFrame) -> pd.DataFrame:
 
 
 def _labels(measured: pd.DataFrame) -> list[str]:
-    """Each row's subject, with what of weights, dtype, machine and threads tells it apart from what one may take it for."""
+    """Each row's subject, with the weights, dtype, machine and threads where these are needed to tell rows apart."""
     machines = measured["machine"].nunique() > 1
     threads = measured[measured["device"] == "cpu"]["threads"].nunique() > 1
     kinds = measured["dtype"].nunique() > 1 or bool(measured["random_weights"].any())
@@ -114,7 +114,7 @@ def _labels(measured: pd.DataFrame) -> list[str]:
 
 
 def _rows(measured: pd.DataFrame, *kinds: str) -> pd.DataFrame:
-    """Rows of some kinds with columns ``label`` and ``error``, those of random weights last; datasets and editors in the study's order."""
+    """Rows of some kinds, with columns ``label`` and ``error``; random weights last, datasets and editors in the study's order."""
     labelled = measured.assign(label=_labels(measured), error=measured.get("error"))
     labels = list(labelled.sort_values("random_weights", kind="stable")["label"].unique())
     ranks = {"label": labels, "dataset": list(PAPER_CASES), "editor": list_editors()}
@@ -124,13 +124,13 @@ def _rows(measured: pd.DataFrame, *kinds: str) -> pd.DataFrame:
 
 
 def _edits_of_the_model(measured: pd.DataFrame) -> pd.DataFrame:
-    """Edits made alone, without those that only put text before prompts: making them takes no time, whatever they cost later."""
+    """Edits made alone, except edits that only put text before prompts: making these takes no time, whatever they cost later."""
     edits = _rows(measured, "edit")
     return edits[~(edits["added_tokens"] > 0)] if "added_tokens" in edits else edits
 
 
 def cost_figure(measured: pd.DataFrame):
-    """The paper's figure of the time of one edit: medians with quartiles, a panel for each dataset; a matplotlib figure."""
+    """The paper's figure of the time per edit: medians with quartiles, a panel for each dataset; a matplotlib figure."""
     import seaborn as sns
 
     edits = _edits_of_the_model(measured)
@@ -154,11 +154,11 @@ def cost_figure(measured: pd.DataFrame):
 
 @table
 def throughput_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """Edits per second, alone and with their evaluation, by batch size; ``n`` is how many cases each rate was measured on."""
+    """Edits per second, without and with their evaluation, by batch size; ``n`` is the number of cases behind each rate."""
     batches = _rows(measured, "throughput").groupby(["label", "dataset", "editor"], sort=False)
     for (subject, dataset, editor), of_editor in batches:
         row = {"Subject": subject, "Data": dataset_title(dataset), "Editor": editor_name(editor)}
-        # A batch was timed once, with as many cases as it has.
+        # each batch is timed once, so its size is its number of cases
         timed = of_editor[of_editor["error"].isna()]
         row["n"] = " and ".join(map(str, sorted(timed["batch"].astype(int)))) or "0"
         for what, rates in _rates(of_editor).items():
@@ -167,7 +167,7 @@ def throughput_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 
 def _rates(batches: pd.DataFrame) -> pd.DataFrame:
-    """Of one editor and dataset: edits and evaluated cases per second by batch size (NaN: it did not fit)."""
+    """For one editor and dataset: edits and evaluated cases per second by batch size (NaN: it did not fit into memory)."""
     by_size = batches.set_index(batches["batch"].astype(int)).sort_index()
     whole = by_size["edit_seconds"] + by_size["evaluate_seconds"]
     return pd.DataFrame({"edits/s": by_size.index / by_size["edit_seconds"], "with evaluation": by_size.index / whole})
@@ -175,12 +175,12 @@ def _rates(batches: pd.DataFrame) -> pd.DataFrame:
 
 @table
 def floor_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """Measured time over the least that counting allows (floor.py), medians over cases edited alone."""
+    """Measured time divided by the floor (floor.py): medians over cases edited alone."""
     names = list(measured["dataset"].dropna().unique())
     rates = _rows(measured, "ceiling").drop_duplicates("label").set_index("label")
     for (subject, editor), edits in _rows(measured, "edit").groupby(["label", "editor"], sort=False):
         if subject not in rates.index or not all(edits["phases"]):
-            continue  # nobody has counted this editor's operations
+            continue  # this editor's operations have not been counted
         device = Ceilings(*rates.loc[subject, ["operations_per_second", "bytes_per_second"]])
         phases = [[Phase(*phase) for phase in of_case] for of_case in edits["phases"]]
         timed = edits.assign(floor=[device.seconds(of_case) for of_case in phases])
@@ -199,15 +199,15 @@ def floor_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 @table
 def whole_case_floor_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """Editing and evaluating a batch: measured seconds for each case, the least that counting allows, and how much of the time that is.
+    """Editing and evaluating a batch: measured seconds per case, the floor, and the floor's share of the measured time.
 
-    The floor adds what the cases of a batch compute, and counts weights that are read for all of them once.
+    The floor adds up the operations of a batch's cases, and counts weights that are read for all of them once.
     """
     rates = _rows(measured, "ceiling").drop_duplicates("label").set_index("label")
     timed = _rows(measured, "throughput")
     for row in timed[timed["error"].isna()].to_dict("records"):
         if row["label"] not in rates.index or not isinstance(row.get("phases"), list):
-            continue  # an earlier library measured it, which did not count
+            continue  # measured by an earlier version of the library, which did not count operations
         device = Ceilings(*rates.loc[row["label"], ["operations_per_second", "bytes_per_second"]])
         size, phases = int(row["batch"]), [Phase(*phase) for phase in row["phases"]]
         seconds, floor = row["edit_seconds"] + row["evaluate_seconds"], device.seconds(phases)
@@ -227,7 +227,7 @@ def whole_case_floor_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 @table
 def ceiling_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """The device's measured rates: of a large matrix product, and of a large copy (read and written)."""
+    """The device's measured rates for a large matrix product and for a large copy (bytes read plus bytes written)."""
     for ceiling in measured[measured["kind"] == "ceiling"].to_dict("records"):
         yield {
             "Machine": ceiling["machine"],
@@ -240,11 +240,11 @@ def ceiling_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 @table
 def projection_table(measured: pd.DataFrame, plain: pd.DataFrame | None = None) -> Iterator[dict[str, str]]:
-    """Hours that the whole study would take: all of CLMEEval's cases by the nine editor variants, edited and evaluated.
+    """Hours that the whole study would take: all of CLMEEval's cases, edited by the nine editor variants and evaluated.
 
-    From each editor's measured rate with evaluation, one case at a time and in the best batch; a subject is projected only
-    when all of them were measured on both datasets. ``plain`` is the table of ``benchmarks/whole_case.py``: what the fixed plain
-    procedure needs for a case on the same machine, of the embedded subject. It is left out for a machine or subject that it lacks.
+    Computed from each editor's measured rate with evaluation, one case at a time and in the best batch; a subject is projected
+    only if all variants were measured on both datasets. ``plain`` is the table of ``benchmarks/whole_case.py``: the time of the fixed
+    plain procedure per case, for the embedded subject on the same machine. Machines and subjects that it lacks get no such columns.
     """
     batches = measured[measured["kind"] == "throughput"]
     for name in list_subjects():
@@ -268,33 +268,33 @@ def projection_table(measured: pd.DataFrame, plain: pd.DataFrame | None = None) 
 
 
 def _hours(seconds: dict[tuple[str, str], float]) -> float | None:
-    """For the paper's cases by its variants, from the seconds per case of each dataset and editor; None where one is missing."""
+    """Hours for all of the paper's cases and variants, from the seconds per case of each dataset and editor; None if any is missing."""
     hours = sum(seconds.get(pair, np.nan) * PAPER_CASES[pair[0]] for pair in _PAIRS) / 3600
     return None if np.isnan(hours) else hours
 
 
 def _plain_hours(plain: pd.DataFrame) -> float | None:
-    # the subject's own values where they were measured: sorted, "subject" comes before "transferred"
+    # prefers measurements with the subject's own values: "subject" sorts before "transferred"
     by_editor = plain.sort_values("values").drop_duplicates(["editor", "data"]).set_index(["data", "editor"])
     seconds = by_editor["plain s/case"].to_dict()
-    # an encoder adds nothing to speak of to GRACE's edit
+    # an encoder adds almost nothing to the time of GRACE's edit
     pairs = {(data, editor): (data, "grace" if "grace" in editor else editor) for data, editor in _PAIRS}
     return _hours({pair: seconds.get(timed, np.nan) for pair, timed in pairs.items()})
 
 
 def findings(measured: pd.DataFrame) -> dict[str, Any]:
-    """What was measured, and which of the paper's orderings the measurements have. Editors and datasets go by their titles; those that
-    only put text before prompts are left out.
+    """What was measured, and which of the paper's orderings the measurements confirm. Editors and datasets are named by their titles;
+    editors that only put text before prompts are left out.
 
     Returns:
-        ``costs``: median seconds of an edit, a row for each subject (its label) and dataset, with the ``fastest`` and the
-        ``slowest`` editor and its ``least`` and ``most`` seconds. ``malmen``: in how many of the ``pairs`` of subject and dataset
-        that have all three MALMEN is the ``fastest``, and MEMIT or PMET the ``slowest``. ``csne_longer``: in how many ``pairs``
-        of subject and editor CSNE takes ``longer``. ``shapes``: of several subjects with random weights, by the editors
-        measured on all of them, the one with the largest median ``seconds`` and ``peak_mib``. ``half``: ``gib``, ``editor`` and
-        ``subject`` of the largest peak in 16 bits. These four are None where there is nothing to count. ``too_large``: by
-        subject, the editors that did not fit into memory. ``on_gpu``: whether anything was measured on one.
-        ``unmeasured``: registered subjects without measurements.
+        ``costs``: a row for each subject (its label) and dataset, with the ``fastest`` and the ``slowest`` editor by median
+        seconds of an edit, and these medians (``least`` and ``most``). ``malmen``: the number of ``pairs`` of subject and dataset
+        that have MALMEN, MEMIT and PMET, and in how many MALMEN is the ``fastest``, or MEMIT or PMET the ``slowest``.
+        ``csne_longer``: the number of ``pairs`` of subject and editor, and in how many CSNE takes ``longer``. ``shapes``: among
+        subjects with random weights, by the editors measured on all of them, the subjects with the largest median ``seconds`` and
+        ``peak_mib``. ``half``: ``gib``, ``editor`` and ``subject`` of the largest peak in 16 bits. These four are None if there
+        is nothing to count. ``too_large``: for each subject, the editors that did not fit into memory. ``on_gpu``: whether
+        anything was measured on a GPU. ``unmeasured``: registered subjects without measurements.
     """
     edits, setups = _edits_of_the_model(measured), _rows(measured, "setup")
     medians = edits.groupby(["label", "dataset", "editor"], sort=False)["seconds"].median().unstack("editor")
@@ -315,7 +315,7 @@ def findings(measured: pd.DataFrame) -> dict[str, Any]:
     if set(PAPER_CASES) <= set(medians.index.get_level_values("dataset")):
         both = medians.stack().unstack("dataset").dropna()
         shown["csne_longer"] = {"pairs": len(both), "longer": (both[CSNE.name] > both[CNLE.name]).sum()}
-    # by the editors that all of them have: one may not fit
+    # compare only editors measured on every such subject: some may not have fitted into memory
     random = edits[edits["random_weights"]]
     common = random.groupby("editor")["subject"].transform("nunique") == random["subject"].nunique()
     shapes = random[common].groupby("subject", sort=False)[["seconds", "peak_mib"]].median()

@@ -1,1 +1,1 @@
-"""RQ3, A-GRACE: measured and shown."""
+"""RQ3: A-GRACE's measurements and tables."""

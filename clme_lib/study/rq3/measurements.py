@@ -1,4 +1,4 @@
-"""What RQ3 measures beside the records, made when a run's folder does not have it and kept there."""
+"""RQ3's measurements other than records: each is made if a run's folder does not have it yet, and kept there."""
 
 from __future__ import annotations
 
@@ -32,43 +32,43 @@ from ..runs import run, sampled
 from ..tables import write_csv
 
 MARGINS = (1.0, 1.5, 2.0, 3.0, 4.0)
-RADII = 61  # how many the sweep takes, from nothing to the largest distance
+RADII = 61  # number of radii in the sweep, from zero to the largest distance
 _EVERYTHING = 1e9
 _TIMED = 5  # cases edited alone, per dataset and variant
 
 
 def compat_run(config: RunConfig) -> pd.DataFrame:
-    """The same cases with the released program's defects, in the folder ``<out>-compat``.
+    """Run the same cases with the released program's defects, in the folder ``<out>-compat``.
 
     Raises:
-        StudyError: the run itself has them.
+        StudyError: the run's own preset is ``compat``.
     """
     if config.preset != "clean":
         raise StudyError("preset: RQ3 runs both presets by itself; leave it at 'clean'")
     folder = config.out.with_name(f"{config.out.name}-compat")
-    # nothing was wrong with leaving a model unedited
+    # the released defects do not affect the unedited model
     editors = tuple(name for name in config.editors if name in A_GRACE_VARIANTS)
     changed = {"preset": "compat", "out": folder, "name": f"{run_name(config)}-compat", "editors": editors}
     return run(config.model_copy(update=changed))
 
 
 def sweep(config: RunConfig) -> pd.DataFrame:
-    """The sweep of the radius that belongs to a run (:func:`sweep_radius`)."""
+    """A run's sweep of the deferral radius (:func:`sweep_radius`)."""
     cases = min(config.cases or 30, 30)
     return _kept(config, "radius.csv", lambda subject, file: sweep_radius(subject, file, cases))
 
 
 def sweep_radius(subject: Subject, file: Path, cases: int = 30, margins: Sequence[float] = MARGINS) -> pd.DataFrame:
-    """Exact match of all measures as a function of the radius, on the selection cases; written as CSV.
+    """Exact match of all measures as a function of the deferral radius, on the selection cases; written as CSV.
 
     One row for each dataset, editor, margin and radius: ``effectiveness``, ``generalization``, ``specificity`` (all five
     neighbours unchanged) and ``specificity_rate``, in [0, 1]. Encoders are trained on all cases that are not selection
-    cases. GRACE and A-GRACE without contrastive learning have no margin. What a prompt's continuation becomes *if* the codebook
-    fires does not depend on the encoder, so the texts of a few edits with an infinite radius, and the distances under each encoder,
-    give every radius at once.
+    cases. GRACE and A-GRACE without contrastive learning have no margin. The text after a prompt *if* the codebook fires does not
+    depend on the encoder, so every radius can be computed from the texts of one set of edits with a practically infinite radius and
+    the distances under each encoder.
 
     Args:
-        cases: of each dataset's selection cases, the first so many.
+        cases: use this many of each dataset's selection cases, from the first.
     """
     rows = []
     for dataset in PAPER_DATASET_NAMES:
@@ -90,9 +90,9 @@ def sweep_radius(subject: Subject, file: Path, cases: int = 30, margins: Sequenc
                 pairs = make_pairs(subject, chosen, fitted.hparams.layer, fitted.query)
                 asked.append((name, margin, pairs.distances(fitted.trained.encoder)))
         for name, its_margin, of_pairs in asked:
-            # of each case the rephrased prompt's, then the neighbours'
+            # for each case: the rephrased prompt's distance, then the neighbours'
             distances = [part.cpu().numpy() for part in of_pairs.split([1 + len(case.unrelated) for case in chosen])]
-            # the paper's radius is always among them
+            # the paper's radius is always included
             for radius in sorted({1.0, *np.linspace(0, float(of_pairs.max()), RADII).tolist()}):
                 fired = [of_case <= radius for of_case in distances]
                 kept = [~hits[1:] | unchanged for hits, unchanged in zip(fired, same)]
@@ -115,7 +115,7 @@ def sweep_radius(subject: Subject, file: Path, cases: int = 30, margins: Sequenc
 def fitted_editor(
     subject: Subject, name: str, learnt: Sequence[Case], edited: Sequence[Case], **options: Any
 ) -> AGRACE:
-    """A-GRACE or its ablation with an encoder, trained on ``learnt``; ``options`` are those of ``load_editor``."""
+    """A-GRACE, or its ablation that has an encoder, trained on ``learnt``; ``options`` go to ``load_editor``."""
     editor = load_editor(name, subject, **options)
     assert isinstance(editor, AGRACE)
     editor.fit(learnt, edited=edited)
@@ -123,7 +123,7 @@ def fitted_editor(
 
 
 def projection(config: RunConfig) -> pd.DataFrame:
-    """The paper's case study: the places of one case of each dataset (:func:`project`)."""
+    """The paper's case study: the projected prompts of one case of each dataset (:func:`project`)."""
 
     def make(subject: Subject, file: Path) -> None:
         sets = [(load_cases(name, config.source), sampled(config, name)) for name in config.dataset]
@@ -134,15 +134,15 @@ def projection(config: RunConfig) -> pd.DataFrame:
 
 
 def project(subject: Subject, everything: Sequence[Case], candidates: Sequence[Case], seed: int) -> pd.DataFrame:
-    """The prompts of the first of the sampled candidates in the plane of their queries' first two principal components.
+    """Project one case's prompts onto the first two principal components of their queries.
 
     Args:
-        everything: all cases of the dataset, whose other fold the encoder learns from.
-        candidates: cases to take one from.
+        everything: all cases of the dataset; the encoder learns from the half that does not contain the case.
+        candidates: cases from which the case is sampled.
 
     Returns:
         One row for each prompt and query: ``dataset``, ``case_id``, ``query`` (``last`` token as in GRACE, encoded ``mean`` as in
-        A-GRACE), ``kind`` of the prompt, its place ``x``, ``y`` and its ``distance`` from the edit prompt in the whole space.
+        A-GRACE), the prompt's ``kind``, its coordinates ``x`` and ``y``, and its ``distance`` from the edit prompt in the whole space.
     """
     from sklearn.decomposition import PCA
 
@@ -153,7 +153,7 @@ def project(subject: Subject, everything: Sequence[Case], candidates: Sequence[C
     last, means = (stored_queries(subject, prompts, editor.hparams.layer, query) for query in ("last", "mean"))
     tables = []
     for query, points in (("last", last), ("mean", editor.trained.encoder(means.to(subject.device)).cpu())):
-        # the sign of a component is arbitrary: the edit prompt lies on its positive side
+        # the sign of a component is arbitrary: make the edit prompt's coordinates positive
         plane = PCA(2, svd_solver="full").fit_transform(points.double().numpy())
         plane = plane * [1 if value >= 0 else -1 for value in plane[0]]
         kinds = ["edit", "rephrased", *["neighbour"] * len(case.unrelated)]
@@ -164,9 +164,9 @@ def project(subject: Subject, everything: Sequence[Case], candidates: Sequence[C
 
 
 def overhead(config: RunConfig) -> pd.DataFrame:
-    """A few edits by every variant, each made alone (time_edit).
+    """Time a few edits by every variant, each made alone (time_edit).
 
-    The variants take turns on a case, so that a machine that slows down slows all of them.
+    The variants take turns on each case, so that a slowdown of the machine affects all of them.
     """
 
     def make(subject: Subject, file: Path) -> None:
@@ -176,7 +176,7 @@ def overhead(config: RunConfig) -> pd.DataFrame:
             cases, everything = sampled(config, dataset), load_cases(dataset, config.source)
             editors = {name: ready(subject, name, everything, False, config.seed) for name in A_GRACE_VARIANTS}
             for editor in editors.values():
-                editor.edit(cases[-1:], batch_size=1)  # the first pays for what a process does once
+                editor.edit(cases[-1:], batch_size=1)  # warm-up: includes work done once per process
             rows += [
                 {"dataset": dataset, "editor": name, **time_edit(editor, case)}
                 for case in cases[:_TIMED]

@@ -1,7 +1,7 @@
 """RQ3's tables, figures and findings: A-GRACE beside GRACE and its ablations.
 
-Most are functions of records. What is not (the sweep of the radius, the picture of one case, the times of edits made alone) is
-computed once and kept as a small CSV in the run's folder, so that a published run needs no model to be shown.
+Most are computed from records. The others (the sweep of the deferral radius, the figure of one case, the times of edits made alone)
+come from small CSV files, made once and kept in the run's folder, so that showing a published run needs no model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..paper import A_GRACE, A_GRACE_VARIANTS, TUNED_GRACE, UNEDITED
 from ..run_folder import shared_cases
 from ..tables import difference_cell, editor_colour, editor_name, percent, score_rows, scored, table
 
-# places in seaborn's colourblind palette of the edit prompt (OI), the rephrased prompt (GRI) and the neighbours (SRI)
+# indices into seaborn's colourblind palette for the edit prompt (OI), the rephrased prompt (GRI) and the neighbours (SRI)
 _KIND_COLOURS = {"edit": 7, "rephrased": 0, "neighbour": 1}
 _PRESET_SCORES = [*(f"{measure}_em" for measure in MEASURES), "specificity_rate", "specificity_bleu", "fluency"]
 _COMPARED = ["grace", A_GRACE]
@@ -31,15 +31,15 @@ _RADIUS = 1.0  # the paper's
 
 @table
 def ablation_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """The paper's Table VI: the ten scores of GRACE, A-GRACE and its two ablations; and of GRACE with a selected radius."""
+    """The paper's Table VI: the ten scores of GRACE, A-GRACE and its two ablations; and those of GRACE with a selected radius."""
     return score_rows(records[records["editor"].isin((*A_GRACE_VARIANTS, TUNED_GRACE))])
 
 
 @table
 def paired_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """What A-GRACE has over GRACE on the same cases.
+    """A-GRACE's scores minus GRACE's, on the same cases.
 
-    Differences of means in points with a 95% bootstrap interval over cases; p by a paired test, with Holm's correction over the table.
+    Differences of means in points with a 95% bootstrap interval over cases; p from a paired test, with Holm's correction over the table.
     """
     differences: dict[tuple[str, str], np.ndarray] = {}
     compared = scored(records)[lambda rows: rows["editor"].isin(_COMPARED)]
@@ -59,10 +59,10 @@ def paired_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 @table
 def preset_table(clean: pd.DataFrame, compat: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """Each variant with the codebook active in every generation, and with the released defects, on the cases that both have."""
+    """Each variant with the codebook active in every generation, and with the released defects, on the cases in both runs."""
     records = scored(pd.concat([clean, compat]))
     for dataset, of_dataset in records.groupby("dataset", sort=False):
-        # nothing was wrong with leaving a model unedited, so the compat run has no such row
+        # the released defects do not affect the unedited model, so the compat run leaves it out
         edited = of_dataset[of_dataset["editor"] != UNEDITED]
         same = of_dataset[of_dataset["case_id"].isin(shared_cases(edited, ["preset", "editor"]))]
         for editor in (UNEDITED, *A_GRACE_VARIANTS):
@@ -101,9 +101,9 @@ def _distances(records: pd.DataFrame, editor: str) -> np.ndarray:
 
 
 def distance_figure(records: pd.DataFrame):
-    """How far the rephrased prompt (GRI) and the neighbours (SRI) are from the edit prompt (OI), by GRACE's and A-GRACE's keys.
+    """Distances of the rephrased prompt (GRI) and the neighbours (SRI) from the edit prompt (OI), for GRACE's and A-GRACE's keys.
 
-    A panel for each dataset and editor; cases in the order of their OI-GRI distance; the band goes from a case's nearest
+    A panel for each dataset and editor, with cases in the order of their OI-GRI distance; the band extends from a case's nearest
     to its farthest neighbour. A matplotlib figure.
     """
     figure, axes = _panels(2, records["dataset"].nunique(), height=2.6)
@@ -127,8 +127,8 @@ def distance_figure(records: pd.DataFrame):
 
 
 def distance_findings(records: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """For each dataset and for GRACE's and A-GRACE's keys: in how many of ``cases`` the rephrased prompt is ``nearer`` than
-    every neighbour, the ``rephrased`` prompt is within the radius, and a ``neighbour`` is."""
+    """For each dataset, and for GRACE's and A-GRACE's keys: in how many of the ``cases`` the rephrased prompt is ``nearer`` than
+    every neighbour, in how many the ``rephrased`` prompt is within the radius, and in how many some ``neighbour`` is."""
     for dataset, of_dataset in records.groupby("dataset", sort=False):
         for editor in _COMPARED:
             distances = _distances(of_dataset, editor)
@@ -145,7 +145,7 @@ def distance_findings(records: pd.DataFrame) -> Iterator[dict[str, Any]]:
 
 
 def projection_figure(places: pd.DataFrame):
-    """One case's prompts in the plane of their first two principal components, for each kind of key; a matplotlib figure."""
+    """One case's prompts, projected onto two principal components, for each kind of key; a matplotlib figure."""
     titles = {"last": "last-token key", "mean": "encoded mean key"}
     looks = {"edit": ("*", 200), "rephrased": ("o", 70), "neighbour": ("X", 70)}
     figure, axes = _panels(len(titles), places["dataset"].nunique(), height=3.2)
@@ -164,7 +164,7 @@ def projection_figure(places: pd.DataFrame):
 
 @table
 def projection_table(places: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """How far the prompts of the pictured case are from its edit prompt, in the whole space of each kind of key."""
+    """Distances of the projected case's prompts from its edit prompt, in the whole space of each kind of key."""
     keys = {"last": "last token (GRACE)", "mean": "encoded mean (A-GRACE)"}
     for (dataset, query), prompts in places.groupby(["dataset", "query"], sort=False):
         rephrased = prompts[prompts["kind"] == "rephrased"]["distance"].iloc[0]
@@ -180,7 +180,7 @@ def projection_table(places: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 
 def radius_figure(sweep: pd.DataFrame):
-    """Generalization against specificity as the radius grows, a curve for each margin; a dot where the radius is the paper's 1."""
+    """Generalization against specificity as the radius grows, a curve for each margin; a dot marks the paper's radius of 1."""
     import seaborn as sns
 
     figure, axes = _panels(1, sweep["dataset"].nunique(), height=3.6)
@@ -206,7 +206,7 @@ def radius_figure(sweep: pd.DataFrame):
 
 @table
 def radius_table(sweep: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """Generalization and unchanged neighbours at the paper's radius of 1, and at the radius where their harmonic mean is largest."""
+    """Generalization and neighbours unchanged, at the paper's radius of 1 and at the radius where their harmonic mean is largest."""
     for (dataset, editor, margin), curve in sweep.groupby(["dataset", "editor", "margin"], sort=False, dropna=False):
         best, papers = _balanced(curve), curve[curve["radius"] == _RADIUS].iloc[0]
         yield {
@@ -222,7 +222,7 @@ def radius_table(sweep: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 
 def radius_findings(sweep: pd.DataFrame) -> dict[str, tuple[pd.Series, pd.Series]]:
-    """By dataset: GRACE's best point of the sweep, and A-GRACE's of all margins."""
+    """For each dataset, the best point of the sweep for GRACE, and for A-GRACE over all margins."""
     return {
         dataset_title(str(dataset)): tuple(_balanced(points[points["editor"] == name]) for name in _COMPARED)
         for dataset, points in sweep.groupby("dataset", sort=False)
@@ -230,23 +230,23 @@ def radius_findings(sweep: pd.DataFrame) -> dict[str, tuple[pd.Series, pd.Series
 
 
 def reached(point: pd.Series) -> float:
-    """The criterion of selection, with generalization in effectiveness's place, at a point of a sweep."""
+    """The selection criterion at a point of a sweep, with generalization in place of effectiveness."""
     return criterion(point["generalization"], point["specificity_rate"])
 
 
 def _balanced(points: pd.DataFrame) -> pd.Series:
-    """The point of a sweep that the selection of hyperparameters would take, by the smallest radius."""
+    """The point of a sweep with the highest selection criterion; among equals, the point with the smallest radius."""
     of_points = points.apply(reached, axis=1)
     return points.loc[points[of_points == of_points.max()]["radius"].idxmin()]
 
 
 def findings(records: pd.DataFrame, compat: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """What the tables show of each dataset that has GRACE and A-GRACE, on the cases that all variants have.
+    """What the tables show for each dataset that has GRACE and A-GRACE, on the cases that all variants have.
 
     Yields:
-        ``data`` (its name); ``cases``, how many; ``means``, scores in percent by editor; ``released``, how many of A-GRACE's
-        cases keep all neighbours with the released program's defects, in percent, and their number (None without such
-        cases); and ``repaired``, the same of the same cases without the defects.
+        ``data``, its title; ``cases``, their number; ``means``, scores times 100 by editor; ``released``, the share of A-GRACE's
+        cases with all neighbours unchanged under the released program's defects, in percent, and the number of these cases (None
+        if there are none); and ``repaired``, the same for these cases without the defects.
     """
     of_variants = scored(records)[lambda rows: rows["editor"].isin(A_GRACE_VARIANTS)]
     with_defects = scored(compat)[lambda rows: rows["editor"] == A_GRACE]
