@@ -1,1 +1,1 @@
-"""The appendices: each measurement next to its table."""
+"""The appendices: each module has a measurement and its tables."""

@@ -1,4 +1,4 @@
-"""A-GRACE's encoder by setting and by training size: the measurement and its tables."""
+"""A-GRACE's encoder by setting and by number of training cases: the measurement and its tables."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from ..rq3.measurements import MARGINS, fitted_editor
 from ..tables import editor_name, table, write_csv
 
 SIZES = (50, 100, 200)
-# the released program's, but for the cases that choose the epoch
+# the released program's values, except for the cases that choose the epoch
 _USUAL: dict[str, Any] = {"margin": 1.0, "architecture": "released", "selection": "training", "patience": 5}
 _SETTINGS = ["dataset", "editor", *_USUAL]
 
 
 @table
 def setting_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """Encoders by setting, trained on all of the other half (:func:`compare_encoders`); means over both halves."""
+    """Encoders by setting, trained on the whole of one half (:func:`compare_encoders`); means over both halves."""
     chosen_by = {"training": "held-out training cases", "edited": "the edited cases"}
     for keys, halves in measured[_on_whole_half(measured)].groupby(_SETTINGS, sort=False):
         dataset, editor, margin, architecture, selection, patience = keys
@@ -48,7 +48,7 @@ def setting_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 @table
 def size_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """The encoder that was trained on several numbers of cases (:func:`compared_sizes`); means over both halves."""
+    """The encoder by number of training cases (:func:`compared_sizes`); means over both halves."""
     grown = compared_sizes(measured)
     # the halves of a dataset of odd size differ by one case
     largest = grown.groupby("dataset")["cases"].transform("max")
@@ -58,7 +58,7 @@ def size_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 
 def compared_sizes(measured: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the setting that was trained on more and fewer cases."""
+    """The rows of the setting that was trained on several numbers of cases."""
     return measured.groupby(_SETTINGS).filter(lambda rows: rows["cases"].nunique() > 2)
 
 
@@ -81,7 +81,7 @@ def encoder_settings(margin: float) -> Iterator[tuple[str, dict[str, Any], int |
     """(editor, hyperparameters, training cases) of every encoder compared; the paper's own is the first.
 
     Args:
-        margin: of the settings that differ in something else.
+        margin: margin of the settings that vary something else.
     """
     yield from ((A_GRACE, {"margin": compared}, None) for compared in MARGINS)
     yield A_GRACE, {"margin": 1.0, "patience": 30}, None
@@ -92,14 +92,14 @@ def encoder_settings(margin: float) -> Iterator[tuple[str, dict[str, Any], int |
 
 
 def compare_encoders(subject: Subject, file: Path, margin: float = 2.0) -> pd.DataFrame:
-    """Train encoders on each half of each dataset and ask them about the other; written as CSV, a row for each encoder.
+    """Train encoders on each half of each dataset and test them on the other half; written as CSV, a row for each encoder.
 
-    Columns: ``cases`` (trained on, with those held out to choose the epoch), ``epochs``, ``chosen`` (the epoch that was),
-    ``held_out`` (its balanced accuracy there), ``accuracy`` (on the other half, at the editor's radius), ``inside`` and
-    ``neighbours_inside`` (shares of the rephrased and of the neighbour prompts within it), ``best`` and ``best_radius``
-    (the accuracy that the best radius would have on that half). 0.5 is what no encoder, or any constant, gets.
+    Columns: ``cases`` (number of training cases, including those held out to choose the epoch), ``epochs``, ``chosen`` (the chosen
+    epoch), ``held_out`` (its balanced accuracy on these), ``accuracy`` (on the other half, at the editor's radius), ``inside`` and
+    ``neighbours_inside`` (shares of rephrased prompts and of neighbours within this radius), ``best`` and ``best_radius`` (the
+    highest accuracy on the other half, and its radius). A constant answer has an accuracy of 0.5.
 
-    A finished part of the table is kept: the command resumes.
+    Finished rows are kept, so that an interrupted command resumes.
     """
     rows = pd.read_csv(file).to_dict("records") if file.is_file() else []
     known = set(map(_key, rows))

@@ -1,9 +1,9 @@
-"""Why an update reaches the neighbours, and what keeps it from them: lookup-aware statistics, or another token to write at.
+"""Why an update affects the neighbours, and two remedies: lookup-aware statistics, or writing at another token.
 
-All prompts of a dataset end in the same token, at which the editors of the ROME family read their key. Two things may make their updates
-act on every prompt: that the keys of that token resemble each other, which the statistics of a text hardly know of
-(locate_then_edit/second_moments.py), or that this token is not where the prompts differ. The same learnt vectors are written under several
-statistics; and, as the control, vectors learnt and written at the last token of the prompt's content.
+All prompts of a dataset end in the same token, at which the editors of the ROME family read their key. Their updates may act on every
+prompt for two reasons: the keys of this token resemble each other, which statistics of ordinary text hardly show
+(locate_then_edit/second_moments.py); or the prompts differ at other tokens. The same learnt vectors are written under several
+statistics; as a control, vectors are also learnt and written at the last token of the prompt's content.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CONTROL = ((0.0, 0.0), (1.0, 0.0))
 
 @table
 def lookup_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """Each setting's scores and reach, from what ``clme measure lookups`` writes (:func:`sweep_lookups`)."""
+    """Each setting's scores and reach, from the file that ``clme measure lookups`` writes (:func:`sweep_lookups`)."""
     for row in measured.itertuples():
         no_statistics = pd.isna(row.weight)
         yield {
@@ -63,13 +63,13 @@ def sweep_lookups(
     cases: int | None = None,
     datasets: Sequence[str] = PAPER_DATASET_NAMES,
 ) -> pd.DataFrame:
-    """Write the same learnt vectors under several statistics, at the colon and at the content's last token; written as CSV, a row each.
+    """Write the same learnt vectors under several statistics, at the colon and at the content's last token; written as CSV, a row per setting.
 
-    What is learnt does not depend on the statistics, and is learnt once for each token.
+    The vectors do not depend on the statistics, so they are learnt once for each token.
 
     Args:
-        file: the table to be; what has been measured is kept beside it, so that an interrupted command goes on.
-        cases: of each dataset's selection cases, the first so many (None: all 30).
+        file: the table to write; finished measurements are kept beside it, so that an interrupted command resumes.
+        cases: use this many of each dataset's selection cases, from the first (None: all 30).
 
     Raises:
         StudyError: the editor does not write at a lookup token.
@@ -89,7 +89,7 @@ def sweep_lookups(
             digest = "".join(case.sha256 for case in chosen)
             identity = seed_of(subject.fingerprint, subject.dtype_name, editor, learner.hparams, digest)
             settings = [_setting(editor, lookup, weight, ridge) for weight, ridge in pairs]
-            # ROME's published program has no statistics at all
+            # ROME's published program uses no statistics at all
             settings = ([{"lookup": lookup}] if "covariance" in settings[0] else []) + settings
             learnt: tuple[Any, ...] | None = None
             for setting in tqdm(settings, desc=f"{dataset} {editor} {lookup}", unit="setting"):
@@ -117,7 +117,7 @@ def sweep_lookups(
                 rows.append({**shown, "cases": kept["cases"], **kept["scores"]})
     measured = pd.DataFrame(rows)
     kinds = measured.groupby(["editor", "lookup", "weight", "ridge"], sort=False, dropna=False)
-    # datasets have as many cases each
+    # all datasets have the same number of cases, so their means weigh equally
     means = kinds["cases"].sum().to_frame().join(kinds[[*SCORES[:-1], "reach"]].mean()).reset_index()
     write_csv(means, file)
     unfinished.unlink(missing_ok=True)

@@ -1,13 +1,13 @@
-"""Selection of a subject's hyperparameters on the fixed selection cases, which no published table contains; and what the
-released program's defects, and learning to stop after the target, do on the same cases.
+"""Selection of a subject's hyperparameters on the fixed selection cases, which no published table contains; and the effects, on the
+same cases, of the released program's defects and of learning the end of text after the target.
 
 The criterion is the harmonic mean of effectiveness and specificity: exact match of the target, and the share of
-neighbours left unchanged, each averaged over the datasets. A grid is ordered by distance from the paper's setting, and
-the first entry whose criterion reaches 0.95 is chosen: no further from the paper than it takes. If none does, the best is.
-A specificity below 0.05 counts as 0.05: among settings that all break their neighbours, effectiveness decides.
+neighbours unchanged, each averaged over the datasets. A grid is ordered by distance from the paper's setting, and the first
+setting whose criterion reaches 0.95 is chosen, to stay as close to the paper as possible; if none reaches it, the best is chosen.
+A specificity below 0.05 counts as 0.05: among settings that change nearly all neighbours, effectiveness decides.
 
-How far from its prompt an edit acts (a codebook's radius, the margin of an encoder) does not change whether the prompt itself is answered
-right. It is selected for each dataset by the generalization in effectiveness's place, with the other values that the subject has.
+How far from its prompt an edit acts (a codebook's deferral radius, the margin of an encoder) does not affect the answer to the prompt
+itself. It is therefore selected for each dataset by generalization instead of effectiveness, with the subject's other values.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from ..tables import Table, cells, editor_name, in_order, percent, table, write_
 
 
 def selection_table(measured: pd.DataFrame, label: str) -> Table:
-    """An editor's grid in its order, the chosen setting in bold, from what ``clme measure selection`` writes (:func:`select`)."""
+    """An editor's grid in its order, the chosen setting in bold, from the file that ``clme measure selection`` writes (:func:`select`)."""
     rows = []
     for row in measured.itertuples():
         of_dataset = {"Data": dataset_title(row.dataset)} if "dataset" in measured else {}
@@ -50,13 +50,13 @@ def selection_table(measured: pd.DataFrame, label: str) -> Table:
 
 @table
 def budget_table(measured: Mapping[str, pd.DataFrame]) -> Iterator[dict[str, str]]:
-    """What each editor was selected with: how many settings, and on how many cases each was tried.
+    """Each editor's selection budget: the number of settings, and the number of cases on which each was tried.
 
     Args:
-        measured: by editor, what ``clme measure selection`` writes.
+        measured: by editor, the table that ``clme measure selection`` writes.
     """
     for editor in in_order(measured):
-        # A grid that is chosen from for each dataset has a row for each of them.
+        # A grid that is chosen from separately for each dataset has a row per dataset.
         tried = measured[editor].groupby("setting", sort=False)["cases"].sum()
         each = sorted(set(tried))
         yield {
@@ -82,8 +82,8 @@ def differing_values(paper: str = "codellama-7b", own: str = "smollm2-135m") -> 
 
 
 def all_values() -> pd.DataFrame:
-    """Every hyperparameter of the library's editors, a row each, with its values for the registered subjects; subjects that differ
-    in none share a column. Layers that the paper names and a subject lacks are moved, as when its weights are loaded."""
+    """Every hyperparameter of the library's editors, a row each, with its values for the registered subjects; subjects with the same
+    values share a column. Layers in the paper's values that a subject lacks are moved, as when the subject is loaded."""
     rows = []
     for editor in in_order(name for name in EDITORS.names() if EDITORS[name].__module__.startswith("clme_lib.")):
         fields = get_editor(editor).Hyperparameters.model_fields
@@ -101,7 +101,7 @@ def all_values() -> pd.DataFrame:
 
 def _value(value: object) -> str:
     if value is None:
-        return "all"  # of the records there are
+        return "all"  # all available records
     if isinstance(value, dict):
         return ", ".join(f"{dataset_title(name)} {_value(of_dataset)}" for name, of_dataset in value.items())
     if isinstance(value, list | tuple):
@@ -111,10 +111,10 @@ def _value(value: object) -> str:
 
 @table
 def preset_table(measured: Mapping[str, pd.DataFrame]) -> Iterator[dict[str, str]]:
-    """What the released program's defects do, alone and together; each dataset's first row has none of them.
+    """The effects of the released program's defects, alone and together; each dataset's first row has none of them.
 
     Args:
-        measured: by editor, what ``clme measure presets`` writes (:func:`compare_presets`).
+        measured: by editor, the table that ``clme measure presets`` writes (:func:`compare_presets`).
     """
     for editor in in_order(measured):
         for dataset, rows in measured[editor].groupby("dataset", sort=False):
@@ -148,8 +148,8 @@ def select(
     """Try an editor's grid; written as CSV, one row per setting, in the grid's order.
 
     Args:
-        cases: of each dataset's 30 selection cases, the first so many (None: all).
-        datasets: an editor that trains for each dataset may be tried on one of them alone.
+        cases: use this many of each dataset's 30 selection cases, from the first (None: all).
+        datasets: the datasets to try it on; one may be enough for an editor that trains for each dataset.
 
     Raises:
         StudyError: the editor has no grid.
@@ -169,10 +169,10 @@ def select(
 
 
 def compare_presets(subject: Subject, editor: str, file: Path, cases: int | None = None) -> pd.DataFrame:
-    """Measure what each of the released program's defects does to an editor, alone and together; written like :func:`select`.
+    """Measure the effects of the released program's defects on an editor, alone and together; written like :func:`select`.
 
-    The defects are the editor's ``compat`` values, every combination of them (of a trained editor none and all, since each
-    would train anew); ``released_budget_em`` is effectiveness when a text may only be as long as its target tokenised alone.
+    The defects are the editor's ``compat`` values, in every combination (for a trained editor, only none and all, since each combination
+    needs its own training); ``released_budget_em`` is effectiveness when a text may only be as long as its target tokenised alone.
 
     Raises:
         StudyError: the editor has no defects to compare.
@@ -191,7 +191,7 @@ def compare_presets(subject: Subject, editor: str, file: Path, cases: int | None
 def compare_ends(
     subject: Subject, editor: str, file: Path, cases: int | None = None, datasets: Sequence[str] = PAPER_DATASET_NAMES
 ) -> pd.DataFrame:
-    """Measure an editor that learns targets as they are, and with the end of text after them; written like :func:`select`.
+    """Measure an editor that learns targets without and with the end of text after them; written like :func:`select`.
 
     Raises:
         StudyError: the editor learns no target.
@@ -208,7 +208,7 @@ def end_table(measured: Mapping[str, pd.DataFrame]) -> Iterator[dict[str, str]]:
     """Each editor without and with the end of text as the target's last token.
 
     Args:
-        measured: by editor, what ``clme measure end-of-target`` writes (:func:`compare_ends`).
+        measured: by editor, the table that ``clme measure end-of-target`` writes (:func:`compare_ends`).
     """
     for editor in in_order(measured):
         for dataset, rows in measured[editor].groupby("dataset", sort=False):
@@ -234,8 +234,8 @@ def measure(
     """Mean ``scores`` over selection cases, a row for each setting and dataset; a trained editor learns from the other cases.
 
     Args:
-        file: the table to be; what has been measured is kept beside it, so that an interrupted command goes on.
-        cases: only the first so many of each dataset's (None: all 30).
+        file: the table to write; finished measurements are kept beside it, so that an interrupted command resumes.
+        cases: use this many of each dataset's selection cases, from the first (None: all 30).
     """
     done = Journal(_unfinished(file), lambda row: (row["identity"], row["dataset"]))
     rows = []
@@ -262,7 +262,7 @@ def measure(
 
 
 def describe_setting(setting: Mapping[str, Any], dataset: str) -> str:
-    """Hyperparameters as the tables name them: of one dataset where a value is given for each."""
+    """Hyperparameters as the tables name them, with the value for one dataset if there is one for each."""
     of_dataset = {name: value[dataset] if isinstance(value, dict) else value for name, value in setting.items()}
     return ", ".join(f"{name} {_value(value)}" for name, value in of_dataset.items())
 
@@ -278,15 +278,15 @@ def _unfinished(file: Path) -> Path:
 
 
 def choose(measured: pd.DataFrame, score: str) -> pd.DataFrame:
-    """A grid in its order with each setting's criterion, which ``score`` and the specificity make, and the chosen one marked:
-    the first good enough, else the best."""
+    """A grid in its order, with each setting's criterion, made of ``score`` and specificity, and the chosen setting marked:
+    the first that is good enough, else the best."""
     criteria = pd.Series(list(map(criterion, measured[score], measured["specificity_rate"])), measured.index)
-    # of equal values the first counts
+    # idxmax takes the first of equal values
     best = criteria.clip(upper=GOOD_ENOUGH).idxmax()
     return measured.assign(criterion=criteria, chosen=measured.index == best)
 
 
 def criterion(score: float, specificity: float) -> float:
-    """Their harmonic mean, with specificity taken as at least 0.05."""
+    """The harmonic mean of a score and specificity, with specificity taken as at least 0.05."""
     specificity = max(specificity, LEAST_SPECIFICITY)
     return 2 * score * specificity / (score + specificity)

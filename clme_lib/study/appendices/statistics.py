@@ -21,7 +21,7 @@ from ..tables import percent, table, write_csv
 
 @table
 def statistics_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """MEMIT's writes under more and more statistics, from what ``clme measure statistics`` writes (:func:`compare_statistics`)."""
+    """MEMIT's writes by amount of text, from the file that ``clme measure statistics`` writes (:func:`compare_statistics`)."""
     for row in measured.itertuples():
         yield {
             "Tokens": f"{row.tokens:,}",
@@ -36,11 +36,11 @@ def statistics_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 @torch.no_grad()
 def compare_statistics(subject: Subject, file: Path, cases: int = 30) -> pd.DataFrame:
-    """What MEMIT would write with so many tokens' statistics, and with four times as many; written as CSV.
+    """Compare what MEMIT would write with statistics of a number of tokens and of four times as many; written as CSV.
 
-    For each layer one row with ten tokens per dimension of the key, and one with forty (the default). Columns: ``tokens``; ``cosine``
-    (smallest over the cases) between the two write directions ``a``; ``share`` and ``share_of_four`` (mean) of the residual that a
-    write puts at its own key, ``k^T a``; ``difference`` (largest) between the two, relative. ``cases``: of each dataset's selection.
+    Each layer has a row for ten tokens per dimension of the key, and a row for forty (the default). Columns: ``tokens``; ``cosine``
+    (smallest over the cases) of the two write directions ``a``; ``share`` and ``share_of_four``, the share of the residual that a write
+    puts at its own key, ``k^T a`` (means); ``difference``, their largest relative difference. ``cases``: selection cases per dataset.
     """
     chosen = [case for dataset in PAPER_DATASET_NAMES for case in selection_cases(dataset, cases)[0]]
     walk = Blockwise(subject, [encode(subject.tokenizer, case.prompt) for case in chosen])
@@ -70,6 +70,6 @@ def compare_statistics(subject: Subject, file: Path, cases: int = 30) -> pd.Data
 
 
 def _direction(editor: MEMIT, layer: int, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each key's write direction (B, d_f), and how much of a residual it writes at the key itself (B,)."""
+    """Each key's write direction (B, d_f), and the share of a residual that it writes at the key itself (B,)."""
     direction = editor.directions(layer, keys)
     return direction, (direction * keys).sum(dim=-1)

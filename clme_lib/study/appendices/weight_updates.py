@@ -1,8 +1,8 @@
-"""What an update of weights does before any text is generated: to separate effects of the method, the model and the implementation.
+"""Effects of a weight update before any text is generated, to separate effects of the method, the model and the implementation.
 
-If the learnt loss is low but the target's loss under the edit is not, the writing lost it; if it is low everywhere but at the
-target's first token, something holds that token back; if the update moves a neighbour's last column as far as the edit
-prompt's own, specificity is lost whatever else is done.
+If the learnt loss is low but the target's loss under the edit is high, the writing step is at fault. If the loss is high only at the
+target's first token, something favours another token there. If the update moves the output at a neighbour's last token as far as at
+the edit prompt's, specificity is lost in any case.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..tables import editor_name, table, write_csv
 
 @table
 def diagnosis_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """Losses, size and reach of updates, from what ``clme measure weight-updates`` writes (:func:`diagnose_editors`)."""
+    """Losses, norm and reach of updates, from the file that ``clme measure weight-updates`` writes (:func:`diagnose_editors`)."""
     for row in measured.itertuples():
         yield {
             "Editor": editor_name(row.editor),
@@ -45,7 +45,7 @@ def diagnosis_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 @table
 def pmet_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """PMET's steps taken apart, from what ``clme measure pmet-parts`` writes (:func:`take_pmet_apart`)."""
+    """PMET's steps taken apart, from the file that ``clme measure pmet-parts`` writes (:func:`take_pmet_apart`)."""
     for row in measured.rename(columns={"attention learnt": "attention"}).astype({"layers": str}).itertuples():
         yield {
             "Attention's vector": "learnt beside" if row.attention else "none",
@@ -61,7 +61,7 @@ def _loss_cells(row: Any) -> dict[str, str]:
     return {"n": str(row.cases), "Learnt": f"{row.learnt:.2f}", "NLL": f"{row.nll_before:.2f} → {row.nll_after:.2f}"}
 
 
-# the subject's own weight, which writes about 60% of a residual, and one that writes nearly all of it
+# the subject's own weight, which writes about 60% of a residual, and a smaller weight, which writes nearly all of it
 PARTS_WEIGHTS = (2_093.0, 200.0)
 DIAGNOSED = ("ft-l", "rome", "memit", "pmet")
 _PARTS_COLUMNS = ["learnt", "nll_before", "nll_after", "first_after", "norm"]
@@ -69,15 +69,15 @@ _PARTS_COLUMNS = ["learnt", "nll_before", "nll_after", "first_after", "norm"]
 
 @torch.no_grad()
 def diagnose(subject: Subject, cases: Sequence[Case], edits: Sequence[Edit]) -> pd.DataFrame:
-    """One row for each case.
+    """Diagnose edits, a row for each case.
 
-    Columns: ``learnt`` (the loss when the editor stopped), ``nll_before`` and ``nll_after`` (the target's mean
-    cross-entropy, nats per token, read by the unedited and by the edited subject), ``first_before`` and ``first_after`` (of
-    its first token alone), ``norm`` (Frobenius norm of the whole update), ``reach`` (how far the update moves the outputs at the
-    neighbours' last columns, as a share of how far it moves the edit prompt's; mean over neighbours and layers).
+    Columns: ``learnt`` (the loss when the editor stopped), ``nll_before`` and ``nll_after`` (the target's mean cross-entropy
+    under the unedited and the edited subject, nats per token), ``first_before`` and ``first_after`` (the same for its first token
+    alone), ``norm`` (Frobenius norm of the whole update), ``reach`` (how far the update moves the outputs at the neighbours'
+    last tokens, relative to the edit prompt's last token; mean over neighbours and layers).
 
     Raises:
-        StudyError: an edit that does not update weights.
+        StudyError: an edit does not update weights.
     """
     rows = []
     for case, edit in zip(cases, edits):
@@ -107,10 +107,10 @@ def diagnose_editors(subject: Subject, file: Path, editors: Sequence[str] = DIAG
     """Mean diagnosis of each editor with the paper's values and with the subject's own, written as CSV.
 
     Args:
-        cases: of each dataset's selection cases, the first so many.
+        cases: use this many of each dataset's selection cases, from the first.
 
     Raises:
-        StudyError: an unknown editor, or one that does not update weights.
+        StudyError: an editor is unknown or does not update weights.
     """
     updating = [name for name in EDITORS if EDITORS[name].updates_weights]
     if unknown := [editor for editor in editors if editor not in updating]:
@@ -131,14 +131,14 @@ def diagnose_editors(subject: Subject, file: Path, editors: Sequence[str] = DIAG
 
 
 def take_pmet_apart(subject: Subject, file: Path, cases: int = 6) -> pd.DataFrame:
-    """What PMET's two steps after learning cost: leaving the attention's vector out, and spreading the MLP's over layers.
+    """Measure what PMET loses in its two steps after learning: dropping the attention's vector, and spreading the MLP's vector over layers.
 
-    The vectors are learnt once without the KL term, with the attention's and without, and written at the last layer
-    alone, at the last two, and so on, with two weights of the second moment. Written as CSV; columns as in
+    The MLP's vector is learnt without the KL term, once with the attention's vector and once without it, and written at the
+    last layer alone, at the last two, and so on, with two weights of the second moment. Written as CSV; columns as in
     :func:`diagnose`, means over cases.
 
     Args:
-        cases: of CNLE's selection cases, the first so many.
+        cases: use this many of CNLE's selection cases, from the first.
     """
     chosen, _ = selection_cases(CNLE.name, cases)
 
@@ -165,7 +165,7 @@ def take_pmet_apart(subject: Subject, file: Path, cases: int = 6) -> pd.DataFram
 
 
 def frobenius(matrices: Iterable[torch.Tensor]) -> float:
-    """Frobenius norm of matrices taken together. Summed in float64: a float32 sum over a 7B layer is off by more than a percent."""
+    """Frobenius norm of several matrices together, summed in float64: a float32 sum over a 7B layer is off by more than one percent."""
     return sum(torch.linalg.vector_norm(matrix, dtype=torch.float64).item() ** 2 for matrix in matrices) ** 0.5
 
 
@@ -180,7 +180,7 @@ def _target_losses(subject: Subject, case: Case, edits: Sequence[Edit]) -> torch
 
 
 def _moved(subject: Subject, prompt: str, deltas: dict[int, torch.Tensor]) -> torch.Tensor:
-    """``|dW_l k_l|`` at a prompt's last column, for each edited layer."""
+    """``|dW_l k_l|`` at a prompt's last token, for each edited layer."""
     ids = torch.tensor([encode(subject.tokenizer, prompt)], device=subject.device)
     with contextlib.ExitStack() as hooks:
         read = {layer: hooks.enter_context(recorded(subject.blocks[layer], "keys")) for layer in deltas}
