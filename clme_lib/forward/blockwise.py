@@ -1,4 +1,4 @@
-"""The model block by block, for what must be read below the top: keys, outputs, and the stream under a partial edit.
+"""The model block by block, to read values inside it: keys, outputs, and the stream under a partial edit.
 
 Rows are padded on the left, so a prompt's lookup token is the last column.
 """
@@ -15,7 +15,7 @@ from ..support.batching import of_like_length
 from .padded import Padded
 from .recording import recorded
 
-PASS_TOKENS = {"cpu": 2_048, "cuda": 32_768}  # read in one pass, padding included
+PASS_TOKENS = {"cpu": 2_048, "cuda": 32_768}  # tokens read in one pass, including padding
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class BlockPass:
 
 
 class Blockwise:
-    """Rows of token ids on their way through the blocks; ``written`` of a row's last tokens are the model's own (default: none).
+    """Rows of token ids on their way through the blocks; the model itself wrote each row's last ``written`` tokens (default: none).
 
     Attributes:
         embedded: (R, W, d) the stream before block 0; mask: (R, W) True at real tokens.
@@ -52,7 +52,7 @@ class Blockwise:
         return BlockPass(after, **values)
 
     def up_to(self, layer: int) -> torch.Tensor:
-        """(R, W, d) the stream before block ``layer``."""
+        """The stream before block ``layer``, (R, W, d)."""
         hidden = self.embedded
         for below in range(layer):
             hidden = self.block(below, hidden).hidden
@@ -60,5 +60,5 @@ class Blockwise:
 
 
 def passes(subject: Subject, rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Indices of rows of like length that go through the blocks together."""
+    """Batches of row indices; the rows of a batch have similar lengths and go through the blocks together."""
     return of_like_length([len(row) for row in rows], tokens=PASS_TOKENS[subject.device.type])

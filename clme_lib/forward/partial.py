@@ -1,13 +1,13 @@
 """The partial forward pass: start at the edited layer, from cached constants.
 
 While an edit at block ``l`` is optimised, three things never change: everything below the output of ``W_l``;
-the residual stream that output is added to; and, attention being causal, the keys and values of blocks above ``l``
-at columns before the first touched one. :class:`PartialForward` computes them in one ordinary forward pass and
-then runs only blocks ``l+1 .. L-1`` on the touched columns. Logits are computed on label columns only, a few at a time.
-The tests hold it to the plain forward pass, which it equals up to float rounding.
+the residual stream to which this output is added; and, because attention is causal, the keys and values of blocks above ``l``
+at columns before the first touched column. :class:`PartialForward` computes them in one ordinary forward pass and
+then runs only blocks ``l+1 .. L-1`` on the touched columns. Logits are computed at label columns only, a few at a time.
+The tests check that the result equals the plain forward pass's up to float rounding.
 
-Rows are aligned at their *start column* (the first touched one): what comes before is padded on the left, what follows on the
-right. Gradients flow through the tail only::
+Rows are aligned at their *start column* (the first touched column): the columns before it are padded on the left, the rest on
+the right. Gradients flow through the tail only::
 
     row 0   . . p p p | s t t .          prefix (P columns)  |  tail (S columns), tail column 0 = start
     row 1   p p p p p | s t t t
@@ -32,14 +32,14 @@ from .prefix_attention import Prefix, _attending_to
 from .recording import recorded
 from .tokens import TokenRow
 
-# Rows that are read together differ in length by this factor at most.
+# Rows that are read together differ in length by at most this factor.
 _MAX_READ_RATIO = 1.2
 
 
 def longest_above(subject: Subject, layer: int) -> float:
-    """Largest ratio of the lengths of rows that are optimised together, at which padding is a third of the work at most.
+    """Largest ratio of lengths of rows that are optimised together at which padding is at most a third of the work.
 
-    Only the blocks above W_l work on padding; the head, a large part of a small model, works on labels alone.
+    Only the blocks above W_l process padding; the head, a large part of a small model, processes labels alone.
     """
     above = sum(p.numel() for block in subject.blocks[layer + 1 :] for p in block.parameters())
     return 1 + 0.5 * (1 + subject.model.lm_head.weight.numel() / above) if above else math.inf
@@ -49,15 +49,15 @@ class PartialForward:
     """Cached constants of one batch of B rows and the forward pass above the edited layer.
 
     Args:
-        from_lookup: True when only columns from the lookup token on are touched (GRACE and the ROME family);
-            False when every column is (an update of ``W_l`` itself).
-        residuals: with ``from_lookup=False``, each row's ``residual`` (its length, d) when it is known already: then
+        from_lookup: True if only columns from the lookup token on are touched (GRACE and the ROME family);
+            False if every column is touched (an update of ``W_l`` itself).
+        residuals: with ``from_lookup=False``, each row's ``residual`` (its length, d) if it is already known; then
             nothing below the edited MLP is computed.
 
     Attributes:
         keys, outputs: (B, S, d_f) inputs and (B, S, d) outputs of ``W_l`` at the tail columns.
-        residual: (B, S, d) the stream that output is added to.
-        attention: (B, S, d) what the block's attention added to it; None when ``residuals`` were given.
+        residual: (B, S, d) the stream to which the outputs are added.
+        attention: (B, S, d) what the block's attention added to this stream; None if ``residuals`` were given.
         touched: (B,) tail column of the lookup token; label_counts: (B,) labels per row.
         labels: (N,) label ids of all rows, row after row.
         label_rows, label_columns: (N,) the row and tail column that predict each label.
@@ -73,14 +73,14 @@ class PartialForward:
         residuals: Sequence[torch.Tensor] | None = None,
     ) -> None:
         self.subject, self.layer = subject, layer
-        # A codebook above that is asked with the mean over a prompt must see all of the prompt.
+        # A codebook above whose query is the mean over a prompt must see the whole prompt.
         whole = not from_lookup or any(book.layer > layer and book.asked_with == "mean" for book in subject.codebooks)
         starts = [0 if whole else min(row.lookup, row.first_label) for row in rows]
-        # What follows the last label's column is never used.
+        # Tokens after the last label's column are never used.
         ends = [row.first_label + len(row.target_ids) for row in rows]
         prefix = max(starts)
         width = prefix + max(end - start for start, end in zip(starts, ends))
-        # Padding that a row brings along becomes padding like any other.
+        # A row's own padding is replaced by the batch's.
         inputs = [row.inputs[row.pads : end] for row, end in zip(rows, ends)]
         firsts = [prefix - start + row.pads for row, start in zip(rows, starts)]
         lookups = [prefix - start + row.lookup for row, start in zip(rows, starts)]
@@ -106,9 +106,9 @@ class PartialForward:
 
     @torch.no_grad()
     def _prefill(self, padded: Padded, starts: Sequence[int], ends: Sequence[int]) -> None:
-        """Ordinary forward passes; keep the constants of layer l and the K/V of the blocks above.
+        """Run ordinary forward passes; keep the constants of layer l, and the keys and values of the blocks above.
 
-        Rows of like length go together: they are read through all blocks, so padding costs more here than in a step.
+        Rows of similar length are read together: they pass through all blocks, so padding costs more here than in a step.
         """
         (count, width), prefix = padded.ids.shape, max(starts)
         above = range(self.layer + 1, len(self.subject.blocks)) if prefix else ()
@@ -139,13 +139,13 @@ class PartialForward:
         self.attention = tails["attention"]
 
     def mlp(self, stream: torch.Tensor) -> torch.Tensor:
-        """What layer l's MLP gives, (B, S, d) or (B, d), for a stream at the tail columns or at the touched ones."""
+        """The output of layer l's MLP, (B, S, d) or (B, d), for a stream at the tail columns or at one column per row."""
         block = self.subject.blocks[self.layer]
         with announced(self._tail.layout):
             return block.mlp(block.post_attention_layernorm(stream))
 
     def select(self, rows: torch.Tensor) -> PartialForward:
-        """The same for some of the rows (indices in ascending order): those of cases that are still being optimised."""
+        """The partial forward pass of some of the rows (indices in ascending order), e.g. of cases still being optimised."""
         chosen = copy.copy(self)
         for name in ("keys", "outputs", "residual", "attention", "touched", "label_counts"):
             if getattr(self, name) is not None:
@@ -160,16 +160,16 @@ class PartialForward:
         return chosen
 
     def with_touched(self, changed: torch.Tensor) -> torch.Tensor:
-        """Outputs (B, S, d) of ``W_l`` in which ``changed`` (B, d) stands at the touched columns."""
+        """Outputs (B, S, d) of ``W_l``, replaced by ``changed`` (B, d) at each row's lookup token."""
         rows = torch.arange(len(changed), device=changed.device)
         return self.outputs.index_put((rows, self.touched), changed.to(self.outputs.dtype))
 
     def losses(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy over the target's tokens, one a row (B,), with ``outputs`` (B, S, d) in place of ``W_l``'s."""
+        """Each row's mean cross-entropy over its target's tokens (B,), with ``outputs`` (B, S, d) in place of ``W_l``'s."""
         return self.row_means(self.label_losses(self.states(outputs))[0])
 
     def states(self, outputs: torch.Tensor) -> torch.Tensor:
-        """What the head reads at the label columns, (N, d), with ``outputs`` (B, S, d) in place of ``W_l``'s."""
+        """The head's inputs at the label columns, (N, d), with ``outputs`` (B, S, d) in place of ``W_l``'s; StudyError for another shape."""
         if outputs.shape != self.outputs.shape:
             raise StudyError(f"outputs have shape {tuple(outputs.shape)}, expected {tuple(self.outputs.shape)}")
         hidden = self.residual + outputs.to(self.residual.dtype)
@@ -178,15 +178,15 @@ class PartialForward:
         return self.subject.decoder.norm(hidden[self.label_rows, self.label_columns])
 
     def through(self, block: Callable[..., Any], hidden: torch.Tensor) -> torch.Tensor:
-        """The stream (B, S, d) at the tail columns after a block above the edited layer, from that before it."""
+        """The stream (B, S, d) at the tail columns after a block above the edited layer, given the stream before the block."""
         with _attending_to(self._before, self.subject.model.config):
             return self._tail.through(block, hidden)
 
     def label_losses(
         self, states: torch.Tensor, compared: LabelIndices | None = None, reference: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The loss of each label from :meth:`states`, and how far the distributions before ``compared`` labels (C) have moved from
-        the log-probabilities ``reference`` (C, vocabulary), or from themselves.
+        """Each label's loss, from :meth:`states`, and the divergence of the distributions that predict the ``compared`` labels (C)
+        from the log-probabilities ``reference`` (C, vocabulary), or from themselves.
 
         Returns:
             cross-entropies (N,); whether each label is the arg-max (N,); ``KL(p || p_reference)`` in nats (C,); log-probabilities

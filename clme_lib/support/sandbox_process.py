@@ -1,16 +1,16 @@
-"""The program of the sandbox's process (sandbox.py starts it): runs snippets that nobody vouches for, each in a fork of itself.
+"""The program of the sandbox's process (started by sandbox.py): runs untrusted snippets, each in a fork of itself.
 
-A line of standard input is a request, and gets a line in answer. This file is run on its own and imports nothing but the standard
-library. What holds a snippet, from the outside in:
+Each line of standard input is a request and is answered by one line. This file runs on its own and imports only the standard
+library. A snippet is confined by, from the outside in:
 
-- namespaces for processes and network, where the kernel makes them: all that a snippet started ends with it;
-- limits on CPU time, memory, file size and processes, and a clock outside; standard input is empty, and nothing is printed to anyone;
-- Landlock, where the kernel has it: outside its own temporary folder nothing can be written, moved or removed;
-- an audit hook, which Python code cannot remove: no processes, no sockets, no ctypes, no frames of others, and the same rule on files.
+- namespaces for processes and network, where the kernel provides them: every process that a snippet starts ends with it;
+- limits on CPU time, memory, file size and processes, and a time limit kept by the parent; standard input is empty, output is discarded;
+- Landlock, where the kernel has it: nothing outside the snippet's own temporary folder can be written, moved or removed;
+- an audit hook, which Python code cannot remove: no processes, sockets, ctypes or foreign frames, and the same rule for files.
 
-A verdict is sent over a connection that is made when the test has passed or failed. While a snippet's code runs there is no
-connection that it could write to, and making it is refused; the answer is taken from the started process and from no other. Builtins
-are put back before the test, and what sends the verdict uses nothing that Python code can replace.
+The verdict is sent over a connection that is opened only after the test has passed or failed. While a snippet's code runs there is no
+connection that it could write to, and it may not open any; an answer is accepted from the forked process only. Builtins
+are restored before the test, and the code that sends the verdict uses nothing that Python code can replace.
 """
 
 import _socket
@@ -37,24 +37,24 @@ import time
 import warnings
 from typing import Any
 
-MEMORY_BYTES, FILE_BYTES, PROCESSES = 1 << 30, 16 << 20, 64  # beyond what there is already
+MEMORY_BYTES, FILE_BYTES, PROCESSES = 1 << 30, 16 << 20, 64  # memory and processes: in addition to those in use
 
 _NAMESPACES, _OF_A_USER = 0x40000000 | 0x20000000 | 0x08000000, 0x10000000  # network, processes, System V IPC
 _NO_NEW_PRIVILEGES = 38
-# Landlock: its calls, and all its rights to write, make, remove, move and truncate, by the version that has them
+# Landlock: its system calls, and its rights to write, make, remove, move and truncate, by the version that introduced them
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _WRITES = {1: 0b1111111110010, 2: 1 << 13, 3: 1 << 14}
 _WRITE_FILE = 1 << 1
 
-# audit events that are refused while a snippet or test runs, by how they begin
+# prefixes of audit events that are refused while a snippet or test runs
 _REFUSED = (
     "socket.", "ctypes.", "subprocess.", "pty.", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.system", "os.kill", "os.startfile",
     "gc.get_", "sys._current_", "sys.addaudithook", "sys.setprofile", "sys.settrace", "sys.monitoring", "syslog.", "fcntl.",
     "signal.pthread_kill", "resource.", "cpython.run_", "os.mknod", "os.mkfifo", "os.chroot", "mmap.",
 )  # fmt: skip
-# These errors are what libraries expect where there are no frames to be had.
+# Access to frames raises ValueError, which libraries expect where frames are not available.
 _FRAMES = {"tb_frame", "gi_frame", "cr_frame", "ag_frame"}
-# places of the paths that an event changes, and of the folders that they are relative to
+# indices, among an event's arguments, of the paths that it changes and of the folders to which they are relative
 _CHANGES = {
     "os.remove": ((0, 1),), "os.rmdir": ((0, 1),), "os.mkdir": ((0, 2),), "os.chmod": ((0, 2),), "os.chown": ((0, 3),), "os.utime": ((0, 3),),
     "os.rename": ((0, 2), (1, 3)), "os.link": ((0, 2), (1, 3)), "os.symlink": ((0, 2), (1, 2)), "os.truncate": ((0, None),),
@@ -63,7 +63,7 @@ _CHANGES = {
 
 
 def serve() -> None:
-    """Answer requests until there are no more."""
+    """Answer requests until standard input ends."""
     _become_first_process()
     for line in sys.stdin:
         request = json.loads(line)
@@ -74,7 +74,7 @@ def serve() -> None:
 
 
 def _become_first_process() -> None:
-    """Go on as the first process of new namespaces, which can end all others of them; or as it is, where there are none to be had."""
+    """Continue as the first process of new namespaces, which can end all others in them; or unchanged, if namespaces are not available."""
     unshare = ctypes.CDLL(None).unshare
     if unshare(_NAMESPACES) and unshare(_OF_A_USER | _NAMESPACES):
         return
@@ -84,7 +84,7 @@ def _become_first_process() -> None:
 
 
 def run(setup: str, snippet: str, test: str, seconds: float) -> dict[str, str]:
-    """Run them in a fork, which may take so long: what became of the snippet as ``kind``, and an error as text."""
+    """Run setup, snippet and test in a fork, for at most ``seconds``: the snippet's outcome as ``kind``, and an error as text."""
     try:
         program = _program(snippet)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -114,8 +114,8 @@ def run(setup: str, snippet: str, test: str, seconds: float) -> dict[str, str]:
 
 
 def _program(snippet: str):
-    """A snippet's code, which binds the value of its last statement to ``result`` if that is an expression or an assignment to a
-    name, and puts an error that ends it into the list ``__error__``."""
+    """Compile a snippet; its code binds the value of its last statement to ``result`` if that is an expression or an assignment to a
+    name, and appends an error that ends it to the list ``__error__``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         body = ast.parse(snippet).body
@@ -131,14 +131,14 @@ def _program(snippet: str):
 
 
 def _recorded(code: str):
-    """Code that puts an error that ends it into the list ``__error__``."""
+    """Compile code that appends an error that ends it to the list ``__error__``."""
     frame = ast.parse("try: pass\nexcept BaseException as __e: __error__.append(__e); raise")
     frame.body[0].body += ast.parse(code).body  # type: ignore[attr-defined]
     return compile(ast.fix_missing_locations(frame), "<setup>", "exec")
 
 
 def _verdict(listener: socket.socket, child: int, seconds: float) -> dict[str, str]:
-    """What the child says, if it says it in time."""
+    """The child's verdict, if it arrives in time."""
     until, exited = time.monotonic() + seconds, False
     while (left := until - time.monotonic()) > 0:
         if select.select([listener], [], [], 0.002)[0]:
@@ -158,19 +158,19 @@ def _verdict(listener: socket.socket, child: int, seconds: float) -> dict[str, s
                 if code == -signal.SIGXCPU
                 else {"kind": "ended", "error": f"status {code}"}
             )
-        # What it said last is looked for once more after its end.
+        # after the child's exit, check once more for a verdict that it sent just before
         exited = exited or bool(os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT))
     return {"kind": "time", "error": ""}
 
 
 def _end(child: int) -> None:
-    """End the child and what it started."""
+    """End the child and all processes that it started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child, signal.SIGKILL)
     first = os.getpid() == 1
     if first:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(-1, signal.SIGKILL)  # all processes of the namespace but this one
+            os.kill(-1, signal.SIGKILL)  # all processes of the namespace except this one
     with contextlib.suppress(ChildProcessError):
         os.waitpid(child, 0)
         while first:
@@ -178,7 +178,7 @@ def _end(child: int) -> None:
 
 
 def _confine(folder: str, seconds: int) -> None:
-    """Everything that holds this process from outside of Python."""
+    """Apply all restrictions on this process that do not depend on Python."""
     os.setsid()
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
@@ -194,13 +194,13 @@ def _confine(folder: str, seconds: int) -> None:
         limit = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(limit)[1]
         soft = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        # Beyond the soft limit of CPU time comes a signal of its own; at the hard one the process is simply killed.
+        # beyond the soft limit of CPU time the process gets SIGXCPU; at the hard limit it is killed
         resource.setrlimit(limit, (soft, soft + 1 if name == "CPU" and soft == value else soft))
     _forbid_writing(folder)
 
 
 def _of_this_user() -> int:
-    """Threads of this user's processes, as far as they can be seen."""
+    """The number of threads of this user's visible processes."""
     count = 0
     for process in filter(str.isdecimal, os.listdir("/proc")):
         with contextlib.suppress(OSError):
@@ -210,7 +210,7 @@ def _of_this_user() -> int:
 
 
 def _forbid_writing(folder: str) -> None:
-    """Where the kernel has Landlock, nothing but the folder and the null device can be written from now on."""
+    """If the kernel has Landlock, allow writing only to the folder and the null device from now on."""
     libc = ctypes.CDLL(None)
     version = libc.syscall(_CREATE_RULESET, None, 0, 1)
     if version < 1 or libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0):
@@ -229,9 +229,9 @@ def _forbid_writing(folder: str) -> None:
 def _judge(address: bytes, folder: str, setup, program, test) -> None:
     """Run setup, snippet and test, and send the verdict.
 
-    They run in a second thread (one for all three: some objects belong to a thread), called one after another by C code that ends at the
-    first error. So no frame of this file is below theirs; and that the test has passed is a lock that C code opens after it, and nothing
-    that Python code can reach. What is used here once they run is held by this frame: names of a module can be replaced.
+    They run in a second thread (the same for all three, because some objects belong to a thread), called one after another by C code
+    that stops at the first error. So no frame of this file is below theirs; and the sign that the test has passed is a lock that C code
+    releases after it, which Python code cannot reach. All names used here while they run are local, because a module's names can be replaced.
     """
     leave, running, is_a, kind_of, text, base = os._exit, _thread._count, isinstance, type, str, BaseException
     make, family, name_of = _socket.socket, _socket.AF_UNIX, type.__dict__["__name__"].__get__
@@ -265,7 +265,7 @@ def _judge(address: bytes, folder: str, setup, program, test) -> None:
             return ""
 
     def ends(part: str) -> bool:
-        """Wait for the end of a part: whether it came without an error."""
+        """Wait for a part to end; returns whether it ended without an error."""
         while not ended[part].acquire(timeout=0.0005):
             if running() <= others:
                 return ended[part].acquire(blocking=False)
@@ -283,7 +283,7 @@ def _judge(address: bytes, folder: str, setup, program, test) -> None:
     ]  # fmt: skip
     others = running()
     _thread.start_new_thread(list, (map(operator.call, steps),))
-    begun.acquire()  # The thread counts from now on.
+    begun.acquire()  # the thread has started, so running() counts it from now on
     if not ends("setup"):
         return say("setup", described(errors))
     names["result"] = None
@@ -304,7 +304,7 @@ def _judge(address: bytes, folder: str, setup, program, test) -> None:
         if name not in plain:
             del space[name]
     sys.stdout = before
-    # What the snippet calls like a builtin would be the test's as well.
+    # a snippet's global that is named like a builtin would hide the builtin from the test
     for name in [*names]:
         if name in plain and names[name] is not of_setup.get(name):
             del names[name]
@@ -315,7 +315,7 @@ def _judge(address: bytes, folder: str, setup, program, test) -> None:
 
 
 def _guard(folder: str, refusing: list, judge: int):
-    """An audit hook that refuses what a snippet has no business with: while ``refusing`` is not empty, and to all threads but the ``judge``."""
+    """An audit hook that refuses forbidden events: to all threads while ``refusing`` is not empty, and always to all except the ``judge``."""
     here, link, path_of, thread = os.getcwd, os.readlink, os.fspath, _thread.get_ident
     texts, number, writes = (str, bytes), int, os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     kind_of, refused, frames, changes, allowed = type, _REFUSED, _FRAMES, _CHANGES, (folder, os.devnull)
@@ -323,7 +323,7 @@ def _guard(folder: str, refusing: list, judge: int):
 
     def inside(path, relative_to) -> bool:
         if kind_of(path) is number:
-            return True  # It was opened before.
+            return True  # a file descriptor: the file was opened before
         path = path_of(path)
         if kind_of(path) not in texts:
             return False

@@ -1,8 +1,8 @@
-"""What is left of a run's work, and what a worker that has nothing to do is asked for next. Knows nothing of Ray.
+"""A run's remaining work, and which unit of it an idle worker gets next. This module does not depend on Ray.
 
-The work of a dataset and an editor falls into groups: the parts of its plan (:func:`clme_lib.study.work.planned`), each prepared once by the
-worker that is asked for it first. Cases of a group are given out in batches, the longest first; towards the end batches get smaller, so that
-nobody holds the end up. A walk (a protocol's steps that build on each other) is one unit, which goes on from the last state that was kept.
+The work of a dataset and an editor is divided into groups: the parts of its plan (:func:`clme_lib.study.work.planned`), each prepared once by
+the worker that gets it first. A group's cases are given out in batches, the longest first; towards the end batches get smaller, so that
+no worker delays the end. A walk (a protocol's steps that build on each other) is one unit, which resumes from the last kept state.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from ..config import RunConfig
 from ..work import edited_alone, planned
 
 Place = tuple[str, str, int]  # dataset, editor, and which part of its plan
-SUSPECT_AFTER = 2  # workers that died of several cases
-BLAMED_AFTER = 3  # workers that died of what cannot be halved: twice may be chance, where many die of something else
-_AHEAD_WHILE = 4  # batches that wait for each worker, at least, while workers are asked ahead
+SUSPECT_AFTER = 2  # deaths of workers after which a batch of several cases is halved
+BLAMED_AFTER = 3  # deaths after which a unit that cannot be halved is given up: two may be chance if workers often die for other reasons
+_AHEAD_WHILE = 4  # workers get units ahead only while at least this many batches per worker are waiting
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What a worker is asked for at once; ``cases`` are ids, ``deaths`` how many workers died of it."""
+    """The work that a worker gets at once; ``cases`` are ids, ``deaths`` is the number of workers that died while working on it."""
 
     place: Place
     kind: Literal["prepare", "edit", "walk"]
@@ -42,18 +42,18 @@ class Group:
     """The work at one place.
 
     Args:
-        waiting: ids of cases that are edited each alone, those that take longest first.
-        walked: how many records a walk is to give; 0: there is none.
+        waiting: ids of the cases to be edited alone, the longest first.
+        walked: how many records the walk must produce; 0 if there is no walk.
     """
 
     place: Place
     waiting: list[int]
     walked: int = 0
     prepared: bool = field(default=False, init=False)
-    underway: int = field(default=0, init=False)  # units that workers have
-    records: int = field(default=0, init=False)  # that came
-    seconds: float = field(default=0.0, init=False)  # that workers spent on them
-    units: list[Unit] = field(init=False)  # to prepare, to walk, and those whose workers died
+    underway: int = field(default=0, init=False)  # units being worked on
+    records: int = field(default=0, init=False)  # records received
+    seconds: float = field(default=0.0, init=False)  # that workers spent on these records
+    units: list[Unit] = field(init=False)  # the preparation, the walk, and units whose workers died
 
     def __post_init__(self) -> None:
         self.units = [Unit(self.place, "walk")] if self.walked else []
@@ -61,12 +61,12 @@ class Group:
 
     @property
     def left(self) -> int:
-        """Records that nobody works on."""
+        """The number of missing records that no worker is working on."""
         of_units = (len(unit.cases) or self.walked * (unit.kind == "walk") for unit in self.units)
         return len(self.waiting) + sum(of_units)
 
     def take(self, size: int) -> Unit | None:
-        """The next unit, of ``size`` cases at most; None if there is nothing to do yet, or any more."""
+        """The next unit, with at most ``size`` cases; None if there is nothing to do yet, or nothing left."""
         if not self.prepared:
             return self.units.pop() if self.units and self.units[-1].kind == "prepare" else None
         if self.units and self.units[-1].kind == "edit":
@@ -85,12 +85,12 @@ def groups_of(
     everything: Sequence[Case],
     keys: set[tuple[int, int]],
 ) -> Iterator[Group]:
-    """The groups of a dataset and an editor in which something is missing from ``keys``."""
+    """The groups of a dataset and an editor that have records to make, i.e. not in ``keys``: (position, case id)."""
     for number, part in enumerate(planned(config, editor, cases, everything)):
         alone = edited_alone(config, part.steps, keys)
         done = keys | {(1, case.case_id) for case in alone}
         walked = sum((step.position, case.case_id) not in done for step in part.steps for case in step.scored)
-        # no model is needed to know that more text takes longer; what is written counts for every step
+        # more text takes longer, which can be judged without a model; the target counts more because every step of an edit processes it
         alone.sort(key=lambda case: (-len(case.prompt) - 4 * len(case.target), case.case_id))
         if alone or walked:
             yield Group((dataset, editor, number), [case.case_id for case in alone], walked)
@@ -107,9 +107,9 @@ class Queue:
         return any(group.left or group.underway for group in self.groups.values())
 
     def next(self, at: Place | None, size: int, workers: int) -> Unit | None:
-        """What one of the ``workers`` is asked for that was ``at`` a place before and takes ``size`` cases; None if it has to wait.
+        """The next unit for one of the ``workers``, which was ``at`` a place before and takes ``size`` cases; None if it must wait.
 
-        It stays where it is as long as there is work; else what others wait for comes first, then what will take longest.
+        A worker stays at its place while there is work; otherwise preparations come first, then the group that will take longest.
         """
         with_work = [group for group in self.groups.values() if group.left]
         left = sum(group.left for group in with_work)
@@ -123,7 +123,7 @@ class Queue:
         return None
 
     def ahead(self, at: Place, size: int, workers: int) -> Unit | None:
-        """A batch for a worker that has one still, so that it need not wait for the driver; None towards the end, when others would wait for it."""
+        """Another batch for a worker that is still busy, so that it need not wait for the driver; None towards the end, to share the work evenly."""
         group = self.groups[at]
         if len(group.waiting) < _AHEAD_WHILE * size * workers:
             return None
@@ -131,7 +131,7 @@ class Queue:
         return group.take(size)
 
     def came(self, unit: Unit, records: int, seconds: float) -> None:
-        """Records of a unit came, in so many seconds of a worker."""
+        """Note that some of a unit's records came, on which a worker spent ``seconds``."""
         group = self.groups[unit.place]
         group.records, group.seconds = group.records + records, group.seconds + seconds
 
@@ -141,17 +141,17 @@ class Queue:
         group.prepared |= unit.kind == "prepare"
 
     def returned(self, unit: Unit) -> None:
-        """A worker died before it came to the unit, or with its node: it is given to another."""
+        """Put back a unit whose worker died before beginning it, or with its node: another worker gets it."""
         group = self.groups[unit.place]
         group.underway -= 1
         group.units.append(unit)
 
     def died(self, unit: Unit) -> tuple[int, ...]:
-        """A worker died with the unit: it is given to another. Cases of which two workers died are halved; a single case of which three
-        did is returned, for nobody to be asked for it again.
+        """Put back a unit whose worker died while working on it. After two deaths a batch of cases is halved; after three, a single case
+        is returned and not given out again.
 
         Raises:
-            StudyError: workers die of what cannot be halved.
+            StudyError: too many workers died while working on a unit that has no cases to halve.
         """
         group = self.groups[unit.place]
         group.underway -= 1
@@ -167,12 +167,12 @@ class Queue:
             return unit.cases
         half = len(unit.cases) // 2
         for cases in (unit.cases[:half], unit.cases[half:]):
-            # one more death tells which half it is; a single case is not blamed for what may have been its neighbours' fault
+            # one more death shows which half is at fault; a single case starts at zero, because other cases may have caused the deaths
             group.units.append(replace(unit, cases=cases, deaths=SUSPECT_AFTER - 1 if len(cases) > 1 else 0))
         return ()
 
     def rates(self) -> dict[str, dict[str, dict[str, float]]]:
-        """By dataset and editor, records and the seconds that workers spent on them."""
+        """The number of records, and the seconds that workers spent on them, by dataset and editor."""
         rates: dict[str, dict[str, dict[str, float]]] = {}
         for (dataset, editor, _), group in self.groups.items():
             known = rates.setdefault(dataset, {}).setdefault(editor, {"records": 0, "seconds": 0.0})
@@ -181,7 +181,7 @@ class Queue:
         return rates
 
     def _seconds_of_a_record(self) -> dict[Place, float]:
-        """Of each group, or where none of its came yet of all of them."""
+        """Seconds per record of each group, or of all groups together if none of its records has come yet."""
         records = sum(group.records for group in self.groups.values())
         mean = sum(group.seconds for group in self.groups.values()) / records if records else 1.0
         return {place: group.seconds / group.records if group.records else mean for place, group in self.groups.items()}

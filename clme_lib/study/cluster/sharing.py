@@ -1,7 +1,7 @@
-"""What is made once over all machines of a cluster: who makes it, and how the others come by it.
+"""Files that are made once for all machines of a cluster: which worker makes each, and how the others get it.
 
-Learnt networks, encoders and statistics are files of the user's cache (support/artifact.py). Where workers share the cache, its own locks
-are enough. Where each node has its own, the registry knows who makes a file, keeps others waiting, and hands the bytes on.
+Learnt networks, encoders and statistics are files in the user's cache (support/artifact.py). If workers share the cache, its own locks
+are enough. If each node has its own, the registry knows which worker makes a file, keeps the others waiting, and passes the bytes on.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ _ASK_EVERY = 0.5  # seconds
 
 
 def cache_id() -> str:
-    """The same for all processes that share a cache."""
+    """An id that is the same for all processes that share a cache."""
     file = cache_dir() / "cluster-id"
     file.parent.mkdir(parents=True, exist_ok=True)
     own = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
     own.write_text(secrets.token_hex(16))
     with contextlib.suppress(FileExistsError):
-        os.link(own, file)  # of several at once, one
+        os.link(own, file)  # if several processes try at once, only one link is made
     own.unlink()
     return file.read_text()
 
 
 class Registry:
-    """Which file of the cache is made by whom, and what was in it. On a cluster an actor of its own."""
+    """Knows which worker makes each file of the cache, and keeps the files' contents. On a cluster it is an actor."""
 
     def __init__(self) -> None:
         self._makers: dict[str, str] = {}
@@ -41,31 +41,31 @@ class Registry:
         self._caches: set[str] = set()
 
     def acquire(self, name: str, worker: str, cache: str) -> Literal["make", "wait"] | bytes:
-        """May a worker make the file? Else what it is to do: wait and ask again, or write these bytes first (it holds the file then, too)."""
+        """``make`` if the worker may make the file, ``wait`` if it must ask again later, or the bytes to write; it holds the file unless it waits."""
         self._caches.add(cache)
         if self._makers.setdefault(name, worker) != worker:
             return "wait"
         return self._contents.get(name, "make")
 
     def is_missing_elsewhere(self, name: str) -> bool:
-        """Whether others need the bytes (:meth:`keep`): their caches are not the maker's."""
+        """Whether other caches need the file's bytes (:meth:`keep`)."""
         return len(self._caches) > 1 and name not in self._contents
 
     def keep(self, name: str, content: bytes) -> None:
-        """What a worker made."""
+        """Keep the bytes of a file that a worker made."""
         self._contents[name] = content
 
     def release(self, name: str, worker: str) -> None:
-        """The worker does not hold the file any more."""
+        """Release a file that a worker holds."""
         if self._makers.get(name) == worker:
             del self._makers[name]
 
     def join(self, cache: str) -> None:
-        """A worker has come that uses this cache."""
+        """Register the cache of a new worker."""
         self._caches.add(cache)
 
     def forget(self, worker: str) -> None:
-        """A worker died; what it held is free."""
+        """Release all files of a worker that died."""
         self._makers = {name: maker for name, maker in self._makers.items() if maker != worker}
 
 
@@ -92,7 +92,7 @@ class Sharing:
         except BaseException:
             self._ask("release", name, self._worker)
             raise
-        # The bytes come first: whoever asks after the release has them.
+        # keep the bytes before the release, so that the next worker gets them
         if not isinstance(answer, bytes) and file.is_file() and self._ask("is_missing_elsewhere", name):
             self._ask("keep", name, file.read_bytes())
         self._ask("release", name, self._worker)

@@ -1,4 +1,4 @@
-"""What a worker does: it loads the subject once and turns units of work into records. On a cluster an actor; it can be used without Ray."""
+"""Workers: each loads the subject once and turns units of work into records. On a cluster a worker is an actor; it also works without Ray."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MUST_AGREE = ("torch", "transformers", "tokenizers")
 
 @dataclass(frozen=True)
 class Job:
-    """What all workers of a run are given: the configuration, each dataset's cases, and the ids of those that are edited."""
+    """The input of all workers of a run: the configuration, each dataset's cases, and the ids of the cases that are edited."""
 
     config: RunConfig
     datasets: Sequence[Dataset]
@@ -41,15 +41,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a unit, or of a part of it.
+    """The result of a unit, or of a part of it.
 
     Attributes:
-        records: as they are appended, without those that were kept before.
-        seconds: that the worker spent.
-        finished: nothing is left of the unit.
+        records: new records, in the form in which they are appended to the run's files.
+        seconds: the time that the worker spent.
+        finished: whether the unit is complete.
         size: how many cases the worker takes at once from now on.
-        state: of a walk, the file of the last state.
-        texts: of the unedited subject, newly generated; for other caches.
+        state: for a walk, the bytes of the last state's file; None if it has not changed.
+        texts: texts that the unedited subject newly generated, for other caches.
     """
 
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -61,10 +61,10 @@ class Result:
 
 
 class Worker:
-    """Works for one run.
+    """A worker of one run.
 
     Args:
-        ask: calls one of the registry's methods by its name; None where the cache is the only one.
+        ask: calls one of the registry's methods by its name; None if there is only one cache.
     """
 
     def __init__(self, job: Job, name: str, ask: Callable[..., Any] | None = None, threads: int | None = None) -> None:
@@ -83,7 +83,7 @@ class Worker:
         self._walked: tuple[Unit, Iterator[Result]] | None = None
 
     def hello(self) -> dict[str, Any]:
-        """Load the subject; who this is, and what has to be the same for all workers of a run. If it cannot work, the ``problem``."""
+        """Load the subject; returns the worker's node and all that must agree among a run's workers, or the ``problem`` if it cannot work."""
         config = self._job.config
         try:
             self._subject = load_subject(config.subject, config.device, config.dtype)
@@ -100,14 +100,14 @@ class Worker:
         }
 
     def prepare(self, unit: Unit, start: Mapping[str, str]) -> dict[str, Any]:
-        """Have an editor learn and gather what it needs at a place; its hyperparameters, and what it prepared."""
+        """Let an editor learn and gather what it needs at a place; returns its hyperparameters and a description of the preparation."""
         editor = self._work(unit.place, start).editor
         return {"hyperparameters": provenance.hyperparameters(editor), "setup": editor.setup()}
 
     def edit(self, unit: Unit, start: Mapping[str, str], texts: Sequence[dict] | None = None) -> Result:
-        """Records of a batch of cases.
+        """Edit a batch of cases and return their records.
 
-        ``texts`` are the unedited subject's, as workers with other caches have generated them; None if there is but this cache.
+        ``texts`` are the unedited subject's texts that workers with other caches have generated; None if there is only this cache.
         """
         began = time.perf_counter()
         known = kept_texts(self._subject)
@@ -118,7 +118,7 @@ class Worker:
         cases = {case.case_id: case for case in self._job.everything[unit.place[0]]}
         batches = work.batches([cases[case_id] for case_id in unit.cases], self._size)
         records = [record.model_dump() for batch in work.alone(batches) for record in batch]
-        # a batch that did not fit makes all that follow smaller; one that left room makes them larger
+        # if a batch did not fit into memory, all later batches are smaller; if it left room, they are larger
         self._size = batches.size
         new = [known.rows[key] for key in known.rows.keys() - before] if texts is not None else []
         return Result(records, time.perf_counter() - began, size=self._size, texts=new)
@@ -126,12 +126,12 @@ class Worker:
     def begin_walk(
         self, unit: Unit, start: Mapping[str, str], keys: set[tuple[int, int]], state: bytes | None
     ) -> Result:
-        """Take up the steps at a place that build on each other, from a state that was kept; :meth:`go_on` gives the records."""
+        """Begin the steps at a place that build on each other, from the last kept state; returns the first records, like :meth:`go_on`."""
         self._walked = unit, self._walk(unit, start, keys, state)
         return self.go_on(unit)
 
     def go_on(self, unit: Unit) -> Result:
-        """The walk's next records, and its state where it has changed."""
+        """The walk's next records, and its state if it has changed."""
         assert self._walked is not None and self._walked[0].place == unit.place
         return next(self._walked[1], Result())
 
@@ -167,7 +167,7 @@ class Worker:
         return self._parts[dataset, editor][number]
 
     def _work(self, place: Place, start: Mapping[str, str]) -> Work:
-        """Work at a place, whose editor has learnt what it needs there."""
+        """The work at a place, with an editor that has learnt what it needs there."""
         dataset, name, _ = place
         config, everything = self._job.config, self._job.everything[dataset]
         if (dataset, name) not in self._works:
