@@ -1,11 +1,11 @@
-"""What a cluster costs and stands: random kills, the overhead of a worker, and how many workers the one driver can serve.
+"""A cluster's costs and its resistance to faults: random kills, the overhead of a worker, and how many workers one driver can serve.
 
-faults: workers, nodes and drivers are killed at random while a grid runs on three nodes of this machine; records must be those of one process.
-overhead: cases a second of one worker against the plain process, and of two workers of a thread against one process of two threads.
-scaling: the real driver and Ray, with workers that sleep for times that edits of the published runs took; the sleeps of many workers share
-a few processes, because a machine has no room for a thousand.
+faults: workers, nodes and drivers are killed at random while a run uses three nodes on this machine; its records must equal those of one process.
+overhead: cases per second of one worker against a plain process, and of two workers with one thread each against one process with two.
+scaling: the real driver and Ray, with workers that sleep for as long as edits of the published runs took; many workers share
+a few processes, because one machine cannot hold a thousand.
 
-study: hours of the whole study, from what scaling and RQ2 have measured.
+study: hours of the whole study, computed from the measurements of scaling and RQ2.
 
 usage: python benchmarks/cluster.py faults|overhead|scaling|study [--kills 50] [--workers 64,256,1024] [--out results/benchmarks/cluster_NAME.csv]
 """
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 PUBLISHED = ROOT / "results" / "runs" / "smollm2-135m-code"
 SEED = 0
-PATIENCE = 90  # seconds after which something is killed though nothing was written
+PATIENCE = 90  # seconds after which something is killed even if nothing was written
 
 
 def workers_alive() -> list[int]:
@@ -39,7 +39,7 @@ def workers_alive() -> list[int]:
 
 
 def faults(kills: int) -> pd.DataFrame:
-    """Kill something at random each time that records were written, until so many were killed; then let the run end."""
+    """Kill something at random whenever new records have been written, ``kills`` times; then let the run finish."""
     from conftest import make_subject, write_source
     from ray.cluster_utils import Cluster
 
@@ -75,7 +75,7 @@ def faults(kills: int) -> pd.DataFrame:
         if driver.poll() is not None:
             driver = drive()
         time.sleep(draw.uniform(0.5, 3))
-        # what is killed should be at work, and not only start
+        # wait for new records, so that processes are killed at work and not while starting
         if lines() == seen and time.monotonic() < patience:
             continue
         seen, patience = lines(), time.monotonic() + PATIENCE
@@ -108,7 +108,7 @@ def faults(kills: int) -> pd.DataFrame:
 
 
 def overhead(cases: int, turns: int) -> pd.DataFrame:
-    """Cases a second between the first and the last batch, so that no start counts; the variants take turns."""
+    """Cases per second between the first and the last batch, so that starting up does not count; the variants take turns."""
     variants = {
         "one process, one thread": (1, []),
         "one worker, one thread": (1, ["--on", "ray", "--workers", "1"]),
@@ -158,7 +158,7 @@ class Sleepers:
         self._awaited, self._at_work = workers, {}
 
     async def load(self) -> None:
-        """A worker has loaded the library before it says hello."""
+        """Load the library, as a worker does before it says hello."""
         import clme_lib.study.cluster.worker  # noqa: F401
 
     async def hello(self, about: dict) -> dict:
@@ -166,7 +166,7 @@ class Sleepers:
         return about
 
     async def prepare(self, unit, start):
-        # what is measured begins when all workers are there
+        # measure from the time when all workers are ready
         while self._awaited:
             await asyncio.sleep(0.1)
         await asyncio.sleep(2)
@@ -175,7 +175,7 @@ class Sleepers:
     async def edit(self, worker, unit, start, texts=None):
         from clme_lib.study.cluster.worker import Result
 
-        # a worker does one thing after the other, in the order in which it was asked
+        # a worker handles its requests one at a time, in order
         async with self._at_work.setdefault(worker, asyncio.Lock()):
             began = time.perf_counter()
             await asyncio.sleep(sum(self._draw.choice(self._seconds) for _ in unit.cases))
@@ -184,7 +184,7 @@ class Sleepers:
 
 
 def scaling(sizes: list[int], each: int, faster: float, processes: int = 4) -> pd.DataFrame:
-    """Every worker edits about ``each`` cases, one at a time, so many times ``faster`` than the published run's machine."""
+    """Each worker edits about ``each`` cases, one at a time, ``faster`` times as fast as the published run's machine."""
     from clme_lib.datasets import published
     from clme_lib.datasets.cases import Case, dataset_sha256
     from clme_lib.datasets.paper import CNLE
@@ -197,7 +197,7 @@ def scaling(sizes: list[int], each: int, faster: float, processes: int = 4) -> p
     from clme_lib.study.config import make_config
 
     class Timed(Driver):
-        """Notes when the workers begin to edit, and when the last of their records came."""
+        """Notes when the workers begin to edit, and when their last record came."""
 
         def _prepared(self, unit, prepared) -> None:
             super()._prepared(unit, prepared)
@@ -259,7 +259,7 @@ def scaling(sizes: list[int], each: int, faster: float, processes: int = 4) -> p
 
 
 def study() -> pd.DataFrame:
-    """Hours of the whole study on 1, 8 and 64 workers: work divided by the workers and by the utilisation that scaling has measured."""
+    """Hours of the whole study on 1, 8 and 64 workers: the work divided by the number of workers and by scaling's measured utilisation."""
     from clme_lib.study.rq2.measure import load_measurements
     from clme_lib.study.rq2.tables import PAPER_CASES, projection_table
 

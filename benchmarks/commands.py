@@ -1,8 +1,8 @@
-"""How long the commands take that README and the page *Reproducing* name, one after the other in a fresh clone with an empty cache.
+"""How long the commands in README and on the page *Reproducing* take, one after another in a fresh clone with an empty cache.
 
 usage: python benchmarks/commands.py [--only "make setup,make test,rq1"] [--out results/benchmarks/commands.csv]
 
-The clone is of the last commit. A command that fails is named at the end, and is not in the table.
+The last commit is cloned. Commands that fail are named at the end and left out of the table.
 """
 
 import argparse
@@ -23,7 +23,7 @@ STEPS = "make setup,make test,make test-all,make lint,make book,.venv/bin/python
 
 
 def papermill_commands() -> dict[str, str]:
-    """The page's commands by the research question of their notebook, the first of each."""
+    """The page's first command for each research question's notebook, by research question."""
     page = (ROOT / "book" / "reproducing.md").read_text(encoding="utf-8").replace("\\\n", " ")
     listed: dict[str, str] = {}
     for line in re.findall(r"^ {4}(papermill notebooks/\w+\.ipynb .*)$", page, re.M):

@@ -1,7 +1,7 @@
-"""Whether compiling pays: one block's part of a step, forward and backward, as it is and through ``torch.compile``, in one run.
+"""Whether compiling pays off: one block's part of a step, forward and backward, without and with ``torch.compile``, in one run.
 
 A step of the fast path runs every block above the edited layer on a batch's touched columns. The first of these blocks is
-timed on the real inputs of a batch; *first* is its first compiled call, which compiles, and which other shapes of a batch repeat.
+timed on the real inputs of a batch; *first* is its first compiled call, which compiles; batches of other shapes compile again.
 
 usage: python benchmarks/compiled_block.py, with the options of fast_path.py
 """
@@ -18,7 +18,7 @@ ROUNDS = 15
 
 
 def measure(editor, cases, tokenized):
-    """Milliseconds of one block both ways."""
+    """Milliseconds of one block, plain and compiled."""
     subject = editor.subject
     layer = editor.layers[-1]
     if editor.name in ("rome", "memit", "pmet"):

@@ -1,8 +1,8 @@
-"""Construction at scale: seconds and peak memory of finding neighbours and of renaming, at growing synthetic sizes.
+"""Dataset construction at scale: seconds and peak memory of the search for neighbours and of renaming, at growing synthetic sizes.
 
-Texts are random words in Zipf's proportions, as many as intents and functions have; vectors are random and as wide as Arctic-embed's; renamed are
-the mined functions, repeated. Each measurement runs in a process of its own, so that its peak is its own. The last column extrapolates to the paper's
-size by the number of comparisons (neighbours) or of functions (renaming).
+Texts are random words in Zipf's proportions, as long as intents and functions; vectors are random and as wide as Arctic-embed's; renaming uses
+the mined functions, repeated. Each measurement runs in its own process, so that its peak memory is its own. The last column extrapolates to the
+paper's size by the number of comparisons (neighbours) or of functions (renaming).
 
 usage: python benchmarks/construction.py [--threads 2] [--out FILE.csv]
 """

@@ -1,14 +1,14 @@
-"""The fast path against a fixed plain procedure, in one run, same threads and dtype.
+"""The fast path against a fixed plain procedure, in one run, with the same threads and dtype.
 
-Plain: a frozen Hugging Face model, one case at a time, a forward pass over prompt and target with all logits and a backward
-pass from the target's loss to the edited layer, every step. Ours: ``editor.edit`` on the same cases in batches. Beside each
-ratio stands the ceiling that counting multiplications allows: what the plain procedure computes over what the fast path has to.
-For ROME, MEMIT and PMET the plain procedure reads a case's six rows as one padded batch, and writes (MEMIT, PMET) with a dense
-solve in double precision and really changed weights; statistics and context templates are made before the clock, in both.
+Plain: a frozen Hugging Face model, one case at a time; each step is a forward pass over prompt and target with all logits, and a
+backward pass from the target's loss to the edited layer. Ours: ``editor.edit`` on the same cases in batches. Each ratio is shown with
+its ceiling from counting multiplications: those of the plain procedure over those that the fast path cannot avoid.
+For ROME, MEMIT and PMET the plain procedure reads a case's six rows as one padded batch; for MEMIT and PMET it writes with a dense
+solve in double precision and changes the weights in place. In both, statistics and context templates are made before timing starts.
 
 usage: python benchmarks/fast_path.py [--editors grace,ft-l] [--data cnle,csne] [--device cpu|cuda] [--cases 12] [--threads 2] [--out FILE.csv]
 
-With --out, rows of the same editors and device in the file are replaced.
+With --out, rows in the file with the same editor, values, data, device and threads are replaced.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def plain_ft_l(subject, tokens, values):
 
 
 def plain_rewriting(subject, case, editor):
-    """ROME, MEMIT or PMET as the formulas say: padded rows, all blocks and logits each step, dense solves, real writes."""
+    """ROME, MEMIT or PMET by their formulas: padded rows, all blocks and logits in each step, dense solves, weights changed in place."""
     values, model = editor.hparams, subject.model
     rows = [tokenize(subject.tokenizer, context + case.prompt, case.target) for context in editor.contexts]
     width = max(len(row.inputs) for row in rows)
@@ -197,9 +197,9 @@ def plain_malmen(subject, tokens, editor):
 
 
 def ceiling(subject, tokenized, values, touched_all):
-    """Multiplications of the plain procedure over those of the fast path, both for the values' full number of steps.
+    """Multiplications of the plain procedure over those of the fast path, both for the full number of steps.
 
-    Batching is free; attention's products and the tokens of context templates are left out on both sides.
+    Batching counts as free; attention's products and the tokens of context templates are left out on both sides.
     """
     layer = max(getattr(values, "layers", None) or [values.layer])
     block = sum(p.numel() for p in subject.blocks[0].parameters() if p.dim() == 2)
@@ -212,7 +212,7 @@ def ceiling(subject, tokenized, values, touched_all):
         own = 2 * weight * columns if touched_all else 0  # the edited matrix itself: forward and its gradient
         plain += columns * (block * (blocks + above) + 2 * head) + own
         fast += (columns if touched_all else labels) * block * 2 * above + labels * 2 * head + own
-        # read once: everything up to the edited layer, and above it what no edit reaches
+        # read once: everything up to the edited layer and, above it, the columns that no edit reaches
         read = columns * (blocks - above) + (0 if touched_all else len(tokens.prompt_ids) * above)
         fast += read * block / values.steps
     return plain / fast
@@ -229,7 +229,7 @@ def seconds(subject, act):
 
 
 def main(description, measure):
-    """Read the command line, and measure every editor and dataset that it asks for."""
+    """Read the command line, and measure every editor and dataset that it names."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cases", type=int, default=12)
@@ -266,7 +266,7 @@ def main(description, measure):
 
 
 def write(file, row):
-    """Add a row to a CSV, in place of an earlier one of the same measurement."""
+    """Add a row to a CSV, replacing an earlier row of the same measurement."""
     table = pd.DataFrame([row])
     if file.is_file():
         before = pd.read_csv(file)
@@ -277,10 +277,10 @@ def write(file, row):
 
 
 def prepare(subject, name, chosen, dataset, count):
-    """(editor, cases, tokenized cases) of one measurement, set up and warmed up."""
+    """(editor, cases, tokenized cases) for one measurement; the editor is set up and warmed up."""
     cases = sample_cases(load_cases(dataset), 200, seed=0)
     tokenized = [tokenize(subject.tokenizer, case.prompt, case.target) for case in cases]
-    # CSNE stands for long prompts here: at least 110 tokens
+    # CSNE provides the long prompts here: at least 110 tokens
     kept = [n for n, tokens in enumerate(tokenized) if dataset == "cnle" or len(tokens.prompt_ids) >= 110][:count]
     cases, tokenized = [cases[n] for n in kept], [tokenized[n] for n in kept]
     editor = load_editor(name, subject, values=chosen)
@@ -292,7 +292,7 @@ def prepare(subject, name, chosen, dataset, count):
 
 
 def plain_edits(editor, cases, tokenized):
-    """Every case by the plain procedure."""
+    """Edit every case by the plain procedure."""
     for case, tokens in zip(cases, tokenized):
         if editor.name == "grace":
             plain_grace(editor.subject, tokens, editor.hparams)
@@ -305,7 +305,7 @@ def plain_edits(editor, cases, tokenized):
 
 
 def measure(editor, cases, tokenized):
-    """Time editing both ways."""
+    """Time editing, plain and fast."""
     subject = editor.subject
     slow = seconds(subject, lambda: plain_edits(editor, cases, tokenized)) / len(cases)
     fast = seconds(subject, lambda: editor.edit(cases)) / len(cases)

@@ -1,9 +1,9 @@
-"""What a run survives: kills at random moments of its life, and the bad inputs of the tests.
+"""What a run survives: kills at random moments, and the bad inputs of the tests.
 
 usage: python benchmarks/faults.py [--kills 20] [--out results/benchmarks/faults.csv]
 
-Each kill hits a run of a tiny subject (15 cases, one a batch), which the next start goes on with; after at most five kills it is left to finish,
-and compared with a run that nobody disturbed. ``kills`` is for each signal.
+Each kill hits a run of a tiny subject (15 cases, one per batch), which the next start resumes; after at most five kills the run is left to
+finish and compared with an undisturbed run. ``kills`` is the number for each signal.
 """
 
 import argparse
@@ -30,7 +30,7 @@ KILLS_OF_A_RUN = 5
 
 
 def killed(sent: signal.Signals, kills: int, source: Path, undisturbed: dict, seconds: float) -> dict:
-    """How many kills hit a living run, and how many records were lost, doubled, or came out otherwise in the end."""
+    """How many kills hit a running run, and how many of its final records were lost, doubled or different."""
     counts = {"What": sent.name, "Tried": 0, "Lost": 0, "Doubled or damaged": 0, "Other texts": 0}
     moments = random.Random(sent.name)
     with tqdm(total=kills, desc=sent.name, unit="kill") as bar:
@@ -59,7 +59,7 @@ def killed(sent: signal.Signals, kills: int, source: Path, undisturbed: dict, se
 
 
 def answered() -> dict:
-    """How many bad inputs the tests try; all of them have to be answered."""
+    """How many bad inputs the tests try; exits if any of them is not answered properly."""
     command = [
         sys.executable,
         "-m",

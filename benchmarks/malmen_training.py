@@ -1,7 +1,7 @@
-"""Seconds that MALMEN's training takes per step: in the first epoch, which computes what lies below the edited layers, and once that is kept.
+"""Seconds per step of MALMEN's training: in the first epoch, which computes everything below the edited layers, and later, when this is kept.
 
 A few random records are trained on for two epochs. The last columns extrapolate to a network with the subject's own number of steps and
-records: every record is new once, and the steps after the first epoch find everything kept.
+records: each record is computed once, in the first epoch, and kept for all later steps.
 
 usage: python benchmarks/malmen_training.py [--data cnle,csne] [--records 24] [--threads 2] [--out FILE.csv]
 """

@@ -1,5 +1,5 @@
-"""Many edits in one model: what they cost beside the same number of edits made alone, how fast a model with many of them writes, and how
-UltraEdit's one pass compares with ROME's optimisation. Each row is a ratio within this one process.
+"""Many edits in one model: their cost against the same number of edits made alone, how fast a model with many edits writes, and how
+UltraEdit's single pass compares with ROME's optimisation. Each row is a ratio within one process.
 
 usage: python benchmarks/many_edits.py [--subject smollm2-135m] [--edits 10] [--held 300] [--threads 1] [--out results/benchmarks/many_edits.csv]
 """
@@ -40,7 +40,7 @@ def ratio(what: str, ours: list[float], beside: list[float], count: int, limit: 
 
 
 def sequence_against_alone(subject, cases) -> dict:
-    """MEMIT, with what it wrote counted; statistics are drawn, because they do not change what an edit costs."""
+    """MEMIT's edits one after another against edits made alone; its statistics are random, because they do not affect an edit's cost."""
     editor = clme.load_editor("memit", subject, accumulate=True)
     editor.stand_in(cases)
     editor.setup()
@@ -62,10 +62,10 @@ def sequence_against_alone(subject, cases) -> dict:
 
 
 def writing_with(subject, cases, held: int) -> dict:
-    """Greedy texts of a model with many updates of rank one in five layers, beside the unedited model."""
+    """Greedy texts of a model with many rank-one updates in five layers, against the unedited model."""
     draw = torch.Generator().manual_seed(0)
     d, d_f = subject.hidden_size, subject.inner_size
-    scale = 1e-4  # so that the texts stay what they are, and as long
+    scale = 1e-4  # so small that the texts, and their lengths, do not change
 
     def drawn(case_id: int) -> LowRankUpdate:
         pairs = {

@@ -1,13 +1,13 @@
-"""How well the offline scorers of relevance agree with labels: by how much an intent helps to write its snippet, and by shared words.
+"""How well two offline scorers of relevance agree with labels: how much an intent helps to write its snippet, and the words they share.
 
-``tests/data/relevance.jsonl`` has pairs in the manner of mined ones, written for this study with a ``level`` from 1 to 5, and the level that a second
-reading gave them without having seen the first. Thresholds are the quantiles of the first labels; each fifth of the pairs is judged by the thresholds
-of the others. Kappa has quadratic weights. Printed are also the thresholds of all pairs, which the library has.
+``tests/data/relevance.jsonl`` has pairs that resemble mined pairs, written for this study, with a ``level`` from 1 to 5 and the level from a second
+reading, made without seeing the first. Thresholds are quantiles from the first labels; each fifth of the pairs is judged by the thresholds
+of the other four. Kappa has quadratic weights. The thresholds of all pairs, which the library uses, are also printed.
 
 usage: python benchmarks/relevance.py [--out results/benchmarks/relevance.csv] [--source FILE]
 
-Beside the file, ``*.pairs.csv`` has what each pair was given, and ``*.levels.csv`` the levels of the embedded pairs. With a file of CoNaLa's annotated
-rows, ``*.source.csv`` has the levels of the first 500, which people wrote or mended, and of the same snippets after the next row's intent.
+Next to the output file, ``*.pairs.csv`` has each pair's values and levels, and ``*.levels.csv`` the levels of the embedded pairs. Given a file of CoNaLa's
+annotated rows, ``*.source.csv`` has the levels of the first 500, which people wrote or corrected, and of the same snippets with the next row's intent.
 """
 
 import argparse
@@ -31,19 +31,19 @@ LEVELS = range(1, len(relevance.LEVELS) + 1)
 
 
 def shared_words(intent: str, snippet: str) -> float:
-    """The share of the snippet's words that the intent has."""
+    """The share of the snippet's words that also occur in the intent."""
     words = {word for word in subtokens(snippet) if len(word) > 1}
     return len(words & set(subtokens(intent))) / len(words) if words else 0.0
 
 
 def thresholds(values: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """The values that give each level as many pairs as have it."""
+    """The thresholds that assign each level to as many pairs as are labelled with it."""
     shares = np.array([(levels <= level).mean() for level in LEVELS[:-1]])
     return np.quantile(values, shares)
 
 
 def judged(values: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """Each pair's level by the thresholds of the other folds."""
+    """Each pair's level, by the thresholds of the other folds."""
     folds = np.arange(len(values)) % FOLDS
     given = np.empty(len(values), dtype=int)
     for fold in range(FOLDS):
@@ -54,7 +54,7 @@ def judged(values: np.ndarray, levels: np.ndarray) -> np.ndarray:
 
 
 def agreement(pairs: pd.DataFrame) -> pd.DataFrame:
-    """Kappa, agreement, and how many of the pairs judged very relevant are labelled relevant or more, for each judge."""
+    """For each judge: kappa, agreement, and the share of pairs judged very relevant that are labelled relevant or better."""
     levels = pairs["level"].to_numpy()
     judges = {
         "a second reading": pairs["second"].to_numpy(),
@@ -78,7 +78,7 @@ def agreement(pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 def levels_of_source(pairs: list[tuple[str, str]], losses: relevance.Losses) -> pd.DataFrame:
-    """How many of true pairs, and of pairs of neighbouring rows, each scorer gives each level."""
+    """How often each scorer gives each level, to true pairs and to snippets with the next row's intent."""
     shifted = [(intent, snippet) for (intent, _), (_, snippet) in zip(pairs[1:] + pairs[:1], pairs)]
     rows = []
     for what, given in (("true", pairs), ("another row's intent", shifted)):

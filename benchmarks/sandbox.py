@@ -1,8 +1,8 @@
-"""What it costs to run a snippet in the sandbox: all checks of embedded CNLE with their targets and with wrong snippets, one after another.
+"""The cost of running a snippet in the sandbox: all checks of embedded CNLE, with their targets and with wrong snippets, one after another.
 
 usage: python benchmarks/sandbox.py [--out results/benchmarks/sandbox.csv]
 
-The first pass starts the process and imports what setups import (NumPy, pandas, ...), as the first check of a batch does for all others.
+The first pass also starts the process and imports the setups' modules (NumPy, pandas, ...), as a batch's first check does for the others.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from clme_lib.support.sandbox import PASSES, Check, Sandbox
 
 
 def measure(sandbox: Sandbox, what: str, pairs: list[tuple[Check, str]]) -> dict:
-    """Seconds of running these snippets."""
+    """Seconds taken to run these snippets."""
     started = time.perf_counter()
     passed = sum(sandbox.run(check, snippet) == PASSES for check, snippet in tqdm(pairs, desc=what))
     seconds = time.perf_counter() - started

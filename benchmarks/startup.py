@@ -1,5 +1,5 @@
-"""How long the library and its command take to start: medians over processes, and which of them load torch; and how long it takes to
-compare the embedded subject with its model's own forward pass, which is done once for each version of either.
+"""How long the library and its command take to start: medians over processes, and whether each loads torch; and how long it takes to
+compare the embedded subject with its model's own forward pass, which is done once for each version of the subject and the libraries.
 
 usage: python benchmarks/startup.py [--runs 15] [--out results/benchmarks/startup.csv]
 """

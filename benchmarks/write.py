@@ -1,4 +1,4 @@
-"""One layer's write of MEMIT or PMET: the dense solve of the textbook formula against a solve with a factor made once.
+"""One layer's write in MEMIT or PMET: the dense solve of the textbook formula against a solve with a factor that is computed once.
 
 Both compute ``(weight * C + k k^T)^-1 k`` in double precision for one key after another, on the same second moment.
 
@@ -20,7 +20,7 @@ WEIGHT = 15_000.0
 
 
 def seconds(device, act):
-    act()  # warm-up: the factor is made here, libraries load
+    act()  # warm-up: computes the factor and loads libraries
     if device == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()

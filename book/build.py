@@ -2,8 +2,8 @@
 
 usage: python book/build.py [PAGE=NOTEBOOK.ipynb ...]
 
-The working tree is not touched. A NOTEBOOK that was executed on this machine takes the place of a PAGE of the table of
-contents, under that page's title: the reader's own run that of book/own_run, which otherwise says that there is none.
+The working tree is not changed. A NOTEBOOK executed on this machine replaces a PAGE of the table of contents and gets its
+title: the reader's own run replaces book/own_run, which otherwise says that there is no such run.
 """
 
 import datetime
@@ -27,25 +27,25 @@ STAGE = ROOT / "_build" / "source"
 HTML = ROOT / "_build" / "html"
 BENCHMARK = "results/notebooks/benchmark"
 _LOCAL_STATE = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "*.part")
-# a page's label and title, which stand at its top
+# a page's label and title, at its top
 _TITLE = re.compile(r"\A(?:\(.+\)=\n)?# .+$", re.M)
 # where a page defines a label: before a heading, in a directive, after an equation
 _DEFINITION = re.compile(
     r"^\((?P<target>[^\s()]+)\)=$|^:(?:name|label):[ ]+(?P<option>\S+)$|^\$\$ \((?P<equation>\S+)\)$", re.M
 )
-# where it refers to one: {role}`label`, {role}`text <label>`, [text](#label)
+# where a page refers to a label: {role}`label`, {role}`text <label>`, [text](#label)
 _REFERENCE = re.compile(r"\{\w+\}`(?:[^`<]*<)?(?P<role>[^`<>]+)>?`|\]\(#(?P<link>[^\s()]+)\)")
 
-# a table of ours; it is wide with so many columns, or so many characters in a row
+# a table made by the library; it is wide if it has more than this many columns, or characters in a row
 _TABLE = re.compile(r"(?P<head>^```\{table\}.*\n)(?P<rest>:name: \S+\n\n(?P<rows>(?:\|.*\n)+))", re.M)
 _WIDE = 6, 500
-# a column's title that says of which measure it is a score
+# titles of columns that begin with a measure's short name
 _MEASURES = {"Eff.": "Effectiveness", "Gen.": "Generalization", "Spec.": "Specificity"}
 _MEASURE = re.compile(r"(Eff\.|Gen\.|Spec\.) (EM|BLEU|R-L|kept)")
-# tags of cells whose code a page does not show where it stands
+# tags of cells whose code a page does not show in place
 _HIDDEN = {"hide-input", "parameters", "injected-parameters"}
 
-# what no output of a notebook needs: what runs, loads or reads something, as HTML and as MyST
+# content that no output of a notebook needs: it runs, loads or reads something, as HTML or as MyST
 _ACTIVE = {
     "text/html": re.compile(
         r"<(?:script|iframe|object|embed|link|meta|base|form)\b|<[^>]*\s(?:on\w+\s*=|(?:href|src)\s*=[\s\"']*javascript:)",
@@ -60,7 +60,7 @@ _ACTIVE = {
 
 
 def pages() -> list[str]:
-    """The pages of the table of contents, in its order, without their suffix."""
+    """The pages of the table of contents, in its order, without suffixes."""
     contents = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
     chapters = [chapter for part in contents.get("parts", [contents]) for chapter in part["chapters"]]
     files = [page["file"] for chapter in chapters for page in (chapter, *chapter.get("sections", ()))]
@@ -68,7 +68,7 @@ def pages() -> list[str]:
 
 
 def stage(replacements: dict[str, Path]) -> None:
-    """Copy what the book consists of, with executed notebooks in place of some pages."""
+    """Copy the book's sources, with executed notebooks in place of some pages."""
     shutil.rmtree(STAGE, ignore_errors=True)
     STAGE.mkdir(parents=True)
     for name in ("_config.yml", "_toc.yml", "CONTRIBUTING.md", "CHANGELOG.md"):
@@ -84,7 +84,7 @@ def stage(replacements: dict[str, Path]) -> None:
     for page in pages():
         _refuse_active_outputs(page)
     (STAGE / "book" / "_static" / "layers.svg").write_text(layers.draw(ROOT / "clme_lib"), encoding="utf-8")
-    # a benchmark chapter that was executed here shows texts that may not be published: this book is not for others
+    # a benchmark chapter executed here shows texts that may not be published, so this book must not be shared
     local = BENCHMARK in replacements
     board = leaderboard.write(STAGE / "results", STAGE / "book" / "_static" / "leaderboard", local)
     (STAGE / "book" / "_leaderboard.md").write_text(board + "\n", encoding="utf-8")
@@ -107,7 +107,7 @@ def _file(page: str) -> Path:
 
 
 def _replace(page: str, notebook: Path) -> None:
-    """Put a notebook in a page's place, with the page's label and title for its own."""
+    """Replace a page by a notebook, which gets the page's label and title."""
     if page not in pages():
         sys.exit(f"{page}: no page of _toc.yml; there are {', '.join(pages())}")
     content = json.loads(notebook.read_text(encoding="utf-8"))
@@ -122,14 +122,14 @@ def _replace(page: str, notebook: Path) -> None:
 
 
 def _markdown(file: Path) -> list[str]:
-    """The Markdown of a page: a file's, or of a notebook the cells' and the outputs'."""
+    """The Markdown of a page: a file's text, or the Markdown of a notebook's cells and outputs."""
     texts: list[str] = []
     _rewrite(file, lambda text: texts.append(text) or text)
     return texts
 
 
 def _rewrite(file: Path, change: Callable[[str], str]) -> None:
-    """Change the Markdown of a page, the names of a notebook's figures (as ``:name:`` options) included."""
+    """Change the Markdown of a page, including the names of a notebook's figures (as ``:name:`` options)."""
     text = file.read_text(encoding="utf-8")
     if file.suffix == ".md":
         file.write_text(change(text), encoding="utf-8")
@@ -147,9 +147,9 @@ def _rewrite(file: Path, change: Callable[[str], str]) -> None:
 
 
 def _make_labels_unique(page: str, used: set[str]) -> set[str]:
-    """Add the page's name to its labels that an earlier page has, also where the page refers to them; returns its labels.
+    """Add the page's name to those of its labels that an earlier page uses, and to its references to them; returns its labels.
 
-    So a copy of a notebook can be a page beside the original.
+    This allows a copy of a notebook to be a page next to the original.
     """
     file = _file(page)
     own = {match[match.lastgroup] for text in _markdown(file) for match in _DEFINITION.finditer(text)}
@@ -165,7 +165,7 @@ def _make_labels_unique(page: str, used: set[str]) -> set[str]:
 
 
 def _refuse_active_outputs(page: str) -> None:
-    """What datasets and models wrote is shown as text; an output that does more was not made by this library."""
+    """Exit if a notebook has an output with active content: the library shows texts of datasets and models as text only."""
     if (file := _file(page)).suffix == ".md":
         return
     for number, cell in enumerate(json.loads(file.read_text(encoding="utf-8"))["cells"]):
@@ -182,7 +182,7 @@ def _refuse_active_outputs(page: str) -> None:
 
 
 def _present(page: str) -> None:
-    """A notebook as a page: what it hides is in one box at its end, and its figures are described by their captions."""
+    """Prepare a notebook as a page: its hidden code goes into one box at its end, and captions become its figures' alternative text."""
     if (file := _file(page)).suffix == ".md":
         return
     _rewrite(file, _widen)
@@ -209,7 +209,7 @@ def _present(page: str) -> None:
 
 
 def _widen(text: str) -> str:
-    """Tables of many columns or long cells take the margin of the page as well."""
+    """Let tables with many columns or long cells extend into the page's margin."""
 
     def widened(match: re.Match[str]) -> str:
         rows, (columns, characters) = match["rows"].splitlines(), _WIDE
@@ -220,7 +220,7 @@ def _widen(text: str) -> str:
 
 
 def render(builder: str = "html", target: Path = HTML) -> None:
-    """Jupyter Book, every warning an error."""
+    """Run Jupyter Book, treating every warning as an error."""
     shutil.rmtree(target, ignore_errors=True)
     options = ["--path-output", str(ROOT), "-W", "-n", "--keep-going", "--all", "--builder", builder]
     program = str(Path(sys.executable).parent / "jupyter-book")
@@ -231,11 +231,11 @@ def render(builder: str = "html", target: Path = HTML) -> None:
         sys.exit("the book did not build cleanly (whole log: _build/build.log):\n" + "\n".join(problems[-20:]))
 
 
-# what no page loads: other ways to set mathematics, maps for debugging, other languages, and icons as a program beside the icons as a font
+# files that no page loads: other renderers of mathematics, source maps, translations, and icons as programs (pages use the icon font)
 _UNUSED = re.compile(
     r"mathjax/(?!tex-chtml\.js$|input/tex/extensions/|output/chtml/fonts/).*|.*\.map|locales/.*|vendor/fontawesome/.*(?:\.js|\.ttf|\.txt)"
 )
-# in a page: these programs, and fonts of icons that no page shows
+# in a page: the icon programs, and fonts of icons that no page shows
 _UNUSED_IN_PAGE = re.compile(
     r"\s*<(?:script|link)\b[^>]*fontawesome/[^>]*(?:\.js|fa-brands-400\.woff2|fa-regular-400\.woff2)[^>]*>(?:</script>)?"
 )
@@ -243,7 +243,7 @@ _MATHEMATICS = re.compile(r"\s*<script\b[^>]*/mathjax/[^>]*></script>")
 
 
 def finish(html: Path = HTML) -> None:
-    """Group the columns of tables, and take away what the theme brings and no page needs (25 of 39 MB; 1.5 MB that every page would load)."""
+    """Group the columns of tables, and remove files of the theme that no page needs (25 of 39 MB; each page would load 1.5 MB of them)."""
     static = html / "_static"
     for file in sorted(static.rglob("*"), reverse=True):
         if file.is_file() and _UNUSED.fullmatch(file.relative_to(static).as_posix()):
@@ -259,7 +259,7 @@ def finish(html: Path = HTML) -> None:
 
 
 def group_columns(text: str) -> str:
-    """Columns of the same measure stand under its name, in the heads of a page's tables."""
+    """Group the columns of each measure under its name, in the heads of a page's tables."""
 
     def grouped(match: re.Match[str]) -> str:
         titles = re.findall(r"<th\b[^>]*><p>(.*?)</p></th>", match[0])
@@ -281,7 +281,7 @@ def group_columns(text: str) -> str:
 
 
 def check() -> None:
-    """Every chapter has a page, and no page loads anything from outside the site."""
+    """Exit if a chapter has no page, or if a page loads anything from outside the site."""
     missing = [page for page in pages() if not (HTML / f"{page}.html").is_file()]
     if missing:
         sys.exit(f"pages missing from the site: {', '.join(missing)}")

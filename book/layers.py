@@ -1,4 +1,4 @@
-"""Draw the folders of the library and the imports between them, from the code (the figure of the page on the layout)."""
+"""Draw the library's folders and the imports between them, from the code (for the page on the layout)."""
 
 import ast
 import html
@@ -9,7 +9,7 @@ WIDTH, HEIGHT, GAP, BOX = 1000, 62, 14, 620
 
 
 def imports_of(path: Path, library: Path) -> set[str]:
-    """Modules and names of the library that a module imports, also inside functions; imports for type checking alone do not count."""
+    """Modules and names of the library that a module imports, also inside functions; imports only for type checking do not count."""
     package = [library.name, *path.relative_to(library).with_suffix("").parts][:-1]
     names: set[str] = set()
     waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
@@ -27,7 +27,7 @@ def imports_of(path: Path, library: Path) -> set[str]:
 
 
 def imports_between(library: Path) -> tuple[list[str], Counter[tuple[str, str]]]:
-    """The folders and the command, from the ground up, and how many modules of each import from each other."""
+    """The folders and the command module, from the lowest layer up, and how many modules of each import from each of the others."""
     folders = ["cli", *(entry.name for entry in library.iterdir() if (entry / "__init__.py").is_file())]
     pairs: Counter[tuple[str, str]] = Counter()
     for path in library.rglob("*.py"):

@@ -1,4 +1,4 @@
-"""One PDF of the whole book: all pages in one, printed by Chromium.
+"""Print the whole book as one PDF: all pages as a single page, printed by Chromium.
 
 usage: python book/pdf.py [BOOK.pdf] [PAGE=NOTEBOOK.ipynb ...]    (make pdf)
 """
@@ -22,7 +22,7 @@ def main(target: Path, replacements: dict[str, Path]) -> None:
     build.stage(replacements)
     build.render("singlehtml", SINGLE)
     build.finish(SINGLE)
-    # its addresses are relative to the folder, and the page itself is in one below
+    # the page's links are relative to the top folder, but the page itself is in a folder below
     page = Path(shutil.copy(SINGLE / f"{build.pages()[0]}.html", SINGLE / "whole.html"))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as profile:
