@@ -455,7 +455,7 @@ def test_encoders_are_compared_and_the_command_resumes(llama, five_neighbours, t
     assert file.read_text().splitlines() == kept
 
 
-def test_a_tuned_radius_is_the_data_sets_own(subject, cases):
+def test_a_tuned_radius_is_the_datasets_own(subject, cases):
     values = {"layer": 2, "steps": 3}
     editor = load_editor("grace-tuned", subject, radii={"cnle": 3.5}, **values)
     for tuned, plain in zip(editor.edit(cases[:2]), load_editor("grace", subject, **values).edit(cases[:2])):

@@ -32,7 +32,7 @@ def test_selection_marks_the_chosen_setting():
     assert list(table.data["Neighbours unchanged"]) == ["2.0", "**2.0**"] and table.label == "tab-grid"
 
 
-def test_presets_stand_together_by_data_set():
+def test_presets_stand_together_by_dataset():
     row = {"cases": 20, "generalization_em": 0.1, "specificity_rate": 0.0, "loss": 0.2}
     made = {
         editor: pd.DataFrame(

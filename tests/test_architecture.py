@@ -60,7 +60,7 @@ def test_the_root_is_small_and_every_folder_says_what_it_is_for():
     assert not [path for path in MODULES if len(path.read_text(encoding="utf-8").splitlines()) > 400]
 
 
-def test_the_papers_data_sets_are_spelt_in_one_place():
+def test_the_papers_datasets_are_spelt_in_one_place():
     for path in MODULES:
         strings = [
             node.value

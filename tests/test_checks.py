@@ -100,7 +100,7 @@ def test_what_is_written_is_run(text, passes, kind):
     assert set(without.values()) == {None}
 
 
-def test_a_data_set_in_a_file_may_have_checks(llama, tmp_path):
+def test_a_dataset_in_a_file_may_have_checks(llama, tmp_path):
     content = {"name": "sums", "template": {"before": "Intent: ", "after": "\nCode:"}, "code": ["target"], "cases": [
         {"case_id": 0, "input": "add", "target": "a + 1", "check": {"setup": "a = 2", "test": "assert result == 3"}},
         {"case_id": 1, "input": "sub", "target": "a - 1"},

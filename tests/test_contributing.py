@@ -189,7 +189,7 @@ def test_all_five_run_together(elsewhere, answers):
     assert "set grace={'steps': 3}, but set grace={'steps': 4} was requested" in answers["other"]["err"]
 
 
-def test_a_data_set_needs_no_code(elsewhere, answers):
+def test_a_dataset_needs_no_code(elsewhere, answers):
     assert answers["seasons"]["status"] == 0, answers["seasons"]["err"]
     records = load_run(elsewhere / "seasons")
     assert len(records) == 4 and set(records["dataset"]) == {"seasons"} and set(records["source"]) == {"seasons.json"}

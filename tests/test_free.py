@@ -202,5 +202,5 @@ def test_only_the_end_of_text_differs_where_a_target_is_read_alone(llama, cases)
     assert len(ended.inputs) - ended.first_label == len(ended.target_ids)
 
 
-def test_code_of_a_data_set_is_known_to_its_metrics():
+def test_code_of_a_dataset_is_known_to_its_metrics():
     assert get_dataset("cnle").code == {"target"} and "target" not in get_dataset("csne").code

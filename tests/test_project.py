@@ -164,7 +164,7 @@ def test_measuring_commands_want_cases(command, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["data build units --out x", "data check x.json --dataset units"])
-def test_only_the_papers_data_sets_are_built_and_checked(command, capsys):
+def test_only_the_papers_datasets_are_built_and_checked(command, capsys):
     assert main(command.split()) == 2
     assert (
         "dataset: " in (said := capsys.readouterr().err)
