@@ -119,7 +119,7 @@ publish: .venv/.ready
 	  $(BIN)/clme measure selection --editor $$editor --out results/selection/smollm2-135m.$$editor.csv || exit 1; done
 	test -f results/selection/smollm2-135m.malmen.csv || \
 	  $(BIN)/clme measure selection --editor malmen --dataset cnle --cases 10 --out results/selection/smollm2-135m.malmen.csv
-	for editor in grace ft-l rome memit pmet grace-tuned a-grace; do test -f results/selection/$(NAME)-code.$$editor.csv || \
+	for editor in grace ft-l rome memit pmet grace-tuned a-grace in-context-retrieved; do test -f results/selection/$(NAME)-code.$$editor.csv || \
 	  $(BIN)/clme measure selection --subject $(NAME)-code --editor $$editor --cases 10 --out results/selection/$(NAME)-code.$$editor.csv || exit 1; done
 	test -f results/selection/$(NAME)-code.malmen.csv || \
 	  $(BIN)/clme measure selection --subject $(NAME)-code --editor malmen --dataset cnle --cases 20 --out results/selection/$(NAME)-code.malmen.csv
@@ -127,12 +127,16 @@ publish: .venv/.ready
 	  $(BIN)/clme measure presets --editor $$editor --cases 20 --out results/presets/smollm2-135m.$$editor.csv || exit 1; done
 	test -f results/diagnosis/smollm2-135m.csv || $(BIN)/clme measure weight-updates --out results/diagnosis/smollm2-135m.csv
 	test -f results/diagnosis/smollm2-135m.pmet.csv || $(BIN)/clme measure pmet-parts --out results/diagnosis/smollm2-135m.pmet.csv
+	test -f results/lookups/$(NAME)-code.rome.csv || $(BIN)/clme measure lookups --subject $(NAME)-code --editor rome --dataset cnle --cases 10 \
+	  --out results/lookups/$(NAME)-code.rome.csv
+	for editor in grace ft-l; do test -f results/end_of_target/$(NAME)-code.$$editor.csv || \
+	  $(BIN)/clme measure end-of-target --subject $(NAME)-code --editor $$editor --dataset cnle --cases 10 --out results/end_of_target/$(NAME)-code.$$editor.csv || exit 1; done
 	$(BIN)/clme measure encoders --out results/encoders/smollm2-135m.csv
 	test -f results/statistics/smollm2-135m.csv || $(BIN)/clme measure statistics --out results/statistics/smollm2-135m.csv
 	test -d $(PUBLISHED) || { $(BIN)/clme run --editor $(ALL),$(RQ3) --cases 100 --out runs/publish/$(NAME) && \
 	  $(BIN)/clme notebook notebooks/rq3_a_grace.py runs/publish/rq3.ipynb -p cases 100 -p name $(NAME) -p out runs/publish/$(NAME) && \
 	  $(BIN)/clme publish runs/publish/$(NAME)-compat $(PUBLISHED)-compat && $(BIN)/clme publish runs/publish/$(NAME) $(PUBLISHED); }
-	test -d $(PUBLISHED)-code || { $(BIN)/clme run --subject smollm2-135m-code --dataset cnle --editor none,in-context,grace,grace-tuned,ft-l,a-grace --cases 100 --name $(NAME)-code --out runs/publish/code && \
+	test -d $(PUBLISHED)-code || { $(BIN)/clme run --subject smollm2-135m-code --dataset cnle --editor none,in-context,ft-l,rome,memit,malmen,grace,grace-tuned,a-grace --cases 100 --name $(NAME)-code --out runs/publish/code && \
 	  $(BIN)/clme score runs/publish/code runs/publish/$(NAME)-code --metrics $(EXECUTED) && $(BIN)/clme publish runs/publish/$(NAME)-code $(PUBLISHED)-code; }
 	$(BIN)/clme notebook notebooks/rq1_proficiency.py results/notebooks/rq1_proficiency.ipynb -p editors $(ALL) -p cases 100 -p name $(NAME) -p out $(PUBLISHED) -p beside $(PUBLISHED)-code
 	$(BIN)/clme bench --threads 2 --out results/efficiency
@@ -143,11 +147,12 @@ publish: .venv/.ready
 	  -p plain results/benchmarks/whole_case.csv
 	$(BIN)/clme notebook notebooks/rq3_a_grace.py results/notebooks/rq3_a_grace.ipynb -p cases 100 -p name $(NAME) -p out $(PUBLISHED) -p beside $(PUBLISHED)-code
 	for protocol in $(subst $(comma), ,$(MANY_PROTOCOLS)); do test -d $(MANY)/$$protocol-0 || { \
-	  $(BIN)/clme run --subject smollm2-135m-code --dataset cnle --protocol $$protocol --cases 10 --name $(NAME)-code-$$protocol-0 --out runs/publish/many/$$protocol-0 \
+	  $(BIN)/clme run --subject smollm2-135m-code --dataset cnle --protocol $$protocol --cases 30 --held-out 20 --name $(NAME)-code-$$protocol-0 --out runs/publish/many/$$protocol-0 \
 	    --editor $$(test $$protocol = simie && echo ft-l,rome || echo none,in-context,ft-l,rome,grace-tuned) && \
-	  $(BIN)/clme publish runs/publish/many/$$protocol-0 $(MANY)/$$protocol-0; } || exit 1; done
+	  $(BIN)/clme score runs/publish/many/$$protocol-0 runs/publish/many-run/$$protocol-0 --metrics $(EXECUTED) && \
+	  $(BIN)/clme publish runs/publish/many-run/$$protocol-0 $(MANY)/$$protocol-0; } || exit 1; done
 	test -f results/conflicts/$(NAME)-code.csv || $(BIN)/clme measure conflicts --subject $(NAME)-code --cases 12 --out results/conflicts/$(NAME)-code.csv
-	$(BIN)/clme notebook notebooks/rq4_many_edits.py results/notebooks/rq4_many_edits.ipynb -p cases 10 -p protocols $(MANY_PROTOCOLS) -p out $(MANY) \
+	$(BIN)/clme notebook notebooks/rq4_many_edits.py results/notebooks/rq4_many_edits.ipynb -p cases 30 -p held_out 20 -p protocols $(MANY_PROTOCOLS) -p out $(MANY) \
 	  -p conflicts results/conflicts/$(NAME)-code.csv
 	for page in benchmark $(basename $(notdir $(wildcard notebooks/appendix_*.py))); do \
 	  $(BIN)/clme notebook notebooks/$$page.py results/notebooks/$$page.ipynb || exit 1; done

@@ -76,6 +76,35 @@ def test_the_defect_is_seen_and_would_not_be_if_one_case_differed(published):
         assert verdicts(repaired, claim) == {"CNLE": UNDECIDED, "CSNE": INVALID}
 
 
+def test_times_are_those_of_the_papers_editors_alone(published):
+    """Set-ups, batches and editors that the paper does not have count nowhere."""
+
+    def of(claim, measured):
+        evidence = Evidence(published.records, published.compat, measured)
+        (outcomes,) = [by["x"] for each, by in scorecard.judged({"x": evidence}) if each.says.startswith(claim)]
+        return {outcome.data: (outcome.n, outcome.here, verdict) for outcome, verdict, _ in outcomes}
+
+    seconds = {"ft-l": 3.0, "rome": 8.0, "memit": 12.0, "pmet": 11.0, "malmen": 0.2, "grace": 5.0}
+    rows = [
+        {"kind": "edit", "editor": editor, "dataset": dataset, "seconds": factor * time}
+        for editor, time in seconds.items() for dataset, factor in (("cnle", 1.0), ("csne", 2.0)) for _ in range(3)
+    ]  # fmt: skip
+    others = [
+        {"kind": kind, "editor": editor, "dataset": dataset, "seconds": 99.0 if dataset == "cnle" else 0.0}
+        for kind, editor in (("edit", "in-context"), ("edit", "a-grace"), ("setup", "grace"), ("throughput", "rome"))
+        for dataset in ("cnle", "csne")
+    ]
+    measured = pd.DataFrame(rows + others)
+    assert of("MALMEN is the fastest", measured) == {
+        data: (18, f"from {least:.1f} s (MALMEN) to {most:.1f} s (MEMIT)", REPLICATED)
+        for data, least, most in (("CNLE", 0.2, 12.0), ("CSNE", 0.4, 24.0))
+    }
+    assert of("Edits take longer", measured)[""][:2] == (36, "6 of 6 editors")
+    slow = measured.assign(seconds=measured["seconds"].where(measured["editor"] != "malmen", 50.0))
+    assert {verdict for *_, verdict in of("MALMEN is the fastest", slow).values()} == {REVERSED}
+    assert of("Edits take longer", slow)[""][:2] == (36, "5 of 6 editors")
+
+
 def test_a_claim_without_evidence_is_not_testable_and_one_without_records_not_measured(published):
     shown = scorecard.scorecard_table(
         {"x": Evidence(published.records[:0], published.compat[:0], published.measured[:0])}, label="tab"

@@ -167,28 +167,34 @@ def _longer(known: Evidence) -> Iterator[Outcome]:
         pairs = medians.dropna()
         longer = int((pairs[CSNE.name] > pairs[CNLE.name]).sum())
         p = float(stats.binomtest(longer, len(pairs)).pvalue)
-        yield Outcome("", f"{longer} of {len(pairs)} editors", len(known.measured), longer > len(pairs) / 2, p)
+        timed = _single_edits(known)
+        n = int(timed["editor"].isin(pairs.index).sum())
+        yield Outcome("", f"{longer} of {len(pairs)} editors", n, longer > len(pairs) / 2, p)
 
 
 def _fastest(known: Evidence) -> Iterator[Outcome]:
     medians = _medians(known)
     for dataset in medians:
-        seconds = medians[dataset].dropna()
-        six = seconds[[name for name in PAPER_EDITORS if name in seconds]]
+        six = medians[dataset].dropna()
         if {"malmen", "memit", "pmet"} <= set(six.index):
             first, last = str(six.idxmin()), str(six.idxmax())
             held = first == "malmen" and last in ("memit", "pmet")
             here = f"from {six[first]:.1f} s ({editor_name(first)}) to {six[last]:.1f} s ({editor_name(last)})"
-            n = int((known.measured["dataset"] == dataset).sum())
+            n = int((_single_edits(known)["dataset"] == dataset).sum())
             yield Outcome(dataset_title(str(dataset)), here, n, held, decided=REPLICATED if held else REVERSED)
 
 
 def _medians(known: Evidence) -> pd.DataFrame:
-    """Median seconds of an edit made alone, by editor (rows) and dataset."""
+    """Median seconds of an edit made alone, by editor of the paper (rows) and dataset."""
     if known.measured.empty:
         return pd.DataFrame()
-    edits = known.measured[known.measured["kind"] == "edit"]
-    return edits.groupby(["editor", "dataset"])["seconds"].median().unstack()
+    return _single_edits(known).groupby(["editor", "dataset"])["seconds"].median().unstack()
+
+
+def _single_edits(known: Evidence) -> pd.DataFrame:
+    """Measurements of edits made alone by the paper's six editors."""
+    measured = known.measured
+    return measured[(measured["kind"] == "edit") & measured["editor"].isin(PAPER_EDITORS)]
 
 
 def _farther(known: Evidence) -> Iterator[Outcome]:
