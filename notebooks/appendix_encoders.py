@@ -21,7 +21,7 @@
 # trained on one half of a whole dataset, a few hundred cases (layer 20's mean keys; w/o Mean: last-token keys), and evaluated on the other half, with the radius that the editor uses.
 
 # %% tags=["parameters", "hide-input"]
-subject: str = "smollm2-135m"  # whose measurements are shown
+subject: str = "smollm2-135m"  # subject whose measurements are shown
 results: str = "results"  # folder of the measurements
 
 # %% tags=["hide-input"]

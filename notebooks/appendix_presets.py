@@ -21,7 +21,7 @@
 # embedded subject's values. The first row of each dataset has no defects.
 
 # %% tags=["parameters", "hide-input"]
-subject: str = "smollm2-135m"  # whose measurements are shown
+subject: str = "smollm2-135m"  # subject whose measurements are shown
 results: str = "results"  # folder of the measurements
 
 # %% tags=["hide-input"]

@@ -22,8 +22,8 @@
 # an edit prompt and its target, one rephrased prompt, and the five unrelated prompts nearest to the edit prompt.
 
 # %% tags=["parameters", "hide-input"]
-builds: str = ""  # folders that `clme data build` made, separated by spaces: their tables and samples are shown as well
-samples_of: str = "cnle"  # comma-separated datasets of which cases are shown; the texts of CSNE are not ours to publish
+builds: str = ""  # folders made by `clme data build`, separated by spaces, whose tables and samples to show as well
+samples_of: str = "cnle"  # comma-separated datasets to show cases of; the texts of CSNE are not ours to publish
 results: str = "results"  # folder of the measurements
 
 # %% tags=["hide-input"]

@@ -23,13 +23,13 @@
 # The measures are defined in [](#sec-method).
 
 # %% tags=["parameters", "hide-input"]
-subject: str = "smollm2-135m"  # registry name, Hugging Face id or folder
+subject: str = "smollm2-135m"  # registered name, Hugging Face id or folder
 dataset: str = "cnle,csne"  # comma-separated
 editors: str = "none,ft-l,grace"  # comma-separated; `clme list` shows all
-cases: int = 8  # per dataset
-sample: int = 0  # which random sample of cases
+cases: int = 8  # number of cases per dataset
+sample: int = 0  # number of the random sample of cases
 out: str = "runs/rq1"  # the run's folder; running again resumes it
-beside: str = ""  # folder of another subject's run, which is shown beside this one
+beside: str = ""  # folder of another subject's run to show beside this one
 device: str = "auto"  # auto, cpu, cuda
 dtype: str = "auto"  # auto (float32), float32, bfloat16, float16
 

@@ -21,13 +21,13 @@
 # edited together, and how far is each editor from the least time that its arithmetic allows?
 
 # %% tags=["parameters", "hide-input"]
-subject: str = "smollm2-135m"  # registry name, Hugging Face id or folder
+subject: str = "smollm2-135m"  # registered name, Hugging Face id or folder
 random_weights: bool = False  # random weights of a registered subject's exact shape
 dataset: str = "cnle,csne"  # comma-separated
 editors: str = "ft-l,rome,memit,pmet,malmen,grace,a-grace,a-grace-wo-cl,a-grace-wo-mean"  # comma-separated
-cases: int = 10  # edited alone, per dataset and editor
-batches: str = "1,8"  # comma-separated sizes whose throughput is measured
-threads: int = 0  # CPU threads (0: as PyTorch chooses)
+cases: int = 10  # cases edited one at a time, per dataset and editor
+batches: str = "1,8"  # comma-separated batch sizes to measure throughput with
+threads: int = 0  # CPU threads; 0 leaves the choice to PyTorch
 out: str = "runs/bench"  # folder of measurements; running again resumes it
 device: str = "auto"  # auto, cpu, cuda
 dtype: str = "auto"  # auto (float32), float32, bfloat16, float16

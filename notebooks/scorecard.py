@@ -22,7 +22,7 @@
 # opposite is true; neither says anything about the paper's own models.
 
 # %% tags=["parameters", "hide-input"]
-subjects: str = "smollm2-135m,smollm2-135m-code"  # whose published runs are judged
+subjects: str = "smollm2-135m,smollm2-135m-code"  # comma-separated subjects whose published runs are judged
 results: str = "results"  # folder of the published runs and measurements
 
 # %% tags=["hide-input"]
