@@ -145,7 +145,7 @@ caption = (
 report.free_table(records, label="tab-rq1-free", caption=caption)
 
 # %% tags=["hide-input"]
-caption = (
+caption = Markup(
     "The paper's score → the free or executed score of the same cases, and below the change in points with its 95% interval (McNemar's exact "
     "test or Wilcoxon's signed-rank test, with Holm's correction over the table). <em>Spec. kept</em> counts a new or missing code fence as a change of the "
     "neighbour; <em>no fence</em> does not."

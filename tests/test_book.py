@@ -194,6 +194,10 @@ def test_the_benchmark_chapter_shows_what_it_may_and_what_was_built(show, monkey
     assert all(case.target in html.unescape(local) for case in pipeline.built_cases(built)[:3])
 
 
+def _markdown_of(cell: dict) -> str:
+    return "\n".join("".join(output.get("data", {}).get("text/markdown", "")) for output in cell.get("outputs", []))
+
+
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_executed_notebooks_are_their_sources(source):
     """Nothing but the parameters differs, and nothing failed; the benchmark chapter shows no text of CSNE."""
@@ -201,6 +205,8 @@ def test_executed_notebooks_are_their_sources(source):
     cells = [cell for cell in executed["cells"] if "injected-parameters" not in cell["metadata"].get("tags", [])]
     assert ["".join(cell["source"]) for cell in cells] == [cell.source for cell in jupytext.read(source).cells]
     assert "exception" not in executed["metadata"]["papermill"]
+    captions = re.findall(r"```\{table\} (.*)", "".join(map(_markdown_of, cells)))
+    assert not [caption for caption in captions if re.search(r"&#60;/?\w+&#62;", caption)], "markup shown as text"
     if source.stem == "benchmark":
         assert not executed["metadata"]["papermill"]["parameters"]
         assert "texts are not ours to publish, so" in json.dumps([cell.get("outputs") for cell in cells])
