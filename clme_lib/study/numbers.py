@@ -49,10 +49,12 @@ def prose_numbers(results: Path) -> dict[str, str]:
         **_verdicts(results),
         **_code_subject(results),
     }
-    for (dataset, editor), rows in records.groupby(["dataset", "editor"]):
-        for measure in MEASURES:
-            share = interval(rows[f"{measure}_em"], binary=True).mean
-            numbers[f"{dataset}_{editor.replace('-', '_')}_{measure}"] = f"{percent(share)}%"
+    for prefix, of_subject in (("", records), ("code_", load_run(results / "runs" / CODE_SUBJECT))):
+        for (dataset, editor), rows in of_subject.groupby(["dataset", "editor"]):
+            shares = {measure: interval(rows[f"{measure}_em"], binary=True).mean for measure in MEASURES}
+            shares["kept"] = interval(rows["specificity_rate"], binary=False).mean
+            for name, share in shares.items():
+                numbers[f"{prefix}{dataset}_{editor.replace('-', '_')}_{name}"] = f"{percent(share)}%"
     return numbers
 
 
