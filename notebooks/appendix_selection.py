@@ -28,7 +28,7 @@
 # for each dataset, with generalization in place of effectiveness and with GRACE's other values as selected before.
 
 # %% tags=["parameters", "hide-input"]
-subjects: str = "smollm2-135m,smollm2-135m-code"  # comma-separated: whose measurements are shown
+subjects: str = "smollm2-135m,smollm2-135m-code"  # comma-separated subjects whose measurements are shown
 results: str = "results"  # folder of the measurements
 
 # %% tags=["hide-input"]
@@ -67,3 +67,17 @@ for subject in subjects.split(","):
 # MALMEN's networks train on 150 records for 150 iterations of four (the paper: on half the dataset,
 # 1000); {numref}`tab-speed-malmen` gives the minutes. MALMEN's *loss* is that of the unedited subject, whose gradient the network turns into the edit. For the other editors it is the last value of their objective,
 # before MEMIT and PMET write what they learnt.
+#
+# ## Learning to stop
+#
+# No hyperparameter of the paper teaches an edit where its answer ends. With `end_of_target` ([](#sec-free)), which is off everywhere else in this book, the end of text is learnt as the target's last token.
+
+# %% tags=["hide-input"]
+files = sorted(Path(results, "end_of_target").glob("*.csv"))
+ends = {file.name.split(".")[-2]: pd.read_csv(file) for file in files}
+caption = "Without and with the end of text as the target's last token: selection cases of smollm2-135m-code. Overrun in tokens after the target's length."
+selection.end_table(ends, label="tab-end-of-target", caption=caption)
+
+# %% [markdown]
+# On these ten cases nothing changes: `smollm2-135m-code` has learnt during its training to stop after a target, and what it writes after an edit ends by itself. The losses do change, because the end of text is
+# already likely and lowers their mean. Whether the option helps a model that does not stop has not been measured.

@@ -24,15 +24,15 @@
 # end, *all* of them are evaluated; the neighbours' answers are compared with those of the original model.
 
 # %% tags=["parameters", "hide-input"]
-subject: str = "smollm2-135m-code"  # registry name, Hugging Face id or folder
+subject: str = "smollm2-135m-code"  # registered name, Hugging Face id or folder
 dataset: str = "cnle"  # comma-separated
 editors: str = "none,in-context,ft-l,rome,grace-tuned"  # comma-separated; `clme list` shows all
 protocols: str = "sequential,batch,simie"  # comma-separated
-cases: int = 3  # edits in one model
-held_out: int = 3  # cases that are not edited, on which each state is evaluated as well
-samples: str = "0"  # comma-separated: which random samples, each in its own order
-conflicts: str = ""  # table of `clme measure conflicts`, which is shown
-out: str = "runs/rq4"  # folder of a run for each protocol and sample; running again resumes them
+cases: int = 3  # number of edits in one model
+held_out: int = 3  # unedited cases on which each state is evaluated as well
+samples: str = "0"  # comma-separated numbers of random samples, each with its own order
+conflicts: str = ""  # table to show, as `clme measure conflicts` writes it
+out: str = "runs/rq4"  # folder of the runs, one per protocol and sample; running again resumes them
 device: str = "auto"  # auto, cpu, cuda
 dtype: str = "auto"  # auto (float32), float32, bfloat16, float16
 
