@@ -114,7 +114,7 @@ def test_papermill_as_the_readme_says(tmp_path):
     ipynb = tmp_path / "rq1_proficiency.ipynb"
     jupytext.write(jupytext.read(RQ1), ipynb)
     known = papermill.inspect_notebook(str(ipynb))
-    assert known["cases"]["help"] == "per dataset" and known["cases"]["inferred_type_name"] == "int"
+    assert known["cases"]["help"] == "number of cases per dataset" and known["cases"]["inferred_type_name"] == "int"
     command = [
         sys.executable,
         "-m",
