@@ -88,6 +88,9 @@ for shown in rq4.findings(records):
 Markdown("> **Findings**\n>\n" + "\n".join(f"> - {sentence}" for sentence in sentences) if sentences else "_No editor holds more than one edit here._")
 
 # %% [markdown]
+# What explains the published run: ROME writes at the token that all prompts share ([](#weight-editors)), so each update acts on every other edit's prompt, and two more suffice to lose the first. FT-L's bound limits one edit's
+# change of a weight, but not the sum. GRACE's radii shrink where entries come close to each other ([](#sec-many)): a full codebook spares more of the neighbours than an almost empty one, and reaches no rephrased prompt.
+#
 # ## What else the model can do
 #
 # Each state is also evaluated on cases that it was not edited with: the perplexity of their targets, given their prompts, and what the model writes. The row of the unedited model says where that began.
@@ -124,7 +127,7 @@ else:
 shown
 
 # %% [markdown]
-# **Threats.** The edits follow the order of one random sample unless several samples are named above; an interval over cases in one order does not show what another order would give. All edits use one template and are unrelated to
+# **Threats.** An editor that has fewer edits than others here was stopped for its time: thirty cases in the prompt make every evaluation many times longer. The edits follow the order of one random sample unless several samples are named above; an interval over cases in one order does not show what another order would give. All edits use one template and are unrelated to
 # each other, whereas a user's edits would often concern the same library. What the model can do otherwise is measured on cases of the same kind only ([](#sec-threats)).
 
 # %% [markdown]

@@ -94,9 +94,9 @@ def ability_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
             "Edits": str(held),
             "n": str(len(rows)),
             "Perplexity": _perplexity(_mean_loss(rows)),
-            "Eff. EM": _share(rows["effectiveness_em"], True),
+            get_metric("effectiveness_em").title: _share(rows["effectiveness_em"], True),
             "Executes": _share(runs, True),
-            "Spec. rate": _share(rows["specificity_rate"], get_metric("specificity_rate").binary),
+            get_metric("specificity_rate").title: _share(rows["specificity_rate"], False),
         }
 
 
