@@ -168,7 +168,7 @@ whole if len(whole.data) else Markdown("_These measurements are of a library tha
 #   these cases and is queried only every fifth step. The gain on a GPU has not been measured.
 # - Compiled blocks were tried and are slower here ({numref}`tab-speed-compiled`).
 #
-# The remainder is mostly matrix multiplication at near-peak throughput.
+# What remains is mostly matrix products, which for a model of this size are too small to reach the rate of a large one: even a batch of cases takes a multiple of its floor ({numref}`tab-rq2-whole-case`).
 
 # %% [markdown]
 # ## Projected time for the whole study

@@ -387,9 +387,19 @@ def test_whole_cases_are_shown_beside_their_floor():
     }
     batch = {**place, "kind": "throughput", "dataset": "cnle", "editor": "grace", "batch": 4, "edit_seconds": 6.0, "evaluate_seconds": 2.0,
              "error": None, "phases": [["steps", 300.0, 1.0], ["write", 100.0, 20.0]]}  # fmt: skip
-    ceiling = {**place, "kind": "ceiling", "operations_per_second": 100.0, "bytes_per_second": 10.0}
+    batch["measured"] = "2026-11-02"
+    ceiling = {
+        **place,
+        "kind": "ceiling",
+        "operations_per_second": 100.0,
+        "bytes_per_second": 10.0,
+        "measured": "2026-11-01",
+    }
+    others = [{**ceiling, "operations_per_second": 1.0, "measured": day} for day in ("2026-10-01", "2026-11-03")]
     earlier = {**batch, "batch": 1, "phases": float("nan")}
-    (shown,) = rq2.whole_case_floor_table(pd.DataFrame([ceiling, batch, earlier]), label="tab").data.to_dict("records")
+    (shown,) = rq2.whole_case_floor_table(
+        pd.DataFrame([others[0], ceiling, others[1], batch, earlier]), label="tab"
+    ).data.to_dict("records")
     # 3 s of steps by arithmetic, 2 s of writing by traffic
     assert (shown["measured s / case"], shown["of it evaluation"], shown["floor s / case"]) == ("2.00", "0.50", "1.25")
     assert (shown["floor / measured (%)"], shown["Batch"], shown["longest phase"]) == ("62", "4", "steps")

@@ -130,7 +130,7 @@ def records() -> pd.DataFrame:
 
 PLACE = {"random_weights": True, "device": "cuda", "threads": 1, "base_mib": 1.0, "peak_mib": 2.0, "steps": 3, "prompt_tokens": 9,
          "target_tokens": 4, "phases": [["solve", 1.0, 1.0]], "seconds": 1.0, "error": None, "batch": 1.0, "edit_seconds": 1.0,
-         "evaluate_seconds": 1.0, "operations_per_second": 1e9, "bytes_per_second": 1e9}  # fmt: skip
+         "evaluate_seconds": 1.0, "operations_per_second": 1e9, "bytes_per_second": 1e9, "measured": "2026-11-01"}  # fmt: skip
 ENCODER = {"editor": "a-grace", "margin": 1.0, "selection": "training", "patience": 5, "held_out": 1.0, "accuracy": 1.0, "best": 1.0,
            "best_radius": 1.0, "inside": 1.0, "neighbours_inside": 1.0}  # fmt: skip
 UPDATES = {"values": "subject", "cases": 1, "learnt": 1.0, "nll_before": 1.0, "nll_after": 1.0, "first_before": 1.0, "first_after": 1.0,

@@ -203,12 +203,14 @@ def whole_case_floor_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
 
     The floor adds up the operations of a batch's cases, and counts weights that are read for all of them once.
     """
-    rates = _rows(measured, "ceiling").drop_duplicates("label").set_index("label")
     timed = _rows(measured, "throughput")
     for row in timed[timed["error"].isna()].to_dict("records"):
-        if row["label"] not in rates.index or not isinstance(row.get("phases"), list):
+        # a machine is not always equally fast: these are the last rates that were measured before the batch
+        rates = _rows(measured, "ceiling")
+        rates = rates[(rates["label"] == row["label"]) & (rates["measured"] <= row["measured"])].sort_values("measured")
+        if rates.empty or not isinstance(row.get("phases"), list):
             continue  # measured by an earlier version of the library, which did not count operations
-        device = Ceilings(*rates.loc[row["label"], ["operations_per_second", "bytes_per_second"]])
+        device = Ceilings(*rates.iloc[-1][["operations_per_second", "bytes_per_second"]])
         size, phases = int(row["batch"]), [Phase(*phase) for phase in row["phases"]]
         seconds, floor = row["edit_seconds"] + row["evaluate_seconds"], device.seconds(phases)
         longest = max(phases, key=lambda phase: device.seconds([phase]))
