@@ -93,11 +93,11 @@ Markdown("> **Findings**\n>\n" + "\n".join(f"> - {sentence}" for sentence in sen
 #
 # ## What else the model can do
 #
-# Each state is also evaluated on cases that it was not edited with: the perplexity of their targets, given their prompts, and what the model writes. The row of the unedited model says where that began.
+# Each state is also evaluated on cases that it was not edited with: the perplexity of their targets, given their prompts, and what the model writes. The rows of the unedited model are the starting point.
 
 # %% tags=["hide-input"]
 if records["held_out"].any():
-    caption = "Cases that no edit is of, by how many edits the model holds. Perplexity over all target tokens; shares in percent; 95% intervals over cases and samples."
+    caption = "Held-out cases, evaluated in each state of the model. Perplexity over all target tokens; shares in percent; 95% intervals over cases and samples."
     shown = rq4.ability_table(records, label="tab-rq4-ability", caption=caption)
 else:
     shown = Markdown("_No cases were held out of these runs: the parameter `held_out` says how many._")
@@ -127,7 +127,7 @@ else:
 shown
 
 # %% [markdown]
-# **Threats.** An editor that has fewer edits than others here was stopped for its time: thirty cases in the prompt make every evaluation many times longer. The edits follow the order of one random sample unless several samples are named above; an interval over cases in one order does not show what another order would give. All edits use one template and are unrelated to
+# **Threats.** The case in the prompt was evaluated with fewer edits than the others, because thirty cases before every prompt make an evaluation many times longer. The edits follow the order of one random sample unless several samples are named above; an interval over cases in one order does not show what another order would give. All edits use one template and are unrelated to
 # each other, whereas a user's edits would often concern the same library. What the model can do otherwise is measured on cases of the same kind only ([](#sec-threats)).
 
 # %% [markdown]
@@ -136,5 +136,6 @@ shown
 # The tables above are computed from a pandas table with one row per edited case and number of edits held; [](#sec-records) describes its columns.
 
 # %%
-by_state = records[~records["held_out"]].groupby(["protocol", "editor", "position"], sort=False)
+edited = records[~records["held_out"]]
+by_state = edited.groupby(["protocol", "editor", "position"], sort=False)
 (100 * by_state[["effectiveness_em", "specificity_rate"]].mean()).round(1)
