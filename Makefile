@@ -141,10 +141,11 @@ publish: .venv/.ready
 	$(BIN)/clme notebook notebooks/rq1_proficiency.py results/notebooks/rq1_proficiency.ipynb -p editors $(ALL) -p cases 100 -p name $(NAME) -p out $(PUBLISHED) -p beside $(PUBLISHED)-code
 	$(BIN)/clme bench --threads 2 --out results/efficiency
 	$(BIN)/clme bench --threads 2 --editors in-context --batches "" --out results/efficiency
+	test -f results/whole_case/$(NAME).jsonl || $(BIN)/clme bench --dataset cnle --editors ft-l,grace --cases 1 --batches 16 --threads 2 --out results/whole_case
 	for subject in $(SHAPES); do test -f results/efficiency/$$subject-random.jsonl || $(BIN)/clme bench --subject $$subject --random-weights \
 	  --dtype bfloat16 --device cpu --threads 2 --cases 1 --batches "" --out results/efficiency || exit 1; done
 	$(BIN)/clme notebook notebooks/rq2_efficiency.py results/notebooks/rq2_efficiency.ipynb -p show results/efficiency \
-	  -p plain results/benchmarks/whole_case.csv
+	  -p whole_cases results/whole_case -p plain results/benchmarks/whole_case.csv
 	$(BIN)/clme notebook notebooks/rq3_a_grace.py results/notebooks/rq3_a_grace.ipynb -p cases 100 -p name $(NAME) -p out $(PUBLISHED) -p beside $(PUBLISHED)-code
 	for protocol in $(subst $(comma), ,$(MANY_PROTOCOLS)); do test -d $(MANY)/$$protocol-0 || { \
 	  $(BIN)/clme run --subject smollm2-135m-code --dataset cnle --protocol $$protocol --cases 30 --held-out 20 --name $(NAME)-code-$$protocol-0 --out runs/publish/many/$$protocol-0 \

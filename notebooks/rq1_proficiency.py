@@ -92,7 +92,10 @@ Markdown("\n\n".join(paragraphs) or "_Nothing to read yet: these records have no
 
 # %% tags=["hide-input"]
 if config.beside:
-    both = pd.concat([records, clme.load_run(config.beside)])
+    beside = clme.load_run(config.beside)
+    # editors that only the other run's tables need, such as A-GRACE, whose chapter is RQ3
+    others = clme.load_run(config.out, editors=[name for name in beside["editor"].unique() if name not in config.editors])
+    both = pd.concat([records, others[others["case_id"].isin(records["case_id"])], beside])
     names = " and ".join(both["subject"].unique())
     caption = f"{names} side by side: exact match of effectiveness and generalization, and the share of neighbours left unchanged, with 95% intervals."
     display(report.subjects_table(both, label="tab-rq1-subjects", caption=caption))

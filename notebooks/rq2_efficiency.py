@@ -36,7 +36,7 @@ dtype: str = "auto"  # auto (float32), float32, bfloat16, float16
 import clme_lib as clme
 from clme_lib.study.config import BenchConfig
 from clme_lib.study.paper import PAPER_VARIANTS
-from clme_lib.study.rq2.measure import bench
+from clme_lib.study.rq2.measure import bench, load_measurements
 
 # any other field of the configuration can be passed by its name as well: `clme bench --help` lists them
 config = clme.config_from_notebook(globals(), BenchConfig)
@@ -151,8 +151,12 @@ rq2.floor_table(measured, label="tab-rq2-floor", caption=caption)
 # operations add up, and weights are read once for all of them.
 
 # %% tags=["hide-input"]
-caption = "Editing and evaluating a batch of cases beside the least time that its arithmetic and memory traffic take on this device; one batch was timed for each row."
-whole = rq2.whole_case_floor_table(measured, label="tab-rq2-whole-case", caption=caption)
+caption = (
+    "Editing and evaluating a batch of cases beside the least time that its arithmetic and memory traffic take on this device; one batch was timed for each row. The device's "
+    "rates are those it reached when the batches were measured."
+)
+whole_cases = load_measurements(config.whole_cases) if config.whole_cases else measured
+whole = rq2.whole_case_floor_table(whole_cases, label="tab-rq2-whole-case", caption=caption)
 whole if len(whole.data) else Markdown("_These measurements are of a library that did not count what an evaluation computes._")
 
 # %% [markdown]

@@ -57,7 +57,7 @@ records = clme.run(config)
 # %% [markdown]
 # ## Ablation of A-GRACE
 #
-# In the paper A-GRACE raises GRACE's generalization on CNLE from almost zero to 80.86% exact match, on average over the paper's subjects. Its encoder
+# In the paper A-GRACE raises GRACE's generalization on CNLE from almost zero, to or by 80.86% exact match (our source, a digest of the paper, leaves open which), on average over the paper's subjects. Its encoder
 # learns from 10,528 cases there, but from a few hundred here; [](#encoders) shows the effect of more training cases.
 
 # %% tags=["hide-input"]

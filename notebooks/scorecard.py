@@ -46,15 +46,15 @@ Markdown(inline(" ".join(sentences)))
 # %% tags=["hide-input"]
 caption = (
     "The paper's claims (F1 to F3 are the findings named in its abstract and introduction) and what this study's records say. Each claim is compared separately for each "
-    "dataset, or for each editor. p values are two-sided, with Holm's correction over the whole table. Where two scores should be equal, replicated means that the 95% interval rules out a loss of more "
+    "dataset, or for each editor. p values are two-sided, with Holm's correction over the whole table; only where an editor is claimed to be the best, the correction is over its comparisons with the other five. Where two scores should be equal, replicated means that the 95% interval rules out a loss of more "
     f"than {scorecard.MARGIN:.0f} points. Some claims have no figure from the paper, because we do not have the paper's tables."
 )
 scorecard.scorecard_table(evidence, label="tab-scorecard", caption=caption)
 
 # %% [markdown]
-# **Why some claims are reversed.** *The task* (F3): the embedded CNLE targets are single lines that the models can almost write unedited, and hand-written intents
-# resemble one another; CSNE's descriptions are as long but less predictable. *The ablations*: in the paper neither part of A-GRACE helps on its own. Here an encoder on the last token's key
-# does help (w/o Mean), and so does the mean key without an encoder (w/o CL) where the rephrased prompt is the same function with other names. *Generalization*: MALMEN, the only
+# **Why some claims are reversed.** *The task* (F3): the embedded CNLE has short hand-written intents and targets of a single line, unlike the paper's; the embedded CSNE is mined like the paper's. Which of these
+# differences makes it easier was not measured. *The ablations*: in the paper neither part of A-GRACE helps on its own. Here an encoder on the last token's key
+# does help (w/o Mean), and so does the mean key without an encoder (w/o CL) where the rephrased prompt is the same function with other names. *Generalization*: on the chat model MALMEN, the only
 # one of the six that is trained on rephrased prompts, generalizes in most cases, but leaves all five neighbours unchanged in no case.
 #
 # [](#rq3) shows what an encoder does beyond a larger radius.

@@ -21,6 +21,22 @@ def test_paired_tests_are_exact_for_shares_and_ranks_else():
     assert paired_p(np.array([1, 1, 1, -1])) == stats.binomtest(3, 4).pvalue
     differences = np.array([0.2, -0.1, 0.3, 0.0, 0.4])
     assert paired_p(differences) == stats.wilcoxon(differences[differences != 0]).pvalue
+    # exact with ties as well: of the 2^10 signs, two are at least as far apart; differences equal but for rounding are ties
+    tied = np.array([0.1 + 0.2, 0.3, 0.3, 0.2, 0.2, 0.1, 0.1, 0.1, 0.4, 0.4] + [0.0] * 90)
+    assert paired_p(tied) == pytest.approx(2 / 2**10)
+    assert paired_p(tied) == paired_p(np.where(tied == 0.1 + 0.2, 0.3, tied))
+
+
+def test_of_equal_means_the_row_with_most_cases_is_compared_with():
+    """Three fewer cases would make the difference of the third row look like chance."""
+    few, all_of_them, worse = [1] * 5 + [None] * 15, [1] * 20, [1] * 10 + [0] * 10
+    bold = {
+        editor
+        for _, editor, _ in as_good_as_the_best(
+            rows(few=few, whole=all_of_them, worse=worse), [get_metric("effectiveness_em")]
+        )
+    }
+    assert bold == {"few", "whole"}
 
 
 def test_holm_by_hand():

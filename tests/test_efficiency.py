@@ -395,11 +395,11 @@ def test_whole_cases_are_shown_beside_their_floor():
         "bytes_per_second": 10.0,
         "measured": "2026-11-01",
     }
-    others = [{**ceiling, "operations_per_second": 1.0, "measured": day} for day in ("2026-10-01", "2026-11-03")]
+    other = {**ceiling, "operations_per_second": 1.0, "threads": 1}
     earlier = {**batch, "batch": 1, "phases": float("nan")}
-    (shown,) = rq2.whole_case_floor_table(
-        pd.DataFrame([others[0], ceiling, others[1], batch, earlier]), label="tab"
-    ).data.to_dict("records")
+    (shown,) = rq2.whole_case_floor_table(pd.DataFrame([other, ceiling, batch, earlier]), label="tab").data.to_dict(
+        "records"
+    )
     # 3 s of steps by arithmetic, 2 s of writing by traffic
     assert (shown["measured s / case"], shown["of it evaluation"], shown["floor s / case"]) == ("2.00", "0.50", "1.25")
     assert (shown["floor / measured (%)"], shown["Batch"], shown["longest phase"]) == ("62", "4", "steps")

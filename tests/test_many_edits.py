@@ -1,6 +1,7 @@
 """Protocols that put many edits into one model: what is edited from which state, what is evaluated when, and that it goes on where it stopped."""
 
 import copy
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -20,11 +21,11 @@ from clme_lib.edits.weights import DenseUpdate, LowRankUpdate
 from clme_lib.evaluation.evaluate import evaluate
 from clme_lib.forward.prompt_keys import edit_keys
 from clme_lib.forward.tokens import tokenize
-from clme_lib.study import run_folder
+from clme_lib.study import run_folder, spot_check, tables
 from clme_lib.study.copies import publish
 from clme_lib.study.export import export_edits
 from clme_lib.study.protocols import get_protocol, milestones
-from clme_lib.study.runs import run
+from clme_lib.study.runs import run, sampled
 from clme_lib.support.errors import CaseError, StudyError
 
 SMALL = "rome.layer=1,rome.steps=4,grace.layer=2,grace.steps=4,ft-l.layer=2,ft-l.steps=3,a-grace.layer=2,a-grace.steps=3,a-grace.epochs=2"
@@ -233,12 +234,46 @@ def test_cases_that_are_held_out_show_what_else_the_model_can_do(tiny, config, t
     assert again["target_loss"].equals(records["target_loss"])
 
 
+def test_a_run_that_grows_keeps_its_held_out_cases(config, tmp_path, monkeypatch):
+    """They are the last of the order, so that all states are evaluated on the same cases."""
+    edit, made = ROME._edit_batch, []
+    monkeypatch.setattr(ROME, "_edit_batch", lambda self, *given: made.append(1) or edit(self, *given))
+    held_out = ordered(config(cases=None))[-1]
+    run(config(cases=2, held_out=1))
+    grown = run(config(cases=4, held_out=1))
+    assert len(made) == 4, "edits are not made again"
+    assert set(grown[grown["held_out"]]["case_id"]) == {held_out.case_id}
+    assert Counter(grown["position"]) == {1: 2, 2: 3, 3: 4, 4: 5}
+    fresh = run(config(cases=4, held_out=1, out=tmp_path / "fresh"))
+    assert texts(fresh).items() <= texts(grown).items()
+    # what was asked for earlier is a part of it, here and as a published run
+    assert Counter(run(config(cases=2, held_out=1))["position"]) == {1: 2, 2: 3}
+    assert publish(config().out, tmp_path / "published") == len(grown)
+    asked = config(cases=3, held_out=1, out=tmp_path / "published", name=None)
+    assert Counter(run(asked)["position"]) == {1: 2, 2: 3, 3: 4}
+    with pytest.raises(StudyError, match="held_out=2: .* is a published run; its held_out is 0 or 1"):
+        run(config(cases=3, held_out=2, out=tmp_path / "published", name=None))
+    # the summary of a run shows each state, without the cases that are held out
+    assert tables.summary(grown)["n"].tolist() == [1, 2, 3, 4]
+
+
+def test_states_of_other_edits_are_not_compared(config, tmp_path):
+    here, other = (run(config(cases=3, held_out=1, sample=n, out=tmp_path / str(n))) for n in (0, 1))
+    other = other.assign(
+        sha256_effectiveness=other["sha256_effectiveness"].map(lambda hashes: ["0" * 64] * len(hashes))
+    )
+    assert set(here["case_id"]) & set(other["case_id"]), "cases in common, in states of other edits"
+    with pytest.raises(StudyError, match="nothing to compare"):
+        spot_check.compare(here[here["position"] == 1], other[other["position"] == 1])
+    assert spot_check.compare(here, here).table["cases"].tolist() == [1 + 1 + 3 + 1]
+
+
 def test_cases_are_held_out_of_many_edits_only(config, monkeypatch):
     from clme_lib.editors.a_grace import AGRACE
 
     with pytest.raises(StudyError, match="held_out=2: protocol=single edits each case in the unedited model"):
         run(config(protocol="single", cases=3, held_out=2))
-    with pytest.raises(StudyError, match="cases=4: cnle has only 5 cases to draw from, 2 of which are held out"):
+    with pytest.raises(StudyError, match="cases=4: cnle has only 3 cases to draw from besides the 2 that are held out"):
         run(config(cases=4, held_out=2))
     with pytest.raises(StudyError, match="held_out=5: cnle has 5 cases; leave some to edit"):
         run(config(cases=None, held_out=5))
@@ -247,8 +282,9 @@ def test_cases_are_held_out_of_many_edits_only(config, monkeypatch):
     monkeypatch.setattr(AGRACE, "fit", lambda self, cases, edited=(): (seen.extend(cases), fit(self, cases, edited))[1])
     asked = config(editors="a-grace", cases=2, held_out=1)
     run(asked)
-    order = sample_cases(load_cases("cnle", asked.source), 3, asked.sample)
-    assert {case.case_id for case in seen} == set(range(5)) - {case.case_id for case in order}, "nor learnt from"
+    assert {case.case_id for case in seen} == set(range(5)) - {case.case_id for case in sampled(asked, "cnle")}, (
+        "nor learnt from"
+    )
     with pytest.raises(StudyError, match="held_out=1, but held_out=0 was requested"):
         run(config(editors="a-grace", cases=2))
 

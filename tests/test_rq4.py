@@ -60,7 +60,7 @@ def many(right, held):
         for turn in range(position):
             score = float(right(position, turn))
             rows.append(
-                {"dataset": "cnle", "protocol": "sequential", "editor": "grace", "position": position, "turn": turn, "sample": 0,
+                {"dataset": "cnle", "protocol": "sequential", "editor": "grace", "position": position, "turn": turn, "case_id": turn, "sample": 0,
                  "state": SCORED, "effectiveness_em": score, "generalization_em": 0.0, "specificity_rate": 0.5,
                  "free_effectiveness_em": None, "edit_seconds": 2.0 + turn, "held_out": False}
             )  # fmt: skip
@@ -83,7 +83,7 @@ def test_the_first_and_the_last_edits_are_shown_apart():
 def test_cases_that_are_held_out_are_shown_apart():
     kept = many(lambda position, turn: True, 12)
     added = pd.DataFrame([
-        {**kept.iloc[0].to_dict(), "editor": editor, "position": position, "turn": 12 + n, "held_out": True, "effectiveness_em": 0.0, "target_loss": loss,
+        {**kept.iloc[0].to_dict(), "editor": editor, "position": position, "turn": 12 + n, "case_id": 12 + n, "held_out": True, "effectiveness_em": 0.0, "target_loss": loss,
          "target_tokens": tokens, "free_effectiveness_executes": float(n)}
         for editor, worse in (("none", 0.0), ("grace", 1.0)) for position in (1, 10, 12)
         for n, (loss, tokens) in enumerate([(1.0 + worse, 30), (3.0 + worse, 10)])
@@ -103,6 +103,20 @@ def test_cases_that_are_held_out_are_shown_apart():
     (state,) = rq4.ability_findings(records)
     assert (state["editor"], state["held"]) == ("grace", 12)
     assert state["perplexity"] == pytest.approx([math.exp(2.5), math.exp(1.5)])
+    # of pairs: every case has lost the same
+    assert state["ratio"] == pytest.approx([math.e] * 3) and state["n"] == 2
+    # SimIE cannot hold the unedited model's rows; another protocol's are of the same cases
+    joined = records[records["editor"] == "grace"].assign(protocol="simie")
+    assert [state["protocol"] for state in rq4.ability_findings(pd.concat([records, joined]))] == [
+        "sequential",
+        "simie",
+    ]
+    # a loss that is not finite is null in a record: the mean over the other cases would hide it
+    lost = records.copy()
+    lost.loc[(lost["editor"] == "grace") & (lost["case_id"] == 13) & (lost["position"] == 12), "target_loss"] = None
+    shown = rq4.ability_table(lost, label="tab").data.set_index(["Editor", "Edits"])
+    assert shown.loc["GRACE", "12"]["Perplexity"] == "∞" and shown.loc["GRACE", "10"]["Perplexity"] != "∞"
+    assert rq4.ability_findings(lost) == []
 
 
 def test_failed_edits_are_not_counted():

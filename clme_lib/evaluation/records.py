@@ -99,7 +99,8 @@ class Record(Schema):
         None, description="SHA-256 of each of these texts"
     )
     answers: list[str] | None = Field(
-        None, description="the unedited subject's answers to the neighbours; null in published records"
+        None,
+        description="the unedited subject's answers to the neighbours; null if they were not kept or may not be published",
     )
     free_tokens: list[Annotated[int, Field(ge=0)]] | None = Field(
         None,
@@ -198,4 +199,5 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
         metrics |= dict.fromkeys(record.scores or ())
     fields = [name for name in Record.model_fields if name not in _MAPPINGS]
     lists = [f"{kind}_{name}" for kind in ("generated", "sha256") for name in (*TEXTS, *FREE_TEXTS)]
-    return pd.DataFrame(rows, columns=[*fields, "state", *metrics, *lists])
+    table = pd.DataFrame(rows, columns=[*fields, "state", *metrics, *lists])
+    return table.astype({"held_out": bool})  # so that it selects rows even where there are none

@@ -259,6 +259,10 @@ class BenchConfig(Schema):
     dtype: _Dtype = _DTYPE
     out: _Folder = Field(Path("runs/bench"), description="folder of measurements; the same command resumes them")
     show: Path | None = Field(None, description="folder of finished measurements to show instead")
+    whole_cases: Path | None = Field(
+        None,
+        description="folder of batches to compare with the floor of whole cases, if they were measured on their own",
+    )
     plain: Path | None = Field(None, description="table of a plain procedure's times, by benchmarks/whole_case.py")
 
 

@@ -21,7 +21,7 @@ from ..support.errors import StudyError
 from . import provenance
 from .config import make_config
 from .paper import UNEDITED
-from .run_folder import check_cases, is_recorded, load_manifest, load_run, record_files, write_copy
+from .run_folder import check_cases, is_of_sample, is_recorded, load_manifest, load_run, record_files, write_copy
 from .runs import sampled
 from .work import planned
 
@@ -46,7 +46,7 @@ def publish(run: Path, target: Path) -> int:
     failures = [record for records in contents.values() for record in records if record.state == FAILED]
     if failures:
         raise StudyError(f"{run}: case {failures[0].case_id} by {failures[0].editor} failed: {failures[0].error}")
-    samples = {name: _finished_sample(run, manifest, records) for name, records in contents.items()}
+    finished = {name: _largest_finished(run, manifest, records) for name, records in contents.items()}
     library, commit = provenance.library_sha256(), provenance.commit()
 
     def committed(made_by: str, library_then: str) -> str:
@@ -58,7 +58,11 @@ def publish(run: Path, target: Path) -> int:
     manifest["published"] = provenance.now()
     published: dict[str, list[Record]] = {}
     for name, records in contents.items():
-        of_sample = [record for record in records if record.case_id in samples[name]]
+        of_sample = [
+            record
+            for record in records
+            if is_of_sample(*finished[name], record.position, record.case_id, record.held_out)
+        ]
         of_sample.sort(key=lambda record: (record.position, record.case_id))
         published[name] = [
             record.model_copy(
@@ -75,24 +79,25 @@ def publish(run: Path, target: Path) -> int:
     return len(load_run(target))
 
 
-def _finished_sample(run: Path, manifest: dict, records: list[Record]) -> set[int]:
-    """Ids of the largest sample that the records of one editor and dataset contain completely."""
+def _largest_finished(run: Path, manifest: dict, records: list[Record]) -> tuple[set[int], set[int]]:
+    """Ids of the edited and of the held-out cases of the largest sample that the records of one editor and dataset contain completely."""
     dataset, editor = records[0].dataset, records[0].editor
     keys = {(record.position, record.case_id) for record in records}
-    largest: set[int] = set()
+    largest: list[int] = []
+    count = 0
     for start in manifest["starts"]:
         # a start that was killed also counts once another start has completed its sample
         if dataset in start["cases"] and editor in start["hyperparameters"]:
-            fields = {**manifest["config"], "cases": start["cases"][dataset], "sample": start["sample"], "out": run}
-            config = make_config(**fields)
+            of_start = {"sample": start["sample"], "held_out": start.get("held_out", 0), "out": run}
+            config = make_config(**{**manifest["config"], "cases": start["cases"][dataset], **of_start})
             sample = sampled(config, dataset)
             parts = planned(config, editor, sample, load_cases(dataset, config.source))
             steps = [step for part in parts for step in part.steps]
             if len(sample) > len(largest) and all(is_recorded(step, keys) for step in steps):
-                largest = {case.case_id for case in sample}
+                largest, count = [case.case_id for case in sample], len(sample) - config.held_out
     if not largest:
         raise StudyError(f"{run}: {editor} has not finished on {dataset}: run the same command again, then publish")
-    return largest
+    return set(largest[:count]), set(largest[count:])
 
 
 def draw(published: Path) -> None:

@@ -14,7 +14,9 @@ from ..datasets.paper import CNLE
 from ..evaluation.records import UNKNOWN
 from ..metrics.base import MEASURES, get_metric
 from ..metrics.free import opens_with_fence
+from ..metrics.text import bleu
 from ..subjects.adapters import provenance
+from ..subjects.settings import load_settings
 from ..support.display import Markup, inline_code
 from ..support.journal import write_text
 from .appendices.selection import all_values, differing_values
@@ -48,6 +50,7 @@ def prose_numbers(results: Path) -> dict[str, str]:
         "claims": str(len(CLAIMS)),
         **_verdicts(results),
         **_code_subject(results),
+        **_marker(results),
     }
     for prefix, of_subject in (("", records), ("code_", load_run(results / "runs" / CODE_SUBJECT))):
         for (dataset, editor), rows in of_subject.groupby(["dataset", "editor"]):
@@ -95,6 +98,22 @@ def _code_subject(results: Path) -> dict[str, str]:
             )
         ),
     }
+
+
+def _marker(results: Path) -> dict[str, str]:
+    """What the name of the end-of-text token adds to BLEU: specificity of ROME's edits of the code model, with and without the name."""
+    marker = load_settings(CODE_SUBJECT).subject.eos_token
+    assert marker is not None, "the code subject's settings name its end-of-text token"
+    records = load_run(results / "runs" / CODE_SUBJECT, editors=[UNEDITED, "rome"])
+    texts = records[records["dataset"] == CNLE.name].pivot(
+        index="case_id", columns="editor", values="generated_specificity"
+    )
+    pairs = [(edited, plain) for edited, plain in texts.dropna()[["rome", UNEDITED]].to_numpy()]
+    kept = interval([bleu(edited, plain) for edited, plain in pairs], binary=False)
+    removed = [[[text.replace(marker, "") for text in of_model] for of_model in pair] for pair in pairs]
+    without = interval([bleu(edited, plain) for edited, plain in removed], binary=False)
+    shown = {"code_rome_bleu": kept, "code_rome_bleu_without_marker": without}
+    return {name: f"{percent(score.mean)}%" for name, score in shown.items()}
 
 
 def _unedited_row(folder: Path) -> dict[str, str]:

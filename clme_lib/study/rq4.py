@@ -93,7 +93,7 @@ def ability_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
             "Editor": editor_name(editor),
             "Edits": str(held),
             "n": str(len(rows)),
-            "Perplexity": _perplexity(_mean_loss(rows)),
+            "Perplexity": _perplexity(rows),
             get_metric("effectiveness_em").title: _share(rows["effectiveness_em"], True),
             "Executes": _share(runs, True),
             get_metric("specificity_rate").title: _share(rows["specificity_rate"], False),
@@ -101,30 +101,46 @@ def ability_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 
 def ability_findings(records: pd.DataFrame) -> list[dict[str, Any]]:
-    """For each dataset, protocol and editor: perplexity on held-out cases in the state with the most edits, and the unedited model's."""
-    losses: dict[tuple[str, str, str], dict[int, Interval]] = {}
-    for (dataset, protocol, editor, held), rows in _states(records, held_out=True):
-        losses.setdefault((dataset, protocol, editor), {})[held] = _mean_loss(rows)
+    """For each dataset, protocol and editor: perplexity on held-out cases in the state with the most edits, the unedited model's on the
+    same cases, and their ratio with its 95% interval, which is of pairs. The unedited model's may come from another protocol."""
+    states = list(_states(records, held_out=True))
+    cases = ["sample", "case_id"]
+    unedited: dict[str, pd.DataFrame] = {}
+    for (dataset, _, editor, _), rows in states:
+        if editor == UNEDITED:
+            known = [unedited[dataset]] if dataset in unedited else []
+            unedited[dataset] = pd.concat([*known, rows[[*cases, "target_loss"]]]).drop_duplicates(cases)
+    most: dict[tuple[str, str, str], tuple[int, pd.DataFrame]] = {}
+    for (dataset, protocol, editor, held), rows in states:
+        if editor != UNEDITED and held >= most.get((dataset, protocol, editor), (0,))[0]:
+            most[dataset, protocol, editor] = held, rows
     rows_of_findings = []
-    for (dataset, protocol, editor), of_editor in losses.items():
-        held = max(of_editor)
-        unedited = losses.get((dataset, protocol, UNEDITED), {}).get(held)
-        if editor != UNEDITED and unedited is not None:
-            perplexities = [float(np.exp(loss.mean)) for loss in (of_editor[held], unedited)]
-            rows_of_findings.append(
-                {"dataset": dataset, "protocol": protocol, "editor": editor, "held": held, "perplexity": perplexities}
-            )
+    for (dataset, protocol, editor), (held, rows) in most.items():
+        if dataset not in unedited:
+            continue
+        pairs = rows.merge(unedited[dataset], on=cases, suffixes=("", "_unedited"))
+        tokens = list(pairs["target_tokens"])
+        before, after = _mean_loss(pairs["target_loss_unedited"], tokens), _mean_loss(pairs["target_loss"], tokens)
+        change = _mean_loss(pairs["target_loss"] - pairs["target_loss_unedited"], tokens)
+        if np.isfinite([before.mean, after.mean]).all():
+            ratio = [float(np.exp(bound)) for bound in (change.mean, change.low, change.high)]
+            perplexity = [float(np.exp(loss.mean)) for loss in (after, before)]
+            shown = {"dataset": dataset, "protocol": protocol, "editor": editor, "held": held, "n": len(pairs)}
+            rows_of_findings.append({**shown, "perplexity": perplexity, "ratio": ratio})
     return rows_of_findings
 
 
-def _mean_loss(rows: pd.DataFrame) -> Interval:
-    measured = rows[rows["target_loss"].notna()]
-    return mean_over_tokens(list(measured["target_loss"]), list(measured["target_tokens"]))
+def _mean_loss(losses: pd.Series, tokens: Sequence[int]) -> Interval:
+    """Mean over tokens; infinite if a case's loss is, which its record has as null."""
+    if losses.isna().any():
+        return Interval(float("inf"), float("nan"), float("nan"), len(losses))
+    return mean_over_tokens(list(losses), list(tokens))
 
 
-def _perplexity(loss: Interval) -> str:
-    if not loss.n:
-        return "–"
+def _perplexity(rows: pd.DataFrame) -> str:
+    loss = _mean_loss(rows["target_loss"], rows["target_tokens"])
+    if np.isinf(loss.mean):
+        return "∞"
     bounds = "" if np.isnan(loss.low) else f" ({np.exp(loss.low):.3g}–{np.exp(loss.high):.3g})"
     return f"{np.exp(loss.mean):.3g}{bounds}"
 

@@ -5,7 +5,7 @@
     run.json                      configuration and, of each start, an id and its provenance
     folds.json                    case ids of both folds, per dataset
     records/<dataset>.<editor>.jsonl
-    states/<dataset>.<editor>.safetensors    of protocols whose steps build on each other, the last state
+    states/<dataset>.<editor>.safetensors    of protocols of many edits, the last state
 
 Records are only appended. A published run (copies.py) is only read.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -62,10 +62,8 @@ class _Manifest(Schema, extra="allow"):
     starts: list[_Start]
 
 
-def load_run(
-    folder: Path | str, *, chosen: dict[str, list[Case]] | None = None, editors: Sequence[str] | None = None
-) -> pd.DataFrame:
-    """Records of a run folder (:func:`clme_lib.evaluation.records.frame`); optionally only of given cases and editors.
+def load_run(folder: Path | str, *, editors: Sequence[str] | None = None) -> pd.DataFrame:
+    """Records of a run folder (:func:`clme_lib.evaluation.records.frame`); optionally only of given editors.
 
     Raises:
         StudyError: there are no records, or a file is damaged.
@@ -81,9 +79,6 @@ def load_run(
                 raise StudyError(
                     f"{folder}: {file} has records of {name} {row[name]!r}, but run.json names {config[field]!r}; move the file away"
                 )
-    if chosen is not None:
-        keys = {(name, case.case_id) for name, cases in chosen.items() for case in cases}
-        table = table[[key in keys for key in zip(table["dataset"], table["case_id"])]]
     if editors is not None:
         table = table[table["editor"].isin(editors)]
     ranks = {name: rank for names in (list_datasets(), list_editors()) for rank, name in enumerate(names)}
@@ -127,7 +122,7 @@ def records_file(config: RunConfig, dataset: str, editor: str) -> Path:
 
 
 def state_file(config: RunConfig, dataset: str, editor: str) -> Path:
-    """Where the last state is kept that a later step builds on (states.py)."""
+    """Where the last state is kept (states.py)."""
     return config.out / "states" / f"{dataset}.{editor}.safetensors"
 
 
@@ -159,6 +154,16 @@ def recorded(config: RunConfig, dataset: str, editor: str, cases: Iterable[Case]
 def is_recorded(step: Step, keys: set[tuple[int, int]]) -> bool:
     """Whether every case that a step evaluates is among these positions and case ids."""
     return all((step.position, case.case_id) in keys for case in step.scored)
+
+
+def is_of_sample(edited: Set[int], apart: Set[int], position: int, case_id: int, held_out: bool) -> bool:
+    """Whether a record belongs to a sample: a state that holds no more edits than the sample has, and a case of it. A run that grew has
+    more states than a new run of the same size, but all of them are states of the same sequence.
+
+    Args:
+        edited: ids of the sample's edited cases; ``apart``: of its held-out cases.
+    """
+    return position <= len(edited) and case_id in (apart if held_out else edited)
 
 
 def load_manifest(folder: Path | str) -> dict:

@@ -51,7 +51,24 @@ def run(config: RunConfig) -> pd.DataFrame:
             config, data, model, {name: len(cases) - config.held_out for name, cases in chosen.items()}
         )
         _complete(config, chosen, data)
-    return run_folder.load_run(config.out, chosen=chosen, editors=config.editors)
+    return _of_sample(config, run_folder.load_run(config.out, editors=config.editors), chosen)
+
+
+def _of_sample(
+    config: RunConfig, records: pd.DataFrame, chosen: dict[str, list[Case]], published: bool = False
+) -> pd.DataFrame:
+    """The records that a configuration asks for; a run that grew, or held other cases out, has more. A published run is shown with the
+    cases that it held out itself."""
+    asked = pd.Series(False, records.index)
+    for dataset, rows in records[records["dataset"].isin(chosen)].groupby("dataset"):
+        ids = [case.case_id for case in chosen[str(dataset)]]
+        count = len(ids) - config.held_out
+        edited, apart = set(ids[:count]), set(ids[count:])
+        if published and config.held_out:
+            apart = set(rows[rows["held_out"]]["case_id"])
+        keys = zip(rows["position"], rows["case_id"], rows["held_out"])
+        asked[rows.index] = [run_folder.is_of_sample(edited, apart, *key) for key in keys]
+    return records[asked].reset_index(drop=True)
 
 
 def _complete(config: RunConfig, chosen: dict[str, list[Case]], data: dict[str, str]) -> None:
@@ -105,7 +122,11 @@ def _complete_part(
 
 
 def sampled(config: RunConfig, dataset: str) -> list[Case]:
-    """The cases of a dataset that a configuration asks for: those that are edited, then those that are held out."""
+    """The cases of a dataset that a configuration asks for: those that are edited, then those that are held out.
+
+    Edited cases are taken from the beginning of the sample's order and held-out ones from its end, so that a larger run evaluates the
+    same held-out cases.
+    """
     cases = load_cases(dataset, config.source)
     if (file := get_dataset(dataset).file) and config.source not in ("embedded", file):
         raise StudyError(f"source={config.source}: {dataset} has its cases in {file}; leave source out")
@@ -119,21 +140,25 @@ def sampled(config: RunConfig, dataset: str) -> list[Case]:
     elif config.source == "embedded":
         cases = [case for case in cases if case.case_id not in selection_ids(dataset)]
     left = len(cases) - config.held_out
-    if left < 1 < len(cases):
+    if config.held_out and left < 1:
         raise StudyError(f"held_out={config.held_out}: {dataset} has {len(cases)} cases; leave some to edit")
     # the default is a few, or all where there are fewer
     if config.cases is not None and config.cases > left and "cases" in config.model_fields_set:
-        apart = f", {config.held_out} of which are held out" if config.held_out else ""
+        apart = f" besides the {config.held_out} that are held out" if config.held_out else ""
         raise StudyError(
-            f"cases={config.cases}: {dataset} has only {len(cases)} cases to draw from{apart}; request at most that many, or all"
+            f"cases={config.cases}: {dataset} has only {left} cases to draw from{apart}; request at most that many, or all"
         )
-    edited = left if config.cases is None else min(config.cases, left)
-    return sample_cases(cases, edited + config.held_out, config.sample)
+    ordered = sample_cases(cases, None, config.sample)
+    return ordered[: left if config.cases is None else min(config.cases, left)] + ordered[left:]
 
 
 def _read_published(config: RunConfig, chosen: dict[str, list[Case]]) -> pd.DataFrame:
     """What a published run has of the chosen cases; an editor may have fewer cases than another."""
-    records = run_folder.load_run(config.out, chosen=chosen, editors=config.editors)
+    numbers = {start.get("held_out", 0) for start in run_folder.load_manifest(config.out)["starts"]}
+    if config.held_out and config.held_out not in numbers:
+        known = " or ".join(map(str, sorted(numbers | {0})))
+        raise StudyError(f"held_out={config.held_out}: {config.out} is a published run; its held_out is {known}")
+    records = _of_sample(config, run_folder.load_run(config.out, editors=config.editors), chosen, published=True)
     pairs = set(zip(records["dataset"], records["editor"]))
     missing = [f"{editor} on {name}" for name in chosen for editor in config.editors if (name, editor) not in pairs]
     if missing:

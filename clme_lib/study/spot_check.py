@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from ..evaluation.evaluate import SINGLE
 from ..metrics.base import FREE_TEXTS, MEASURES, TEXTS
 from ..metrics.paper import COMPARISONS
 from ..support.errors import StudyError
@@ -56,13 +57,14 @@ class Comparison:
 
 
 def compare(here: pd.DataFrame, published: pd.DataFrame) -> Comparison:
-    """Compare records of the same cases.
+    """Compare records of the same cases. Where a model holds many edits, only states that hold the same ones are compared.
 
     Raises:
         StudyError: the records have nothing in common, or a case has changed.
     """
     keys = ["subject", "dataset", "editor", "preset", "protocol", "position", "case_id"]
-    pairs = here.merge(published, on=keys, suffixes=("", "_published"))
+    here, published = (records.assign(edits=_edits_held(records)) for records in (here, published))
+    pairs = here.merge(published, on=[*keys, "held_out", "edits"], suffixes=("", "_published"))
     if pairs.empty:
         raise StudyError("the run and the published records have no case and editor in common: nothing to compare")
     changed = pairs[pairs["case_sha256"] != pairs["case_sha256_published"]]
@@ -91,6 +93,15 @@ def compare(here: pd.DataFrame, published: pd.DataFrame) -> Comparison:
                 if abs(shift) > UNEDITED_POINTS:
                     moved.append(f"{dataset} {score}: {shift:+.2f} points")
     return Comparison(pd.DataFrame(rows), differences, moved)
+
+
+def _edits_held(records: pd.DataFrame) -> pd.Series:
+    """Of each record the cases that the model held, as text: alone its own, else all that were edited and evaluated at its position."""
+    held = records["case_id"].astype(str)
+    many = records[records["protocol"] != SINGLE]
+    for _, rows in many.groupby(["dataset", "editor", "preset", "protocol", "position"]):
+        held[rows.index] = " ".join(map(str, sorted(rows[~rows["held_out"]]["case_id"])))
+    return held
 
 
 def describe(comparison: Comparison) -> str:

@@ -47,6 +47,7 @@ class States:
         self._identities = self._identify()
         self._held: dict[int, State] = {}
         self._made: dict[int, tuple[Edit | None, str | None]] = {}
+        self._kept = -1  # number of the state in the file
         if file.is_file() and (about := read_about(file)).get("identity") in self._identities:
             (stored,) = load_edits(file, editor.subject)
             on_device = {name: tensor.to(editor.subject.device) for name, tensor in stored.tensors().items()}
@@ -55,7 +56,8 @@ class States:
                 int(case): EditLog(**{**log, "losses": tuple(log["losses"])}) for case, log in about["logs"].items()
             }
             failed = {int(case): reason for case, reason in about["failed"].items()}
-            self._held[self._identities.index(about["identity"])] = State(edit, logs, failed)
+            self._kept = self._identities.index(about["identity"])
+            self._held[self._kept] = State(edit, logs, failed)
 
     def __contains__(self, number: int) -> bool:
         return number in self._held
@@ -67,13 +69,17 @@ class States:
             state = self._make(step, None if step.after is None else self._held[step.after])
             self._held = {earlier: held for earlier, held in self._held.items() if self._is_built_upon(earlier, number)}
             self._held[number] = state
-            if number in self._built_upon or number == len(self._steps) - 1:
+            last = number == len(self._steps) - 1
+            if number > self._kept and (
+                last or number in self._built_upon
+            ):  # an earlier state may only be evaluated again
                 about = {
                     "identity": self._identities[number],
                     "logs": {str(case): asdict(log) for case, log in state.logs.items()},
                     "failed": {str(case): reason for case, reason in state.failed.items()},
                 }
                 save_edits(self._file, [state.edit], self._editor.subject, about)
+                self._kept = number
         return self._held[number]
 
     def _is_built_upon(self, earlier: int, number: int) -> bool:

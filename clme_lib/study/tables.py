@@ -16,6 +16,7 @@ from scipy import stats
 from ..datasets.base import dataset_title
 from ..editors.base import EDITORS
 from ..editors.registry import list_editors
+from ..evaluation.evaluate import SINGLE
 from ..evaluation.records import SCORED
 from ..metrics.base import get_metric
 from ..metrics.paper import PAPER_METRICS, PAPER_SCORES
@@ -85,8 +86,11 @@ def scored(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(records: pd.DataFrame) -> pd.DataFrame:
-    """Mean scores times 100 and the number of cases, a row per dataset and editor."""
-    groups = scored(records).groupby(["dataset", "editor"], sort=False)
+    """Mean scores times 100 and the number of cases, a row per dataset and editor, and per number of edits where a model holds many.
+    Held-out cases are left out."""
+    many = (records["protocol"] != SINGLE).any()
+    by = ["dataset", "editor", *(["position"] if many else [])]
+    groups = scored(records[~records["held_out"]]).groupby(by, sort=False)
     means = (groups[list(PAPER_SCORES)].mean() * 100).round(2)
     means.insert(0, "n", groups.size())
     return means

@@ -177,11 +177,11 @@ def _rates(batches: pd.DataFrame) -> pd.DataFrame:
 def floor_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
     """Measured time divided by the floor (floor.py): medians over cases edited alone."""
     names = list(measured["dataset"].dropna().unique())
-    rates = _rows(measured, "ceiling").drop_duplicates("label").set_index("label")
+    rates = _device_rates(measured)
     for (subject, editor), edits in _rows(measured, "edit").groupby(["label", "editor"], sort=False):
-        if subject not in rates.index or not all(edits["phases"]):
+        if subject not in rates or not all(edits["phases"]):
             continue  # this editor's operations have not been counted
-        device = Ceilings(*rates.loc[subject, ["operations_per_second", "bytes_per_second"]])
+        device = rates[subject]
         phases = [[Phase(*phase) for phase in of_case] for of_case in edits["phases"]]
         timed = edits.assign(floor=[device.seconds(of_case) for of_case in phases])
         timed["ratio"] = timed["seconds"] / timed["floor"]
@@ -203,14 +203,11 @@ def whole_case_floor_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
 
     The floor adds up the operations of a batch's cases, and counts weights that are read for all of them once.
     """
-    timed = _rows(measured, "throughput")
+    timed, rates = _rows(measured, "throughput"), _device_rates(measured)
     for row in timed[timed["error"].isna()].to_dict("records"):
-        # a machine is not always equally fast: these are the last rates that were measured before the batch
-        rates = _rows(measured, "ceiling")
-        rates = rates[(rates["label"] == row["label"]) & (rates["measured"] <= row["measured"])].sort_values("measured")
-        if rates.empty or not isinstance(row.get("phases"), list):
+        if row["label"] not in rates or not isinstance(row.get("phases"), list):
             continue  # measured by an earlier version of the library, which did not count operations
-        device = Ceilings(*rates.iloc[-1][["operations_per_second", "bytes_per_second"]])
+        device = rates[row["label"]]
         size, phases = int(row["batch"]), [Phase(*phase) for phase in row["phases"]]
         seconds, floor = row["edit_seconds"] + row["evaluate_seconds"], device.seconds(phases)
         longest = max(phases, key=lambda phase: device.seconds([phase]))
@@ -224,7 +221,17 @@ def whole_case_floor_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
             "floor s / case": f"{floor / size:.2f}",
             "floor / measured (%)": f"{100 * floor / seconds:.0f}",
             "longest phase": longest.name,
+            "device, 10⁹ operations/s": f"{device.operations / 1e9:.0f}",
+            "device, 10⁹ bytes/s": f"{device.traffic / 1e9:.1f}",
         }
+
+
+def _device_rates(measured: pd.DataFrame) -> dict[str, Ceilings]:
+    """What the device reached, by label. A machine is not always equally fast: times are compared with the rates of their own folder."""
+    rates = _rows(measured, "ceiling").drop_duplicates("label").set_index("label")
+    return {
+        str(label): Ceilings(row["operations_per_second"], row["bytes_per_second"]) for label, row in rates.iterrows()
+    }
 
 
 @table
