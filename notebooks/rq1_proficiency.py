@@ -99,6 +99,12 @@ if config.beside:
     names = " and ".join(both["subject"].unique())
     caption = f"{names} side by side: exact match of effectiveness and generalization, and the share of neighbours left unchanged, with 95% intervals."
     display(report.subjects_table(both, label="tab-rq1-subjects", caption=caption))
+    caption = (
+        f"Proficiency on {', '.join(beside['subject'].unique())}, as in the first table, of all editors with records of it; n says on how many cases. Rows with different n are compared "
+        "on the cases that both have."
+    )
+    whole = beside[~beside["editor"].str.contains("-wo-")]  # ablations are RQ3's
+    display(report.proficiency_table(whole, label="tab-rq1-beside", caption=caption))
 
 # %% [markdown]
 # ## Task sensitivity: PL2NL against NL2PL

@@ -464,6 +464,7 @@ def cluster():
     cluster.shutdown()
 
 
+@pytest.mark.slow
 def test_three_nodes_of_which_two_die_make_the_records_of_one_process(folder, cluster, tmp_path, monkeypatch):
     """Begun in one process; each node has a cache of its own; a node and a worker are killed."""
     monkeypatch.setenv("CLME_CACHE", str(tmp_path / "cache"))
