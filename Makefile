@@ -15,6 +15,7 @@ PUBLISHED := results/runs/smollm2-135m
 NAME := $(notdir $(PUBLISHED))
 comma := ,
 MANY_PROTOCOLS := sequential
+MANY_EDITORS := none,in-context,ft-l,rome,grace-tuned,ultraedit,lora
 MANY := results/many/$(NAME)-code
 ALL := none,in-context,ft-l,rome,memit,pmet,malmen,grace
 # metrics for which what was written is run
@@ -152,11 +153,11 @@ publish: .venv/.ready
 	$(BIN)/clme notebook notebooks/rq3_a_grace.py results/notebooks/rq3_a_grace.ipynb -p cases 100 -p name $(NAME) -p out $(PUBLISHED) -p beside $(PUBLISHED)-code
 	for protocol in $(subst $(comma), ,$(MANY_PROTOCOLS)); do test -d $(MANY)/$$protocol-0 || { \
 	  $(BIN)/clme run --subject smollm2-135m-code --dataset cnle --protocol $$protocol --cases 30 --held-out 20 --name $(NAME)-code-$$protocol-0 --out runs/publish/many/$$protocol-0 \
-	    --editor $$(test $$protocol = simie && echo ft-l,rome || echo none,in-context,ft-l,rome,grace-tuned) && \
+	    --editor $$(test $$protocol = simie && echo ft-l,rome || echo $(MANY_EDITORS)) && \
 	  $(BIN)/clme score runs/publish/many/$$protocol-0 runs/publish/many-run/$$protocol-0 --metrics $(EXECUTED) && \
 	  $(BIN)/clme publish runs/publish/many-run/$$protocol-0 $(MANY)/$$protocol-0; } || exit 1; done
 	test -f results/conflicts/$(NAME)-code.csv || $(BIN)/clme measure conflicts --subject $(NAME)-code --cases 12 --out results/conflicts/$(NAME)-code.csv
-	$(BIN)/clme notebook notebooks/rq4_many_edits.py results/notebooks/rq4_many_edits.ipynb -p cases 30 -p held_out 20 -p protocols $(MANY_PROTOCOLS) -p out $(MANY) \
+	$(BIN)/clme notebook notebooks/rq4_many_edits.py results/notebooks/rq4_many_edits.ipynb -p editors $(MANY_EDITORS) -p cases 30 -p held_out 20 -p protocols $(MANY_PROTOCOLS) -p out $(MANY) \
 	  -p conflicts results/conflicts/$(NAME)-code.csv
 	for page in benchmark $(basename $(notdir $(wildcard notebooks/appendix_*.py))); do \
 	  $(BIN)/clme notebook notebooks/$$page.py results/notebooks/$$page.ipynb || exit 1; done

@@ -1,4 +1,4 @@
-"""The cost of running a snippet in the sandbox: all checks of embedded CNLE, with their targets and with wrong snippets, one after another.
+"""The cost of running a snippet in the sandbox: all checks of embedded CNLE, with their targets and with three changes of each, one after another.
 
 usage: python benchmarks/sandbox.py [--out results/benchmarks/sandbox.csv]
 
@@ -35,12 +35,12 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     checks = {row["case_id"]: Check(row["setup"], row["test"]) for row in read_rows("cnle-checks")}
     targets = [(check, TARGETS[case_id]["snippet"]) for case_id, check in checks.items()]
-    wrong = [(check, snippet) for case_id, check in checks.items() for snippet in wrong_snippets(case_id)[:3]]
+    changed = [(check, snippet) for case_id, check in checks.items() for snippet in wrong_snippets(case_id)[:3]]
     sandbox = Sandbox()
     rows = [
         measure(sandbox, "targets, from the start of the process", targets),
         measure(sandbox, "targets again", targets),
-        measure(sandbox, "wrong snippets", wrong),
+        measure(sandbox, "targets with a change", changed),
     ]
     sandbox.close()
     table = pd.DataFrame(rows)

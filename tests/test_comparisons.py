@@ -21,6 +21,7 @@ def test_paired_tests_are_exact_for_shares_and_ranks_else():
     assert paired_p(np.array([1, 1, 1, -1])) == stats.binomtest(3, 4).pvalue
     differences = np.array([0.2, -0.1, 0.3, 0.0, 0.4])
     assert paired_p(differences) == stats.wilcoxon(differences[differences != 0]).pvalue
+    assert paired_p(np.array([0.0, 0.4, 0.0])) == 1.0 and paired_p(np.array([0.4, 0.2])) == 0.5
     # exact with ties as well: of the 2^10 signs, two are at least as far apart; differences equal but for rounding are ties
     tied = np.array([0.1 + 0.2, 0.3, 0.3, 0.2, 0.2, 0.1, 0.1, 0.1, 0.4, 0.4] + [0.0] * 90)
     assert paired_p(tied) == pytest.approx(2 / 2**10)

@@ -27,6 +27,8 @@ def paired_p(differences: np.ndarray) -> float:
         return 1.0
     if (abs(differences) == 1).all():
         return float(stats.binomtest(int((differences > 0).sum()), len(differences)).pvalue)
+    if len(differences) == 1:
+        return 1.0  # both signs are as extreme; the permutation test needs two differences
     every_sign = stats.PermutationMethod(n_resamples=2 ** len(differences)) if len(differences) <= 13 else "auto"
     return float(stats.wilcoxon(differences, method=every_sign).pvalue)
 
