@@ -93,6 +93,7 @@ Markdown("\n\n".join(paragraphs) or "_Nothing to read yet: these records have no
 # %% tags=["hide-input"]
 if config.beside:
     beside = clme.load_run(config.beside)
+    beside = beside[~beside["editor"].str.contains("-wo-")]  # ablations are RQ3's
     # editors that only the other run's tables need, such as A-GRACE, whose chapter is RQ3
     others = clme.load_run(config.out, editors=[name for name in beside["editor"].unique() if name not in config.editors])
     both = pd.concat([records, others[others["case_id"].isin(records["case_id"])], beside])
@@ -103,8 +104,7 @@ if config.beside:
         f"Proficiency on {', '.join(beside['subject'].unique())}, as in the first table, of all editors with records of it; n says on how many cases. Rows with different n are compared "
         "on the cases that both have."
     )
-    whole = beside[~beside["editor"].str.contains("-wo-")]  # ablations are RQ3's
-    display(report.proficiency_table(whole, label="tab-rq1-beside", caption=caption))
+    display(report.proficiency_table(beside, label="tab-rq1-beside", caption=caption))
 
 # %% [markdown]
 # ## Task sensitivity: PL2NL against NL2PL

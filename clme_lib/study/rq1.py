@@ -29,6 +29,7 @@ from .tables import (
     difference_cell,
     editor_colour,
     editor_name,
+    in_order,
     interval,
     percent,
     score_rows,
@@ -71,8 +72,12 @@ def subjects_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
     """Several subjects' edited rows side by side: exact match after edit and rephrased prompts, and neighbours unchanged."""
     edited = scored(records)[lambda rows: rows["editor"] != UNEDITED]
     subjects = edited["subject"].unique()
-    for (dataset, editor), rows in edited.groupby(["dataset", "editor"], sort=False):
-        row = {"Data": dataset_title(str(dataset)), "Editor": editor_name(str(editor))}
+    groups = dict(list(edited.groupby(["dataset", "editor"])))
+    datasets = edited["dataset"].unique()
+    in_turn = [(dataset, editor) for dataset in datasets for editor in in_order(edited["editor"].unique())]
+    for dataset, editor in (key for key in in_turn if key in groups):
+        rows = groups[dataset, editor]
+        row = {"Data": dataset_title(dataset), "Editor": editor_name(editor)}
         for name in _BESIDE:
             for subject in subjects:
                 share = interval(rows[rows["subject"] == subject][name], get_metric(name).binary)

@@ -27,7 +27,7 @@ SHOWN = ("effectiveness_em", "generalization_em", "specificity_rate")
 
 def run_many(config: ManyEditsConfig) -> pd.DataFrame:
     """Complete the runs of all protocols and samples and return their records, with columns ``sample`` and ``turn`` (each case's index in its
-    sequence, from 0). A protocol that joins weight updates leaves out the editors that make none."""
+    sequence, from 0; held-out cases come after all others). A protocol that joins weight updates leaves out the editors that make none."""
     frames = []
     for protocol in config.protocols:
         for sample in config.samples:
@@ -35,8 +35,9 @@ def run_many(config: ManyEditsConfig) -> pd.DataFrame:
             if own is None:
                 continue
             records = run(own)
-            turns = {name: [case.case_id for case in sampled(own, name)] for name in own.dataset}
-            turn = [turns[name].index(case_id) for name, case_id in zip(records["dataset"], records["case_id"])]
+            turns = {(name, case.case_id): n for name in own.dataset for n, case in enumerate(sampled(own, name))}
+            # a published run may have held out other cases than this sample's last
+            turn = [turns.get(key, len(turns)) for key in zip(records["dataset"], records["case_id"])]
             frames.append(records.assign(sample=sample, turn=turn))
     return pd.concat(frames, ignore_index=True)
 
