@@ -172,9 +172,16 @@ def test_rq4_says_what_is_left(show, monkeypatch):
 def test_another_subject_stands_beside_the_run(show, monkeypatch, published, tmp_path):
     other = published.assign(subject="another")
     monkeypatch.setattr(clme_lib, "run", lambda config: published, raising=False)
-    monkeypatch.setattr(clme_lib, "load_run", lambda folder: other, raising=False)
+    # of the run's own folder, editors that only the other subject's run shows
+    monkeypatch.setattr(
+        clme_lib, "load_run", lambda folder, editors=None: other if editors is None else published[:0], raising=False
+    )
     text = show("rq1_proficiency", beside=str(tmp_path))
-    assert ":name: tab-rq1-subjects" in text and "| Eff. EM, smollm2-135m | Eff. EM, another |" in text
+    assert (
+        ":name: tab-rq1-beside" in text
+        and ":name: tab-rq1-subjects" in text
+        and "| Eff. EM, smollm2-135m | Eff. EM, another |" in text
+    )
     assert "tab-rq1-subjects" not in show("rq1_proficiency")
     assert "beside" not in run_folder._described(ReportConfig(beside=tmp_path))
 

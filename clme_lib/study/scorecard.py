@@ -179,8 +179,9 @@ def _order(editors: Sequence[str], sign: int) -> Callable[[Evidence], Iterator[O
     """Some of the paper's editors take less time (``sign`` 1) or more time (-1) than every other: the nearest two are compared."""
 
     def evidence(known: Evidence) -> Iterator[Outcome]:
-        timed = _single_edits(known)
-        for dataset, medians in _medians(known).items():
+        of_datasets = _medians(known)
+        for dataset, medians in of_datasets.items():
+            timed = _single_edits(known)
             six = (sign * medians.dropna()).sort_values()
             named, others = six[six.index.isin(editors)], six[~six.index.isin(editors)]
             if len(named) < len(editors) or others.empty:
