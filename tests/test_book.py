@@ -259,7 +259,7 @@ def tree(tmp_path):
     sections = [
         "(own-run)=\n# Re-run\n\nSee {ref}`RQ1 <rq1>`.",
         "(sec-method)=\n## Method\n\n(sec-free)=\n## Free writing",
-        "(weight-editors)=\n## Updates\n\n(sec-records)=\n## Records\n\n(sec-threats)=\n## Threats",
+        "(weight-editors)=\n## Updates\n\n(sec-records)=\n## Records\n\n(selection)=\n## Selection\n\n(sec-threats)=\n## Threats",
     ]
     (tmp_path / "book" / "own_run.md").write_text("\n\n".join(sections))
     pages = ["results/notebooks/rq1_proficiency", "results/notebooks/mine"]
