@@ -219,6 +219,7 @@ def test_executed_notebooks_are_their_sources(source):
         assert "texts are not ours to publish, so" in json.dumps([cell.get("outputs") for cell in cells])
 
 
+@pytest.mark.slow
 def test_numbers_of_the_prose_are_the_records(tmp_path):
     for name in ("runs", "efficiency"):
         (tmp_path / name).symlink_to(ROOT / "results" / name)

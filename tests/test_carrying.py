@@ -74,6 +74,7 @@ def test_damaged_neighbours_are_found_anew(tmp_path, monkeypatch):
         assert embedded_cnle.load(CNLE) == expected, damage
 
 
+@pytest.mark.slow
 def test_a_bare_machine_runs_and_measures(carried, bare_packages, tmp_path, capsys):
     folder, llama = tmp_path / "tiny", make_subject("llama", blocks=6)
     llama.model.config.max_position_embeddings = 2048  # CSNE has prompts of 650 of its small tokens

@@ -43,6 +43,7 @@ def test_there_are_enough_checks():
     assert published and published | CNLE.selection == (published | CNLE.selection) & {*CHECKS, *AWAITS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(8))
 def test_targets_pass_and_wrong_snippets_fail(sandbox, part):
     problems = []

@@ -31,6 +31,7 @@ def small(monkeypatch, cases, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_what_the_twice_edited_model_does(llama, cases, tmp_path):
     file = tmp_path / "conflicts.csv"
     table = conflicts.measure_conflicts(llama, file, list(SMALL), cases=3)

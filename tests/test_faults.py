@@ -35,6 +35,7 @@ def whole(tmp_path_factory):
     return source, folder / "run", made_alone, seconds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sent", "times"), [(signal.SIGKILL, 2), (signal.SIGINT, 1), (signal.SIGTERM, 1)])
 def test_a_run_that_is_killed_again_and_again_is_the_run(whole, tmp_path, sent, times):
     """Killed at random moments of its life: what was recorded stays, and in the end every case is there once, with the same texts."""
@@ -53,6 +54,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_run(whole, tmp_path, sent, 
     assert texts(out) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_costs_nothing(whole, tmp_path):
     source, run, undisturbed, _ = whole
     out = tmp_path / "run"
@@ -66,6 +68,7 @@ def test_a_full_disk_ends_the_run_and_costs_nothing(whole, tmp_path):
     assert texts(out) == undisturbed
 
 
+@pytest.mark.slow
 def test_of_two_writers_the_second_is_refused_and_a_dead_one_holds_nothing(whole, tmp_path):
     source, _, undisturbed, _ = whole
     out = tmp_path / "run"
@@ -156,6 +159,7 @@ def test_a_failed_case_is_tried_again_when_that_is_asked_for_or_the_library_chan
     assert not failed(runs.run(config(**other, accept="library")))
 
 
+@pytest.mark.slow
 def test_the_command_fails_while_a_case_does(config, failing, tmp_path, source, capsys):
     arguments = ["run", "--subject", "tiny-llama", "--dataset", "cnle", "--editor", "grace", "--cases", "5", "--source", str(source),
                  "--out", str(tmp_path / "run")]  # fmt: skip

@@ -104,6 +104,7 @@ def test_what_an_editor_prepared_is_recorded(tiny, source, tmp_path, monkeypatch
     assert start["hyperparameters"]["rome"]["values"]["padding"] == "released"
 
 
+@pytest.mark.slow
 def test_a_torn_record_is_cut_and_redone(tiny, source, tmp_path):
     whole = runs.run(config(source, tmp_path / "whole"))
     out = tmp_path / "torn"
@@ -119,6 +120,7 @@ def test_a_torn_record_is_cut_and_redone(tiny, source, tmp_path):
     pd.testing.assert_frame_equal(resumed[columns], whole[columns])
 
 
+@pytest.mark.slow
 def test_records_do_not_depend_on_the_batch(tiny, source, tmp_path):
     singly = runs.run(config(source, tmp_path / "one", batch_size=1, cases=5, editors="ft-l,grace"))
     together = runs.run(config(source, tmp_path / "five", batch_size=5, cases=5, editors="ft-l,grace"))

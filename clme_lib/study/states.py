@@ -69,10 +69,9 @@ class States:
             state = self._make(step, None if step.after is None else self._held[step.after])
             self._held = {earlier: held for earlier, held in self._held.items() if self._is_built_upon(earlier, number)}
             self._held[number] = state
-            last = number == len(self._steps) - 1
-            if number > self._kept and (
-                last or number in self._built_upon
-            ):  # an earlier state may only be evaluated again
+            kept = number in self._built_upon or number == len(self._steps) - 1
+            # a state before the one in the file is only evaluated again
+            if kept and number > self._kept:
                 about = {
                     "identity": self._identities[number],
                     "logs": {str(case): asdict(log) for case, log in state.logs.items()},
