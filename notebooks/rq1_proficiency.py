@@ -201,7 +201,7 @@ Markdown("\n\n".join(parts) or "_These records keep no texts to show._")
 
 # %% [markdown]
 # **Threats.** The models are small and the data embedded; on the chat model ROME, MEMIT and PMET have fewer cases, as *n* shows, and so have UltraEdit, LoRA and AlphaEdit on the code model. For these three fewer cases were also
-# used to select their values ([](#selection)). The chat model's specificity counts a lost code fence as
+# used to select their values ({ref}`selection`). The chat model's specificity counts a lost code fence as
 # damage ([](#sec-threats)).
 #
 # [](#weight-editors) examines weight updates before any text is generated, to separate effects of the method, the model and the implementation.
