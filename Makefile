@@ -27,7 +27,7 @@ OWN := runs/book-$(LIBRARY)-$(SAMPLE)-$(CASES)
 # the benchmark chapter of a book that is built locally: with texts of CSNE, which are not ours to publish, and with BUILDS
 BENCHMARK := runs/benchmark-$(shell echo $(LIBRARY) $(abspath $(BUILDS)) | sha256sum | cut -c1-8).ipynb
 BIN := .venv/bin
-# processes of the tests, each with one thread and about 1.5 GB; an idle one takes over half of what the other has left (worksteal)
+# processes of the tests, each with one thread; every one of them takes about 1.5 GB
 JOBS ?= 2
 
 # On a machine without network: a cache filled by `CLME_CACHE=folder clme prepare` elsewhere, to which the wheels that the machine
@@ -78,10 +78,10 @@ pdf: .venv/.ready
 	@$(BIN)/python book/pdf.py
 
 test: .venv/.ready
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow and not browser and not gpu'
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow and not browser and not gpu'
 
 test-all: .venv/.ready
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: .venv/.ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
