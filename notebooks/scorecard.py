@@ -52,7 +52,7 @@ caption = (
 scorecard.scorecard_table(evidence, label="tab-scorecard", caption=caption)
 
 # %% [markdown]
-# **Why some claims are reversed.** *The task* (F3): the embedded CNLE has short hand-written intents and targets of a single line, unlike the paper's; the embedded CSNE is mined like the paper's. Which of these
+# **Why some claims are reversed.** *The task* (F3): the embedded CNLE was written by hand for this study, with short intents and targets of a single line; the embedded CSNE is mined, as the paper's datasets are. Which of these
 # differences makes it easier was not measured. *The ablations*: in the paper neither part of A-GRACE helps on its own. Here an encoder on the last token's key
 # does help (w/o Mean), and so does the mean key without an encoder (w/o CL) where the rephrased prompt is the same function with other names. *Generalization*: on the chat model MALMEN, the only
 # one of the six that is trained on rephrased prompts, generalizes in most cases, but leaves all five neighbours unchanged in no case.
