@@ -78,10 +78,10 @@ pdf: .venv/.ready
 	@$(BIN)/python book/pdf.py
 
 test: .venv/.ready
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow and not browser and not gpu'
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow and not browser and not gpu'
 
 test-all: .venv/.ready
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: .venv/.ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

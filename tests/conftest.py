@@ -17,6 +17,7 @@ from transformers import (
 from clme_lib.datasets import published
 from clme_lib.datasets.cases import Case
 from clme_lib.datasets.paper import CNLE
+from clme_lib.evaluation import evaluate
 from clme_lib.evaluation.loading import load_subject
 from clme_lib.study import runs
 from clme_lib.study.config import RunConfig, make_config
@@ -133,9 +134,11 @@ def source(tmp_path):
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    """Runs load a tiny random Llama whatever subject they name; answers go to a cache of their own."""
+    """Runs load a tiny random Llama whatever subject they name, and write short texts; answers go to a cache of their own."""
     subject = make_subject("llama")
     monkeypatch.setattr(runs, "load_subject", lambda *args: subject)
     monkeypatch.setattr(runs, "subject_fingerprint", lambda name: subject.fingerprint)
+    for tokens in ("FREE_TOKENS", "FLUENCY_TOKENS"):
+        monkeypatch.setattr(evaluate, tokens, 8)  # a random model's texts go on to the end
     monkeypatch.setenv("CLME_CACHE", str(tmp_path / "cache"))
     return subject

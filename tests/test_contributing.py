@@ -13,6 +13,7 @@ from conftest import make_subject
 
 from clme_lib.study.run_folder import load_run
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -158,7 +159,6 @@ def answers(elsewhere):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
 def test_what_others_add_is_listed_and_a_broken_package_spoils_nothing_else(answers):
     listed, refused = answers["list"], answers["broken"]
     assert listed["status"] == 0 and not listed["err"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -29,6 +30,13 @@ def paired_p(differences: np.ndarray) -> float:
         return float(stats.binomtest(int((differences > 0).sum()), len(differences)).pvalue)
     if len(differences) == 1:
         return 1.0  # both signs are as extreme; the permutation test needs two differences
+    return _signed_rank_p(tuple(sorted(differences.tolist())))
+
+
+@lru_cache(
+    maxsize=4096
+)  # a page's tables compare the same records again, and 8,192 permutations take SciPy half a second
+def _signed_rank_p(differences: tuple[float, ...]) -> float:
     every_sign = stats.PermutationMethod(n_resamples=2 ** len(differences)) if len(differences) <= 13 else "auto"
     return float(stats.wilcoxon(differences, method=every_sign).pvalue)
 
