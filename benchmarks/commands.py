@@ -65,7 +65,7 @@ def main() -> None:
             ["git", "status", "--porcelain"], cwd=clone, capture_output=True, text=True, check=True
         ).stdout
         if changed:
-            failed.append(f"tracked files changed:\n{changed}")
+            failed.append(f"the tree is not clean:\n{changed}")
     if failed:
         sys.exit("failed: " + "; ".join(failed))
 

@@ -200,8 +200,8 @@ for number, (case, written) in enumerate(report.examples(records, with_texts), 1
 Markdown("\n\n".join(parts) or "_These records keep no texts to show._")
 
 # %% [markdown]
-# **Threats.** The models are small and the data embedded; on the chat model ROME, MEMIT and PMET have fewer cases, as *n* shows, and so have UltraEdit, LoRA and AlphaEdit on the code model. For these three fewer cases were also
-# used to select their values ({ref}`selection`). The chat model's specificity counts a lost code fence as
+# **Threats.** The models are small and the data embedded; on the chat model ROME, MEMIT and PMET have fewer cases, as *n* shows, and so have the editors that came after the paper on the code model. For these, fewer cases were also
+# used to select the values ({ref}`selection`). The chat model's specificity counts a lost code fence as
 # damage ([](#sec-threats)).
 #
 # [](#weight-editors) examines weight updates before any text is generated, to separate effects of the method, the model and the implementation.
