@@ -401,6 +401,7 @@ def five_neighbours(cases):
     return [replace(c, unrelated=tuple(other.prompt for other in cases if other is not c)) for c in cases]
 
 
+@pytest.mark.slow
 def test_the_sweep_is_what_each_radius_gives(llama, five_neighbours, tmp_path, monkeypatch):
     """One evaluation with an infinite radius stands for all: the same as editing with each radius."""
     cases = five_neighbours

@@ -63,6 +63,7 @@ def test_what_is_measured_is_what_the_twice_edited_model_does(llama, cases, tmp_
     assert list(shown["Editor"]) == ["ROME", "GRACE", "in context"] and set(shown["n"]) == {"3"}
 
 
+@pytest.mark.slow
 def test_an_interrupted_measurement_goes_on(llama, tmp_path, monkeypatch):
     file, edited = tmp_path / "conflicts.csv", []
     measure = conflicts._edited_twice

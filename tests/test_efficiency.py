@@ -187,6 +187,7 @@ def test_every_editor_is_measured_and_the_command_resumes(small_paper_subject, t
     assert len(rq2.cost_figure(measured).axes) == 2
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_ends_the_growth(small_paper_subject, monkeypatch, tmp_path):
     edit = EDITORS["grace"].edit
 
@@ -204,6 +205,7 @@ def test_a_batch_that_does_not_fit_ends_the_growth(small_paper_subject, monkeypa
     assert "out of memory" in rq2.throughput_table(measured, label="tab").to_myst()
 
 
+@pytest.mark.slow
 def test_an_editor_that_does_not_fit_is_said_so(small_paper_subject, monkeypatch, tmp_path):
     def full(self):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1445068800 bytes")
@@ -333,6 +335,7 @@ def test_floors_count_what_is_computed(subject, cases, name, monkeypatch):
 
 
 # a codebook is asked at every token of the texts that it leaves alone, which are read for that
+@pytest.mark.slow
 @pytest.mark.parametrize("name, most", [("rome", 1.5), ("in-context", 1.5), ("grace", 4)])
 def test_the_floor_of_an_evaluation_counts_what_is_computed(subject, cases, name, most):
     hparams = {"rome": {"layer": 1, "steps": 2}, "grace": {"layer": 2, "steps": 2}}.get(name, {})

@@ -87,6 +87,7 @@ def test_of_two_writers_the_second_is_refused_and_a_dead_one_holds_nothing(whole
     assert texts(out) == undisturbed
 
 
+@pytest.mark.slow
 def test_many_processes_append_to_one_file(tmp_path):
     file = tmp_path / "shared.jsonl"
     file.write_bytes(b'{"torn": ')

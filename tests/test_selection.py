@@ -63,6 +63,7 @@ def test_published_selections_are_the_subjects_values():
         assert table["chosen"].sum() == (table["dataset"].nunique() if "dataset" in table else 1)
 
 
+@pytest.mark.slow
 def test_select_measures_every_setting(llama, small_sets, monkeypatch, tmp_path):
     monkeypatch.setattr(EDITORS["grace"], "selection_grid", [{"layer": 1, "steps": 2}, {"layer": 2, "steps": 40}])
     table = selection.select(llama, "grace", tmp_path / "table.csv")
@@ -141,6 +142,7 @@ def test_presets_are_every_combination_of_defects(llama, small_sets, monkeypatch
         selection.compare_presets(llama, "grace", tmp_path / "other.csv")
 
 
+@pytest.mark.slow
 def test_an_interrupted_measurement_goes_on(llama, small_sets, monkeypatch, tmp_path):
     monkeypatch.setattr(EDITORS["grace"], "selection_grid", [{"layer": 1, "steps": 2}, {"layer": 2, "steps": 3}])
     evaluated, evaluate = [], selection.evaluate

@@ -147,6 +147,7 @@ def contents(file: Path):
     return json.loads(f"[{text.removeprefix('clme.loaded(').removesuffix(');' + chr(10))}]")
 
 
+@pytest.mark.slow
 def test_the_leaderboard_shows_what_the_records_say(tmp_path):
     results = tmp_path / "results"
     for name in ("smollm2-135m-code", "smollm2-135m-compat"):

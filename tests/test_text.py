@@ -255,6 +255,7 @@ def test_every_table_shows_text_literally(text, records):
         assert bundle["text/plain"] == printable(bundle["text/plain"])
 
 
+@pytest.mark.slow
 @many
 @given(text=HOSTILE)
 def test_examples_cases_and_provenance_show_text_literally(text, records):

@@ -158,6 +158,7 @@ def test_a_memory_of_keys_has_no_other_lookup_token_or_statistics(llama):
             load_editor("neuraldb", llama, **change)
 
 
+@pytest.mark.slow
 def test_the_same_learnt_vectors_are_written_under_every_statistics(llama, cases, corpus, tmp_path, monkeypatch):
     """A row is what the editor with its values does, except that what is learnt is learnt once for each token."""
     monkeypatch.setattr(datasets, "load_cases", lambda _name: [case for case in cases if case.dataset == _name])
@@ -238,6 +239,7 @@ def test_one_after_another_is_all_together_if_earlier_keys_count(llama, corpus, 
     torch.testing.assert_close(written, together, rtol=1e-3, atol=1e-4 * together.abs().max().item())
 
 
+@pytest.mark.slow
 def test_pmet_changes_its_factor_and_stops_when_targets_win(llama, cases, corpus):
     """A target of one token soon is the arg-max of every row: the case ends, or, if the KL forbids it, its loss drops tenfold."""
     easy = [replace(case, target="in") for case in cases[:2]]
@@ -597,6 +599,7 @@ def test_a_smaller_corpus_is_read_whole(llama, corpus):
         load_editor("memit", llama, **{**SMALL["memit"], "corpus": corpus}).setup()
 
 
+@pytest.mark.slow
 def test_pmet_is_taken_apart(llama, cases, corpus, tmp_path, monkeypatch):
     """Each row is what PMET with those values does; the vectors are learnt once for all windows."""
     monkeypatch.setattr(datasets, "load_cases", lambda _name: cases)
