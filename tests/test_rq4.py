@@ -50,6 +50,8 @@ def test_each_protocol_and_sample_is_a_run_of_its_own(config):
     assert len(shown) == 2 * (3 + 3 + 1) and set(shown["n"]) == {"2", "6"}
     figure = rq4.retention_figure(records)
     assert [len(axis.lines) for axis in figure.axes] == [3] * 6 + [1] * 3
+    markers = {line.get_label(): line.get_marker() for axis in figure.axes for line in axis.lines}
+    assert len(set(markers.values())) == len(markers) == 3, "each editor has a shape of its own"
     plt.close(figure)
 
 

@@ -6,6 +6,7 @@ Each run has one protocol and one sample, in its own folder (``<out>/<protocol>-
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from .tables import Interval, editor_colour, editor_name, interval, mean_over_to
 
 ENDS = 10  # number of first and of last edits of a sequence that are also shown separately
 SHOWN = ("effectiveness_em", "generalization_em", "specificity_rate")
+_MARKERS = "os^DvPX*<>"
 
 
 def run_many(config: ManyEditsConfig) -> pd.DataFrame:
@@ -152,6 +154,7 @@ def retention_figure(records: pd.DataFrame) -> Any:
 
     records = scored(records[~records["held_out"]])
     protocols = list(dict.fromkeys(records["protocol"]))
+    shapes = dict(zip(records["editor"].unique(), cycle(_MARKERS)))  # a line is not told by its colour alone
     figure, axes = panels(len(protocols), len(SHOWN), 3.0, 2.4, sharex=True)
     for row, protocol in enumerate(protocols):
         of_protocol = records[records["protocol"] == protocol]
@@ -164,9 +167,8 @@ def retention_figure(records: pd.DataFrame) -> Any:
                     for bound in ("mean", "low", "high")
                 )
                 axis, colour = axes[row][column], editor_colour(str(editor))
-                axis.plot(
-                    list(shares), middle, marker="o", markersize=3, color=colour, label=plain(editor_name(str(editor)))
-                )
+                label = plain(editor_name(str(editor)))
+                axis.plot(list(shares), middle, marker=shapes[editor], markersize=4.5, color=colour, label=label)
                 axis.fill_between(list(shares), low, high, color=colour, alpha=0.12, linewidth=0)
         for column, name in enumerate(SHOWN):
             axes[row][column].set(xscale="log", ylim=(-3, 103), title=get_metric(name).title if row == 0 else "")
