@@ -33,9 +33,8 @@ def paired_p(differences: np.ndarray) -> float:
     return _signed_rank_p(tuple(sorted(differences.tolist())))
 
 
-@lru_cache(
-    maxsize=4096
-)  # a page's tables compare the same records again, and 8,192 permutations take SciPy half a second
+# the tables of a page compare the same records again, and SciPy needs half a second for 8,192 permutations
+@lru_cache(maxsize=4096)
 def _signed_rank_p(differences: tuple[float, ...]) -> float:
     every_sign = stats.PermutationMethod(n_resamples=2 ** len(differences)) if len(differences) <= 13 else "auto"
     return float(stats.wilcoxon(differences, method=every_sign).pvalue)

@@ -154,7 +154,7 @@ def retention_figure(records: pd.DataFrame) -> Any:
 
     records = scored(records[~records["held_out"]])
     protocols = list(dict.fromkeys(records["protocol"]))
-    shapes = dict(zip(records["editor"].unique(), cycle(_MARKERS)))  # a line is not told by its colour alone
+    markers = dict(zip(records["editor"].unique(), cycle(_MARKERS)))  # some editors have similar colours
     figure, axes = panels(len(protocols), len(SHOWN), 3.0, 2.4, sharex=True)
     for row, protocol in enumerate(protocols):
         of_protocol = records[records["protocol"] == protocol]
@@ -168,7 +168,7 @@ def retention_figure(records: pd.DataFrame) -> Any:
                 )
                 axis, colour = axes[row][column], editor_colour(str(editor))
                 label = plain(editor_name(str(editor)))
-                axis.plot(list(shares), middle, marker=shapes[editor], markersize=4.5, color=colour, label=label)
+                axis.plot(list(shares), middle, marker=markers[editor], markersize=4.5, color=colour, label=label)
                 axis.fill_between(list(shares), low, high, color=colour, alpha=0.12, linewidth=0)
         for column, name in enumerate(SHOWN):
             axes[row][column].set(xscale="log", ylim=(-3, 103), title=get_metric(name).title if row == 0 else "")
