@@ -61,6 +61,8 @@ def test_published_selections_are_the_subjects_values():
             dataset = getattr(chosen, "dataset", "cnle")
             assert selection.describe_setting({name: own[name] for name in names}, dataset) == chosen.setting
         assert table["chosen"].sum() == (table["dataset"].nunique() if "dataset" in table else 1)
+        losses = selection.selection_table(table, label="tab").data["Loss"]
+        assert [cell.strip("*") == "–" for cell in losses] == list(table["loss"].isna())
 
 
 @pytest.mark.slow

@@ -195,6 +195,19 @@ def test_every_page_is_valid_html():
     assert not wrong and len(pages) > len(chapters())
 
 
+def test_a_cell_without_a_value_has_a_dash():
+    wrong = {
+        page: cells
+        for page in chapters()
+        if (
+            cells := re.findall(
+                r"<t[dh][^>]*>(?:\s|<\w+>)*(nan|None|NaT)\b", (HTML / f"{page}.html").read_text("utf-8")
+            )
+        )
+    }
+    assert not wrong
+
+
 def test_a_page_weighs_less_than_a_megabyte():
     """With its styles, scripts, pictures and fonts, as a server sends them (compressed); without those of other pages and the search."""
     heavy, weighed = {}, 0

@@ -130,7 +130,7 @@ def _score_cells(row: Any) -> dict[str, str]:
         "Eff.": percent(row.effectiveness_em),
         "Gen.": percent(row.generalization_em),
         "Neighbours unchanged": percent(row.specificity_rate),
-        "Loss": f"{row.loss:.3f}",
+        "Loss": "–" if pd.isna(row.loss) else f"{row.loss:.3f}",  # an edit of the prompt has none
     }
 
 
