@@ -22,6 +22,7 @@ from pydantic import Field
 from ..edits.base import EditLog
 from ..edits.weights import DenseUpdate
 from ..forward.partial import PartialForward
+from ..subjects.products import matrix_product
 from .base import Editor, TargetHyperparameters
 from .operations import Sizes
 
@@ -62,7 +63,7 @@ class FTL(Editor[FTLHyperparameters]):
         active = list(range(len(cases)))
         keys = forward.keys.float()
         for _ in range(hparams.steps):
-            changes = torch.stack([key @ delta.T for key, delta in zip(keys, deltas)])
+            changes = torch.stack([matrix_product(key, delta) for key, delta in zip(keys, deltas)])
             current = forward.losses(forward.outputs + changes.to(forward.outputs.dtype))
             # this check waits for the device, but a step of a stopped case would cost seven passes over its matrix
             for n, loss in enumerate(current.tolist()):

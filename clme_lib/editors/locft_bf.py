@@ -22,6 +22,7 @@ from ..edits.base import Edit, EditLog, Unedited
 from ..edits.weights import DenseUpdate
 from ..forward.partial import PartialForward
 from ..forward.tokens import TokenRow
+from ..subjects.products import matrix_product
 from .base import Editor, TargetHyperparameters
 from .operations import Sizes
 
@@ -74,7 +75,7 @@ class LocFTBF(Editor[LocFTBFHyperparameters]):
         losses: list[list[float]] = [[] for _ in cases]
         for _ in range(hparams.passes):
             for part, forward in zip(parts, forwards):
-                change = forward.keys.float() @ delta.T
+                change = matrix_product(forward.keys.float(), delta)
                 current = forward.losses(forward.outputs + change.to(forward.outputs.dtype))
                 for n, loss in zip(part, current.tolist()):
                     losses[n].append(loss)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..subjects.products import matrix_product
 from ..subjects.subject import Subject
 
 # Label columns whose logits exist at one time: enough for efficient products, and little enough memory. On a CPU they stay below
@@ -73,10 +74,10 @@ def label_losses(states, head, labels, compared: LabelIndices, reference: torch.
                 divergences[inside] = (shares * difference).sum(dim=-1)
                 logits = torch.cat([logits, shares * (difference - divergences[inside, None])])
             logits[: len(expected)].scatter_add_(-1, expected, torch.full_like(expected, -1.0, dtype=torch.float32))
-            product = logits.to(weight.dtype) @ weight
-            gradient[part] = product[: len(expected)]
+            of_states = matrix_product(logits.to(weight.dtype), weight.T)
+            gradient[part] = of_states[: len(expected)]
             if reference is not None:
-                of_divergences[inside] = product[len(expected) :]
+                of_divergences[inside] = of_states[len(expected) :]
     moved = _WithGradient.apply(states.index_select(0, indices), divergences, of_divergences)
     return _WithGradient.apply(states, losses, gradient), greedy, moved, log_shares
 
@@ -94,5 +95,5 @@ def divergences(subject: Subject, states: torch.Tensor, reference: torch.Tensor)
             log_shares = torch.log_softmax(head(states[part]).float(), dim=-1)
             probabilities = log_reference.exp()
             values[part] = (probabilities * log_reference.sub_(log_shares)).sum(dim=-1)
-            gradient[part] = log_shares.exp_().sub_(probabilities).to(head.weight.dtype) @ head.weight
+            gradient[part] = matrix_product(log_shares.exp_().sub_(probabilities).to(head.weight.dtype), head.weight.T)
     return _WithGradient.apply(states, values, gradient)

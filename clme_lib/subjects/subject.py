@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from ..edits.applying import applying, attach
 from ..edits.base import Edit, PassState
 from ..support.errors import StudyError
+from .products import is_faster_with_onednn, use_onednn
 from .settings import SubjectSettings
 
 if TYPE_CHECKING:
@@ -140,6 +141,8 @@ def prepare(
 ) -> Subject:
     """Put model and tokenizer into the study's fixed state: frozen weights, greedy decoding, left padding with EOS."""
     model.eval().requires_grad_(False)
+    if is_faster_with_onednn():
+        use_onednn(model)
     if settings.subject.eos_token:
         tokenizer.eos_token = settings.subject.eos_token
     if tokenizer.eos_token_id is None:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from ...forward.blockwise import Blockwise
 from ...forward.tokens import encode
+from ...subjects.products import matrix_product
 from ...subjects.subject import Subject
 from ...support.artifact import Artifact
 from ...support.batching import of_like_length
@@ -214,4 +215,4 @@ def _add(subject: Subject, rows: list[list[int]], sums: dict[int, torch.Tensor])
         hidden = here.hidden
         if layer in sums:
             keys = here.keys[walk.mask].float()
-            sums[layer].addmm_(keys.T, keys)
+            sums[layer] += matrix_product(keys.T, keys.T)

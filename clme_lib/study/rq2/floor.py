@@ -14,6 +14,7 @@ import torch
 
 from ...editors.base import synchronize
 from ...editors.operations import Phase
+from ...subjects.products import matrix_product
 from ...subjects.subject import Subject
 
 _SIDE = {"cpu": 2_048, "cuda": 8_192}  # side of the matrices whose product is timed
@@ -36,7 +37,7 @@ def measure_ceilings(subject: Subject) -> Ceilings:
     """The rates of the fastest of five large matrix products in the subject's dtype, and of the fastest of five large copies."""
     device, side = subject.device, _SIDE[subject.device.type]
     left, right = (torch.randn(side, side, device=device).to(subject.dtype) for _ in range(2))
-    product = _best(lambda: left @ right, device)
+    product = _best(lambda: matrix_product(left, right), device)
     block = torch.zeros(_COPIED[device.type] // 4, device=device)
     target = torch.empty_like(block)  # allocated beforehand: allocating would be timed as well
     copy = _best(lambda: target.copy_(block), device)
