@@ -5,13 +5,19 @@ import copy
 import pytest
 import torch
 
-from clme_lib.subjects import products
+from clme_lib.subjects import products, subject
 from clme_lib.subjects.products import OneDnnLinear, is_faster_with_onednn, matrix_product, use_onednn
+from clme_lib.subjects.subject import prepare
 
 needs_onednn = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
     reason="this build of PyTorch has no oneDNN",
 )
+
+
+@pytest.fixture(autouse=True)
+def small_matrices_too(monkeypatch):
+    monkeypatch.setattr(products, "_SMALLEST", 1)
 
 
 @pytest.fixture
@@ -69,10 +75,20 @@ def test_other_types_multiply_as_pytorch_does(processor):
         assert type(linear) is torch.nn.Linear
 
 
-def test_a_model_uses_onednn_where_it_is_faster(llama):
-    layers = [module for module in llama.model.modules() if isinstance(module, torch.nn.Linear)]
-    on_cpu = llama.device.type == "cpu"
-    assert {type(layer) is OneDnnLinear for layer in layers} == {on_cpu and is_faster_with_onednn()}
+def test_small_matrices_multiply_as_pytorch_does(monkeypatch):
+    monkeypatch.setattr(products, "_SMALLEST", 31)
+    small, large = torch.nn.Linear(5, 6), torch.nn.Linear(5, 7)
+    use_onednn(torch.nn.ModuleList([small, large]))
+    assert (type(small), type(large)) == (torch.nn.Linear, OneDnnLinear)
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_a_subject_uses_what_is_faster(llama, monkeypatch, faster):
+    monkeypatch.setattr(subject, "is_faster_with_onednn", lambda: faster)
+    model = copy.deepcopy(llama.model).cpu()
+    prepared = prepare("tiny", model, llama.tokenizer, llama.settings, "random")
+    layers = [module for module in prepared.model.modules() if isinstance(module, torch.nn.Linear)]
+    assert {type(layer) is OneDnnLinear for layer in layers} == {faster}
 
 
 @pytest.mark.parametrize(
@@ -94,9 +110,6 @@ def test_the_processor_decides(tmp_path, monkeypatch, capability, vendor, faster
 def test_an_edited_subject_multiplies_the_same_way(llama):
     """Editing copies the modules; what they multiply with stays."""
     plain = copy.deepcopy(llama.model).cpu()
-    for module in plain.modules():
-        if type(module) is OneDnnLinear:
-            module.__class__ = torch.nn.Linear
     model = copy.deepcopy(plain)
     use_onednn(model)
     ids = torch.arange(6)[None]

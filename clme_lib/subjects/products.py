@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+_SMALLEST = 2**16  # elements of a matrix; calling oneDNN takes longer than a product with a smaller matrix
+
 
 @cache
 def is_faster_with_onednn() -> bool:
@@ -25,13 +27,12 @@ def is_faster_with_onednn() -> bool:
 
 
 def use_onednn(model: torch.nn.Module) -> None:
-    """Let a float32 model's linear layers multiply with oneDNN; their parameters and their class for ``isinstance`` do not change."""
+    """Let a model's linear layers multiply with oneDNN, if their matrices are large and in float32 on the CPU.
+
+    Their parameters do not change, nor does what ``isinstance`` says of them.
+    """
     for module in model.modules():
-        if (
-            type(module) is torch.nn.Linear
-            and module.weight.dtype == torch.float32
-            and module.weight.device.type == "cpu"
-        ):
+        if type(module) is torch.nn.Linear and _is_large(module.weight):
             module.__class__ = OneDnnLinear
 
 
@@ -44,8 +45,13 @@ class OneDnnLinear(torch.nn.Linear):
 
 def matrix_product(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """(..., k) inputs and an (n, k) matrix -> ``inputs weight^T`` (..., n), by the library that is faster here; with gradients for both."""
-    on_cpu = inputs.device.type == "cpu" and inputs.dtype == weight.dtype == torch.float32
-    return _Product.apply(inputs, weight, None) if on_cpu and is_faster_with_onednn() else inputs @ weight.T
+    if inputs.dtype == torch.float32 and _is_large(weight) and is_faster_with_onednn():
+        return _Product.apply(inputs, weight, None)
+    return inputs @ weight.T
+
+
+def _is_large(weight: torch.Tensor) -> bool:
+    return weight.numel() >= _SMALLEST and weight.dtype == torch.float32 and weight.device.type == "cpu"
 
 
 class _Product(torch.autograd.Function):
