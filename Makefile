@@ -122,7 +122,7 @@ publish: .venv/.ready
 	  $(BIN)/clme measure selection --editor malmen --dataset cnle --cases 10 --out results/selection/smollm2-135m.malmen.csv
 	for editor in grace ft-l rome memit pmet grace-tuned a-grace in-context-retrieved; do test -f results/selection/$(NAME)-code.$$editor.csv || \
 	  $(BIN)/clme measure selection --subject $(NAME)-code --editor $$editor --cases 10 --out results/selection/$(NAME)-code.$$editor.csv || exit 1; done
-	for editor in ultraedit lora alphaedit; do test -f results/selection/$(NAME)-code.$$editor.csv || \
+	for editor in ultraedit lora alphaedit emmet neuraldb locft-bf; do test -f results/selection/$(NAME)-code.$$editor.csv || \
 	  $(BIN)/clme measure selection --subject $(NAME)-code --editor $$editor --dataset cnle --cases 5 --out results/selection/$(NAME)-code.$$editor.csv || exit 1; done
 	test -f results/selection/$(NAME)-code.malmen.csv || \
 	  $(BIN)/clme measure selection --subject $(NAME)-code --editor malmen --dataset cnle --cases 20 --out results/selection/$(NAME)-code.malmen.csv
@@ -139,9 +139,10 @@ publish: .venv/.ready
 	test -d $(PUBLISHED) || { $(BIN)/clme run --editor $(ALL),$(RQ3) --cases 100 --out runs/publish/$(NAME) && \
 	  $(BIN)/clme notebook notebooks/rq3_a_grace.py runs/publish/rq3.ipynb -p cases 100 -p name $(NAME) -p out runs/publish/$(NAME) && \
 	  $(BIN)/clme publish runs/publish/$(NAME)-compat $(PUBLISHED)-compat && $(BIN)/clme publish runs/publish/$(NAME) $(PUBLISHED); }
-	test -d $(PUBLISHED)-code || { $(BIN)/clme run --subject smollm2-135m-code --dataset cnle --editor $(ALL),grace-tuned,$(RQ3) --cases 100 --name $(NAME)-code --out runs/publish/code && \
-	  $(BIN)/clme run --subject smollm2-135m-code --dataset cnle --editor ultraedit,lora,alphaedit --cases 20 --name $(NAME)-code --out runs/publish/code && \
-	  $(BIN)/clme score runs/publish/code runs/publish/$(NAME)-code --metrics $(EXECUTED) && $(BIN)/clme publish runs/publish/$(NAME)-code $(PUBLISHED)-code; }
+	test -d $(PUBLISHED)-code || { $(BIN)/clme run --subject smollm2-135m-code --editor $(ALL),grace-tuned,$(RQ3) --cases 100 --name $(NAME)-code --out runs/publish/code && \
+	  $(BIN)/clme run --subject smollm2-135m-code --dataset cnle --editor in-context-retrieved,alphaedit,emmet,neuraldb,ultraedit,locft-bf,lora --cases 20 --name $(NAME)-code --out runs/publish/code && \
+	  $(BIN)/clme score runs/publish/code runs/publish/$(NAME)-code --metrics $(EXECUTED) && \
+	  $(BIN)/clme measure radius --subject $(NAME)-code --cases 30 --out runs/publish/$(NAME)-code/radius.csv && $(BIN)/clme publish runs/publish/$(NAME)-code $(PUBLISHED)-code; }
 	$(BIN)/clme notebook notebooks/rq1_proficiency.py results/notebooks/rq1_proficiency.ipynb -p editors $(ALL) -p cases 100 -p name $(NAME) -p out $(PUBLISHED) -p beside $(PUBLISHED)-code
 	$(BIN)/clme bench --threads 2 --out results/efficiency
 	$(BIN)/clme bench --threads 2 --editors in-context --batches "" --out results/efficiency

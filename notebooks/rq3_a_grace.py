@@ -171,7 +171,7 @@ rq3.preset_table(records, compat, label="tab-rq3-presets", caption=caption)
 # ## Margin and radius
 #
 # A larger radius includes more rephrased prompts and more neighbours. The curves come from the selection cases, which are in no
-# table above, with encoders trained on all other cases; a dot marks the paper's radius of 1. The tables above use the margins selected in [](#encoders)
+# table above, with encoders trained on all other cases; a dot marks the paper's radius of 1. The figure shows the first subject. The tables above use the margins selected in [](#encoders)
 # (the values are in [](#sec-subject)), which need not be the best of this sweep.
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Generalization against unchanged neighbours as the radius grows, for encoders trained with several margins.", "name": "fig-rq3-radius"}}
@@ -180,25 +180,28 @@ rq3.radius_figure(sweep)
 plt.show()
 
 # %% tags=["hide-input"]
-sentences = [
-    f"On {data}, GRACE at its best radius ({grace['radius']:.2f}) generalizes in {100 * grace['generalization']:.1f}% and leaves "
-    f"{100 * grace['specificity_rate']:.1f}% of the neighbours unchanged; A-GRACE at its best (margin {encoded['margin']:g}, radius "
-    f"{encoded['radius']:.2f}) {100 * encoded['generalization']:.1f}% and {100 * encoded['specificity_rate']:.1f}%. "
-    + (
-        "So on these cases GRACE with a selected radius does without an encoder what A-GRACE does."
-        if rq3.reached(grace) >= rq3.reached(encoded)
-        else "So on these cases no radius of GRACE's does what the encoder does."
-    )
-    for data, (grace, encoded) in rq3.radius_findings(sweep).items()
-]
-Markdown(inline(" ".join(sentences)))
+sweeps = {config.subject: sweep, **measurements.sweep_beside(config)}
+for swept_subject, points in sweeps.items():
+    sentences = [
+        f"On {data}, GRACE at its best radius ({grace['radius']:.2f}) generalizes in {100 * grace['generalization']:.1f}% and leaves "
+        f"{100 * grace['specificity_rate']:.1f}% of the neighbours unchanged; A-GRACE at its best (margin {encoded['margin']:g}, radius "
+        f"{encoded['radius']:.2f}) {100 * encoded['generalization']:.1f}% and {100 * encoded['specificity_rate']:.1f}%. "
+        + (
+            "So on these cases GRACE with a selected radius does without an encoder what A-GRACE does."
+            if rq3.reached(grace) >= rq3.reached(encoded)
+            else "So on these cases no radius of GRACE's does what the encoder does."
+        )
+        for data, (grace, encoded) in rq3.radius_findings(points).items()
+    ]
+    display(Markdown(inline(f"{swept_subject}: {' '.join(sentences)}")))
 
 # %% tags=["hide-input"]
-caption = (
-    f"The same sweep ({sweep['cases'].iloc[0]} selection cases of each dataset): the paper's radius, and the one with the largest harmonic mean of "
-    "generalization and unchanged neighbours, the criterion used to select hyperparameters. The best is chosen and measured on the same cases, so this estimate is optimistic."
-)
-rq3.radius_table(sweep, label="tab-rq3-radius", caption=caption)
+for place, (swept_subject, points) in enumerate(sweeps.items()):
+    caption = (
+        f"The sweep on {swept_subject} ({points['cases'].iloc[0]} selection cases of each dataset): the paper's radius, and the one with the largest harmonic mean of "
+        "generalization and unchanged neighbours, the criterion used to select hyperparameters. The best is chosen and measured on the same cases, so this estimate is optimistic."
+    )
+    display(rq3.radius_table(points, label="tab-rq3-radius-beside" if place else "tab-rq3-radius", caption=caption))
 
 # %% [markdown]
 # ## Overhead of A-GRACE

@@ -1,5 +1,7 @@
 """RQ3: tables, figures and the small files that a run keeps beside its records."""
 
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -10,6 +12,7 @@ from test_runs import config
 from clme_lib.evaluation.records import SCORED, UNSCORED
 from clme_lib.study import runs
 from clme_lib.study.comparisons import paired_p
+from clme_lib.study.config import ReportConfig
 from clme_lib.study.copies import publish
 from clme_lib.study.rq3 import measurements
 from clme_lib.study.rq3 import tables as rq3
@@ -172,3 +175,11 @@ def test_small_files_are_made_once_and_published(both, monkeypatch, tmp_path):
     (tmp_path / "published" / "radius.csv").unlink()
     with pytest.raises(StudyError, match="radius.csv is missing from a published run of RQ3"):
         measurements.sweep(shown)
+
+
+def test_the_sweep_of_another_subject_is_shown_if_there_is_one(tmp_path):
+    folder = Path(__file__).parents[1] / "results" / "runs" / "smollm2-135m"
+    ((subject, sweep),) = measurements.sweep_beside(ReportConfig(beside=folder)).items()
+    assert subject == "smollm2-135m" and sweep.equals(pd.read_csv(folder / "radius.csv"))
+    assert set(rq3.radius_findings(sweep)) == {"CNLE", "CSNE"}
+    assert measurements.sweep_beside(ReportConfig(beside=tmp_path)) == {} == measurements.sweep_beside(ReportConfig())

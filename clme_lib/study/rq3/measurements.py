@@ -23,17 +23,18 @@ from ...evaluation.unedited import answers_for
 from ...forward.prompt_keys import stored_queries
 from ...subjects.subject import Subject
 from ...support.errors import StudyError
-from ..config import RunConfig
+from ..config import ReportConfig, RunConfig
 from ..paper import A_GRACE, A_GRACE_VARIANTS, UNEDITED
 from ..provenance import hardware
 from ..rq2.measure import ready, time_edit
-from ..run_folder import is_published, run_name
+from ..run_folder import is_published, load_manifest, run_name
 from ..runs import run, sampled
 from ..tables import write_csv
 
 MARGINS = (1.0, 1.5, 2.0, 3.0, 4.0)
 RADII = 61  # number of radii in the sweep, from zero to the largest distance
 _EVERYTHING = 1e9
+_SWEEP = "radius.csv"
 _TIMED = 5  # cases edited alone, per dataset and variant
 
 
@@ -55,7 +56,14 @@ def compat_run(config: RunConfig) -> pd.DataFrame:
 def sweep(config: RunConfig) -> pd.DataFrame:
     """A run's sweep of the deferral radius (:func:`sweep_radius`)."""
     cases = min(config.cases or 30, 30)
-    return _kept(config, "radius.csv", lambda subject, file: sweep_radius(subject, file, cases))
+    return _kept(config, _SWEEP, lambda subject, file: sweep_radius(subject, file, cases))
+
+
+def sweep_beside(config: ReportConfig) -> dict[str, pd.DataFrame]:
+    """The sweep in the folder of the run that is shown beside this one, by that run's subject; empty if the folder has none."""
+    if config.beside is None or not (file := config.beside / _SWEEP).is_file():
+        return {}
+    return {load_manifest(config.beside)["config"]["subject"]: pd.read_csv(file)}
 
 
 def sweep_radius(subject: Subject, file: Path, cases: int = 30, margins: Sequence[float] = MARGINS) -> pd.DataFrame:
