@@ -63,7 +63,8 @@ def in_schema_1(record) -> dict:
 @pytest.mark.parametrize("name", SHA256)
 def test_values_texts_and_hashes_are_the_same(name):
     run, file = name.split("/")
-    records = read_records([RUNS / run / "records" / file])
+    # only newer records say how many tokens their free texts have
+    records = [record for record in read_records([RUNS / run / "records" / file]) if record.free_tokens is None]
     old = "".join(json.dumps(in_schema_1(record), ensure_ascii=False) + "\n" for record in records)
     assert hashlib.sha256(old.encode()).hexdigest() == SHA256[name]
 
