@@ -1,7 +1,7 @@
 """Products with a model's matrices on CPUs for which PyTorch's default library has no wide kernels.
 
 PyTorch multiplies float32 matrices on a CPU with MKL, which uses 512-bit instructions on Intel's processors only. PyTorch carries
-oneDNN as well, whose kernels use them on AMD's too: there they take a third to a half of the time, at the same precision. On other
+oneDNN as well, whose kernels use them on AMD's too: there they take about half the time, at the same precision. On other
 processors and on GPUs nothing changes. ``benchmarks/products.py`` measures both.
 """
 
