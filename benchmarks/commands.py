@@ -42,6 +42,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="clme-commands-") as folder, open(options.log, "a") as log:
         clone = Path(folder) / "clone"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+        version = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=clone, capture_output=True, text=True, check=True
+        ).stdout.strip()
         environment = os.environ | {
             "CLME_CACHE": str(Path(folder) / "cache"),
             "PATH": f"{clone / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}",
@@ -57,7 +60,14 @@ def main() -> None:
                 failed.append(f"{command} (status {done.returncode}, after {minutes:.1f} minutes)")
                 print(failed[-1], flush=True)
                 continue
-            rows.append({"command": f"`{command}`", "minutes": f"{minutes:.1f}", "CPU cores": str(os.cpu_count())})
+            rows.append(
+                {
+                    "command": f"`{command}`",
+                    "minutes": f"{minutes:.1f}",
+                    "CPU cores": str(os.cpu_count()),
+                    "version": version,
+                }
+            )
             print(rows[-1], flush=True)
             if options.out:
                 pd.DataFrame(rows).to_csv(options.out, index=False)
