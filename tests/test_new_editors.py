@@ -120,7 +120,7 @@ def test_locft_bf_equals_the_plain_loop(subject, cases):
         assert isinstance(whole, DenseUpdate) and [edit.case_id for edit in edits] == [
             case.case_id for case in together
         ]
-        assert close(whole.delta, delta, 1e-2)  # where a gradient is zero, rounding decides the sign of Adam's step
+        assert torch.isclose(whole.delta, delta, rtol=1e-3, atol=1e-5).float().mean() > 0.99
     alone = editor.edit(cases[:2])
     for case, edit in zip(cases[:2], alone):
         assert torch.equal(edit.delta, editor.edit_together([case])[0].delta)
