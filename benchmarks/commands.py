@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parent.parent
-# RQ3 is left out: it trains an encoder for each margin of its sweep, which takes longer than the others together
+# RQ3 is left out: it trains an encoder for each margin of its sweep
 STEPS = "make setup,make test,make test-all,make lint,make book,.venv/bin/python -m pytest -m browser,rq1,rq2,rq4"
 
 

@@ -1,4 +1,4 @@
-"""How much of a published run comes out the same with today's library: a run of some of its cases, compared text by text.
+"""How much of a published run comes out the same with today's library: runs of some of its cases, compared text by text.
 
 Runs are made by ``clme run --within PUBLISHED --name NAME --out RUN``, with any editors and number of cases. Published records that were made
 by the library of a run are left out.
@@ -39,11 +39,9 @@ def main():
                 "data": dataset_title(row["dataset"]),
                 "editor": editor_name(row["editor"]),
                 "cases": row["cases"],
-                "all greedy texts the same": row["cases"] - len(changed),
-                "greedy texts": row["greedy"],
-                "of these the same": row["greedy_same"],
-                "sampled texts": row["sampled"],
-                "of those the same": row["sampled_same"],
+                "cases with the same greedy texts": row["cases"] - len(changed),
+                "greedy texts that are the same": f"{row['greedy_same']} of {row['greedy']}",
+                "sampled texts that are the same": f"{row['sampled_same']} of {row['sampled']}",
             }
         )
     table = pd.DataFrame(rows)
