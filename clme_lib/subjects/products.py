@@ -1,8 +1,8 @@
-"""Products with a model's matrices on CPUs for which PyTorch's default library has no wide kernels.
+"""Products with a model's matrices, by the faster of the two libraries that PyTorch has for a CPU.
 
-PyTorch multiplies float32 matrices on a CPU with MKL, which uses 512-bit instructions on Intel's processors only. PyTorch carries
-oneDNN as well, whose kernels use them on AMD's too: there they take about half the time, at the same precision. On other
-processors and on GPUs nothing changes. ``benchmarks/products.py`` measures both.
+PyTorch multiplies float32 matrices with MKL. On AMD's processors with 512-bit instructions its other library, oneDNN, takes about
+half the time at the same precision, so products go there. On other processors and on GPUs nothing changes.
+``benchmarks/products.py`` measures both.
 """
 
 from __future__ import annotations
