@@ -1,5 +1,6 @@
 """RQ3: tables, figures and the small files that a run keeps beside its records."""
 
+import shutil
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -183,3 +184,19 @@ def test_the_sweep_of_another_subject_is_shown_if_there_is_one(tmp_path):
     assert subject == "smollm2-135m" and sweep.equals(pd.read_csv(folder / "radius.csv"))
     assert set(rq3.radius_findings(sweep)) == {"CNLE", "CSNE"}
     assert measurements.sweep_beside(ReportConfig(beside=tmp_path)) == {} == measurements.sweep_beside(ReportConfig())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("dataset,editor\ncnle,grace\n", "radius.csv: column 'margin' is missing: remove the file"),
+        ("margin,radius,cases\n1,far,4\n", "radius.csv: column 'radius' has something else than numbers"),
+        ("", "radius.csv: cannot be read as CSV"),
+        ('a,b\n1,2\n"3,4,5\n', "radius.csv: cannot be read as CSV"),
+    ],
+)
+def test_a_damaged_sweep_is_named(tmp_path, content, message):
+    shutil.copy(Path(__file__).parents[1] / "results" / "runs" / "smollm2-135m" / "run.json", tmp_path)
+    (tmp_path / "radius.csv").write_text(content)
+    with pytest.raises(StudyError, match=message):
+        measurements.sweep_beside(ReportConfig(beside=tmp_path))

@@ -21,6 +21,7 @@ from ..evaluation.records import SCORED
 from ..metrics.base import get_metric
 from ..metrics.paper import PAPER_METRICS, PAPER_SCORES
 from ..support.display import Markup, inline, printable
+from ..support.errors import StudyError
 from .comparisons import as_good_as_the_best
 from .paper import UNEDITED
 
@@ -154,6 +155,25 @@ def write_csv(measured: pd.DataFrame, file: Path, digits: int = 4) -> pd.DataFra
     """Write a measurement, rounded, as CSV, and return it unrounded."""
     file.parent.mkdir(parents=True, exist_ok=True)
     measured.round(digits).to_csv(file, index=False)
+    return measured
+
+
+def read_csv(file: Path, numbers: Sequence[str]) -> pd.DataFrame:
+    """A measurement as :func:`write_csv` wrote it.
+
+    Raises:
+        StudyError: it is not such a file, or a column of ``numbers`` is missing or has something else; the message names both.
+    """
+    remedy = "remove the file and measure again, or restore it from the repository"
+    try:
+        measured = pd.read_csv(file)
+    except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
+        raise StudyError(f"{file}: cannot be read as CSV ({error}): {remedy}") from error
+    for column in numbers:
+        if column not in measured:
+            raise StudyError(f"{file}: column {column!r} is missing: {remedy}")
+        if not pd.api.types.is_numeric_dtype(measured[column]):
+            raise StudyError(f"{file}: column {column!r} has something else than numbers: {remedy}")
     return measured
 
 

@@ -29,12 +29,18 @@ from ..provenance import hardware
 from ..rq2.measure import ready, time_edit
 from ..run_folder import is_published, load_manifest, run_name
 from ..runs import run, sampled
-from ..tables import write_csv
+from ..tables import read_csv, write_csv
 
 MARGINS = (1.0, 1.5, 2.0, 3.0, 4.0)
 RADII = 61  # number of radii in the sweep, from zero to the largest distance
 _EVERYTHING = 1e9
 _SWEEP = "radius.csv"
+# columns of the files that have to be numbers
+_NUMBERS = {
+    _SWEEP: ("margin", "radius", "cases", "generalization", "specificity_rate"),
+    "case_study.csv": ("case_id", "x", "y", "distance"),
+    "overhead.csv": ("case_id", "seconds", "peak_mib"),
+}
 _TIMED = 5  # cases edited alone, per dataset and variant
 
 
@@ -63,7 +69,7 @@ def sweep_beside(config: ReportConfig) -> dict[str, pd.DataFrame]:
     """The sweep in the folder of the run that is shown beside this one, by that run's subject; empty if the folder has none."""
     if config.beside is None or not (file := config.beside / _SWEEP).is_file():
         return {}
-    return {load_manifest(config.beside)["config"]["subject"]: pd.read_csv(file)}
+    return {load_manifest(config.beside)["config"]["subject"]: read_csv(file, _NUMBERS[_SWEEP])}
 
 
 def sweep_radius(subject: Subject, file: Path, cases: int = 30, margins: Sequence[float] = MARGINS) -> pd.DataFrame:
@@ -202,4 +208,4 @@ def _kept(config: RunConfig, name: str, make: Callable[[Subject, Path], object])
         if is_published(config.out):
             raise StudyError(f"{file} is missing from a published run of RQ3; restore it from the repository")
         make(load_subject(config.subject, config.device, config.dtype), file)
-    return pd.read_csv(file)
+    return read_csv(file, _NUMBERS[name])
