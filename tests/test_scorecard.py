@@ -159,3 +159,14 @@ def test_counts_are_those_of_the_table(published):
     of_table = pd.Series(" ".join(scorecard.scorecard_table(evidence, label="tab").data["x"]).split("<strong>")[1:])
     counted = of_table.str.partition("</strong>")[0].value_counts().to_dict()
     assert scorecard.counts(evidence)["x"] == counted
+
+
+def test_an_editor_with_fewer_cases_says_so(published):
+    """The second best of CSNE, on twenty cases; the others have as many as GRACE."""
+    records = published.records
+    rest = records.index[(records["editor"] == "malmen") & (records["dataset"] == "csne")][20:]
+    fewer = Evidence(records.drop(rest), published.compat, published.measured)
+    (claim,) = [each for each in scorecard.CLAIMS if each.says.startswith("GRACE is the most effective")]
+    cnle, csne = claim.evidence(fewer)
+    assert "(n = 20)" in csne.here.partition("MALMEN")[2].partition(",")[0] and csne.here.count("n =") == 1
+    assert "n =" not in cnle.here and (cnle.n, csne.n) == (100, 100)

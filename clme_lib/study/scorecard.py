@@ -124,12 +124,15 @@ def _best(metric: str) -> Callable[[Evidence], Iterator[Outcome]]:
                 continue
             best = {name for _, name, _ in as_good_as_the_best(rows, [get_metric(metric)])}
             alone = best == {"grace"}
+            sizes = rows.groupby("editor").size()
+            fewer = {name: f" (n = {size})" for name, size in sizes.items() if size != sizes["grace"]}
             others = ", ".join(
-                f"{editor_name(name)} {mean:.1f}%" for name, mean in means.drop("grace").nlargest(2).items()
+                f"{editor_name(name)} {mean:.1f}%{fewer.get(name, '')}"
+                for name, mean in means.drop("grace").nlargest(2).items()
             )
             complete, of = _measured(len(means))
             verdict = REVERSED if "grace" not in best else REPLICATED if alone and complete else UNDECIDED
-            yield Outcome(dataset_title(dataset), f"GRACE {means['grace']:.1f}%, then {others}{of}", int((rows["editor"] == "grace").sum()),
+            yield Outcome(dataset_title(dataset), f"GRACE {means['grace']:.1f}%, then {others}{of}", int(sizes["grace"]),
                           alone, decided=verdict)  # fmt: skip
 
     return evidence
