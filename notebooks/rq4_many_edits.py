@@ -72,7 +72,7 @@ plt.show()
 # %% tags=["hide-input"]
 caption = (
     f"Many edits in {', '.join(records['subject'].unique())}: each row is a state of the model, evaluated on all edits that it holds. Shares in percent, with 95% intervals "
-    "over cases and samples; n counts both."
+    "over cases and samples; n counts both. MiB: tensors of all edits together."
 )
 rq4.retention_table(records, label="tab-rq4-retention", caption=caption)
 

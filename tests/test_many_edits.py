@@ -223,6 +223,12 @@ def test_cases_that_are_held_out_show_what_else_the_model_can_do(tiny, config, t
             with torch.no_grad():
                 expected = model(input_ids=ids, labels=labels).loss.item()
             assert row.target_loss == pytest.approx(expected, rel=1e-3) and row.target_tokens == count
+    # the size is that of the tensors of all edits of the state; a prompt and the unedited model have none
+    of_rome = records[records["editor"] == "rome"].groupby("position")["edits_mib"].unique()
+    for position, sizes in of_rome.items():
+        parts = [tensor for edit in edits[:position] for tensor in edit.tensors().values()]
+        assert sizes == pytest.approx(sum(4 * tensor.numel() for tensor in parts) / 2**20)
+    assert set(of_rome.index) == {1, 3} and (records[records["editor"] != "rome"]["edits_mib"] == 0).all()
     # the prompt of an edit acts on them as well
     of_prompt, unedited = (records[apart & (records["editor"] == name)] for name in ("in-context", "none"))
     assert (of_prompt["target_loss"].to_numpy() != unedited["target_loss"].to_numpy()).all()

@@ -64,7 +64,7 @@ def many(right, held):
             rows.append(
                 {"dataset": "cnle", "protocol": "sequential", "editor": "grace", "position": position, "turn": turn, "case_id": turn, "sample": 0,
                  "state": SCORED, "effectiveness_em": score, "generalization_em": 0.0, "specificity_rate": 0.5,
-                 "free_effectiveness_em": None, "edit_seconds": 2.0 + turn, "held_out": False}
+                 "free_effectiveness_em": None, "edit_seconds": 2.0 + turn, "edits_mib": 0.125 * position, "held_out": False}
             )  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -74,7 +74,7 @@ def test_the_first_and_the_last_edits_are_shown_apart():
     last = rq4.retention_table(records, label="tab").data.set_index("Edits").loc["30"]
     assert last["n"] == "30" and last["Eff. EM"].startswith("16.7 (")
     assert last["Eff. EM, first 10"].startswith("0.0 (") and last["Eff. EM, last 10"].startswith("50.0 (")
-    assert last["s / edit"] == "16.50"
+    assert last["s / edit"] == "16.50" and last["MiB"] == "3.75"
     ten = rq4.retention_table(records, label="tab").data.set_index("Edits").loc["10"]
     assert ten["Eff. EM"].startswith("100.0 (") and ten["Eff. EM, first 10"] == ten["Eff. EM, last 10"] == "–"
     (state,) = rq4.findings(records)

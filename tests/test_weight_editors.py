@@ -17,7 +17,7 @@ from clme_lib.editors.base import EDITORS
 from clme_lib.editors.locate_then_edit import learning as rewriting
 from clme_lib.editors.locate_then_edit.learning import Rewriting, RewritingEditor, misplaced, rewriting_rows
 from clme_lib.editors.locate_then_edit.second_moments import SecondMoment, second_moments
-from clme_lib.editors.registry import load_editor
+from clme_lib.editors.registry import load_editor, resolve_hparams
 from clme_lib.edits.base import Edit
 from clme_lib.edits.weights import LowRankUpdate
 from clme_lib.forward.tokens import tokenize
@@ -219,6 +219,13 @@ def test_what_earlier_edits_wrote_counts_like_other_texts(subject, cases, corpus
     for layer, update in updates.items():
         assert close(edit.delta(layer), update)
         assert not close(forgetful[layer], update, 0.01), "they do count"
+
+
+@pytest.mark.parametrize("subject", ["smollm2-135m", "smollm2-135m-code", "codellama-7b"])
+def test_memit_with_accumulated_statistics_has_memits_values(subject):
+    forgetful, accumulated = (resolve_hparams(name, subject).model_dump() for name in ("memit", "memit-accumulated"))
+    assert accumulated.pop("accumulate") and not forgetful.pop("accumulate")
+    assert accumulated == forgetful
 
 
 @pytest.mark.parametrize("name", ["memit", "pmet", "alphaedit", "emmet"])

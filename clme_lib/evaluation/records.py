@@ -111,6 +111,9 @@ class Record(Schema):
     target_loss: float | None = Field(
         None, description="of cases that are held out: -log p(target | prompt), in nats per token of the target"
     )
+    edits_mib: _Measured = Field(
+        None, description="of a model that holds many edits: size of the tensors of all its edits together, in MiB"
+    )
     error: str | None = Field(None, description="why the case could not be edited; such a record has no scores")
 
     @model_validator(mode="after")

@@ -59,7 +59,8 @@ def _run_of(config: ManyEditsConfig, protocol: str, sample: int) -> RunConfig | 
 def retention_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
     """How many edits still hold (of all, of the first ten and of the last ten) and neighbours stay unchanged, as edits accumulate in the model.
 
-    Shares in percent with 95% intervals over cases and samples; seconds are the mean time per edit, over the edits in the model.
+    Shares in percent with 95% intervals over cases and samples; seconds are the mean time per edit, over the edits in the model; MiB are the
+    tensors of all edits together.
     """
     for (dataset, protocol, editor, held), rows in _states(records):
         row = {
@@ -78,6 +79,7 @@ def retention_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
         if "free_effectiveness_em" in rows and rows["free_effectiveness_em"].notna().any():
             row[get_metric("free_effectiveness_em").title] = _share(rows["free_effectiveness_em"], True)
         row["s / edit"] = f"{rows['edit_seconds'].mean():.2f}"
+        row["MiB"] = f"{rows['edits_mib'].mean():.3g}" if rows["edits_mib"].notna().any() else "–"
         yield row
 
 

@@ -176,16 +176,17 @@ class Work:
             yield [self._failed(case, state.failed[case.case_id], position) for case in failed]
             left = [case for case in missing if case.case_id not in state.failed]
             losses = self._losses(state.edit, [case for case in left if case in steps[number].held_out])
+            size = sum(tensor.nbytes for tensor in state.edit.tensors().values()) / 2**20
             for first in range(0, len(left), _EVALUATED_AT_ONCE):
                 part = left[first : first + _EVALUATED_AT_ONCE]
                 records = score(
                     self.subject, part, [state.edit] * len(part), self.circumstances, position=position, logs=state.logs
                 )
+                apart: dict[int, dict] = {
+                    case_id: {"held_out": True, "target_loss": loss} for case_id, loss in losses.items()
+                }
                 yield [
-                    record.model_copy(update={"held_out": True, "target_loss": losses[record.case_id]})
-                    if record.case_id in losses
-                    else record
-                    for record in records
+                    record.model_copy(update={"edits_mib": size, **apart.get(record.case_id, {})}) for record in records
                 ]
 
     def _losses(self, edit: Edit, cases: Sequence[Case]) -> dict[int, float | None]:
