@@ -43,10 +43,10 @@ config = clme.config_from_notebook(globals(), BenchConfig)
 
 # %% tags=["hide-input"]
 import matplotlib.pyplot as plt
-import pandas as pd
 from IPython.display import Markdown
 
 from clme_lib.study.rq2 import tables as rq2
+from clme_lib.study.tables import read_csv
 from clme_lib.support.display import inline
 
 measured = bench(config)
@@ -186,7 +186,7 @@ caption = (
 )
 plain_seconds = None
 if config.plain:
-    plain_seconds = pd.read_csv(config.plain)
+    plain_seconds = read_csv(config.plain, ["plain s/case", "threads"], ["editor", "values", "data", "device"])
     caption += " The plain procedure's seconds per case come from the speed appendix, whose CSNE prompts have at least 110 tokens."
 rq2.projection_table(measured, plain_seconds, label="tab-rq2-projection", caption=caption)
 

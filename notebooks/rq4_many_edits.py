@@ -45,13 +45,12 @@ config = clme.config_from_notebook(globals(), ManyEditsConfig)
 
 # %% tags=["hide-input"]
 import matplotlib.pyplot as plt
-import pandas as pd
 from IPython.display import Markdown
 
 from clme_lib.study import rq4
-from clme_lib.study.conflicts import conflict_table
+from clme_lib.study.conflicts import SHARES, conflict_table
 from clme_lib.study.protocols import protocol_title
-from clme_lib.study.tables import editor_name, percent
+from clme_lib.study.tables import editor_name, percent, read_csv
 from clme_lib.support.display import inline
 
 records = rq4.run_many(config)
@@ -120,7 +119,7 @@ Markdown("> **Findings**\n>\n" + "\n".join(f"> - {sentence}" for sentence in los
 
 # %% tags=["hide-input"]
 if config.conflicts:
-    contradicting = pd.read_csv(config.conflicts)
+    contradicting = read_csv(config.conflicts, list(SHARES), ["editor", "dataset"])
     caption = "Two edits of one prompt in one model; shares of the cases, and of the neighbours' answers that are the original model's, with 95% intervals."
     shown = conflict_table(contradicting, label="tab-rq4-conflicts", caption=caption)
 else:

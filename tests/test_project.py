@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from clme_lib.cli import main
+from clme_lib.study import measurements
 from clme_lib.study.config import BenchConfig, ManyEditsConfig, ReportConfig
 from clme_lib.study.notebook import execute
 from clme_lib.support.errors import StudyError
@@ -172,12 +173,16 @@ def test_only_the_papers_datasets_are_built_and_checked(command, capsys):
     )
 
 
-def test_a_measurement_says_which_options_it_takes(capsys, tmp_path):
+def test_a_measurement_says_which_options_it_takes(capsys, tmp_path, monkeypatch):
+    """Before any model is loaded."""
+    monkeypatch.setattr(measurements, "load_subject", None)
     for command, message in (
         ("measure nothing", "unknown measurement 'nothing'; known: selection, presets, end-of-target"),
         ("measure selection", "measure selection: needs --editor"),
         ("measure presets --editor rome,memit", "measure presets: does not take --editor, or takes only one value"),
         ("measure radius --dataset cnle", "measure radius: does not take --dataset"),
+        ("measure conflicts --cases 31", "cases=31: cnle has 30 selection cases; choose from 1 to 30"),
+        ("measure radius --cases 31", "cases=31: cnle has 30 selection cases; choose from 1 to 30"),
     ):
         assert main([*command.split(), "--out", str(tmp_path / "table.csv")]) == 1
         assert message in capsys.readouterr().err

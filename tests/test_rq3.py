@@ -17,6 +17,7 @@ from clme_lib.study.config import ReportConfig
 from clme_lib.study.copies import publish
 from clme_lib.study.rq3 import measurements
 from clme_lib.study.rq3 import tables as rq3
+from clme_lib.study.tables import read_csv
 from clme_lib.support.errors import StudyError
 
 EDITORS = "none,grace,a-grace,a-grace-wo-cl,a-grace-wo-mean"
@@ -200,3 +201,11 @@ def test_a_damaged_sweep_is_named(tmp_path, content, message):
     (tmp_path / "radius.csv").write_text(content)
     with pytest.raises(StudyError, match=message):
         measurements.sweep_beside(ReportConfig(beside=tmp_path))
+
+
+def test_a_column_of_texts_is_needed_as_well(tmp_path):
+    (tmp_path / "table.csv").write_text("share\n1\n")
+    with pytest.raises(StudyError, match="table.csv: column 'editor' is missing"):
+        read_csv(tmp_path / "table.csv", ["share"], ["editor"])
+    (tmp_path / "table.csv").write_text("share,editor\n1,2\n")
+    assert read_csv(tmp_path / "table.csv", ["share"], ["editor"]).to_dict("records") == [{"share": 1, "editor": 2}]

@@ -8,6 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from ..datasets.paper import PAPER_DATASET_NAMES
+from ..datasets.registry import selection_cases
 from ..evaluation.loading import load_subject
 from ..support.errors import StudyError
 from .config import MeasureConfig
@@ -50,7 +52,8 @@ def measure(config: MeasureConfig) -> pd.DataFrame:
     """Make a measurement and return its table.
 
     Raises:
-        StudyError: no such measurement, an option that it does not take, or a required option that is missing.
+        StudyError: no such measurement, an option that it does not take, a required option that is missing, or more selection cases
+            than there are.
     """
     if config.measurement not in MEASUREMENTS:
         raise StudyError(f"unknown measurement {config.measurement!r}; known: {', '.join(MEASUREMENTS)}")
@@ -71,4 +74,8 @@ def measure(config: MeasureConfig) -> pd.DataFrame:
         raise StudyError(f"measure {config.measurement}: does not take {_FLAGS[unknown[0]]}, or takes only one value")
     if missing := [name for name in needed if name not in given]:
         raise StudyError(f"measure {config.measurement}: needs {_FLAGS[missing[0]]}")
+    if config.cases is not None:  # too many are refused before a model is loaded
+        default = taken["datasets"].default if "datasets" in taken else PAPER_DATASET_NAMES
+        for dataset in config.dataset or default:
+            selection_cases(dataset, config.cases)
     return function(load_subject(config.subject, config.device), **given)

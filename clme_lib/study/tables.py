@@ -158,21 +158,22 @@ def write_csv(measured: pd.DataFrame, file: Path, digits: int = 4) -> pd.DataFra
     return measured
 
 
-def read_csv(file: Path, numbers: Sequence[str]) -> pd.DataFrame:
-    """A measurement as :func:`write_csv` wrote it.
+def read_csv(file: Path, numbers: Sequence[str], others: Sequence[str] = ()) -> pd.DataFrame:
+    """A measurement as :func:`write_csv` wrote it, with columns ``numbers`` and ``others``.
 
     Raises:
-        StudyError: it is not such a file, or a column of ``numbers`` is missing or has something else; the message names both.
+        StudyError: it is not such a file, or one of these columns is missing, or one of ``numbers`` has something else; the message
+            names both.
     """
     remedy = "remove the file and measure again, or restore it from the repository"
     try:
         measured = pd.read_csv(file)
     except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
         raise StudyError(f"{file}: cannot be read as CSV ({error}): {remedy}") from error
-    for column in numbers:
+    for column in (*numbers, *others):
         if column not in measured:
             raise StudyError(f"{file}: column {column!r} is missing: {remedy}")
-        if not pd.api.types.is_numeric_dtype(measured[column]):
+        if column in numbers and not pd.api.types.is_numeric_dtype(measured[column]):
             raise StudyError(f"{file}: column {column!r} has something else than numbers: {remedy}")
     return measured
 
