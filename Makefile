@@ -158,8 +158,9 @@ publish: .venv/.ready
 	  $(BIN)/clme score runs/publish/many/$$protocol-0 runs/publish/many-run/$$protocol-0 --metrics $(EXECUTED) && \
 	  $(BIN)/clme publish runs/publish/many-run/$$protocol-0 $(MANY)/$$protocol-0; } || exit 1; done
 	test -f results/conflicts/$(NAME)-code.csv || $(BIN)/clme measure conflicts --subject $(NAME)-code --cases 12 --out results/conflicts/$(NAME)-code.csv
+	test -f results/interference/$(NAME)-code.csv || $(BIN)/clme measure interference --subject $(NAME)-code --out results/interference/$(NAME)-code.csv
 	$(BIN)/clme notebook notebooks/rq4_many_edits.py results/notebooks/rq4_many_edits.ipynb -p editors $(MANY_EDITORS) -p cases 30 -p held_out 20 -p protocols $(MANY_PROTOCOLS) -p out $(MANY) \
-	  -p conflicts results/conflicts/$(NAME)-code.csv
+	  -p interference results/interference/$(NAME)-code.csv -p conflicts results/conflicts/$(NAME)-code.csv
 	for page in benchmark $(basename $(notdir $(wildcard notebooks/appendix_*.py))); do \
 	  $(BIN)/clme notebook notebooks/$$page.py results/notebooks/$$page.ipynb || exit 1; done
 	$(BIN)/clme notebook notebooks/scorecard.py results/notebooks/scorecard.ipynb

@@ -31,6 +31,7 @@ protocols: str = "sequential,batch,simie"  # comma-separated
 cases: int = 3  # number of edits in one model
 held_out: int = 3  # unedited cases on which each state is evaluated as well
 samples: str = "0"  # comma-separated numbers of random samples, each with its own order
+interference: str = ""  # table to show, as `clme measure interference` writes it
 conflicts: str = ""  # table to show, as `clme measure conflicts` writes it
 out: str = "runs/rq4"  # folder of the runs, one per protocol and sample; running again resumes them
 device: str = "auto"  # auto, cpu, cuda
@@ -49,6 +50,7 @@ from IPython.display import Markdown
 
 from clme_lib.study import rq4
 from clme_lib.study.conflicts import SHARES, conflict_table
+from clme_lib.study.interference import MEASURED, interference_table
 from clme_lib.study.protocols import protocol_title
 from clme_lib.study.tables import editor_name, percent, read_csv
 from clme_lib.support.display import inline
@@ -85,6 +87,21 @@ for shown in rq4.findings(records):
             f"{percent(effective[0])}%), and {percent(kept[1])}% of the neighbours' answers are the original model's."
         )
 Markdown("> **Findings**\n>\n" + "\n".join(f"> - {sentence}" for sentence in sentences) if sentences else "_No editor holds more than one edit here._")
+
+# %% [markdown]
+# ## What the edits do to each other
+#
+# An update of a weight acts on every prompt. This table says how much, for edits made one after another on the selection cases: *Norm* is the Frobenius norm of the sum of all updates, relative to that of the
+# edited matrices; *Arrives at others* is what an edit adds at the lookup token of another edit's prompt, relative to what it adds at its own; *Later edits add* is what all later edits together add at an edit's own
+# lookup token, relative to what the edit itself added there. All are medians over layers and edits, with keys of the original model. *Radius* is the median radius in a codebook, relative to the first edit's.
+
+# %% tags=["hide-input"]
+if config.interference:
+    measured = read_csv(config.interference, ["edits", *MEASURED], ["editor", "dataset"])
+    shown = interference_table(measured, label="tab-rq4-interference", caption="Edits made one after another, and what they do to each other; all values are ratios.")
+else:
+    shown = Markdown("_This was not measured for this page: `clme measure interference` measures it, and the parameter `interference` names its table._")
+shown
 
 # %% [markdown]
 # What explains the published run: ROME writes at the token that all prompts share ([](#weight-editors)), so each update acts on every other edit's prompt, and two more suffice to lose the first. That the newest edit is lost as well is not explained by this;

@@ -23,7 +23,7 @@ from clme_lib import cli
 from clme_lib.datasets.cases import Case
 from clme_lib.metrics.base import MEASURES
 from clme_lib.metrics.executes import EXECUTION_METRICS
-from clme_lib.study import benchmark, conflicts, numbers, rq1, rq4, run_folder, scorecard, spot_check
+from clme_lib.study import benchmark, conflicts, interference, numbers, rq1, rq4, run_folder, scorecard, spot_check
 from clme_lib.study.appendices import encoder_settings, lookups, selection, statistics, weight_updates
 from clme_lib.study.rq2 import tables as rq2
 from clme_lib.study.rq3 import tables as rq3
@@ -198,6 +198,8 @@ def tables_of(text: str, records: pd.DataFrame) -> dict[str, tuple[Table, list[s
         "ability": (rq4.ability_table(named.assign(protocol=text, held_out=True, target_loss=1.0, target_tokens=4), **options), [text]),
         "conflicts": (conflicts.conflict_table(pd.DataFrame([{"dataset": text, "editor": text, **dict.fromkeys(conflicts.SHARES, 1.0)}]), **options),
                       [text, upper]),
+        "interference": (interference.interference_table(pd.DataFrame([{"dataset": text, "editor": text, "edits": 3, **dict.fromkeys(interference.MEASURED, 1.0)}]),
+                                                         **options), [text, upper]),
         "ablation": (rq3.ablation_table(named, **options), [text]),
         "scorecard": (scorecard.scorecard_table({text: scorecard.Evidence(named, named[:0], alone[:0])}, **options), [text]),
         "paired": (rq3.paired_table(named, **options), [text]),

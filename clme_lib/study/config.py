@@ -239,6 +239,7 @@ class ManyEditsConfig(RunConfig):
     samples: Annotated[tuple[_Seed, ...], BeforeValidator(_split), Field(min_length=1)] = Field(
         (0,), description="comma-separated numbers of random samples, each with its own order"
     )
+    interference: Path | None = Field(None, description="table to show, as clme measure interference writes it")
     conflicts: Path | None = Field(None, description="table to show, as clme measure conflicts writes it")
 
 

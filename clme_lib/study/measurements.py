@@ -35,6 +35,10 @@ MEASUREMENTS = {
         "conflicts:measure_conflicts",
         "two edits of one prompt: with two targets, and with the original answer as the second target",
     ),
+    "interference": (
+        "interference:measure_interference",
+        "what edits made one after another do to each other",
+    ),
     "statistics": (
         "appendices.statistics:compare_statistics",
         "MEMIT's updates under statistics from more and from less text",
