@@ -347,7 +347,7 @@ def test_the_floor_of_an_evaluation_counts_what_is_computed(subject, cases, name
     # PyTorch counts nothing of the CPU's own kernel of attention
     with sdpa_kernel(SDPBackend.MATH), Products() as counted:
         texts = write(subject, requests, edits)
-    read, written = measure._phases_of_evaluation(subject, requests, texts, edits)
+    read, written = measure.phases_of_evaluation(subject, requests, texts, edits)
     assert 0.9 < counted.operations / (read.operations + written.operations) < most
     sizes = Sizes(subject)
     longest = max(len(text.ids) for text in texts)
@@ -372,8 +372,8 @@ def test_what_is_written_is_counted_by_hand(llama):
 def test_the_floor_of_a_batch_reads_weights_once(llama, cases):
     editor = load_editor("grace", llama, layer=2, steps=3)
     edits = editor.edit(cases[:2])
-    alone = [measure._phases_of_edits(editor, [case], [edit]) for case, edit in zip(cases, edits)]
-    together = measure._phases_of_edits(editor, cases[:2], edits)
+    alone = [measure.phases_of_edits(editor, [case], [edit]) for case, edit in zip(cases, edits)]
+    together = measure.phases_of_edits(editor, cases[:2], edits)
     for first, second, both in zip(*alone, together):
         assert first.name == second.name == both.name
         assert both.operations == first.operations + second.operations

@@ -208,7 +208,7 @@ def time_batch(editor: Editor, cases: Sequence[Case]) -> dict[str, Any]:
         evaluate_seconds = clock(device) - started
     except Exception as error:
         return _did_not_fit(error, device)
-    phases = [*_phases_of_edits(editor, cases, edits), *_phases_of_evaluation(subject, requests, texts, edits)]
+    phases = [*phases_of_edits(editor, cases, edits), *phases_of_evaluation(subject, requests, texts, edits)]
     return {
         "edit_seconds": edit_seconds,
         "evaluate_seconds": evaluate_seconds,
@@ -217,7 +217,7 @@ def time_batch(editor: Editor, cases: Sequence[Case]) -> dict[str, Any]:
     }
 
 
-def _phases_of_edits(editor: Editor, cases: Sequence[Case], edits: Sequence[Edit]) -> list[Phase]:
+def phases_of_edits(editor: Editor, cases: Sequence[Case], edits: Sequence[Edit]) -> list[Phase]:
     """The phases of a batch's edits: the operations of all cases, and weights that are read once for all of them."""
     phases: dict[str, Phase] = {}
     for case, edit in zip(cases, edits):
@@ -234,7 +234,7 @@ def _phases_of_edits(editor: Editor, cases: Sequence[Case], edits: Sequence[Edit
     return list(phases.values())
 
 
-def _phases_of_evaluation(
+def phases_of_evaluation(
     subject: Subject, requests: Sequence[Request], texts: Sequence[Generated], edits: Sequence[Edit]
 ) -> list[Phase]:
     """The phases of generating the texts that edits can change; each edited model reads a prompt once, however many texts follow it."""
