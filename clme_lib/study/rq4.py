@@ -13,10 +13,11 @@ import numpy as np
 import pandas as pd
 
 from ..datasets.base import dataset_title
+from ..editors.base import EDITORS
 from ..editors.registry import get_editor
 from ..metrics.base import get_metric
 from .config import ManyEditsConfig, RunConfig, make_config
-from .figures import legend, panels, plain
+from .figures import panels, plain
 from .paper import UNEDITED
 from .protocols import get_protocol, protocol_title
 from .runs import run, sampled
@@ -25,6 +26,7 @@ from .tables import Interval, editor_colour, editor_name, interval, mean_over_to
 ENDS = 10  # number of first and of last edits of a sequence that are also shown separately
 SHOWN = ("effectiveness_em", "generalization_em", "specificity_rate")
 _MARKERS = "os^DvPX*<>"
+_KINDS = {True: "weights updated", False: "weights kept"}
 
 
 def run_many(config: ManyEditsConfig) -> pd.DataFrame:
@@ -151,35 +153,37 @@ def _perplexity(rows: pd.DataFrame) -> str:
 
 
 def retention_figure(records: pd.DataFrame) -> Any:
-    """Effectiveness, generalization and neighbours unchanged over the number of edits: a row for each protocol, a line for each editor."""
+    """Effectiveness, generalization and neighbours unchanged over the number of edits: a line for each editor, a row of panels for each
+    protocol and kind of editor, which updates weights or leaves them as they are."""
     from matplotlib.ticker import NullLocator
 
-    records = scored(records[~records["held_out"]])
-    protocols = list(dict.fromkeys(records["protocol"]))
+    records = scored(records[~records["held_out"] & (records["editor"] != UNEDITED)])
     markers = dict(zip(records["editor"].unique(), cycle(_MARKERS)))  # some editors have similar colours
-    figure, axes = panels(len(protocols), len(SHOWN), 3.0, 2.4, sharex=True)
-    for row, protocol in enumerate(protocols):
-        of_protocol = records[records["protocol"] == protocol]
-        for editor, rows in of_protocol.groupby("editor", sort=False):
-            for column, name in enumerate(SHOWN):
-                groups = rows.groupby("position")[name]
-                shares = {held: interval(scores, get_metric(name).binary) for held, scores in groups}
+    kinds = records["editor"].map(lambda name: _KINDS[name not in EDITORS or EDITORS[name].updates_weights])
+    groups = list(records.groupby([records["protocol"], kinds], sort=False))
+    figure, axes = panels(len(groups), len(SHOWN), 3.0, 2.4, sharex=True)
+    for row, ((protocol, kind), of_group) in enumerate(groups):
+        for editor, rows in of_group.groupby("editor", sort=False):
+            for axis, name in zip(axes[row], SHOWN):
+                by_position = rows.groupby("position")[name]
+                shares = {held: interval(scores, get_metric(name).binary) for held, scores in by_position}
                 middle, low, high = (
                     np.array([100 * getattr(share, bound) for share in shares.values()])
                     for bound in ("mean", "low", "high")
                 )
-                axis, colour = axes[row][column], editor_colour(str(editor))
-                label = plain(editor_name(str(editor)))
-                axis.plot(list(shares), middle, marker=markers[editor], markersize=4.5, color=colour, label=label)
-                axis.fill_between(list(shares), low, high, color=colour, alpha=0.12, linewidth=0)
-        for column, name in enumerate(SHOWN):
-            axes[row][column].set(xscale="log", ylim=(-3, 103), title=get_metric(name).title if row == 0 else "")
-            axes[row][column].set_xlabel("edits in the model" if row == len(protocols) - 1 else "")
-        axes[row][0].set_ylabel(plain(protocol_title(str(protocol))) + " (%)")
+                look = {"color": editor_colour(str(editor)), "label": plain(editor_name(str(editor)))}
+                axis.plot(list(shares), middle, marker=markers[editor], markersize=4.5, **look)
+                axis.fill_between(list(shares), low, high, color=look["color"], alpha=0.12, linewidth=0)
+        for axis, name in zip(axes[row], SHOWN):
+            axis.set(xscale="log", ylim=(-3, 103), title=get_metric(name).title if row == 0 else "")
+            axis.set_xlabel("edits in the model" if row == len(groups) - 1 else "")
+        axes[row][0].set_ylabel(f"{plain(protocol_title(str(protocol)))} (%)")
+        axes[row][-1].legend(title=kind, loc="center left", bbox_to_anchor=(1.02, 0.5))
     held = sorted(records["position"].unique())
     axes[0][0].set_xticks(held, list(map(str, held)), minor=False)
     axes[0][0].xaxis.set_minor_locator(NullLocator())
-    return legend(figure, axes, 1 + 0.25 / len(protocols), 5)
+    figure.tight_layout()
+    return figure
 
 
 def findings(records: pd.DataFrame) -> list[dict[str, Any]]:
