@@ -174,5 +174,6 @@ def test_a_trained_editor_learns_from_the_other_cases(llama, small_sets, monkeyp
         EDITORS["malmen"], "fit", lambda self, cases, edited: learnt.append({case.case_id for case in cases})
     )
     monkeypatch.setattr(EDITORS["malmen"], "edit", lambda self, cases: load_editor("none", llama).edit(cases))
-    selection.measure(llama, "malmen", [{"records": 3, "layers": [2, 3]}], tmp_path / "t.csv", values="transferred")
+    with selection._done_beside(tmp_path / "t.csv") as done:
+        selection.measure(llama, "malmen", [{"records": 3, "layers": [2, 3]}], done, values="transferred")
     assert learnt == [{0, 2, 4}, {0, 2, 4}]

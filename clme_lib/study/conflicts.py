@@ -24,7 +24,7 @@ from ..forward.tokens import token_budget
 from ..metrics.text import exact_match, exact_match_rate
 from ..subjects.subject import Subject
 from ..support.errors import StudyError
-from ..support.journal import Journal
+from ..support.journal import journal_beside
 from ..support.seeds import seed_of
 from .tables import editor_name, in_order, interval, table, write_csv
 
@@ -70,32 +70,29 @@ def measure_conflicts(
     Raises:
         StudyError: an editor must be trained first.
     """
-    unfinished = file.with_name(f"{file.name}.part")
-    done = Journal(unfinished, lambda row: (row["identity"], row["case_id"]))
     rows = []
-    for dataset in datasets:
-        chosen, _ = selection_cases(dataset, cases)
-        originals = _original_answers(subject, chosen)
-        for name in editors:
-            editor = load_editor(name, subject)
-            if editor.needs_training:
-                raise StudyError(f"{name} must be trained before it edits; choose an editor that needs no training")
-            following = [*chosen[1:], chosen[0]]
-            pairs = [pair for pair in zip(chosen, following, originals) if pair[2]]
-            for case, other, original in tqdm(pairs, desc=f"{dataset} {name}", unit="case"):
-                identity = seed_of(
-                    subject.fingerprint, subject.dtype_name, name, editor.hparams, case.sha256, other.sha256
-                )
-                row: dict[str, Any] = {"identity": identity, "case_id": case.case_id}
-                if row not in done:
-                    measured = _edited_twice(
-                        editor, case, replace(case, target=other.target), replace(case, target=original)
+    with journal_beside(file, lambda row: (row["identity"], row["case_id"])) as done:
+        for dataset in datasets:
+            chosen, _ = selection_cases(dataset, cases)
+            originals = _original_answers(subject, chosen)
+            for name in editors:
+                editor = load_editor(name, subject)
+                if editor.needs_training:
+                    raise StudyError(f"{name} must be trained before it edits; choose an editor that needs no training")
+                following = [*chosen[1:], chosen[0]]
+                pairs = [pair for pair in zip(chosen, following, originals) if pair[2]]
+                for case, other, original in tqdm(pairs, desc=f"{dataset} {name}", unit="case"):
+                    identity = seed_of(
+                        subject.fingerprint, subject.dtype_name, name, editor.hparams, case.sha256, other.sha256
                     )
-                    done.append({**row, "measured": measured})
-                rows.append({"editor": name, "dataset": dataset, "case_id": case.case_id, **done[row]["measured"]})
-    measured = write_csv(pd.DataFrame(rows), file)
-    unfinished.unlink(missing_ok=True)
-    return measured
+                    row: dict[str, Any] = {"identity": identity, "case_id": case.case_id}
+                    if row not in done:
+                        measured = _edited_twice(
+                            editor, case, replace(case, target=other.target), replace(case, target=original)
+                        )
+                        done.append({**row, "measured": measured})
+                    rows.append({"editor": name, "dataset": dataset, "case_id": case.case_id, **done[row]["measured"]})
+        return write_csv(pd.DataFrame(rows), file)
 
 
 def _original_answers(subject: Subject, cases: Sequence[Case]) -> list[str]:

@@ -24,7 +24,7 @@ from ..edits.base import Edit
 from ..forward.prompt_keys import edit_keys
 from ..subjects.subject import Subject
 from ..support.errors import StudyError
-from ..support.journal import Journal
+from ..support.journal import journal_beside
 from ..support.seeds import seed_of
 from .protocols import milestones
 from .tables import editor_name, in_order, table, write_csv
@@ -67,25 +67,21 @@ def measure_interference(
     Raises:
         StudyError: an editor must be trained first.
     """
-    unfinished = file.with_name(f"{file.name}.part")
-    done = Journal(unfinished, lambda row: (row["identity"],))
     rows = []
-    for dataset in datasets:
-        chosen, _ = selection_cases(dataset, cases)
-        for name in editors:
-            editor = load_editor(name, subject)
-            if editor.needs_training:
-                raise StudyError(f"{name} must be trained before it edits; choose an editor that needs no training")
-            hashes = [case.sha256 for case in chosen]
-            row = {"identity": seed_of(subject.fingerprint, subject.dtype_name, name, editor.hparams, *hashes)}
-            if row not in done:
-                edits = _one_after_another(editor, chosen, f"{dataset} {name}")
-                done.append({**row, "measured": list(_measured(subject, chosen, edits))})
-            rows += [{"editor": name, "dataset": dataset, **measured} for measured in done[row]["measured"]]
-    columns = ["editor", "dataset", "edits", *MEASURED]
-    written = write_csv(pd.DataFrame(rows, columns=columns), file, digits=6)
-    unfinished.unlink(missing_ok=True)
-    return written
+    with journal_beside(file, lambda row: (row["identity"],)) as done:
+        for dataset in datasets:
+            chosen, _ = selection_cases(dataset, cases)
+            for name in editors:
+                editor = load_editor(name, subject)
+                if editor.needs_training:
+                    raise StudyError(f"{name} must be trained before it edits; choose an editor that needs no training")
+                hashes = [case.sha256 for case in chosen]
+                row = {"identity": seed_of(subject.fingerprint, subject.dtype_name, name, editor.hparams, *hashes)}
+                if row not in done:
+                    edits = _one_after_another(editor, chosen, f"{dataset} {name}")
+                    done.append({**row, "measured": list(_measured(subject, chosen, edits))})
+                rows += [{"editor": name, "dataset": dataset, **measured} for measured in done[row]["measured"]]
+        return write_csv(pd.DataFrame(rows, columns=["editor", "dataset", "edits", *MEASURED]), file, digits=6)
 
 
 def _one_after_another(editor: Editor, cases: Sequence[Case], what: str) -> list[Edit]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,14 @@ class Journal:
         append_rows(self.path, rows)
         self.rows.update((self._key(row), row) for row in rows)
         self._read_size = self.path.stat().st_size
+
+
+@contextmanager
+def journal_beside(file: Path, key: Callable[[dict], Hashable]) -> Iterator[Journal]:
+    """A journal of what is finished of a file that is still to be written; removed when the block ends without an error."""
+    unfinished = file.with_name(f"{file.name}.part")
+    yield Journal(unfinished, key)
+    unfinished.unlink(missing_ok=True)
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -24,7 +24,7 @@ from ...evaluation.evaluate import evaluate
 from ...evaluation.records import finite
 from ...subjects.subject import Subject
 from ...support.errors import StudyError
-from ...support.journal import Journal
+from ...support.journal import journal_beside
 from ...support.seeds import seed_of
 from ..tables import editor_name, percent, table, write_csv
 from .selection import SCORES
@@ -78,50 +78,51 @@ def sweep_lookups(
         raise StudyError(
             f"{editor!r} does not write at a lookup token; the editors that do: rome, memit, pmet, alphaedit, emmet"
         )
-    unfinished = file.with_name(f"{file.name}.part")
-    done = Journal(unfinished, lambda row: (row["identity"], row["dataset"], str(row["setting"])))
     rows = []
-    for dataset in datasets:
-        chosen, others = selection_cases(dataset, cases)
-        for lookup, pairs in (("colon", WEIGHTS_AND_RIDGES), ("content", CONTROL)):
-            learner = load_editor(editor, subject, lookup=lookup)
-            assert isinstance(learner, RewritingEditor)
-            digest = "".join(case.sha256 for case in chosen)
-            identity = seed_of(subject.fingerprint, subject.dtype_name, editor, learner.hparams, digest)
-            settings = [_setting(editor, lookup, weight, ridge) for weight, ridge in pairs]
-            # ROME's published program uses no statistics at all
-            settings = ([{"lookup": lookup}] if "covariance" in settings[0] else []) + settings
-            learnt: tuple[Any, ...] | None = None
-            for setting in tqdm(settings, desc=f"{dataset} {editor} {lookup}", unit="setting"):
-                row: dict[str, Any] = {"identity": identity, "dataset": dataset, "setting": setting}
-                if row not in done:
-                    if learnt is None:
-                        with torch.enable_grad():
-                            learnt = learner.learn(chosen)
-                    writer = load_editor(editor, subject, **setting)
-                    assert isinstance(writer, RewritingEditor)
-                    writer.fit(others)
-                    edits = writer.write(chosen, *learnt)
-                    mean = evaluate(subject, chosen, edits)[SCORES[:-1]].mean()
-                    mean["reach"] = diagnose(subject, chosen, edits)["reach"].mean()
-                    done.append(
-                        {**row, "cases": len(chosen), "scores": {name: finite(value) for name, value in mean.items()}}
-                    )
-                kept = done[row]
-                shown = {
-                    "editor": editor,
-                    "lookup": lookup,
-                    "weight": setting.get("lookup_weight"),
-                    "ridge": setting.get("statistics_ridge"),
-                }
-                rows.append({**shown, "cases": kept["cases"], **kept["scores"]})
-    measured = pd.DataFrame(rows)
-    kinds = measured.groupby(["editor", "lookup", "weight", "ridge"], sort=False, dropna=False)
-    # all datasets have the same number of cases, so their means weigh equally
-    means = kinds["cases"].sum().to_frame().join(kinds[[*SCORES[:-1], "reach"]].mean()).reset_index()
-    write_csv(means, file)
-    unfinished.unlink(missing_ok=True)
-    return means
+    with journal_beside(file, lambda row: (row["identity"], row["dataset"], str(row["setting"]))) as done:
+        for dataset in datasets:
+            chosen, others = selection_cases(dataset, cases)
+            for lookup, pairs in (("colon", WEIGHTS_AND_RIDGES), ("content", CONTROL)):
+                learner = load_editor(editor, subject, lookup=lookup)
+                assert isinstance(learner, RewritingEditor)
+                digest = "".join(case.sha256 for case in chosen)
+                identity = seed_of(subject.fingerprint, subject.dtype_name, editor, learner.hparams, digest)
+                settings = [_setting(editor, lookup, weight, ridge) for weight, ridge in pairs]
+                # ROME's published program uses no statistics at all
+                settings = ([{"lookup": lookup}] if "covariance" in settings[0] else []) + settings
+                learnt: tuple[Any, ...] | None = None
+                for setting in tqdm(settings, desc=f"{dataset} {editor} {lookup}", unit="setting"):
+                    row: dict[str, Any] = {"identity": identity, "dataset": dataset, "setting": setting}
+                    if row not in done:
+                        if learnt is None:
+                            with torch.enable_grad():
+                                learnt = learner.learn(chosen)
+                        writer = load_editor(editor, subject, **setting)
+                        assert isinstance(writer, RewritingEditor)
+                        writer.fit(others)
+                        edits = writer.write(chosen, *learnt)
+                        mean = evaluate(subject, chosen, edits)[SCORES[:-1]].mean()
+                        mean["reach"] = diagnose(subject, chosen, edits)["reach"].mean()
+                        done.append(
+                            {
+                                **row,
+                                "cases": len(chosen),
+                                "scores": {name: finite(value) for name, value in mean.items()},
+                            }
+                        )
+                    kept = done[row]
+                    shown = {
+                        "editor": editor,
+                        "lookup": lookup,
+                        "weight": setting.get("lookup_weight"),
+                        "ridge": setting.get("statistics_ridge"),
+                    }
+                    rows.append({**shown, "cases": kept["cases"], **kept["scores"]})
+        measured = pd.DataFrame(rows)
+        kinds = measured.groupby(["editor", "lookup", "weight", "ridge"], sort=False, dropna=False)
+        # all datasets have the same number of cases, so their means weigh equally
+        means = kinds["cases"].sum().to_frame().join(kinds[[*SCORES[:-1], "reach"]].mean()).reset_index()
+        return write_csv(means, file)
 
 
 def _setting(editor: str, lookup: str, weight: float, ridge: float) -> dict[str, Any]:

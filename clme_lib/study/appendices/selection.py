@@ -13,6 +13,7 @@ itself. It is therefore selected for each dataset by generalization instead of e
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +33,7 @@ from ...subjects.settings import Preset, list_subjects, load_settings
 from ...subjects.subject import Subject
 from ...support.display import Markup, inline
 from ...support.errors import StudyError
-from ...support.journal import Journal
+from ...support.journal import Journal, journal_beside
 from ...support.seeds import seed_of
 from ..tables import Table, cells, editor_name, in_order, percent, table, write_csv
 
@@ -140,6 +141,7 @@ LEAST_SPECIFICITY = 0.05
 SCORES = ["effectiveness_em", "generalization_em", "specificity_rate", "loss"]
 END_SCORES = ["effectiveness_em", "free_effectiveness_em", "stops", "overrun", "generalization_em", "free_generalization_em",
               "specificity_rate"]  # fmt: skip
+_done_beside = partial(journal_beside, key=lambda row: (row["identity"], row["dataset"]))
 
 
 def select(
@@ -159,13 +161,14 @@ def select(
         known = [name for name in EDITORS if EDITORS[name].selection_grid]
         raise StudyError(f"{editor!r} has no grid of hyperparameters; editors that have one: {', '.join(known)}")
     values: Literal["subject", "transferred"] = "subject" if described.selects_reach else "transferred"
-    measured = measure(subject, editor, grid, file, values=values, cases=cases, datasets=datasets)
-    if described.selects_reach:
-        of_datasets = [choose(rows, "generalization_em") for _, rows in measured.groupby("dataset", sort=False)]
-        return _finish(pd.concat(of_datasets, ignore_index=True), file)
-    settings = measured.groupby(["editor", "setting"], sort=False)
-    means = settings["cases"].sum().to_frame().join(settings[SCORES].mean()).reset_index()
-    return _finish(choose(means, "effectiveness_em"), file)
+    with _done_beside(file) as done:
+        measured = measure(subject, editor, grid, done, values=values, cases=cases, datasets=datasets)
+        if described.selects_reach:
+            of_datasets = [choose(rows, "generalization_em") for _, rows in measured.groupby("dataset", sort=False)]
+            return write_csv(pd.concat(of_datasets, ignore_index=True), file)
+        settings = measured.groupby(["editor", "setting"], sort=False)
+        means = settings["cases"].sum().to_frame().join(settings[SCORES].mean()).reset_index()
+        return write_csv(choose(means, "effectiveness_em"), file)
 
 
 def compare_presets(subject: Subject, editor: str, file: Path, cases: int | None = None) -> pd.DataFrame:
@@ -185,7 +188,9 @@ def compare_presets(subject: Subject, editor: str, file: Path, cases: int | None
     settings = [dict(zip(defects, chosen)) for chosen in product(*((clean[name], defects[name]) for name in defects))]
     settings = [settings[0], settings[-1]] if described.needs_training else settings
     budgets: tuple[Preset, ...] = ("clean", "compat")
-    return _finish(measure(subject, editor, settings, file, values="subject", cases=cases, budgets=budgets), file)
+    with _done_beside(file) as done:
+        measured = measure(subject, editor, settings, done, values="subject", cases=cases, budgets=budgets)
+        return write_csv(measured, file)
 
 
 def compare_ends(
@@ -200,7 +205,8 @@ def compare_ends(
         raise StudyError(f"{editor!r} learns no target that an end of text could follow; choose another editor")
     settings = [{"end_of_target": learnt} for learnt in (False, True)]
     options: dict[str, Any] = {"values": "subject", "cases": cases, "datasets": datasets, "scores": END_SCORES}
-    return _finish(measure(subject, editor, settings, file, **options), file)
+    with _done_beside(file) as done:
+        return write_csv(measure(subject, editor, settings, done, **options), file)
 
 
 @table
@@ -223,7 +229,7 @@ def measure(
     subject: Subject,
     editor: str,
     settings: Sequence[dict[str, Any]],
-    file: Path,
+    done: Journal,
     *,
     values: Literal["subject", "transferred"],
     cases: int | None = None,
@@ -234,10 +240,9 @@ def measure(
     """Mean ``scores`` over selection cases, a row for each setting and dataset; a trained editor learns from the other cases.
 
     Args:
-        file: the table to write; finished measurements are kept beside it, so that an interrupted command resumes.
+        done: what is finished, by identity and dataset; finished measurements are added, so that an interrupted command resumes.
         cases: use this many of each dataset's selection cases, from the first (None: all 30).
     """
-    done = Journal(_unfinished(file), lambda row: (row["identity"], row["dataset"]))
     rows = []
     for setting in tqdm(settings, desc=f"measure {editor}", unit="setting"):
         for dataset in datasets:
@@ -265,16 +270,6 @@ def describe_setting(setting: Mapping[str, Any], dataset: str) -> str:
     """Hyperparameters as the tables name them, with the value for one dataset if there is one for each."""
     of_dataset = {name: value[dataset] if isinstance(value, dict) else value for name, value in setting.items()}
     return ", ".join(f"{name} {_value(value)}" for name, value in of_dataset.items())
-
-
-def _finish(measured: pd.DataFrame, file: Path) -> pd.DataFrame:
-    write_csv(measured, file)
-    _unfinished(file).unlink(missing_ok=True)
-    return measured
-
-
-def _unfinished(file: Path) -> Path:
-    return file.with_name(f"{file.name}.part")
 
 
 def choose(measured: pd.DataFrame, score: str) -> pd.DataFrame:
