@@ -17,7 +17,7 @@ comma := ,
 MANY_PROTOCOLS := sequential
 MANY_EDITORS := none,in-context,ft-l,rome,grace-tuned,ultraedit,lora
 MANY := results/many/$(NAME)-code
-ALL := none,in-context,ft-l,rome,memit,pmet,malmen,grace
+ALL := none,in-context,in-context-retrieved,ft-l,rome,memit,pmet,malmen,grace
 # metrics for which what was written is run
 EXECUTED := free_effectiveness_executes,free_generalization_executes,fails_syntax,fails_name,fails_import,fails_attribute,fails_type,fails_memory,fails_other,fails_wrong,fails_time,fails_ended
 RQ3 := a-grace,a-grace-wo-cl,a-grace-wo-mean
@@ -140,7 +140,7 @@ publish: .venv/.ready
 	  $(BIN)/clme notebook notebooks/rq3_a_grace.py runs/publish/rq3.ipynb -p cases 100 -p name $(NAME) -p out runs/publish/$(NAME) && \
 	  $(BIN)/clme publish runs/publish/$(NAME)-compat $(PUBLISHED)-compat && $(BIN)/clme publish runs/publish/$(NAME) $(PUBLISHED); }
 	test -d $(PUBLISHED)-code || { $(BIN)/clme run --subject smollm2-135m-code --editor $(ALL),grace-tuned,$(RQ3) --cases 100 --name $(NAME)-code --out runs/publish/code && \
-	  $(BIN)/clme run --subject smollm2-135m-code --dataset cnle --editor in-context-retrieved,alphaedit,emmet,neuraldb,ultraedit,locft-bf,lora --cases 20 --name $(NAME)-code --out runs/publish/code && \
+	  $(BIN)/clme run --subject smollm2-135m-code --dataset cnle --editor alphaedit,emmet,neuraldb,ultraedit,locft-bf,lora --cases 20 --name $(NAME)-code --out runs/publish/code && \
 	  $(BIN)/clme score runs/publish/code runs/publish/$(NAME)-code --metrics $(EXECUTED) && \
 	  $(BIN)/clme measure radius --subject $(NAME)-code --cases 30 --out runs/publish/$(NAME)-code/radius.csv && $(BIN)/clme publish runs/publish/$(NAME)-code $(PUBLISHED)-code; }
 	$(BIN)/clme notebook notebooks/rq1_proficiency.py results/notebooks/rq1_proficiency.ipynb -p editors $(ALL) -p cases 100 -p name $(NAME) -p out $(PUBLISHED) -p beside $(PUBLISHED)-code

@@ -46,6 +46,7 @@ config = clme.config_from_notebook(globals(), ManyEditsConfig)
 
 # %% tags=["hide-input"]
 import matplotlib.pyplot as plt
+import pandas as pd
 from IPython.display import Markdown
 
 from clme_lib.study import rq4
@@ -85,14 +86,16 @@ rq4.retention_table(records, label="tab-rq4-states", caption=caption)
 
 # %% tags=["hide-input"]
 sentences = []
-for shown in rq4.findings(records):
-    if shown["editor"] != "none" and shown["held"][0] < shown["held"][1]:
-        effective, kept = shown["effectiveness_em"], shown["specificity_rate"]
-        sentences.append(
-            f"{inline(editor_name(shown['editor']))} ({inline(protocol_title(shown['protocol']))}): of {shown['held'][1]} edits {percent(effective[1])}% are right (of the first alone "
-            f"{percent(effective[0])}%), and {percent(kept[1])}% of the neighbours' answers are the original model's."
-        )
-Markdown("> **Findings**\n>\n" + "\n".join(f"> - {sentence}" for sentence in sentences) if sentences else "_No editor holds more than one edit here._")
+ends = pd.DataFrame([shown for shown in rq4.findings(records) if shown["editor"] != "none" and shown["held"][1] > 1])
+for protocol, shown in ends.groupby("protocol", sort=False) if len(ends) else ():
+    right, kept = (shown[name].map(lambda shares: shares[1]) for name in ("effectiveness_em", "specificity_rate"))
+    parts = [
+        f"{inline(editor_name(editor))} {percent(right[n])}% and {percent(kept[n])}% ({held[1]} edits)"
+        for n, editor, held in shown.loc[right.sort_values(ascending=False, kind="stable").index, ["editor", "held"]].itertuples()
+    ]
+    sentences.append(f"**{inline(protocol_title(protocol))}**: {'; '.join(parts)}.")
+text = "> **Findings.** Of all edits that the model holds at the end, the first share is right; the second is of the neighbours' answers, and still the original model's.\n>\n"
+Markdown(text + "\n".join(f"> - {sentence}" for sentence in sentences) if sentences else "_No editor holds more than one edit here._")
 
 # %% [markdown]
 # ## What the edits do to each other

@@ -224,6 +224,12 @@ def test_a_malformed_yaml_names_the_file(tmp_path, monkeypatch):
         (tmp_path / "mine.yaml").write_text("a: [")
         with pytest.raises(StudyError, match=r"mine\.yaml: cannot be read as YAML"):
             load_settings("mine")
+        # the second of two equal keys would silently replace the first
+        (tmp_path / "mine.yaml").write_text(
+            "subject: {source: embedded}\neditors: {rome: {layer: 1}, rome: {layer: 2}}\n"
+        )
+        with pytest.raises(StudyError, match=r"mine\.yaml: cannot be read as YAML: .*key 'rome' occurs twice"):
+            load_settings("mine")
     finally:
         hyperparameters.list_subjects.cache_clear()
         hyperparameters.load_settings.cache_clear()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from itertools import product
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -17,10 +17,9 @@ from pydantic import Field
 from ..edits.base import EditLog
 from ..edits.weights import LowRankUpdate
 from ..forward.partial import PartialForward
-from ..forward.recording import Hook
 from ..support.seeds import generator
 from .base import Editor, TargetHyperparameters
-from .malmen.gradients import upper_states
+from .malmen.gradients import Hook, upper_states
 from .operations import Phase, Sizes
 
 
@@ -61,8 +60,8 @@ class LoRA(Editor[LoRAHyperparameters]):
         def adapted(layer: int) -> Hook:
             left, right = factors[layer]
 
-            def act(given: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-                inner = torch.einsum("btf,brf->btr", given.float(), right)
+            def act(_module: Any, given: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+                inner = torch.einsum("btf,brf->btr", given[0].float(), right)
                 return output + torch.einsum("btr,bdr->btd", inner, left).to(output.dtype)
 
             return act

@@ -1,4 +1,4 @@
-"""Hooks that read or change the input or output of a module of the model."""
+"""Hooks that read the input or output of a module of the model."""
 
 from __future__ import annotations
 
@@ -7,10 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-
-from ..subjects.subject import Subject
-
-Hook = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # The module of each point, and whether its input is recorded or its output.
 _POINTS = {
@@ -36,16 +32,3 @@ def recorded(block: Any, *points: str) -> Iterator[dict[str, torch.Tensor]]:
             path, is_input = _POINTS[point]
             hooks.enter_context(block.get_submodule(path).register_forward_hook(keep(point, is_input)))
         yield values
-
-
-@contextlib.contextmanager
-def hooked(subject: Subject, hooks: dict[int, Hook]) -> Iterator[None]:
-    """Inside the block, ``W_l``'s output of each named layer is ``hooks[l](input, output)``."""
-
-    def applied(hook: Hook) -> Callable:
-        return lambda _module, args, output: hook(args[0], output)
-
-    with contextlib.ExitStack() as registered:
-        for layer, hook in hooks.items():
-            registered.enter_context(subject.down_proj(layer).register_forward_hook(applied(hook)))
-        yield

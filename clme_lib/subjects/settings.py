@@ -11,10 +11,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field
 
-from ..support.errors import StudyError
+from ..support.reading import read_yaml
 from ..support.schema import Schema, parse
 
 Preset = Literal["clean", "compat"]
@@ -69,12 +68,8 @@ def load_settings(name: str) -> SubjectSettings:
     """
     if not name.endswith(".yaml") and name not in list_subjects():
         return SubjectSettings(subject=SubjectSource(source="hub", id=name))
-    file = Path(name) if name.endswith(".yaml") else _FOLDER / f"{name}.yaml"
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise StudyError(f"{file}: cannot be read as YAML: {error}") from error
-    return parse(SubjectSettings, content, str(file))
+    file = Path(name if name.endswith(".yaml") else str(_FOLDER / f"{name}.yaml"))
+    return parse(SubjectSettings, read_yaml(file), str(file))
 
 
 def transfer_layers(hparams: dict[str, Any], blocks: int) -> dict[str, Any]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 
 from ...forward.partial import PartialForward
-from ...forward.recording import Hook, hooked
 from ...forward.tokens import TokenRow, encode, end_ids, tokenize
 from ...subjects.subject import Subject
+
+Hook = Callable[[torch.nn.Module, tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor]  # PyTorch's, of a ``W_l``
 
 
 def upper_states(forward: PartialForward, hooks: dict[int, Hook]) -> torch.Tensor:
     """Last-block states at the label columns, with hooks on the edited layers, the first of which is ``forward.layer``."""
-    with hooked(forward.subject, hooks):
+    with ExitStack() as registered:
+        for layer, hook in hooks.items():
+            registered.enter_context(forward.subject.down_proj(layer).register_forward_hook(hook))
         return forward.states(forward.mlp(forward.residual))
 
 
@@ -43,8 +48,8 @@ class Cached:
         self.keys: dict[int, torch.Tensor] = {}
 
         def hook(layer: int) -> Hook:
-            def act(given: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-                self.keys[layer] = given.detach()[self.owner, columns].float()
+            def act(_module: Any, given: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+                self.keys[layer] = given[0].detach()[self.owner, columns].float()
                 return output + leaves[layer]
 
             return act

@@ -27,7 +27,6 @@ from ...datasets.cases import Case
 from ...evaluation.unedited import answers_for
 from ...forward.label_losses import divergences
 from ...forward.partial import PartialForward
-from ...forward.recording import Hook
 from ...forward.tokens import TokenRow, encode
 from ...subjects.subject import Subject
 from ...support.artifact import Artifact
@@ -36,7 +35,7 @@ from ...support.errors import StudyError
 from ...support.schema import Layers
 from ...support.seeds import generator, seeded_order
 from ..base import TargetHyperparameters
-from .gradients import Cached, edit_row, upper_states
+from .gradients import Cached, Hook, edit_row, upper_states
 from .hypernetwork import Hypernetwork, normal_equation
 
 
@@ -155,7 +154,9 @@ class Training:
         leaves = [tensor.detach().requires_grad_(True) for tensor in coefficients]
 
         def shift(layer: int, leaf: torch.Tensor) -> Hook:
-            return lambda given, output: output + ((given.float() @ cached.keys[layer].T) @ leaf).to(output.dtype)
+            return lambda _module, given, output: (
+                output + ((given[0].float() @ cached.keys[layer].T) @ leaf).to(output.dtype)
+            )
 
         shifts = {layer: shift(layer, leaf) for layer, leaf in zip(self.layers, leaves)}
         rephrased = [edit_row(self.subject, case.rephrased[0], case.target, *read_as) for case in batch]
