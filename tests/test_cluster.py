@@ -429,6 +429,19 @@ def test_a_plan_says_what_is_left(folder, tmp_path, monkeypatch, capsys):
         runs.run(config(folder, tmp_path / "run", dry_run=True))
 
 
+def test_a_plan_names_what_the_editor_really_prepares(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CLME_CACHE", str(tmp_path / "cache"))
+    prepared = {"memit": "statistics", "a-grace": "encoders", "malmen": "malmen"}
+    editors = ",".join([*prepared, "neuraldb", "rome", "grace"])
+    options = ["--subject", str(folder / "tiny"), "--dataset", "cnle", "--source", str(folder / "EditConala.json"), "--out", str(tmp_path / "run")]  # fmt: skip
+    shrunk = "malmen.layers=[2, 3],memit.layers=[1, 2]"
+    assert main(["run", *options, "--editor", editors, "--set", shrunk, "--cases", "5", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert dict(re.findall(r"missing: (\w+) of .*, which ([\w-]+) prepares", shown)) == {
+        v: k for k, v in prepared.items()
+    }
+
+
 def test_the_pages_scripts_are_well_formed():
     page = (Path(__file__).resolve().parent.parent / "book" / "many_machines.md").read_text(encoding="utf-8")
     (script,) = re.findall(r"```bash\n(.+?)```", page, re.S)

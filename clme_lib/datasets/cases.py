@@ -72,11 +72,13 @@ def dataset_sha256(cases: Sequence[Case]) -> str:
 
 def sample_cases(cases: Sequence[Case], count: int | None, seed: int) -> list[Case]:
     """The first ``count`` cases in seeded order (all when None): a larger sample contains every smaller one."""
+    return in_seeded_order(cases, "sample", seed, cases[0].dataset)[:count] if cases else []
+
+
+def in_seeded_order(cases: Sequence[Case], *parts: object) -> list[Case]:
+    """The cases in the order of their ids' hashes (:func:`~clme_lib.support.seeds.seeded_order`)."""
     by_id = {case.case_id: case for case in cases}
-    if not cases:
-        return []
-    order = seeded_order(by_id, "sample", seed, cases[0].dataset)
-    return [by_id[case_id] for case_id in order[:count]]
+    return [by_id[case_id] for case_id in seeded_order(by_id, *parts)]
 
 
 def folds(cases: Sequence[Case], seed: int) -> tuple[list[int], list[int]]:

@@ -75,10 +75,7 @@ class AGRACE(AGRACEWithoutCL[EncoderHparams]):
     Hyperparameters: ClassVar[type[Schema]] = AGRACEHyperparameters
     needs_training = True
 
-    @classmethod
-    def cached_in(cls, hparams):
-        return "encoders"
-
+    cache_folder = "encoders"
     compat: ClassVar = {"later_calls": "unedited", "selection": "edited"}
     selection_grid: ClassVar = [{"margin": dict.fromkeys(PAPER_DATASET_NAMES, margin)} for margin in REACHES]
     selects_reach = True

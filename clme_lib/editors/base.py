@@ -56,6 +56,7 @@ class Editor(ABC, Generic[Hparams]):
         name, the last position and an unused colour.
         Hyperparameters: types, ranges and defaults (the paper's values); a subject's YAML overrides single ones.
         needs_training: ``fit`` must be called before ``edit``; for an instance, with its hyperparameters (:meth:`trains`).
+        cache_folder: the cache folder of what it prepares once before editing; None if it prepares nothing.
         updates_weights: its edits change weights, so the diagnosis applies to them.
         reads_given_prompts: its edits depend on how the model reads a prompt without any text before it.
         from_lookup: it changes no position before the lookup token, so an optimisation step only processes the later positions.
@@ -72,6 +73,7 @@ class Editor(ABC, Generic[Hparams]):
     colour: ClassVar[int | None]
     Hyperparameters: ClassVar[type[Schema]] = Schema
     needs_training: bool = False
+    cache_folder: ClassVar[str | None] = None
     updates_weights: ClassVar[bool] = True
     reads_given_prompts: ClassVar[bool] = True
     from_lookup: ClassVar[bool] = False
@@ -110,7 +112,7 @@ class Editor(ABC, Generic[Hparams]):
     @classmethod
     def cached_in(cls, hparams: Schema) -> str | None:
         """Cache folder of what it prepares once before editing, with these hyperparameters; None if it prepares nothing."""
-        return None
+        return cls.cache_folder
 
     def of(self, subject: Subject) -> Editor[Hparams]:
         """This editor, including all that it has gathered and learnt, for an edited state of its subject."""

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from ..datasets.cases import Case
+from ..datasets.cases import Case, in_seeded_order
 from ..datasets.paper import PAPER_DATASET_NAMES
 from ..edits.codebooks import Query
 from ..edits.encoder import Architecture, Encoder
@@ -28,7 +28,7 @@ from ..forward.prompt_keys import stored_queries
 from ..subjects.subject import Subject
 from ..support.artifact import Artifact
 from ..support.errors import StudyError
-from ..support.seeds import generator, seeded_order
+from ..support.seeds import generator
 from .grace import GRACEHyperparameters, PerDataset
 
 
@@ -170,8 +170,7 @@ def _split(cases: Cases, edited: Cases, selection: str, seed: int) -> tuple[Case
         return cases, edited
     if len(cases) < 2:
         raise StudyError("an encoder needs at least two training cases: one is held out to choose the epoch")
-    by_id = {case.case_id: case for case in cases}
-    order = [by_id[n] for n in seeded_order(by_id, "held out", seed, cases[0].dataset)]
+    order = in_seeded_order(cases, "held out", seed, cases[0].dataset)
     count = max(1, len(order) // HELD_OUT)
     return order[count:], order[:count]
 

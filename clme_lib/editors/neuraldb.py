@@ -41,6 +41,7 @@ class NeuralDB(RewritingEditor[NeuralDBHyperparameters]):
     name, title, order = "neuraldb", "NeuralDB", 14
     Hyperparameters = NeuralDBHyperparameters
     updates_weights = False
+    cache_folder = None  # no weights are updated, so no statistics are needed
     compat: ClassVar = {}  # the released program does not have it
     selection_grid: ClassVar = [
         {"layer": layer, "gate": gate} for layer, gate in product((5, 10), (0.8, 0.9, 0.95, 0.98))

@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
+from ..datasets.cases import in_seeded_order
 from ..edits.base import EditLog
 from ..edits.weights import LowRankUpdate
 from ..forward.partial import PartialForward
@@ -25,7 +26,6 @@ from ..forward.tokens import TokenRow
 from ..subjects.subject import Subject
 from ..support.errors import StudyError
 from ..support.schema import Layers
-from ..support.seeds import seeded_order
 from .base import Editor, TargetHyperparameters
 from .malmen.gradients import Cached
 from .malmen.hypernetwork import normal_equation
@@ -58,11 +58,10 @@ class UltraEdit(Editor[UltraEditHyperparameters]):
     def fit(self, cases, edited=()):
         if not cases:
             raise StudyError("ultraedit gathers its normaliser from cases that are not edited, and needs at least one")
-        by_id = {case.case_id: case for case in cases}
-        order = seeded_order(by_id, "ultraedit", self.seed, cases[0].dataset)[: self.hparams.records]
+        chosen = in_seeded_order(cases, "ultraedit", self.seed, cases[0].dataset)[: self.hparams.records]
         gathered: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {layer: [] for layer in self.layers}
-        for first in range(0, len(order), _GATHERED_AT_ONCE):
-            part = [by_id[case_id] for case_id in order[first : first + _GATHERED_AT_ONCE]]
+        for first in range(0, len(chosen), _GATHERED_AT_ONCE):
+            part = chosen[first : first + _GATHERED_AT_ONCE]
             cached = self._cached(self.subject.original, [self._tokenize(case) for case in part])
             for layer in self.layers:
                 gathered[layer].append((cached.keys[layer], cached.gradients[layer]))

@@ -65,21 +65,13 @@ def _adapter(edit: Edit, subject: Subject, folder: Path) -> str:
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    if not all(isinstance(part, LowRankUpdate) for part in edit.parts):
+    if not isinstance(edit, LowRankUpdate):  # composing joins all low-rank updates into one
         raise StudyError(
             f"{edit.editor} updates whole matrices, which a low-rank adapter cannot hold: export the merged model (--merged)"
         )
-    factors: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    for part in edit.parts:
-        for layer, pair in part.factors.items():  # type: ignore[attr-defined]
-            factors.setdefault(layer, []).append(pair)
-    joined = {
-        layer: (torch.cat([left for left, _ in pairs], dim=1), torch.cat([right for _, right in pairs]))
-        for layer, pairs in factors.items()
-    }
-    rank = max(left.shape[1] for left, _ in joined.values())
+    rank = max(left.shape[1] for left, _ in edit.factors.values())
     tensors = {}
-    for layer, (left, right) in joined.items():
+    for layer, (left, right) in edit.factors.items():
         name = f"base_model.model.model.layers.{layer}.mlp.down_proj"
         missing = rank - left.shape[1]
         tensors[f"{name}.lora_A.weight"] = pad(right, (0, 0, 0, missing)).float().cpu().contiguous()
@@ -89,7 +81,7 @@ def _adapter(edit: Edit, subject: Subject, folder: Path) -> str:
         lora_alpha=rank,
         lora_dropout=0.0,
         target_modules=["down_proj"],
-        layers_to_transform=sorted(joined),
+        layers_to_transform=sorted(edit.factors),
         layers_pattern="layers",
         task_type="CAUSAL_LM",
         base_model_name_or_path=subject.model.name_or_path,
@@ -97,7 +89,7 @@ def _adapter(edit: Edit, subject: Subject, folder: Path) -> str:
     )
     config.save_pretrained(str(folder))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    return f"rank {rank} in {len(joined)} layers, for {subject.model.name_or_path}"
+    return f"rank {rank} in {len(edit.factors)} layers, for {subject.model.name_or_path}"
 
 
 @torch.no_grad()

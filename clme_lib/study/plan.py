@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from ..datasets.registry import load_cases
 from ..editors.registry import get_editor
@@ -73,15 +71,11 @@ def _rates(config: RunConfig) -> dict[tuple[str, str], float]:
     """Worker seconds per record, by dataset and editor, over the starts of the run so far."""
     sums: dict[tuple[str, str], list[float]] = {}
     starts = run_folder.load_manifest(config.out)["starts"] if (config.out / "run.json").is_file() else []
-    measured: Iterator[tuple[str, str, dict[str, Any]]] = (
-        (dataset, editor, rate)
-        for start in starts
-        for dataset, of_dataset in start.get("rates", {}).items()
-        for editor, rate in of_dataset.items()
-    )
-    for dataset, editor, rate in measured:
-        known = sums.setdefault((dataset, editor), [0.0, 0.0])
-        known[0], known[1] = known[0] + rate["records"], known[1] + rate["seconds"]
+    for start in starts:
+        for dataset, of_dataset in start.get("rates", {}).items():
+            for editor, rate in of_dataset.items():
+                known = sums.setdefault((dataset, editor), [0.0, 0.0])
+                known[0], known[1] = known[0] + rate["records"], known[1] + rate["seconds"]
     return {pair: spent / records for pair, (records, spent) in sums.items() if records}
 
 

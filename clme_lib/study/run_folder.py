@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import shutil
 from collections.abc import Iterable, Mapping, Sequence, Set
 from functools import lru_cache
@@ -23,7 +24,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from ..datasets.base import list_datasets
-from ..datasets.cases import Case
+from ..datasets.cases import Case, dataset_sha256, folds
 from ..datasets.registry import load_cases
 from ..editors.registry import get_editor, list_editors, resolve_hparams
 from ..evaluation.records import FAILED, Record, frame, read_records
@@ -282,6 +283,40 @@ def _comparable_hparams(config: RunConfig, editor: str) -> dict[str, Any]:
 def _described(config: RunConfig) -> dict:
     # A notebook's configuration has more, which is not the run's.
     return {**config.model_dump(mode="json", include=set(RunConfig.model_fields) - {"out"}), "name": run_name(config)}
+
+
+def begin(
+    config: RunConfig,
+    model: dict,
+    hyperparameters: dict[str, dict],
+    setup: dict[str, dict],
+    chosen: dict[str, list[Case]],
+) -> dict:
+    """Record provenance before the first case: a start of the run.
+
+    Args:
+        model: what :func:`clme_lib.study.provenance.model` says of the subject.
+        hyperparameters: those of the editors in this start; ``setup``: what these editors prepared.
+    """
+    cases = {name: load_cases(name, config.source) for name in config.dataset}
+    write_text(config.out / "folds.json", json.dumps({name: folds(cases[name], config.seed) for name in cases}) + "\n")
+    start = {
+        "id": secrets.token_hex(4),
+        "started": provenance.now(),
+        "commit": provenance.commit(),
+        "library": provenance.library_sha256(),
+        "versions": provenance.versions(),
+        **model,
+        "data": {name: dataset_sha256(loaded) for name, loaded in cases.items()},
+        "cases": {name: len(sample) - config.held_out for name, sample in chosen.items()},
+        "held_out": config.held_out,
+        "sample": config.sample,
+        "set": {name: config.set[name] for name in hyperparameters if name in config.set},
+        "hyperparameters": hyperparameters,
+        "setup": setup,
+    }
+    write_manifest(config, start)
+    return start
 
 
 def write_manifest(config: RunConfig, start: dict) -> None:

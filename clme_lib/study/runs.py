@@ -25,7 +25,6 @@ from ..support.journal import append_rows
 from ..support.locks import only_writer
 from . import provenance, run_folder
 from .config import RunConfig
-from .starts import begin
 from .work import Work, circumstances_of, edited_alone, make_editor, planned
 
 
@@ -88,7 +87,7 @@ def _complete(config: RunConfig, chosen: dict[str, list[Case]], data: dict[str, 
     editors = {name: make_editor(config, name, subject) for name in dict.fromkeys(name for _, name in pending)}
     setup = {name: prepared for name, editor in editors.items() if (prepared := editor.setup())}
     values = {name: provenance.hyperparameters(editor) for name, editor in editors.items()}
-    start = begin(config, provenance.model(subject), values, setup, chosen)
+    start = run_folder.begin(config, provenance.model(subject), values, setup, chosen)
     rates: dict[str, dict[str, dict[str, float]]] = {}
     for name, editor in pending:
         rate = _complete_part(config, subject, editors[editor], name, chosen[name], start)

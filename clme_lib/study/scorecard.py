@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,29 +114,25 @@ def _measured(editors: int) -> tuple[bool, str]:
     return editors == len(PAPER_EDITORS), "" if editors == len(PAPER_EDITORS) else f"; editors measured: {editors}"
 
 
-def _best(metric: str) -> Callable[[Evidence], Iterator[Outcome]]:
+def _best(metric: str, known: Evidence) -> Iterator[Outcome]:
     """GRACE is better than each of the paper's other five; reversed where another is better, else undecided. Undecided, too, while some
     have not been measured."""
-
-    def evidence(known: Evidence) -> Iterator[Outcome]:
-        for dataset, rows in _of(known.records, PAPER_EDITORS):
-            means = 100 * rows.groupby("editor")[metric].mean()
-            if "grace" not in means or len(means) < 2:
-                continue
-            best = {name for _, name, _ in as_good_as_the_best(rows, [get_metric(metric)])}
-            alone = best == {"grace"}
-            sizes = rows.groupby("editor").size()
-            fewer = {name: f" (n = {size})" for name, size in sizes.items() if size != sizes["grace"]}
-            others = ", ".join(
-                f"{editor_name(name)} {mean:.1f}%{fewer.get(name, '')}"
-                for name, mean in means.drop("grace").nlargest(2).items()
-            )
-            complete, of = _measured(len(means))
-            verdict = REVERSED if "grace" not in best else REPLICATED if alone and complete else UNDECIDED
-            yield Outcome(dataset_title(dataset), f"GRACE {means['grace']:.1f}%, then {others}{of}", int(sizes["grace"]),
-                          alone, decided=verdict)  # fmt: skip
-
-    return evidence
+    for dataset, rows in _of(known.records, PAPER_EDITORS):
+        means = 100 * rows.groupby("editor")[metric].mean()
+        if "grace" not in means or len(means) < 2:
+            continue
+        best = {name for _, name, _ in as_good_as_the_best(rows, [get_metric(metric)])}
+        alone = best == {"grace"}
+        sizes = rows.groupby("editor").size()
+        fewer = {name: f" (n = {size})" for name, size in sizes.items() if size != sizes["grace"]}
+        others = ", ".join(
+            f"{editor_name(name)} {mean:.1f}%{fewer.get(name, '')}"
+            for name, mean in means.drop("grace").nlargest(2).items()
+        )
+        complete, of = _measured(len(means))
+        verdict = REVERSED if "grace" not in best else REPLICATED if alone and complete else UNDECIDED
+        yield Outcome(dataset_title(dataset), f"GRACE {means['grace']:.1f}%, then {others}{of}", int(sizes["grace"]),
+                      alone, decided=verdict)  # fmt: skip
 
 
 def _none_generalizes(known: Evidence) -> Iterator[Outcome]:
@@ -178,26 +175,22 @@ def _longer(known: Evidence) -> Iterator[Outcome]:
         yield Outcome("", f"{longer} of {len(pairs)} editors", n, longer > len(pairs) / 2, p)
 
 
-def _order(editors: Sequence[str], sign: int) -> Callable[[Evidence], Iterator[Outcome]]:
+def _order(editors: Sequence[str], sign: int, known: Evidence) -> Iterator[Outcome]:
     """Some of the paper's editors take less time (``sign`` 1) or more time (-1) than every other: the nearest two are compared."""
-
-    def evidence(known: Evidence) -> Iterator[Outcome]:
-        of_datasets = _medians(known)
-        for dataset, medians in of_datasets.items():
-            timed = _single_edits(known)
-            six = (sign * medians.dropna()).sort_values()
-            named, others = six[six.index.isin(editors)], six[~six.index.isin(editors)]
-            if len(named) < len(editors) or others.empty:
-                continue
-            last, next_to_it = str(named.index[-1]), str(others.index[0])
-            of_dataset = timed[timed["dataset"] == dataset]
-            pairs = of_dataset.pivot(index="case_id", columns="editor", values="seconds")[[last, next_to_it]].dropna()
-            difference = sign * (pairs[next_to_it] - pairs[last]).to_numpy()
-            here = f"{editor_name(last)} {abs(six[last]):.1f} s, {editor_name(next_to_it)} {abs(six[next_to_it]):.1f} s"
-            agrees = bool(six[last] < six[next_to_it])
-            yield Outcome(dataset_title(str(dataset)), here, len(pairs), agrees, paired_p(difference))
-
-    return evidence
+    of_datasets = _medians(known)
+    for dataset, medians in of_datasets.items():
+        timed = _single_edits(known)
+        six = (sign * medians.dropna()).sort_values()
+        named, others = six[six.index.isin(editors)], six[~six.index.isin(editors)]
+        if len(named) < len(editors) or others.empty:
+            continue
+        last, next_to_it = str(named.index[-1]), str(others.index[0])
+        of_dataset = timed[timed["dataset"] == dataset]
+        pairs = of_dataset.pivot(index="case_id", columns="editor", values="seconds")[[last, next_to_it]].dropna()
+        difference = sign * (pairs[next_to_it] - pairs[last]).to_numpy()
+        here = f"{editor_name(last)} {abs(six[last]):.1f} s, {editor_name(next_to_it)} {abs(six[next_to_it]):.1f} s"
+        agrees = bool(six[last] < six[next_to_it])
+        yield Outcome(dataset_title(str(dataset)), here, len(pairs), agrees, paired_p(difference))
 
 
 def _medians(known: Evidence) -> pd.DataFrame:
@@ -233,86 +226,74 @@ def _differences(records: pd.DataFrame, metric: str, editor: str, other: str) ->
             yield dataset, wide[[editor, other]].dropna()
 
 
-def _higher(metric: str, editor: str, other: str) -> Callable[[Evidence], Iterator[Outcome]]:
+def _higher(metric: str, editor: str, other: str, known: Evidence) -> Iterator[Outcome]:
     """One editor's score is higher than another's."""
-
-    def evidence(known: Evidence) -> Iterator[Outcome]:
-        for dataset, both in _differences(known.records, metric, editor, other):
-            difference = (both[editor] - both[other]).to_numpy()
-            here = f"{100 * both[other].mean():.1f} → {100 * both[editor].mean():.1f}%"
-            yield Outcome(dataset_title(dataset), here, len(both), bool(difference.mean() > 0), paired_p(difference))
-
-    return evidence
+    for dataset, both in _differences(known.records, metric, editor, other):
+        difference = (both[editor] - both[other]).to_numpy()
+        here = f"{100 * both[other].mean():.1f} → {100 * both[editor].mean():.1f}%"
+        yield Outcome(dataset_title(dataset), here, len(both), bool(difference.mean() > 0), paired_p(difference))
 
 
-def _kept(metric: str, editor: str, other: str, sign: int = 1) -> Callable[[Evidence], Iterator[Outcome]]:
+def _kept(metric: str, editor: str, other: str, known: Evidence, sign: int = 1) -> Iterator[Outcome]:
     """One editor's score is no lower (with ``sign`` -1: no higher) than another's."""
-
-    def evidence(known: Evidence) -> Iterator[Outcome]:
-        unit = "%" if get_metric(metric).highest == 1 else ""
-        for dataset, both in _differences(known.records, metric, editor, other):
-            difference = sign * 100 * (both[editor] - both[other]).to_numpy()
-            if difference.any():
-                low = interval(difference, binary=False, shares=False).low
-            else:  # no case has lost anything: the bound is the largest loss that n cases cannot rule out
-                low = -100 * interval(difference, binary=True).high
-            here = f"{100 * both[other].mean():.1f} → {100 * both[editor].mean():.1f}{unit}"
-            yield Outcome(
-                dataset_title(dataset),
-                here,
-                len(both),
-                bool(difference.mean() >= 0),
-                paired_p(difference / 100),
-                low=low,
-            )
-
-    return evidence
+    unit = "%" if get_metric(metric).highest == 1 else ""
+    for dataset, both in _differences(known.records, metric, editor, other):
+        difference = sign * 100 * (both[editor] - both[other]).to_numpy()
+        if difference.any():
+            low = interval(difference, binary=False, shares=False).low
+        else:  # no case has lost anything: the bound is the largest loss that n cases cannot rule out
+            low = -100 * interval(difference, binary=True).high
+        here = f"{100 * both[other].mean():.1f} → {100 * both[editor].mean():.1f}{unit}"
+        yield Outcome(
+            dataset_title(dataset),
+            here,
+            len(both),
+            bool(difference.mean() >= 0),
+            paired_p(difference / 100),
+            low=low,
+        )
 
 
-def _disabled(metric: str) -> Callable[[Evidence], Iterator[Outcome]]:
+def _disabled(metric: str, known: Evidence) -> Iterator[Outcome]:
     """With the released program's defects the score equals the unedited model's; the score without the defects is also shown."""
-
-    def evidence(known: Evidence) -> Iterator[Outcome]:
-        unit = "%" if get_metric(metric).highest == 1 else ""
-        repaired = dict(_differences(known.records, metric, A_GRACE, UNEDITED))
-        for dataset, released in _of(known.compat, [A_GRACE]):
-            if dataset not in repaired:
-                continue
-            wide = repaired[dataset]
-            wide["released"] = released.set_index("case_id")[metric].astype(float)
-            wide = wide.dropna()
-            equal = int(np.isclose(wide["released"], wide[UNEDITED]).sum())
-            here = (
-                f"as released {100 * wide['released'].mean():.1f}{unit}, as without an edit in {equal} of {len(wide)} cases; "
-                f"repaired {100 * wide[A_GRACE].mean():.1f}{unit}"
-            )
-            decided = INVALID if equal == len(wide) else UNDECIDED
-            yield Outcome(dataset_title(dataset), here, len(wide), False, decided=decided)
-
-    return evidence
+    unit = "%" if get_metric(metric).highest == 1 else ""
+    repaired = dict(_differences(known.records, metric, A_GRACE, UNEDITED))
+    for dataset, released in _of(known.compat, [A_GRACE]):
+        if dataset not in repaired:
+            continue
+        wide = repaired[dataset]
+        wide["released"] = released.set_index("case_id")[metric].astype(float)
+        wide = wide.dropna()
+        equal = int(np.isclose(wide["released"], wide[UNEDITED]).sum())
+        here = (
+            f"as released {100 * wide['released'].mean():.1f}{unit}, as without an edit in {equal} of {len(wide)} cases; "
+            f"repaired {100 * wide[A_GRACE].mean():.1f}{unit}"
+        )
+        decided = INVALID if equal == len(wide) else UNDECIDED
+        yield Outcome(dataset_title(dataset), here, len(wide), False, decided=decided)
 
 
 CLAIMS = (
-    Claim("F1", "GRACE is the most effective of the six editors.", "paired with the best, Holm", "rq1", _best("effectiveness_em")),
-    Claim("F1", "GRACE is the most specific.", "paired with the best, Holm", "rq1", _best("specificity_em")),
+    Claim("F1", "GRACE is the most effective of the six editors.", "paired with the best, Holm", "rq1", partial(_best, "effectiveness_em")),
+    Claim("F1", "GRACE is the most specific.", "paired with the best, Holm", "rq1", partial(_best, "specificity_em")),
     Claim("F2", "Editing is less effective on code models than on general ones.", "needs a general benchmark and model, which this study does not have", "rq1"),
     Claim("F1", "Generalization is poor for all six.", "the best editor against half of the cases, binomial", "rq1", _none_generalizes),
     Claim("F3", "All editors are less effective on CNLE than on CSNE.", "each editor, CSNE → CNLE, Fisher", "tab-rq1-transfer", _task),
     Claim("RQ2", "Edits take longer on CSNE than on CNLE.", "editors by medians, sign test", "rq2", _longer),
-    Claim("RQ2", "MALMEN is the fastest (about 2 s per edit).", "MALMEN and the next, paired, Wilcoxon", "rq2", _order(["malmen"], 1)),
-    Claim("RQ2", "MEMIT and PMET are the slowest.", "the faster of them and the slowest other, paired, Wilcoxon", "rq2", _order(["memit", "pmet"], -1)),
+    Claim("RQ2", "MALMEN is the fastest (about 2 s per edit).", "MALMEN and the next, paired, Wilcoxon", "rq2", partial(_order, ["malmen"], 1)),
+    Claim("RQ2", "MEMIT and PMET are the slowest.", "the faster of them and the slowest other, paired, Wilcoxon", "rq2", partial(_order, ["memit", "pmet"], -1)),
     Claim("RQ2", "Editing needs less than 48 GB in nearly all cases, about 30 GB for CodeLlama on CSNE.", "needs a GPU and the paper's models", "rq2"),
     Claim("RQ3", "By GRACE's keys a rephrased prompt (GRI) is farther from the edit prompt (OI) than a neighbour (SRI) is: on CodeLlama and CNLE 12.10 (SD 3.99) and 10.56 (SD 5.04).",
           "paired with the mean of its neighbours, Wilcoxon", "fig-rq3-distances", _farther),
     Claim("RQ3", "A-GRACE generalizes far better than GRACE: 80.86% on CNLE (from a digest of the paper, which leaves open whether this is the level or the gain).",
-          "GRACE → A-GRACE, McNemar", "tab-rq3-ablation", _higher("generalization_em", A_GRACE, "grace")),
-    Claim("RQ3", "A-GRACE is as effective as GRACE.", "GRACE → A-GRACE, McNemar", "tab-rq3-ablation", _kept("effectiveness_em", A_GRACE, "grace")),
-    Claim("RQ3", "A-GRACE is about as specific as GRACE.", "whether the released program's score is the unedited model's", "defect", _disabled("specificity_em")),
-    Claim("RQ3", "A-GRACE's texts are as fluent.", "whether the released program's score is the unedited model's", "defect", _disabled("fluency")),
+          "GRACE → A-GRACE, McNemar", "tab-rq3-ablation", partial(_higher, "generalization_em", A_GRACE, "grace")),
+    Claim("RQ3", "A-GRACE is as effective as GRACE.", "GRACE → A-GRACE, McNemar", "tab-rq3-ablation", partial(_kept, "effectiveness_em", A_GRACE, "grace")),
+    Claim("RQ3", "A-GRACE is about as specific as GRACE.", "whether the released program's score is the unedited model's", "defect", partial(_disabled, "specificity_em")),
+    Claim("RQ3", "A-GRACE's texts are as fluent.", "whether the released program's score is the unedited model's", "defect", partial(_disabled, "fluency")),
     Claim("Ablation", "Without the encoder (w/o CL) nothing is gained over GRACE in generalization.", "GRACE → w/o CL, McNemar", "tab-rq3-ablation",
-          _kept("generalization_em", "a-grace-wo-cl", "grace", sign=-1)),
+          partial(_kept, "generalization_em", "a-grace-wo-cl", "grace", sign=-1)),
     Claim("Ablation", "Without the mean over the prompt (w/o Mean) nothing is gained over GRACE in generalization.", "GRACE → w/o Mean, McNemar", "tab-rq3-ablation",
-          _kept("generalization_em", "a-grace-wo-mean", "grace", sign=-1)),
+          partial(_kept, "generalization_em", "a-grace-wo-mean", "grace", sign=-1)),
 )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from pydantic import Field
 
-from ...datasets.cases import Case
+from ...datasets.cases import Case, in_seeded_order
 from ...edits.base import EditLog
 from ...forward.label_losses import LabelIndices
 from ...forward.partial import PartialForward
@@ -39,7 +39,6 @@ from ...forward.prompt_keys import stored_queries
 from ...forward.tokens import TokenRow, encode, end_ids, tokenize
 from ...subjects.subject import Subject
 from ...support.errors import CaseError, StudyError
-from ...support.seeds import seeded_order
 from ..base import Editor, TargetHyperparameters
 from ..operations import Phase, Sizes
 from .contexts import TOKENS, context_templates
@@ -188,16 +187,13 @@ class RewritingEditor(Editor[Hparams]):
     default_batch = 4
     #: from cases and the results of :meth:`learn` for them to their edits
     write: Callable[..., list[Any]]
+    cache_folder: ClassVar[str | None] = "statistics"
     #: prompts of cases that are not edited, each up to its lookup token
     lookup_prompts: Sequence[str] = ()
 
     @classmethod
     def trains(cls, hparams):
         return hparams.lookup_weight > 0
-
-    @classmethod
-    def cached_in(cls, hparams):
-        return "statistics"
 
     def _edit_batch(self, cases, tokenized):
         return self.write(cases, *self.learn(cases))
@@ -206,13 +202,12 @@ class RewritingEditor(Editor[Hparams]):
         """With ``lookup_weight``: store prompts from which the lookup token's second moment is gathered."""
         if not self.needs_training:
             return
-        by_id = {case.case_id: case for case in cases}
-        if not by_id:
+        if not cases:
             raise StudyError(
                 f"{self.name} gathers lookup tokens' keys from cases that are not edited, and needs at least one such case"
             )
-        order = seeded_order(by_id, "lookup", self.seed, cases[0].dataset)[: self.hparams.lookup_records]
-        prompts = [text for case_id in order for text in (by_id[case_id].prompt, *by_id[case_id].rephrased)]
+        asked = in_seeded_order(cases, "lookup", self.seed, cases[0].dataset)[: self.hparams.lookup_records]
+        prompts = [text for case in asked for text in (case.prompt, *case.rephrased)]
         self.lookup_prompts = [up_to_lookup(prompt, self.hparams.lookup) for prompt in dict.fromkeys(prompts)]
         vars(self).pop("moments", None)  # the moments of the previous dataset
 

@@ -36,11 +36,7 @@ class MALMEN(Editor[MALMENHyperparameters]):
     name, title, order, colour = "malmen", "MALMEN", 5, 9
     Hyperparameters = MALMENHyperparameters
     needs_training = True
-
-    @classmethod
-    def cached_in(cls, hparams):
-        return "malmen"
-
+    cache_folder = "malmen"
     timed_untrained = True
     compat: ClassVar = {"cached": "released", "targets": "alone"}
     # Trained on few records, to be feasible on a laptop; otherwise the first setting is the paper's. The step size is

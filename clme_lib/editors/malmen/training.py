@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 from tqdm import tqdm
 
-from ...datasets.cases import Case
+from ...datasets.cases import Case, in_seeded_order
 from ...evaluation.unedited import answers_for
 from ...forward.label_losses import divergences
 from ...forward.partial import PartialForward
@@ -33,7 +33,7 @@ from ...support.artifact import Artifact
 from ...support.batching import of_like_length
 from ...support.errors import StudyError
 from ...support.schema import Layers
-from ...support.seeds import generator, seeded_order
+from ...support.seeds import generator
 from ..base import TargetHyperparameters
 from .gradients import Cached, Hook, edit_row, upper_states
 from .hypernetwork import Hypernetwork, normal_equation
@@ -70,13 +70,8 @@ def trained(subject: Subject, hparams: MALMENHyperparameters, cases: Sequence[Ca
         raise StudyError("malmen learns from at least one case, and all cases must be of one dataset")
     if bare := [case for case in cases if not case.rephrased]:
         raise StudyError(f"malmen learns from rephrased prompts, and case {bare[0].case_id} has none")
-    records = _ordered(cases, seed, cases[0].dataset)[: hparams.records]
+    records = in_seeded_order(cases, "malmen", seed, cases[0].dataset)[: hparams.records]
     return Training(subject, hparams, records, seed).finish()
-
-
-def _ordered(cases: Sequence[Case], seed: int, *parts: object) -> list[Case]:
-    by_id = {case.case_id: case for case in cases}
-    return [by_id[n] for n in seeded_order(by_id, "malmen", seed, *parts)]
 
 
 class Training:
@@ -131,7 +126,7 @@ class Training:
         for iteration in (bar := tqdm(left, total=last, initial=self.iteration, desc=description, unit="step")):
             # every epoch has a new seeded order of records, whose incomplete last batch is dropped
             epoch, within = divmod(iteration, len(self.records) // size)
-            order = _ordered(self.records, self.seed, "epoch", epoch)
+            order = in_seeded_order(self.records, "malmen", self.seed, "epoch", epoch)
             generalization, locality = self.step(order[within * size : (within + 1) * size])
             bar.set_postfix(generalization=f"{generalization:.2f}", locality=f"{locality:.3f}")
             if self.iteration == last or self.iteration % _CHECKPOINT_EVERY == 0:

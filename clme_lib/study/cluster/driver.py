@@ -21,7 +21,6 @@ from ...support.errors import StudyError
 from ...support.journal import append_rows, write_bytes
 from .. import provenance, run_folder
 from ..config import RunConfig
-from ..starts import begin
 from ..work import circumstances_of
 from .connection import connected, resources_of, room
 from .crew import Crew, Member
@@ -199,7 +198,7 @@ class Driver:
         if not self._start:
             self._model = {name: about[name] for name in ("hardware", "dtype", "model")}
             run_folder.check_same_run(self._config, self._data, about["model"])
-            self._start = begin(self._config, self._model, {}, {}, self._chosen)
+            self._start = run_folder.begin(self._config, self._model, {}, {}, self._chosen)
         for name in ("model", "dtype"):
             if about[name] != self._model[name]:
                 raise StudyError(
