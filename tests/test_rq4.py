@@ -12,7 +12,9 @@ from clme_lib.datasets.registry import load_cases
 from clme_lib.evaluation.records import SCORED
 from clme_lib.study import rq4
 from clme_lib.study.config import ManyEditsConfig, make_config
+from clme_lib.study.copies import publish
 from clme_lib.study.tables import editor_name
+from clme_lib.support.errors import StudyError
 
 SMALL = "rome.layer=1,rome.steps=3,grace.layer=2,grace.steps=3"
 
@@ -45,6 +47,18 @@ def test_each_protocol_and_sample_is_a_run_of_its_own(config):
     assert sorted(records["position"].unique()) == [1, 3]
     again = rq4.run_many(config)
     assert list(again["start"]) == list(records["start"]), "nothing was made anew"
+    # a published run's protocols may have different editors
+    published = config.model_copy(update={"out": config.out.parent / "published", "samples": (0,)})
+    for protocol in config.protocols:
+        publish(config.out / f"{protocol}-0", published.out / f"{protocol}-0")
+    (published.out / "batch-0" / "records" / "cnle.grace.jsonl").unlink()
+    of_published = rq4.run_many(published)
+    editors = of_published.groupby("protocol")["editor"].unique().map(set).to_dict()
+    assert editors == {"sequential": {"none", "grace", "rome"}, "batch": {"none", "rome"}, "simie": {"rome"}}
+    with pytest.raises(
+        StudyError, match="editors: none of grace has records in .*published, or can be joined by simie"
+    ):
+        rq4.run_many(published.model_copy(update={"editors": ("grace",), "protocols": ("simie",)}))
     # every row of table and figure is there
     shown = rq4.retention_table(records, label="tab").data
     assert len(shown) == 2 * (3 + 3 + 1) and set(shown["n"]) == {"2", "6"}

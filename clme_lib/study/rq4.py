@@ -16,10 +16,12 @@ from ..datasets.base import dataset_title
 from ..editors.base import EDITORS
 from ..editors.registry import get_editor
 from ..metrics.base import get_metric
+from ..support.errors import StudyError
 from .config import ManyEditsConfig, RunConfig, make_config
 from .figures import panels, plain
 from .paper import UNEDITED
 from .protocols import get_protocol, protocol_title
+from .run_folder import is_published, load_run
 from .runs import run, sampled
 from .tables import Interval, editor_colour, editor_name, interval, mean_over_tokens, percent, scored, table
 
@@ -31,7 +33,8 @@ _KINDS = {True: "weights updated", False: "weights kept"}
 
 def run_many(config: ManyEditsConfig) -> pd.DataFrame:
     """Complete the runs of all protocols and samples and return their records, with columns ``sample`` and ``turn`` (each case's index in its
-    sequence, from 0; held-out cases come after all others). A protocol that joins weight updates leaves out the editors that make none."""
+    sequence, from 0; held-out cases come after all others). A protocol that joins weight updates leaves out the editors that make none, and a
+    published run those that it has no records of. StudyError if no editor is left."""
     frames = []
     for protocol in config.protocols:
         for sample in config.samples:
@@ -43,15 +46,22 @@ def run_many(config: ManyEditsConfig) -> pd.DataFrame:
             # a published run may have held out other cases than this sample's last
             turn = [turns.get(key, len(turns)) for key in zip(records["dataset"], records["case_id"])]
             frames.append(records.assign(sample=sample, turn=turn))
+    if not frames:
+        raise StudyError(
+            f"editors: none of {', '.join(config.editors)} has records in {config.out}, or can be joined by {', '.join(config.protocols)}"
+        )
     return pd.concat(frames, ignore_index=True)
 
 
 def _run_of(config: ManyEditsConfig, protocol: str, sample: int) -> RunConfig | None:
     joins = type(get_protocol(protocol)).joins_weights
-    editors = [name for name in config.editors if not joins or get_editor(name).updates_weights]
+    editors = [editor for editor in config.editors if not joins or get_editor(editor).updates_weights]
+    name = f"{protocol}-{sample}"
+    if is_published(config.out / name):  # its protocols may have different editors
+        measured = set(load_run(config.out / name)["editor"])
+        editors = [editor for editor in editors if editor in measured]
     if not editors:
         return None
-    name = f"{protocol}-{sample}"
     fields = {field: getattr(config, field) for field in RunConfig.model_fields}
     own = {"editors": tuple(editors), "protocol": protocol, "sample": sample, "out": config.out / name}
     return make_config(**{**fields, **own, "name": f"{config.name}-{name}" if config.name else None})
