@@ -14,8 +14,12 @@ BUILDS ?=
 PUBLISHED := results/runs/smollm2-135m
 NAME := $(notdir $(PUBLISHED))
 comma := ,
-MANY_PROTOCOLS := sequential
-MANY_EDITORS := none,in-context,ft-l,rome,grace-tuned,ultraedit,lora
+MANY_PROTOCOLS := sequential,batch,simie
+# editors of RQ4: all of them, those that edit or evaluate fast enough for a hundred edits, and those that other protocols join
+MANY_EDITORS := none,in-context,in-context-retrieved,ft-l,rome,memit,grace,grace-tuned,alphaedit,emmet,locft-bf,lora,memit-accumulated,neuraldb,ultraedit
+MANY_FAST := none,in-context-retrieved,ft-l,grace-tuned,locft-bf,ultraedit
+MANY_JOINTLY := memit,alphaedit,emmet,locft-bf,ultraedit
+MANY_SIMIE := ft-l,rome
 MANY := results/many/$(NAME)-code
 ALL := none,in-context,in-context-retrieved,ft-l,rome,memit,pmet,malmen,grace
 # metrics for which what was written is run
@@ -152,14 +156,19 @@ publish: .venv/.ready
 	$(BIN)/clme notebook notebooks/rq2_efficiency.py results/notebooks/rq2_efficiency.ipynb -p show results/efficiency \
 	  -p whole_cases results/whole_case -p plain results/benchmarks/whole_case.csv
 	$(BIN)/clme notebook notebooks/rq3_a_grace.py results/notebooks/rq3_a_grace.ipynb -p cases 100 -p name $(NAME) -p out $(PUBLISHED) -p beside $(PUBLISHED)-code
+	many() { $(BIN)/clme run --subject $(NAME)-code --dataset cnle --held-out 20 --protocol $$1 --name $(NAME)-code-$$1-0 --out runs/publish/many/$$1-0 "$${@:2}"; }; \
 	for protocol in $(subst $(comma), ,$(MANY_PROTOCOLS)); do test -d $(MANY)/$$protocol-0 || { \
-	  $(BIN)/clme run --subject smollm2-135m-code --dataset cnle --protocol $$protocol --cases 30 --held-out 20 --name $(NAME)-code-$$protocol-0 --out runs/publish/many/$$protocol-0 \
-	    --editor $$(test $$protocol = simie && echo ft-l,rome || echo $(MANY_EDITORS)) && \
+	  case $$protocol in \
+	    sequential) many sequential --cases 10 --editor in-context && many sequential --cases 30 --editor $(subst in-context$(comma),,$(MANY_EDITORS)) && \
+	      many sequential --cases 100 --editor $(MANY_FAST);; \
+	    batch) many batch --cases 30 --editor $(MANY_JOINTLY);; \
+	    simie) many simie --cases 30 --editor $(MANY_SIMIE);; \
+	  esac && \
 	  $(BIN)/clme score runs/publish/many/$$protocol-0 runs/publish/many-run/$$protocol-0 --metrics $(EXECUTED) && \
 	  $(BIN)/clme publish runs/publish/many-run/$$protocol-0 $(MANY)/$$protocol-0; } || exit 1; done
 	test -f results/conflicts/$(NAME)-code.csv || $(BIN)/clme measure conflicts --subject $(NAME)-code --cases 12 --out results/conflicts/$(NAME)-code.csv
 	test -f results/interference/$(NAME)-code.csv || $(BIN)/clme measure interference --subject $(NAME)-code --out results/interference/$(NAME)-code.csv
-	$(BIN)/clme notebook notebooks/rq4_many_edits.py results/notebooks/rq4_many_edits.ipynb -p editors $(MANY_EDITORS) -p cases 30 -p held_out 20 -p protocols $(MANY_PROTOCOLS) -p out $(MANY) \
+	$(BIN)/clme notebook notebooks/rq4_many_edits.py results/notebooks/rq4_many_edits.ipynb -p editors $(MANY_EDITORS) -p cases 100 -p held_out 20 -p protocols $(MANY_PROTOCOLS) -p out $(MANY) \
 	  -p interference results/interference/$(NAME)-code.csv -p conflicts results/conflicts/$(NAME)-code.csv
 	for page in benchmark $(basename $(notdir $(wildcard notebooks/appendix_*.py))); do \
 	  $(BIN)/clme notebook notebooks/$$page.py results/notebooks/$$page.ipynb || exit 1; done
