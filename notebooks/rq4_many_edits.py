@@ -123,19 +123,25 @@ shown
 
 # %% tags=["hide-input"]
 if records["held_out"].any():
-    caption = "Held-out cases, evaluated in each state of the model. Perplexity over all target tokens; shares in percent; 95% intervals over cases and samples."
-    shown = rq4.ability_table(records, label="tab-rq4-ability", caption=caption)
+    caption = "Held-out cases, evaluated in the same states as above. Perplexity over all target tokens; shares in percent; 95% intervals over cases and samples."
+    shown = rq4.ability_table(of_ends, label="tab-rq4-ability", caption=caption)
 else:
     shown = Markdown("_No cases were held out of these runs: the parameter `held_out` says how many._")
 shown
 
+# %% tags=["hide-input", "hide-output"]
+caption = "Held-out cases, for every number of edits after which the model was evaluated."
+rq4.ability_table(records, label="tab-rq4-ability-states", caption=caption) if records["held_out"].any() else None
+
 # %% tags=["hide-input"]
-lost = [
-    f"{inline(editor_name(shown['editor']))} ({inline(protocol_title(shown['protocol']))}): with {shown['held']} edits the perplexity is {shown['perplexity'][0]:.3g}, "
-    f"{shown['ratio'][0]:.2f} times the unedited model's {shown['perplexity'][1]:.3g} on the same {shown['n']} cases (95% interval of the ratio {shown['ratio'][1]:.2f}–{shown['ratio'][2]:.2f})."
-    for shown in rq4.ability_findings(records)
-]
-Markdown("> **Findings**\n>\n" + "\n".join(f"> - {sentence}" for sentence in lost)) if lost else None
+lost = pd.DataFrame(rq4.ability_findings(records))
+sentences = []
+for protocol, shown in lost.groupby("protocol", sort=False) if len(lost) else ():
+    ratios = shown.loc[shown["ratio"].str[0].sort_values(kind="stable").index, ["editor", "held", "ratio"]]
+    parts = [f"{inline(editor_name(editor))} {mean:.2f} ({low:.2f}–{high:.2f}; {held} edits)" for editor, held, (mean, low, high) in ratios.itertuples(index=False)]
+    sentences.append(f"**{inline(protocol_title(protocol))}**: {'; '.join(parts)}.")
+text = "> **Findings.** Perplexity of the held-out targets with all edits, relative to the unedited model's on the same cases, with the 95% interval of the ratio.\n>\n"
+Markdown(text + "\n".join(f"> - {sentence}" for sentence in sentences)) if sentences else None
 
 # %% [markdown]
 # ## Edits that contradict each other

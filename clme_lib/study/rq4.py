@@ -173,7 +173,9 @@ def retention_figure(records: pd.DataFrame) -> Any:
     groups = list(records.groupby([records["protocol"], kinds], sort=False))
     figure, axes = panels(len(groups), len(SHOWN), 3.0, 2.4, sharex=True)
     for row, ((protocol, kind), of_group) in enumerate(groups):
-        for editor, rows in of_group.groupby("editor", sort=False):
+        names = list(of_group["editor"].unique())
+        for place, (editor, rows) in enumerate(of_group.groupby("editor", sort=False)):
+            dodged = 1.05 ** (place - (len(names) - 1) / 2)  # so that intervals do not hide each other
             for axis, name in zip(axes[row], SHOWN):
                 by_position = rows.groupby("position")[name]
                 shares = {held: interval(scores, get_metric(name).binary) for held, scores in by_position}
@@ -181,9 +183,10 @@ def retention_figure(records: pd.DataFrame) -> Any:
                     np.array([100 * getattr(share, bound) for share in shares.values()])
                     for bound in ("mean", "low", "high")
                 )
-                look = {"color": editor_colour(str(editor)), "label": plain(editor_name(str(editor)))}
-                axis.plot(list(shares), middle, marker=markers[editor], markersize=4.5, **look)
-                axis.fill_between(list(shares), low, high, color=look["color"], alpha=0.12, linewidth=0)
+                axis.errorbar(
+                    dodged * np.array(list(shares)), middle, [middle - low, high - middle], marker=markers[editor], ms=4, lw=1,
+                    elinewidth=0.6, color=editor_colour(str(editor)), label=plain(editor_name(str(editor))),
+                )  # fmt: skip
         for axis, name in zip(axes[row], SHOWN):
             axis.set(xscale="log", ylim=(-3, 103), title=get_metric(name).title if row == 0 else "")
             axis.set_xlabel("edits in the model" if row == len(groups) - 1 else "")
