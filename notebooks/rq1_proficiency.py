@@ -200,7 +200,7 @@ for number, (case, written) in enumerate(report.examples(records, with_texts), 1
 Markdown("\n\n".join(parts) or "_These records keep no texts to show._")
 
 # %% [markdown]
-# **Threats.** The models are small and the data embedded; on the code model most editors beyond the paper have fewer cases, as *n* shows, and on CSNE so have ROME, MEMIT and PMET. For the editors beyond the paper, fewer cases were also
+# **Threats.** The models are small and the data embedded; on the code model the editors beyond the paper have fewer cases, as *n* shows, except for the case in the prompt. For these editors, fewer cases were also
 # used to select the values ({ref}`selection`). The chat model's specificity counts a lost code fence as
 # damage ([](#sec-threats)).
 #
