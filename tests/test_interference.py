@@ -69,6 +69,8 @@ def test_updates_equal_products_written_out(llama, small, tmp_path, name):
         (sum(at(n, j, i) for j in range(i + 1, 3)).norm() / at(n, i, i).norm()).item() for n in layers for i in range(2)
     ]
     assert table.loc[3, "later"] == pytest.approx(float(torch.tensor(later).median()), rel=1e-3)
+    lengths = torch.stack([key.square().sum() for of_layer in keys.values() for key in of_layer])
+    assert table.loc[3, "key"] == pytest.approx(lengths.median().item(), rel=1e-3)
     whole = sum(weight.square().sum() for weight in weights.values())
     for count in (1, 3):
         summed = [sum(of_edit[n] for of_edit in deltas[:count]).square().sum() for n in layers]
@@ -77,7 +79,7 @@ def test_updates_equal_products_written_out(llama, small, tmp_path, name):
 
 def test_a_codebook_has_radii_only(llama, small, tmp_path):
     table = interference.measure_interference(llama, tmp_path / "t.csv", ["grace"]).set_index("edits")
-    assert table[["norm", "reach", "later"]].isna().all(axis=None)
+    assert table[["norm", "reach", "later", "key"]].isna().all(axis=None)
     whole = Edit.compose(load_editor("grace", llama, **SMALL["grace"]).edit(small))
     assert table.loc[1, "radius"] == 1.0
     expected = median(sorted(whole.radii.tolist())) / 50.0

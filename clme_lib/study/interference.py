@@ -38,12 +38,13 @@ MEASURED = {
     "reach": "Arrives at others",
     "later": "Later edits add",
     "radius": "Radius",
+    "key": "Key",
 }
 
 
 @table
 def interference_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """What edits do to each other, from the file that ``clme measure interference`` writes; all values are ratios."""
+    """What edits do to each other, from the file that ``clme measure interference`` writes; ratios, and the square of a key's norm."""
     for editor in in_order(measured["editor"].unique()):
         for (dataset, edits), rows in measured[measured["editor"] == editor].groupby(["dataset", "edits"], sort=False):
             (row,) = rows.to_dict("records")
@@ -94,14 +95,16 @@ def _one_after_another(editor: Editor, cases: Sequence[Case], what: str) -> list
 
 @torch.no_grad()
 def _measured(subject: Subject, cases: Sequence[Case], edits: Sequence[Edit]) -> Iterator[dict[str, float | None]]:
-    """For each number of edits, what they do; ``reach`` and ``later`` are medians over layers and edits (pairs of them)."""
+    """For each number of edits, what they do; ``reach``, ``later`` and ``key`` are medians over layers and edits (pairs of them)."""
     counts = milestones(len(edits))
     squares = dict.fromkeys(counts, 0.0)
     whole = 0.0
     written = []  # of each layer (N, N): at [i, j] the norm of what edit i adds at prompt j
     later = {count: list[torch.Tensor]() for count in counts}
+    lengths = []  # of each layer (N,): the squares of the keys' norms
     for layer in sorted({layer for edit in edits if edit.deltas() is not None for layer in edit.layers}):
         keys = edit_keys(subject, cases, layer)
+        lengths.append(keys.square().sum(dim=-1))
         weight = subject.down_proj(layer).weight
         whole += float(weight.double().square().sum())
         total = torch.zeros_like(weight, dtype=torch.float64)
@@ -132,6 +135,7 @@ def _measured(subject: Subject, cases: Sequence[Case], edits: Sequence[Edit]) ->
             "reach": _median(reach),
             "later": _median(later[count]),
             "radius": radii[0] if radii else None,
+            "key": _median([of_layer[:count] for of_layer in lengths]),
         }
 
 
