@@ -17,6 +17,8 @@ from clme_lib.study.run_folder import load_run
 from clme_lib.study.spot_check import compare
 from clme_lib.study.tables import editor_name
 
+MATCHES = ("effectiveness_em", "generalization_em", "specificity_em")
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -25,7 +27,11 @@ def main():
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     repeated, published = pd.concat(map(load_run, options.runs)), load_run(options.published)
-    compared = compare(repeated, published[~published["library"].isin(repeated["library"])])
+    published = published[~published["library"].isin(repeated["library"])]
+    compared = compare(repeated, published)
+    pairs = repeated.merge(published, on=["dataset", "editor", "case_id"], suffixes=("", "_published"))
+    scored_alike = pd.DataFrame({name: pairs[name] == pairs[f"{name}_published"] for name in MATCHES}).all(axis=1)
+    alike = scored_alike.groupby([pairs["dataset"], pairs["editor"]]).sum()
     rows = []
     for row in compared.table.to_dict("records"):
         key = row["dataset"], row["editor"]
@@ -40,6 +46,7 @@ def main():
                 "editor": editor_name(row["editor"]),
                 "cases": row["cases"],
                 "cases with the same greedy texts": row["cases"] - len(changed),
+                "cases with the same exact matches": alike[key],
                 "greedy texts that are the same": f"{row['greedy_same']} of {row['greedy']}",
                 "sampled texts that are the same": f"{row['sampled_same']} of {row['sampled']}",
             }
