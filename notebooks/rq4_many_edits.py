@@ -102,20 +102,29 @@ Markdown(text + "\n".join(f"> - {sentence}" for sentence in sentences) if senten
 #
 # An update of a weight acts on every prompt. This table says how much, for edits made one after another on the selection cases: *Norm* is the Frobenius norm of the sum of all updates, relative to that of the
 # edited matrices; *Arrives at others* is what an edit adds at the lookup token of another edit's prompt, relative to what it adds at its own; *Later edits add* is what all later edits together add at an edit's own
-# lookup token, relative to what the edit itself added there. All are medians over layers and edits, with keys of the original model. *Radius* is the median radius in a codebook, relative to the first edit's.
+# lookup token, relative to what the edit itself added there. All are medians over layers and edits, with keys of the original model. *Radius* is the median radius in a codebook, relative to the first edit's, and *Key* the squared norm of a key.
 
 # %% tags=["hide-input"]
 if config.interference:
     measured = read_csv(config.interference, ["edits", *MEASURED], ["editor", "dataset"])
-    shown = interference_table(measured, label="tab-rq4-interference", caption="Edits made one after another, and what they do to each other; all values are ratios.")
+    shown = interference_table(measured, label="tab-rq4-interference", caption="Edits made one after another, and what they do to each other; ratios, but for *Key*.")
 else:
     shown = Markdown("_This was not measured for this page: `clme measure interference` measures it, and the parameter `interference` names its table._")
 shown
 
 # %% [markdown]
-# What explains the published run: ROME writes at the token that all prompts share ([](#weight-editors)), so each update acts on every other edit's prompt, and two more suffice to lose the first. That the newest edit is lost as well is not explained by this;
-# its value is learnt in a model that the earlier updates have already changed. FT-L's bound limits one edit's
-# change of a weight, but not the sum. GRACE's radii shrink where entries come close to each other ([](#sec-many)): the codebook spares the neighbours, and reaches none of these rephrased prompts, whether it is almost empty or full.
+# What explains the published run:
+#
+# - **Updates of weights meet at the token that all prompts share** ([](#weight-editors)). Most of what an edit adds at its own lookup token arrives at the other edits' too, and with thirty edits the later ones together add more there than the
+#   edit itself did. The edits of ROME and of EMMET, which writes as ROME does, do not survive this: two more suffice to lose the first. That its newest edit is lost as well is not explained by it; its value is learnt in a model that the earlier updates have already changed. FT-L's bound limits
+#   one edit's change of a weight, but not the sum.
+# - **MEMIT hardly reaches its targets on this model even alone** ([](#rq1)), so there is nothing to forget. Accumulated statistics cannot change that. AlphaEdit, which writes in a similar way, does little better.
+# - **A codebook's radii shrink** where entries come close to each other ([](#sec-many)). With a selected radius, GRACE changes the neighbours' answers while it has a single entry, and spares nearly all when it has many. It keeps all edits, and reaches none of these
+#   rephrased prompts, whether it is almost empty or full.
+# - **The case in the prompt is not forgotten.** The share of right answers is about that of single edits ([](#rq1)), because every prompt reads one case at most.
+# - **SimIE keeps almost nothing of an edit here.** Of the first edit's update it keeps the share $\lVert k\rVert^2/(m+\lVert k\rVert^2)$ at its own key ({eq}`eq-simie`). Its authors' $m=10^4$ is far larger than the squared norm of this model's keys (*Key*), so the neighbours are
+#   spared because hardly anything is written.
+# - **All at once, LocFT-BF takes as many steps for thirty cases together** as for a single one when they come one after another, since all fit into one of its mini-batches. Few of them are then learnt.
 #
 # ## What else the model can do
 #
