@@ -29,9 +29,7 @@ from ..support.seeds import seed_of
 from .protocols import milestones
 from .tables import editor_name, in_order, table, write_csv
 
-EDITORS = (
-    "ft-l", "rome", "memit", "grace-tuned", "alphaedit", "emmet", "locft-bf", "lora", "memit-accumulated", "ultraedit"
-)  # fmt: skip
+EDITORS = ("ft-l", "rome", "memit", "grace-tuned", "locft-bf", "ultraedit")
 # measured for each number of edits; NaN where it does not apply
 MEASURED = {
     "norm": "Norm",
