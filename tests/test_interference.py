@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from clme_lib.datasets import registry as datasets
+from clme_lib.editors.base import EDITORS
 from clme_lib.editors.registry import load_editor
 from clme_lib.edits.base import Edit
 from clme_lib.study import interference
-from clme_lib.support.errors import StudyError
 
 SMALL = {
     "ft-l": {"layer": 2, "steps": 4},
     "rome": {"layer": 1, "steps": 4},
     "lora": {"steps": 3},
+    "ultraedit": {"layers": [2, 3]},
     "grace": {"layer": 2, "steps": 4, "radius": 50.0},
 }
 
@@ -110,7 +111,14 @@ def test_an_interrupted_measurement_goes_on(llama, tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(resumed, whole)
 
 
-def test_an_editor_that_has_to_learn_first_is_refused(llama, tmp_path, monkeypatch):
-    monkeypatch.setitem(SMALL, "malmen", {"layers": [2, 3], "rank": 8})
-    with pytest.raises(StudyError, match="malmen must be trained before it edits"):
-        interference.measure_interference(llama, tmp_path / "t.csv", ["malmen"])
+def test_a_trained_editor_learns_from_the_other_cases(llama, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "selection_ids", lambda name: {case.case_id for case in small[:2]})
+    learnt = []
+    fit = EDITORS["ultraedit"].fit
+    monkeypatch.setattr(
+        EDITORS["ultraedit"],
+        "fit",
+        lambda self, cases, edited: learnt.append([case.case_id for case in cases]) or fit(self, cases, edited),
+    )
+    table = interference.measure_interference(llama, tmp_path / "t.csv", ["ultraedit"])
+    assert learnt == [[small[2].case_id]] and list(table["edits"]) == [1, 2] and (table["norm"] > 0).all()

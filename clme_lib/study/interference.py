@@ -23,7 +23,6 @@ from ..editors.registry import load_editor
 from ..edits.base import Edit
 from ..forward.prompt_keys import edit_keys
 from ..subjects.subject import Subject
-from ..support.errors import StudyError
 from ..support.journal import journal_beside
 from ..support.seeds import seed_of
 from .protocols import milestones
@@ -57,26 +56,24 @@ def measure_interference(
     cases: int | None = None,
     datasets: Sequence[str] = (CNLE.name,),
 ) -> pd.DataFrame:
-    """Edit selection cases one after another; written as CSV, a row for each editor and number of edits (``MEASURED``).
+    """Edit selection cases one after another; written as CSV, a row for each editor and number of edits (``MEASURED``). A trained editor
+    learns from the other cases.
 
     Args:
         file: the table to write; finished editors are kept beside it, so that an interrupted command resumes.
         cases: use this many of each dataset's selection cases, from the first (None: all 30).
-
-    Raises:
-        StudyError: an editor must be trained first.
     """
     rows = []
     with journal_beside(file, lambda row: (row["identity"],)) as done:
         for dataset in datasets:
-            chosen, _ = selection_cases(dataset, cases)
+            chosen, others = selection_cases(dataset, cases)
             for name in editors:
                 editor = load_editor(name, subject)
-                if editor.needs_training:
-                    raise StudyError(f"{name} must be trained before it edits; choose an editor that needs no training")
                 hashes = [case.sha256 for case in chosen]
                 row = {"identity": seed_of(subject.fingerprint, subject.dtype_name, name, editor.hparams, *hashes)}
                 if row not in done:
+                    if editor.needs_training:
+                        editor.fit(others, edited=chosen)
                     edits = _one_after_another(editor, chosen, f"{dataset} {name}")
                     done.append({**row, "measured": list(_measured(subject, chosen, edits))})
                 rows += [{"editor": name, "dataset": dataset, **measured} for measured in done[row]["measured"]]
