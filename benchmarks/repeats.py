@@ -15,7 +15,7 @@ from clme_lib.datasets.base import dataset_title
 from clme_lib.metrics.base import FREE_TEXTS, MEASURES
 from clme_lib.study.run_folder import load_run
 from clme_lib.study.spot_check import compare
-from clme_lib.study.tables import editor_name
+from clme_lib.study.tables import editor_name, in_order
 
 MATCHES = ("effectiveness_em", "generalization_em", "specificity_em")
 
@@ -33,7 +33,9 @@ def main():
     scored_alike = pd.DataFrame({name: pairs[name] == pairs[f"{name}_published"] for name in MATCHES}).all(axis=1)
     alike = scored_alike.groupby([pairs["dataset"], pairs["editor"]]).sum()
     rows = []
-    for row in compared.table.to_dict("records"):
+    ranks = {name: rank for rank, name in enumerate(in_order(compared.table["editor"]))}
+    placed = compared.table.assign(rank=compared.table["editor"].map(ranks)).sort_values(["dataset", "rank"])
+    for row in placed.to_dict("records"):
         key = row["dataset"], row["editor"]
         changed = {
             text.case_id
