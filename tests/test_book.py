@@ -163,10 +163,11 @@ def test_rq4_says_what_is_left(show, monkeypatch):
     records = many(lambda position, turn: position < 30 or turn >= 24, 30).assign(subject="small")
     monkeypatch.setattr(rq4, "run_many", lambda config: records)
     text = show("rq4_many_edits")
-    assert (
-        "- GRACE (one after another): of 30 edits 20.0% are right (of the first alone 100.0%), and 50.0% of the" in text
-    )
-    assert ":name: tab-rq4-retention" in text and "| 30 | 30 | 20.0 (" in text
+    assert "- **one after another**: GRACE 20.0% and 50.0% (30 edits)." in text
+    # where the editor ends, and folded all states
+    ends, states = text.index(":name: tab-rq4-retention"), text.index(":name: tab-rq4-states")
+    assert "| 30 | 30 | 20.0 (" in text[ends:states] and "| 10 | 10 |" not in text[ends:states]
+    assert "| 10 | 10 | 100.0 (" in text[states:] and "No cases were held out of these runs" in text
 
 
 def test_another_subject_stands_beside_the_run(show, monkeypatch, published, tmp_path):
