@@ -17,7 +17,7 @@ comma := ,
 MANY_PROTOCOLS := sequential,batch,simie
 # editors of RQ4: all of them, some for a hundred edits (what UltraEdit learns from depends on how many are edited, so its run cannot grow), and those that other protocols join
 MANY_EDITORS := none,in-context,in-context-retrieved,ft-l,rome,memit,grace,grace-tuned,alphaedit,emmet,locft-bf,lora,memit-accumulated,neuraldb,ultraedit
-MANY_FAST := none,in-context-retrieved
+MANY_FAST := none,in-context-retrieved,grace-tuned
 MANY_JOINTLY := memit,locft-bf,ultraedit
 MANY_SIMIE := ft-l,rome
 MANY := results/many/$(NAME)-code
