@@ -65,12 +65,12 @@ def test_each_protocol_and_sample_is_a_run_of_its_own(config):
     figure = rq4.retention_figure(records)
     # a row of panels for each protocol and kind of editor; the unedited model is in none
     panels = [
-        (axis.get_legend().get_title().get_text(), [line.get_label() for line in axis.lines])
-        for axis in figure.axes[2::3]
+        (axis.get_legend().get_title().get_text(), axis.get_legend_handles_labels()[1]) for axis in figure.axes[2::3]
     ]
     updated, kept = ("weights updated", ["ROME"]), ("weights kept", ["GRACE"])
     assert panels == [updated, kept, updated, kept, updated] and len(figure.axes) == 15
-    markers = {line.get_label(): line.get_marker() for axis in figure.axes for line in axis.lines}
+    drawn = [axis.get_legend_handles_labels() for axis in figure.axes]
+    markers = {label: bars[0].get_marker() for handles, labels in drawn for bars, label in zip(handles, labels)}
     assert len(set(markers.values())) == len(markers) == 2, "each editor has a shape of its own"
     plt.close(figure)
 
