@@ -133,6 +133,8 @@ shown
 # %% tags=["hide-input"]
 if records["held_out"].any():
     caption = "Held-out cases, evaluated in the same states as above. Perplexity over all target tokens; shares in percent; 95% intervals over cases and samples."
+    runs = records[records["held_out"]].get("free_effectiveness_executes", pd.Series(dtype=float))
+    caption += " None of these cases has a check that could be run, so *Executes* is empty." if runs.isna().all() else ""
     shown = rq4.ability_table(of_ends, label="tab-rq4-ability", caption=caption)
 else:
     shown = Markdown("_No cases were held out of these runs: the parameter `held_out` says how many._")
