@@ -107,7 +107,7 @@ Markdown(text + "\n".join(f"> - {sentence}" for sentence in sentences) if senten
 # %% tags=["hide-input"]
 if config.interference:
     measured = read_csv(config.interference, ["edits", *MEASURED], ["editor", "dataset"])
-    shown = interference_table(measured, label="tab-rq4-interference", caption="Edits made one after another, and what they do to each other; ratios, but for *Key*.")
+    shown = interference_table(measured, label="tab-rq4-interference", caption="Edits made one after another, and what they do to each other; ratios, but for Key.")
 else:
     shown = Markdown("_This was not measured for this page: `clme measure interference` measures it, and the parameter `interference` names its table._")
 shown
@@ -134,7 +134,7 @@ shown
 if records["held_out"].any():
     caption = "Held-out cases, evaluated in the same states as above. Perplexity over all target tokens; shares in percent; 95% intervals over cases and samples."
     runs = records[records["held_out"]].get("free_effectiveness_executes", pd.Series(dtype=float))
-    caption += " None of these cases has a check that could be run, so *Executes* is empty." if runs.isna().all() else ""
+    caption += " None of these cases has a check that could be run, so the column Executes is empty." if runs.isna().all() else ""
     shown = rq4.ability_table(of_ends, label="tab-rq4-ability", caption=caption)
 else:
     shown = Markdown("_No cases were held out of these runs: the parameter `held_out` says how many._")
