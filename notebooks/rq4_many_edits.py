@@ -94,7 +94,7 @@ for protocol, shown in ends.groupby("protocol", sort=False) if len(ends) else ()
         for n, editor, held in shown.loc[right.sort_values(ascending=False, kind="stable").index, ["editor", "held"]].itertuples()
     ]
     sentences.append(f"**{inline(protocol_title(protocol))}**: {'; '.join(parts)}.")
-text = "> **Findings.** Of all edits that the model holds at the end, the first share is right; the second is of the neighbours' answers, and still the original model's.\n>\n"
+text = "> **Findings.** For each editor, how many of the edits that the model holds at the end are right, and how many of the neighbours' answers are still the original model's.\n>\n"
 Markdown(text + "\n".join(f"> - {sentence}" for sentence in sentences) if sentences else "_No editor holds more than one edit here._")
 
 # %% [markdown]
