@@ -22,6 +22,7 @@ from clme_lib.evaluation.evaluate import evaluate
 from clme_lib.forward.prompt_keys import edit_keys
 from clme_lib.forward.tokens import tokenize
 from clme_lib.study import run_folder, spot_check, tables
+from clme_lib.study.config import RunConfig
 from clme_lib.study.copies import publish
 from clme_lib.study.export import export_edits
 from clme_lib.study.protocols import get_protocol, milestones
@@ -238,6 +239,22 @@ def test_cases_that_are_held_out_show_what_else_the_model_can_do(tiny, config, t
     again = run(config(editors="none,in-context,rome", cases=3, held_out=2, out=published, name=None))
     assert texts(again) == texts(records)
     assert again["target_loss"].equals(records["target_loss"])
+
+
+def test_cases_whose_answers_can_be_run_are_held_out_first():
+    """Of embedded CNLE about half of the cases have a check; the others are held out only where these do not suffice."""
+    asked = RunConfig(subject="smollm2-135m-code", dataset="cnle", editors="rome", protocol="sequential", cases="all")
+    order = [case.case_id for case in sampled(asked, "cnle")]
+    checks = {case.case_id: case.check for case in load_cases("cnle", "embedded")}
+    with_check = [case_id for case_id in order if checks[case_id]]
+    for count in (20, len(with_check), len(with_check) + 3):
+        few = sampled(asked.model_copy(update={"cases": 5, "held_out": count}), "cnle")
+        edited, apart = ([case.case_id for case in part] for part in (few[:5], few[5:]))
+        without = [case_id for case_id in order if not checks[case_id]]
+        more = max(count - len(with_check), 0)
+        assert set(apart) == {*with_check[-count:], *without[len(without) - more :]}
+        assert apart == [case_id for case_id in order if case_id in set(apart)]
+        assert edited == [case_id for case_id in order if case_id not in set(apart)][:5]
 
 
 def test_a_run_that_grows_keeps_its_held_out_cases(config, tmp_path, monkeypatch):

@@ -124,7 +124,8 @@ def sampled(config: RunConfig, dataset: str) -> list[Case]:
     """The cases of a dataset that a configuration asks for: those that are edited, then those that are held out.
 
     Edited cases are taken from the beginning of the sample's order and held-out ones from its end, so that a larger run evaluates the
-    same held-out cases.
+    same held-out cases. Cases with a check are held out first, since only of these it is known whether what a model writes is right
+    when it is run.
     """
     cases = load_cases(dataset, config.source)
     if (file := get_dataset(dataset).file) and config.source not in ("embedded", file):
@@ -143,12 +144,14 @@ def sampled(config: RunConfig, dataset: str) -> list[Case]:
         raise StudyError(f"held_out={config.held_out}: {dataset} has {len(cases)} cases; leave some to edit")
     # the default is a few, or all where there are fewer
     if config.cases is not None and config.cases > left and "cases" in config.model_fields_set:
-        apart = f" besides the {config.held_out} that are held out" if config.held_out else ""
+        besides = f" besides the {config.held_out} that are held out" if config.held_out else ""
         raise StudyError(
-            f"cases={config.cases}: {dataset} has only {left} cases to draw from{apart}; request at most that many, or all"
+            f"cases={config.cases}: {dataset} has only {left} cases to draw from{besides}; request at most that many, or all"
         )
     ordered = sample_cases(cases, None, config.sample)
-    return ordered[: left if config.cases is None else min(config.cases, left)] + ordered[left:]
+    apart = {case.case_id for case in sorted(ordered, key=lambda case: case.check is not None)[left:]}
+    edited = [case for case in ordered if case.case_id not in apart]
+    return edited[: config.cases] + [case for case in ordered if case.case_id in apart]
 
 
 def _read_published(config: RunConfig, chosen: dict[str, list[Case]]) -> pd.DataFrame:
