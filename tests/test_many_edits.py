@@ -30,6 +30,7 @@ from clme_lib.study.runs import run, sampled
 from clme_lib.support.errors import CaseError, StudyError
 
 SMALL = "rome.layer=1,rome.steps=4,grace.layer=2,grace.steps=4,ft-l.layer=2,ft-l.steps=3,a-grace.layer=2,a-grace.steps=3,a-grace.epochs=2"
+SCALED = {"initial": 0.01, "relative": True}  # m of simie-scaled, in squared norms of the first key
 
 
 @pytest.fixture
@@ -312,16 +313,17 @@ def test_cases_are_held_out_of_many_edits_only(config, monkeypatch):
         run(config(editors="a-grace", cases=2))
 
 
-def test_simie_reuses_edits_and_joins_them(tiny, config, monkeypatch):
+@pytest.mark.parametrize("name", ["simie", "simie-scaled"])
+def test_simie_reuses_edits_and_joins_them(tiny, config, monkeypatch, name):
     edit, made = ROME._edit_batch, []
     monkeypatch.setattr(
         ROME, "_edit_batch", lambda self, cases, *given: made.extend(cases) or edit(self, cases, *given)
     )
-    records = run(config(protocol="simie"))
+    records = run(config(protocol=name))
     cases = ordered(config())
     assert [case.case_id for case in made] == [case.case_id for case in cases], "each is made once"
     edits = load_editor("rome", tiny, layer=1, steps=4).edit(cases)
-    whole = simie(edits, lambda layer: edit_keys(tiny, cases, layer))
+    whole = simie(edits, lambda layer: edit_keys(tiny, cases, layer), **({} if name == "simie" else SCALED))
     expected = evaluate(tiny, cases, [replace(whole, case_id=case.case_id) for case in cases])
     written = texts(records)
     assert [written[5, case.case_id] for case in cases] == expected["generated_effectiveness"].tolist()
@@ -345,12 +347,14 @@ def test_simie_equals_the_plain_loop():
             precision = precision + torch.outer(key, key)
             delta = edit.deltas()[1].double()
             weight = weight + (delta - weight) @ torch.outer(key, key) @ torch.linalg.inv(precision)
-        joined = simie(edits, lambda layer: {1: keys}[layer], initial)
-        torch.testing.assert_close(joined.delta(1).double(), weight, rtol=1e-4, atol=1e-6)
+        ratio = initial / (keys[0].double() @ keys[0].double()).item()
+        for given in ({"initial": initial}, {"initial": ratio, "relative": True}):
+            joined = simie(edits, lambda layer: {1: keys}[layer], **given)
+            torch.testing.assert_close(joined.delta(1).double(), weight, rtol=1e-4, atol=1e-6)
 
 
 def test_plans_evaluate_all_that_is_held(cases):
-    for name in ("sequential", "batch", "simie"):
+    for name in ("sequential", "batch", "simie", "simie-scaled"):
         for step in get_protocol(name).plan(cases):
             held = step.position
             assert not step.evaluated or list(step.evaluated) == cases[:held]

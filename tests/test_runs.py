@@ -189,7 +189,10 @@ def in_notebook(parameters, **others):
             "editors.grace: radios: unknown key .*known: end_of_target, layer, steps, lr, radius",
         ),
         ({"set": "grace=1"}, "'grace=1' is not of the form editor.hyperparameter=value"),
-        ({"protocol": "sequence"}, "unknown protocol 'sequence'; known: batch, sequential, simie, single"),
+        (
+            {"protocol": "sequence"},
+            "unknown protocol 'sequence'; known: batch, sequential, simie, simie-scaled, single",
+        ),
         ({"metrics": "em"}, "unknown metric 'em'; known: effectiveness_em"),
         ({"dataset": "conala"}, "unknown dataset 'conala'"),
         ({"preset": "dirty"}, "preset: .*'clean' or 'compat'"),

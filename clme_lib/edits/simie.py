@@ -22,11 +22,15 @@ from .weights import LowRankUpdate
 INITIAL = 1e4  # the authors' value of m
 
 
-def simie(edits: Sequence[Edit], keys: Callable[[int], torch.Tensor], initial: float = INITIAL) -> Edit:
+def simie(
+    edits: Sequence[Edit], keys: Callable[[int], torch.Tensor], initial: float = INITIAL, relative: bool = False
+) -> Edit:
     """One edit from a sequence of ``edits`` (at least one) that were all made on the same model.
 
     Args:
         keys: by layer, every edit's key there (N, d_f).
+        initial: m, or with ``relative`` its ratio to the squared norm of the first edit's key. The first edit keeps
+            ``k^T k / (m + k^T k)`` of what it adds at its own key.
 
     Raises:
         StudyError: an edit does not update weights.
@@ -38,6 +42,7 @@ def simie(edits: Sequence[Edit], keys: Callable[[int], torch.Tensor], initial: f
     for layer in sorted({layer for of_edit in deltas for layer in of_edit or ()}):
         written = [n for n, of_edit in enumerate(deltas) if layer in (of_edit or ())]
         of_layer = keys(layer)[written].double()
+        m = initial * float(of_layer[0] @ of_layer[0]) if relative else initial
         lefts: list[torch.Tensor] = []
         rights: list[torch.Tensor] = []
         for key, n, count in zip(of_layer, written, range(1, len(written) + 1)):
@@ -46,8 +51,8 @@ def simie(edits: Sequence[Edit], keys: Callable[[int], torch.Tensor], initial: f
             # (m I + S^T S)^-1 k, S the keys seen so far, this one included
             seen = of_layer[:count]
             system = seen @ seen.T
-            system.diagonal().add_(initial)
-            rights.append((key - seen.T @ torch.linalg.solve(system, seen @ key)) / initial)
+            system.diagonal().add_(m)
+            rights.append((key - seen.T @ torch.linalg.solve(system, seen @ key)) / m)
             lefts.append(needed - held)
         factors[layer] = torch.stack(lefts, dim=1).float(), torch.stack(rights).float()
     last = edits[-1]

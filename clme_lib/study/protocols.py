@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..datasets.cases import Case
 from ..editors.base import Editor
@@ -122,12 +122,22 @@ class SimIEEdits(BatchEdits):
     title = "made alone, joined by SimIE"
     joins_weights = True
     reused = True
+    initial: ClassVar[dict[str, Any]] = {}  # the authors' m
 
     def edit(self, editor, cases):
         return editor.edit(cases)
 
     def join(self, subject, cases, edits):
-        return simie(edits, lambda layer: edit_keys(subject, cases, layer))
+        return simie(edits, lambda layer: edit_keys(subject, cases, layer), **self.initial)
+
+
+class ScaledSimIEEdits(SimIEEdits):
+    """SimIE with m in proportion to the squared norm of the first key, which varies between models. It is so small that a first
+    edit keeps 99% of what it adds at its own key."""
+
+    name = "simie-scaled"
+    title = "made alone, joined by SimIE with scaled m"
+    initial = {"initial": 0.01, "relative": True}
 
 
 def milestones(count: int) -> list[int]:
@@ -145,5 +155,5 @@ def protocol_title(name: str) -> str:
     return _PROTOCOLS[name].title if name in _PROTOCOLS else name
 
 
-for _protocol in (SingleEdits(), SequentialEdits(), BatchEdits(), SimIEEdits()):
+for _protocol in (SingleEdits(), SequentialEdits(), BatchEdits(), SimIEEdits(), ScaledSimIEEdits()):
     register_protocol(_protocol)
