@@ -134,7 +134,7 @@ shown
 if records["held_out"].any():
     caption = "Held-out cases, evaluated in the same states as above. Perplexity over all target tokens; shares in percent; 95% intervals over cases and samples."
     runs = records[records["held_out"]].get("free_effectiveness_executes", pd.Series(dtype=float))
-    caption += " None of these cases has a check that could be run, so the column Executes is empty." if runs.isna().all() else ""
+    caption += " None of these cases has a check that could be run, so the columns Runs and Executes are empty." if runs.isna().all() else " Runs: what the model writes runs without an error; Executes: it passes the case's test as well."
     shown = rq4.ability_table(of_ends, label="tab-rq4-ability", caption=caption)
 else:
     shown = Markdown("_No cases were held out of these runs: the parameter `held_out` says how many._")

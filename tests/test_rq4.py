@@ -106,7 +106,7 @@ def test_cases_that_are_held_out_are_shown_apart():
     kept = many(lambda position, turn: True, 12)
     added = pd.DataFrame([
         {**kept.iloc[0].to_dict(), "editor": editor, "position": position, "turn": 12 + n, "case_id": 12 + n, "held_out": True, "effectiveness_em": 0.0, "target_loss": loss,
-         "target_tokens": tokens, "free_effectiveness_executes": float(n)}
+         "target_tokens": tokens, "free_effectiveness_executes": float(n), "fails_wrong": 1.0 - n}
         for editor, worse in (("none", 0.0), ("grace", 1.0)) for position in (1, 10, 12)
         for n, (loss, tokens) in enumerate([(1.0 + worse, 30), (3.0 + worse, 10)])
     ])  # fmt: skip
@@ -122,6 +122,7 @@ def test_cases_that_are_held_out_are_shown_apart():
         == f"{math.exp(1.5):.3g} ({math.exp(1.0):.3g}–{math.exp(3.0):.3g})"
     )
     assert shown.loc["GRACE", "1"]["Executes"].startswith("50.0 (")
+    assert shown.loc["GRACE", "1"]["Runs"].startswith("100.0 (")
     (state,) = rq4.ability_findings(records)
     assert (state["editor"], state["held"]) == ("grace", 12)
     assert state["perplexity"] == pytest.approx([math.exp(2.5), math.exp(1.5)])

@@ -99,11 +99,14 @@ def retention_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
 def ability_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
     """What the model can still do: scores on held-out cases as edits accumulate in it.
 
-    Perplexity is over all target tokens of these cases, given their prompts; *executes* is over the cases that have a check.
+    Perplexity is over all target tokens of these cases, given their prompts. *Runs* (without an error, whether right or wrong) and
+    *Executes* (and passes the test) are over the cases that have a check.
     """
     for (dataset, protocol, editor, held), rows in _states(records, held_out=True):
-        name = "free_effectiveness_executes"
-        runs = rows[name] if name in rows else pd.Series(dtype=float)
+        executes, wrong = (
+            rows[name] if name in rows else pd.Series(dtype=float)
+            for name in ("free_effectiveness_executes", "fails_wrong")
+        )
         yield {
             "Data": dataset_title(dataset),
             "Protocol": protocol_title(protocol),
@@ -112,7 +115,8 @@ def ability_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
             "n": str(len(rows)),
             "Perplexity": _perplexity(rows),
             get_metric("effectiveness_em").title: _share(rows["effectiveness_em"], True),
-            "Executes": _share(runs, True),
+            "Runs": _share(executes + wrong, True),
+            "Executes": _share(executes, True),
             get_metric("specificity_rate").title: _share(rows["specificity_rate"], False),
         }
 
