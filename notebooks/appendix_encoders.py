@@ -27,13 +27,13 @@ results: str = "results"  # folder of the measurements
 # %% tags=["hide-input"]
 from pathlib import Path
 
-import pandas as pd
 from IPython.display import Markdown
 
 from clme_lib.study.appendices import encoder_settings
+from clme_lib.study.tables import read_csv
 from clme_lib.support.display import Markup
 
-measured = pd.read_csv(Path(results, "encoders", f"{subject}.csv"))
+measured = read_csv(Path(results, "encoders", f"{subject}.csv"), *encoder_settings.COLUMNS)
 caption = Markup(
     "Encoders by setting. Balanced accuracy of <em>within the radius</em> on the half not used for training, averaged over both halves (any "
     "constant classifier gets 0.5), at the editors' radius and at the radius that would be best there; and the shares of rephrased prompts and neighbours "

@@ -27,12 +27,12 @@ results: str = "results"  # folder of the measurements
 # %% tags=["hide-input"]
 from pathlib import Path
 
-import pandas as pd
 
 from clme_lib.study.appendices import selection
+from clme_lib.study.tables import read_csv
 
 files = Path(results, "presets").glob(f"{subject}.*.csv")
-measured = {file.stem.removeprefix(f"{subject}."): pd.read_csv(file) for file in files}
+measured = {file.stem.removeprefix(f"{subject}."): read_csv(file, *selection.PRESET_COLUMNS) for file in files}
 caption = (
     "Exact match (times 100) of effectiveness and generalization, the share of neighbours left unchanged, the loss at the end, and effectiveness "
     "when a text may only have as many tokens as the released program allows."

@@ -34,16 +34,15 @@ results: str = "results"  # folder of the measurements
 # %% tags=["hide-input"]
 from pathlib import Path
 
-import pandas as pd
 from IPython.display import Markdown, display
 
 from clme_lib.study.appendices import selection
-from clme_lib.study.tables import in_order
+from clme_lib.study.tables import in_order, read_csv
 from clme_lib.support.display import inline
 
 for subject in subjects.split(","):
     files = sorted(Path(results, "selection").glob(f"{subject}.*.csv"))
-    measured = {file.name.split(".")[-2]: pd.read_csv(file) for file in files}
+    measured = {file.name.split(".")[-2]: read_csv(file, *selection.COLUMNS) for file in files}
     display(Markdown(f"**{inline(subject)}**"))
     caption = f"How {subject}'s hyperparameters were selected: number of settings, cases per setting, total edits, and the criterion."
     display(selection.budget_table(measured, label=f"tab-budget-{subject}", caption=caption))
@@ -75,7 +74,7 @@ for subject in subjects.split(","):
 
 # %% tags=["hide-input"]
 files = sorted(Path(results, "end_of_target").glob("*.csv"))
-ends = {file.name.split(".")[-2]: pd.read_csv(file) for file in files}
+ends = {file.name.split(".")[-2]: read_csv(file, *selection.END_COLUMNS) for file in files}
 caption = "Without and with the end of text as the target's last token: selection cases of smollm2-135m-code. Overrun in tokens after the target's length."
 selection.end_table(ends, label="tab-end-of-target", caption=caption)
 

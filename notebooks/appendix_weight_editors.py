@@ -30,8 +30,9 @@ from pathlib import Path
 import pandas as pd
 
 from clme_lib.study.appendices import lookups, statistics, weight_updates
+from clme_lib.study.tables import read_csv
 
-measured = pd.read_csv(Path(results, "diagnosis", f"{subject}.csv"))
+measured = read_csv(Path(results, "diagnosis", f"{subject}.csv"), *weight_updates.COLUMNS)
 caption = f"Updates on selection cases of {subject}, means over cases."
 weight_updates.diagnosis_table(measured, label="tab-diagnosis", caption=caption)
 
@@ -56,7 +57,7 @@ weight_updates.diagnosis_table(measured, label="tab-diagnosis", caption=caption)
 # ## PMET step by step
 
 # %% tags=["hide-input"]
-measured = pd.read_csv(Path(results, "diagnosis", f"{subject}.pmet.csv"))
+measured = read_csv(Path(results, "diagnosis", f"{subject}.pmet.csv"), *weight_updates.PARTS_COLUMNS)
 caption = "PMET's vectors learnt without the KL term, written at the last layers of its window; CNLE selection cases."
 weight_updates.pmet_table(measured, label="tab-pmet-parts", caption=caption)
 
@@ -72,7 +73,7 @@ weight_updates.pmet_table(measured, label="tab-pmet-parts", caption=caption)
 # The same learnt vectors can be written under statistics that know the colon ([](#sec-lookups)). As a control, they are learnt and written at the last token of the prompt's content instead.
 
 # %% tags=["hide-input"]
-measured = pd.concat([pd.read_csv(file) for file in sorted(Path(results, "lookups").glob("*.csv"))])
+measured = pd.concat([read_csv(file, *lookups.COLUMNS) for file in sorted(Path(results, "lookups").glob("*.csv"))])
 caption = "Statistics that count the colon's keys, and writing at another token: means over selection cases of smollm2-135m-code, CNLE."
 lookups.lookup_table(measured, label="tab-lookups", caption=caption)
 
@@ -87,7 +88,7 @@ lookups.lookup_table(measured, label="tab-lookups", caption=caption)
 # here, because tokens of one document resemble each other; forty are the default.
 
 # %% tags=["hide-input"]
-measured = pd.read_csv(Path(results, "statistics", f"{subject}.csv"))
+measured = read_csv(Path(results, "statistics", f"{subject}.csv"), statistics.COLUMNS)
 caption = "The same keys with statistics of the given number of tokens and of four times as many."
 statistics.statistics_table(measured, label="tab-statistics", caption=caption)
 

@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
-from clme_lib.study.appendices import encoder_settings, selection, statistics, weight_updates
+from clme_lib.study.appendices import encoder_settings, lookups, selection, statistics, weight_updates
+from clme_lib.study.tables import read_csv
+from clme_lib.support.errors import StudyError
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
@@ -74,6 +77,33 @@ def test_published_measurements_are_shown_whole():
         choices = measured["dataset"].nunique() if "dataset" in measured else 1
         shown = selection.selection_table(measured, label="tab").data
         assert shown["Setting"].str.startswith("**").sum() == choices
+
+
+@pytest.mark.parametrize(
+    "name, columns",
+    [
+        ("encoders/smollm2-135m.csv", encoder_settings.COLUMNS),
+        ("lookups/smollm2-135m-code.rome.csv", lookups.COLUMNS),
+        ("selection/smollm2-135m.rome.csv", selection.COLUMNS),
+        ("presets/smollm2-135m.rome.csv", selection.PRESET_COLUMNS),
+        ("end_of_target/smollm2-135m-code.grace.csv", selection.END_COLUMNS),
+        ("statistics/smollm2-135m.csv", (statistics.COLUMNS, [])),
+        ("diagnosis/smollm2-135m.csv", weight_updates.COLUMNS),
+        ("diagnosis/smollm2-135m.pmet.csv", weight_updates.PARTS_COLUMNS),
+    ],
+)
+def test_a_column_that_is_missing_or_spoilt_is_named(tmp_path, name, columns):
+    numbers, others = columns
+    measured = read_csv(RESULTS / name, numbers, others)
+    file = tmp_path / "table.csv"
+    for column in (*numbers, *others):
+        measured.drop(columns=column).to_csv(file, index=False)
+        with pytest.raises(StudyError, match=f"table.csv: column '{column}' is missing: remove the file"):
+            read_csv(file, numbers, others)
+    for column in numbers:
+        measured.assign(**{column: "much"}).to_csv(file, index=False)
+        with pytest.raises(StudyError, match=f"table.csv: column '{column}' has something else than numbers"):
+            read_csv(file, numbers, others)
 
 
 def test_encoder_tables_are_means_over_both_halves():

@@ -12,12 +12,12 @@ from ..datasets.cases import Case
 from ..datasets.construction import pipeline
 from ..datasets.construction.checking import lengths
 from ..support.display import code_block
-from .tables import percent, table
+from .tables import percent, read_csv, table
 
 
 def level_counts(build: Path) -> pd.DataFrame:
     """Pairs by relevance level of a CNLE that was built, or of a table of levels (``benchmarks/relevance.py``)."""
-    return pd.read_csv(build) if build.suffix == ".csv" else pipeline.level_counts(build)
+    return read_csv(build, ["pairs", "share"], ["level"]) if build.suffix == ".csv" else pipeline.level_counts(build)
 
 
 @table

@@ -21,12 +21,17 @@ from ...subjects.subject import Subject
 from ...support.seeds import DEFAULT_SEED
 from ..paper import A_GRACE
 from ..rq3.measurements import MARGINS, fitted_editor
-from ..tables import editor_name, table, write_csv
+from ..tables import editor_name, read_csv, table, write_csv
 
 SIZES = (50, 100, 200)
 # the released program's values, except for the cases that choose the epoch
 _USUAL: dict[str, Any] = {"margin": 1.0, "architecture": "released", "selection": "training", "patience": 5}
 _SETTINGS = ["dataset", "editor", *_USUAL]
+# of the table that compare_encoders writes: numbers, and other columns
+COLUMNS = (
+    ["margin", "patience", "cases", "held_out", "accuracy", "best", "best_radius", "inside", "neighbours_inside"],
+    ["dataset", "editor", "architecture", "selection"],
+)
 
 
 @table
@@ -101,7 +106,7 @@ def compare_encoders(subject: Subject, file: Path, margin: float = 2.0) -> pd.Da
 
     Finished rows are kept, so that an interrupted command resumes.
     """
-    rows = pd.read_csv(file).to_dict("records") if file.is_file() else []
+    rows = read_csv(file, *COLUMNS).to_dict("records") if file.is_file() else []
     known = set(map(_key, rows))
     settings = list(encoder_settings(margin))
     work = [(d, fold, *setting) for d in PAPER_DATASET_NAMES for fold in (0, 1) for setting in settings]

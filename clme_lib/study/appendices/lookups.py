@@ -32,6 +32,8 @@ from .weight_updates import diagnose
 
 WEIGHTS_AND_RIDGES = ((0.0, 0.0), (0.1, 0.0), (1.0, 0.0), (10.0, 0.0), (1.0, 0.01), (1.0, 0.1))
 CONTROL = ((0.0, 0.0), (1.0, 0.0))
+# of the table that sweep_lookups writes: numbers, and other columns
+COLUMNS = (["weight", "ridge", "cases", *SCORES[:-1], "reach"], ["editor", "lookup"])
 
 
 @table

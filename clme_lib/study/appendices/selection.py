@@ -141,6 +141,10 @@ LEAST_SPECIFICITY = 0.05
 SCORES = ["effectiveness_em", "generalization_em", "specificity_rate", "loss"]
 END_SCORES = ["effectiveness_em", "free_effectiveness_em", "stops", "overrun", "generalization_em", "free_generalization_em",
               "specificity_rate"]  # fmt: skip
+# of the tables that select, compare_presets and compare_ends write: numbers, and other columns
+COLUMNS = (["cases", *SCORES, "criterion"], ["editor", "setting", "chosen"])
+PRESET_COLUMNS = (["cases", *SCORES, "released_budget_em"], ["editor", "setting", "dataset"])
+END_COLUMNS = (["cases", *END_SCORES], ["editor", "setting", "dataset"])
 _done_beside = partial(journal_beside, key=lambda row: (row["identity"], row["dataset"]))
 
 

@@ -18,6 +18,8 @@ from ...forward.tokens import encode
 from ...subjects.subject import Subject
 from ..tables import percent, table, write_csv
 
+COLUMNS = ["tokens", "layer", "cases", "cosine", "share", "share_of_four", "difference"]  # all are numbers
+
 
 @table
 def statistics_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:

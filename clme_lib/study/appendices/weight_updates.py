@@ -28,6 +28,11 @@ from ...subjects.subject import Subject
 from ...support.errors import StudyError
 from ..tables import editor_name, table, write_csv
 
+_LOSSES = ["learnt", "nll_before", "nll_after", "first_after", "norm"]
+# of the tables that diagnose_editors and take_pmet_apart write: numbers, and other columns
+COLUMNS = (["cases", *_LOSSES, "first_before", "reach"], ["editor", "values"])
+PARTS_COLUMNS = (["weight", "cases", *_LOSSES], ["attention learnt", "layers"])
+
 
 @table
 def diagnosis_table(measured: pd.DataFrame) -> Iterator[dict[str, str]]:
@@ -64,7 +69,6 @@ def _loss_cells(row: Any) -> dict[str, str]:
 # the subject's own weight, which writes about 60% of a residual, and a smaller weight, which writes nearly all of it
 PARTS_WEIGHTS = (2_093.0, 200.0)
 DIAGNOSED = ("ft-l", "rome", "memit", "pmet")
-_PARTS_COLUMNS = ["learnt", "nll_before", "nll_after", "first_after", "norm"]
 
 
 @torch.no_grad()
@@ -158,7 +162,7 @@ def take_pmet_apart(subject: Subject, file: Path, cases: int = 6) -> pd.DataFram
             for weight in PARTS_WEIGHTS:
                 writer = pmet(attention=attention, layers=window[first:], covariance_weight=weight)
                 edits = writer.write(chosen, target_states.detach(), logs)
-                mean = diagnose(subject, chosen, edits)[_PARTS_COLUMNS].mean()
+                mean = diagnose(subject, chosen, edits)[_LOSSES].mean()
                 written = {"attention learnt": attention, "layers": layers, "weight": weight, "cases": len(chosen)}
                 rows.append({**written, **mean})
     return write_csv(pd.DataFrame(rows), file, digits=3)
