@@ -50,7 +50,7 @@ encoder_settings.setting_table(measured, label="tab-encoders", caption=caption)
 # **The datasets differ.** A rephrased CSNE prompt is the same function with other variable names, and is easy to recognise; a rephrased CNLE prompt has other
 # words, and its neighbours were chosen because they have similar words.
 #
-# The margins of the embedded subject were chosen by the *held out* column, that is, by the training cases that choose the epoch: for each dataset, the best margin of A-GRACE.
+# The chat model's margins were chosen by the *held out* column, that is, by the training cases that choose the epoch: for each dataset, the best margin of A-GRACE.
 # The ablation uses the same margin. Both halves count, so cases that RQ3 edits are among them: one number per dataset was chosen with their help.
 # The epoch is chosen by held-out training cases, but in the paper by the cases that are edited afterwards (*the edited cases*); the table shows the difference.
 

@@ -17,7 +17,7 @@
 # (presets)=
 # # Appendix D: effects of the released program's defects
 #
-# This appendix measures the defects of the released program that `preset="compat"` reproduces ([](#sec-method) describes them): each alone and both together (MALMEN's only together), on selection cases with the
+# This appendix measures the defects of the released program that `preset="compat"` reproduces ([](#sec-method) describes them): the padding and the missing leading space each alone and together, MALMEN's two only together, and the token budget in a column of its own, on selection cases with the
 # embedded subject's values. The first row of each dataset has no defects.
 
 # %% tags=["parameters", "hide-input"]

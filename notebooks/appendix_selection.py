@@ -70,7 +70,7 @@ for subject in subjects.split(","):
 #
 # ## Learning to stop
 #
-# No hyperparameter of the paper teaches an edit where its answer ends. With `end_of_target` ([](#sec-free)), which is off everywhere else in this book, the end of text is learnt as the target's last token.
+# No hyperparameter of the paper teaches an edit where its answer ends. With `end_of_target` ([](#sec-free)), which is off elsewhere in this book, except for LocFT-BF, the end of text is learnt as the target's last token.
 
 # %% tags=["hide-input"]
 files = sorted(Path(results, "end_of_target").glob("*.csv"))

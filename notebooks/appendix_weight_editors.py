@@ -46,7 +46,7 @@ weight_updates.diagnosis_table(measured, label="tab-diagnosis", caption=caption)
 # published with a prompt about the fact's subject instead.) The term therefore favours the old distribution exactly where the target's
 # first token should win. In a target of a dozen tokens, the first token has a twelfth of the likelihood term, about as much weight as the KL
 # term. With the paper's factor the later tokens are learnt and the first is not, and a text that starts with another token does
-# not match. This is why the selected values of ROME and MEMIT have no KL term.
+# not match. This is why the values selected for ROME and MEMIT on this model have no KL term (the code model's MEMIT keeps it).
 #
 # **All prompts share the colon.** The update is written along the key of the lookup token, and all prompts of a dataset end in the same token after
 # the same suffix, so their keys are close. *Reach* shows how much of the edit arrives at the neighbours: nearly all of it, whether or not

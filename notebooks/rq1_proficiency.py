@@ -84,7 +84,7 @@ for data, shown in report.findings(records).items():
         if len(careful) == 1:
             text += f"Only {inline(farthest)} has {half}; its generalization is {share}."
         else:
-            text += f"{inline(', '.join(careful))} have {half}; the best generalization among them is {share} ({inline(farthest)})."
+            text += f"{inline(' and '.join(careful))} have {half}; the best generalization among them is {share} ({inline(farthest)})."
     else:
         text += "No editor has both effectiveness and specificity of at least 50%."
     paragraphs.append(f"> **Finding** {text}")
@@ -107,7 +107,7 @@ if config.beside:
     display(report.proficiency_table(beside, label="tab-rq1-beside", caption=caption))
 
 # %% [markdown]
-# ## Task sensitivity: PL2NL against NL2PL
+# ## Task sensitivity: CSNE against CNLE
 #
 # The paper's Table V asks whether an editor is as effective on code targets as on natural-language ones.
 

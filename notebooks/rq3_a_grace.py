@@ -171,8 +171,8 @@ rq3.preset_table(records, compat, label="tab-rq3-presets", caption=caption)
 # ## Margin and radius
 #
 # A larger radius includes more rephrased prompts and more neighbours. The curves come from the selection cases, which are in no
-# table above, with encoders trained on all other cases; a dot marks the paper's radius of 1. The figure shows the first subject. The tables above use the margins selected in [](#encoders)
-# (the values are in [](#sec-subject)), which need not be the best of this sweep.
+# table above, with encoders trained on all other cases; a dot marks the paper's radius of 1. The figure shows the first subject. The tables above use the margins selected in [](#encoders) for the chat model and in [](#selection) for the code model
+# (the values are in [](#sec-hyperparameters)), which need not be the best of this sweep.
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Generalization against unchanged neighbours as the radius grows, for encoders trained with several margins.", "name": "fig-rq3-radius"}}
 sweep = measurements.sweep(config)
@@ -218,7 +218,7 @@ caption = (
 rq3.overhead_table(alone, label="tab-rq3-overhead", caption=caption)
 
 # %% [markdown]
-# **Threats.** The encoder learns from a few hundred cases here, but from thousands in the paper, so it may generalize less here. A-GRACE's margins were selected with the help of cases that this page edits, whereas GRACE's radius was not tuned on
+# **Threats.** The encoder learns from a few hundred cases here, but from thousands in the paper, so it may generalize less here. The chat model's margins for A-GRACE were selected with the help of cases that this page edits, whereas GRACE's radius was not tuned on
 # them; the sweep chooses and measures on the same cases. Each case has five neighbours: whether the codebook fires on other texts is not tested. Both presets use this subject's values, so the
 # defects' effect on the paper's own figures is inferred from the program, not measured on its models ([](#sec-threats)).
 

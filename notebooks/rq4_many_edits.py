@@ -20,7 +20,7 @@
 # The paper edits one case, evaluates it, and then removes the edit. Users of an edited model, however, keep their edits. How many can one model hold before the
 # early ones are lost, or the answers to everything else change?
 #
-# Three ways to insert them are compared ([](#sec-many)): one after another, all at once, and made alone and then joined by SimIE. Whenever the model holds 1, 3, 10, 30, 100, … edits, and at the
+# Four ways to insert them are compared ([](#sec-many)): one after another, all at once, and made alone and then joined by SimIE, with its authors' constant or with a scaled one. Whenever the model holds 1, 3, 10, 30, 100, … edits, and at the
 # end, *all* of them are evaluated; the neighbours' answers are compared with those of the original model.
 
 # %% tags=["parameters", "hide-input"]
@@ -116,15 +116,15 @@ shown
 # What explains the published run:
 #
 # - **Updates of weights meet at the token that all prompts share** ([](#weight-editors)). Most of what an edit adds at its own lookup token arrives at the other edits' too, and with thirty edits the later ones together add more there than the
-#   edit itself did. The edits of ROME and of EMMET, which writes as ROME does, do not survive this: two more suffice to lose the first. That its newest edit is lost as well is not explained by it; its value is learnt in a model that the earlier updates have already changed. FT-L's bound limits
+#   edit itself did. The edits of ROME and of EMMET, which writes as ROME does, do not survive this: two more suffice to lose the first. This does not explain why the newest edit is lost as well; its value is learnt in a model that the earlier updates have already changed. FT-L's bound limits
 #   one edit's change of a weight, but not the sum.
 # - **MEMIT hardly reaches its targets on this model even alone** ([](#rq1)), so there is nothing to forget. Accumulated statistics cannot change that. AlphaEdit, which writes in a similar way, does little better.
 # - **A codebook's radii shrink** where entries come close to each other ([](#sec-many)). With a selected radius, GRACE changes the neighbours' answers while it has a single entry, and spares nearly all when it has many. It keeps all edits, and reaches none of these
 #   rephrased prompts, whether it is almost empty or full.
-# - **The case in the prompt is not forgotten.** The share of right answers is about that of single edits ([](#rq1)), because every prompt reads one case at most.
+# - **A case that is retrieved into the prompt is not forgotten.** The share of right answers is about that of single edits ([](#rq1)), because every prompt reads at most the nearest case. Without retrieval every prompt reads all cases, which was measured for few edits only.
 # - **SimIE keeps almost nothing of an edit here.** Of the first edit's update it keeps the share $\lVert k\rVert^2/(m+\lVert k\rVert^2)$ at its own key ({eq}`eq-simie`). Its authors' $m=10^4$ is far larger than the squared norm of this model's keys (*Key*), so the neighbours are
 #   spared because hardly anything is written.
-# - **All at once, LocFT-BF takes as many steps for thirty cases together** as for a single one when they come one after another, since all fit into one of its mini-batches. Few of them are then learnt.
+# - **All at once, LocFT-BF takes no more steps for thirty cases** than it takes for a single case alone, since all of them fit into one of its mini-batches. Few of them are then learnt.
 #
 # ## What else the model can do
 #
@@ -170,7 +170,7 @@ else:
 shown
 
 # %% [markdown]
-# **Threats.** The case in the prompt was evaluated with fewer edits than the others, because thirty cases before every prompt make an evaluation many times longer. The edits follow the order of one random sample unless several samples are named above; an interval over cases in one order does not show what another order would give. All edits use one template and are unrelated to
+# **Threats.** The case in the prompt without retrieval was evaluated with fewer edits than the others, because thirty cases before every prompt make an evaluation many times longer. The edits follow the order of one random sample unless several samples are named above; an interval over cases in one order does not show what another order would give. All edits use one template and are unrelated to
 # each other, whereas a user's edits would often concern the same library. What the model can do otherwise is measured on cases of the same kind only ([](#sec-threats)).
 
 # %% [markdown]

@@ -19,7 +19,7 @@
 #
 # Does the paper replicate? Each row gives one of its claims, in our words and with the paper's figures where we know them, next to what this
 # study's records say on each embedded model. The models and the data are not the paper's ([](#sec-threats)). *Replicated* means that the claim is also true here, and *reversed* that the
-# opposite is true; neither says anything about the paper's own models.
+# opposite is true; neither says anything about the paper's own models. *Undecided* means that these cases show neither, *not testable here* that this study lacks what a test needs, and *invalid by a defect* that the released program does not measure what is claimed.
 
 # %% tags=["parameters", "hide-input"]
 subjects: str = "smollm2-135m,smollm2-135m-code"  # comma-separated subjects whose published runs are judged
@@ -60,7 +60,7 @@ scorecard.scorecard_table(evidence, label="tab-scorecard", caption=caption)
 # [](#rq3) shows what an encoder does beyond a larger radius.
 #
 # (defect)=
-# ## A finding in itself: the specificity published for A-GRACE is the unedited model's
+# ## A finding in itself: the released program measures A-GRACE's specificity on the unedited model
 #
 # In the authors' program (commit `30584f3`), A-GRACE's codebook is consulted during the first call of `generate` after an edit, but not in later calls:
 #
@@ -96,6 +96,6 @@ lines = [
 Markdown("\n".join(f"- {inline(line)}" for line in lines))
 
 # %% [markdown]
-# *Effect on the paper's Table VI*: the rows of A-GRACE and of w/o CL show the unedited model's specificity and fluency, whatever the edit does to neighbours; their effectiveness and generalization are not
+# *Effect on the paper's Table VI*: if this program computed them, the rows of A-GRACE and of w/o CL show the unedited model's specificity and fluency, whatever the edit does to neighbours; their effectiveness and generalization are not
 # affected. W/o Mean reads the last token and is not affected. The claim that A-GRACE keeps GRACE's specificity is therefore not supported by any measurement; with the defect repaired, A-GRACE does not keep it here ([](#tab-rq3-presets)).
 # GRACE's own specificity is not in doubt: its key is read again for every text.
