@@ -7,12 +7,14 @@ import pytest
 import torch
 from conftest import run_config, write_source
 
+from clme_lib.editors.neuraldb import NeuralDB
 from clme_lib.editors.registry import load_editor
 from clme_lib.edits.base import Edit
 from clme_lib.edits.files import load_edits, save_edits
 from clme_lib.edits.weights import DenseUpdate
 from clme_lib.evaluation.generation import Request, generate
 from clme_lib.evaluation.records import SCORED
+from clme_lib.forward.recording import recorded
 from clme_lib.forward.tokens import encode
 from clme_lib.study.runs import run
 from clme_lib.support.errors import StudyError
@@ -108,6 +110,24 @@ def test_neuraldbs_memories_join_and_are_stored(llama, cases, tmp_path):
     own = generate(llama, [Request(case.prompt, 6, 0) for case in cases[:3]], [whole])
     assert all(text.fired and 0 <= text.distance <= 1e-5 for text in own)
     assert generate(llama, [Request(prompts[0], 6)])[0].fired is None
+
+
+def test_a_sequence_of_neuraldbs_entries_makes_every_output_its_value(llama, cases, monkeypatch):
+    """Also of an edit at whose key an earlier entry fires; what other edits add there stays."""
+    values, write = [], NeuralDB.write
+    monkeypatch.setattr(NeuralDB, "write", lambda self, *given: values.append(given[2][0]) or write(self, *given))
+    editor = load_editor("neuraldb", llama, layer=1, steps=5, gate=0.05)
+    update = torch.randn(llama.hidden_size, llama.inner_size, generator=generator(3, "update")) / llama.inner_size
+    held = llama.edited(DenseUpdate(0, "x", layer=1, delta=update))
+    for case in cases[:3]:
+        held = held.edited(editor.of(held).edit([case])[0])
+    assert held.edit.parts[1].keys.shape[0] == 3
+    assert (held.edit.parts[1].added(held.edit.parts[1].keys[:1]) != 0).all(), "the gate lets other keys pass"
+    for case, value in zip(cases, values):
+        ids = torch.tensor([encode(llama.tokenizer, case.prompt)])
+        with torch.no_grad(), recorded(held.blocks[1], "outputs") as seen:
+            held.model(input_ids=ids)
+        assert close(seen["outputs"][0, -1], value, 1e-4)
 
 
 def test_locft_bf_equals_the_plain_loop(subject, cases):

@@ -58,7 +58,13 @@ class NeuralDB(RewritingEditor[NeuralDBHyperparameters]):
         layer = self.hparams.layer
         plain = Blockwise(self.subject, [encode(self.subject.tokenizer, case.prompt) for case in cases])
         read = plain.block(layer, plain.up_to(layer))
-        keys, residuals = read.keys[:, -1].float(), values - read.outputs[:, -1].float()
+        keys, outputs = read.keys[:, -1].float(), read.outputs[:, -1].float()
+        # a new entry takes the place of the nearest old one at its key, so what that adds is not part of the output that it changes
+        held = self.subject.edit.parts if self.subject.edit else ()
+        for part in held:
+            if isinstance(part, AdditiveCodebook) and part.layer == layer:
+                outputs = outputs - part.added(keys)
+        residuals = values - outputs
         gates = torch.full((1,), self.hparams.gate, device=self.subject.device)
         return [
             AdditiveCodebook(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch.nn.functional import cosine_similarity
 from torch.nn.utils.rnn import pad_sequence
 
 from ..support.errors import StudyError
@@ -199,6 +200,13 @@ class AdditiveCodebook(Edit):
     residuals: torch.Tensor  #: (n, d)
     gates: torch.Tensor  #: (n,) cosines
     kind: ClassVar[str] = "additive-codebook"
+
+    def added(self, queries: torch.Tensor) -> torch.Tensor:
+        """What it adds to the output (Q, d) where the input is one of ``queries`` (Q, d_f)."""
+        cosines = cosine_similarity(queries[:, None], self.keys.to(queries), dim=-1)
+        cosine, nearest = cosines.max(dim=-1)
+        fired = cosine > self.gates.to(queries)[nearest]
+        return torch.where(fired[:, None], self.residuals.to(queries)[nearest], 0.0)
 
     def joined(self, later):
         if type(later) is not AdditiveCodebook or later.layer != self.layer:
