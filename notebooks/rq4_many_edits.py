@@ -87,13 +87,13 @@ rq4.retention_table(records, label="tab-rq4-states", caption=caption)
 # %% tags=["hide-input"]
 sentences = []
 ends = pd.DataFrame([shown for shown in rq4.findings(records) if shown["editor"] != "none" and shown["held"][1] > 1])
-for protocol, shown in ends.groupby("protocol", sort=False) if len(ends) else ():
+for (dataset, protocol), shown in ends.groupby(["dataset", "protocol"], sort=False) if len(ends) else ():
     right, kept = (shown[name].map(lambda shares: shares[1]) for name in ("effectiveness_em", "specificity_rate"))
     parts = [
         f"{inline(editor_name(editor))} {percent(right[n])}% and {percent(kept[n])}% ({held[1]} edits)"
         for n, editor, held in shown.loc[right.sort_values(ascending=False, kind="stable").index, ["editor", "held"]].itertuples()
     ]
-    sentences.append(f"**{inline(protocol_title(protocol))}**: {'; '.join(parts)}.")
+    sentences.append(f"**{inline(rq4.way_of(records, dataset, protocol))}**: {'; '.join(parts)}.")
 text = "> **Findings.** For each editor, how many of the edits that the model holds at the end are right, and how many of the neighbours' answers are still the original model's.\n>\n"
 Markdown(text + "\n".join(f"> - {sentence}" for sentence in sentences) if sentences else "_No editor holds more than one edit here._")
 
@@ -147,10 +147,10 @@ rq4.ability_table(records, label="tab-rq4-ability-states", caption=caption) if r
 # %% tags=["hide-input"]
 lost = pd.DataFrame(rq4.ability_findings(records))
 sentences = []
-for protocol, shown in lost.groupby("protocol", sort=False) if len(lost) else ():
+for (dataset, protocol), shown in lost.groupby(["dataset", "protocol"], sort=False) if len(lost) else ():
     ratios = shown.loc[shown["ratio"].str[0].sort_values(kind="stable").index, ["editor", "held", "ratio"]]
     parts = [f"{inline(editor_name(editor))} {mean:.2f} ({low:.2f}–{high:.2f}; {held} edits)" for editor, held, (mean, low, high) in ratios.itertuples(index=False)]
-    sentences.append(f"**{inline(protocol_title(protocol))}**: {'; '.join(parts)}.")
+    sentences.append(f"**{inline(rq4.way_of(records, dataset, protocol))}**: {'; '.join(parts)}.")
 text = "> **Findings.** Perplexity of the held-out targets with all edits, relative to the unedited model's on the same cases, with the 95% interval of the ratio.\n>\n"
 Markdown(text + "\n".join(f"> - {sentence}" for sentence in sentences)) if sentences else None
 

@@ -73,6 +73,13 @@ def test_each_protocol_and_sample_is_a_run_of_its_own(config):
     markers = {label: bars[0].get_marker() for handles, labels in drawn for bars, label in zip(handles, labels)}
     assert len(set(markers.values())) == len(markers) == 2, "each editor has a shape of its own"
     plt.close(figure)
+    # datasets are not pooled
+    both = pd.concat([records, records.assign(dataset="csne", effectiveness_em=0.25)])
+    figure = rq4.retention_figure(both)
+    labels = [axis.get_ylabel() for axis in figure.axes[::3]]
+    assert len(labels) == 10 and len(set(labels)) == 6
+    assert {label.split(",")[0] for label in labels} == {"CNLE", "CSNE"}
+    plt.close(figure)
 
 
 def many(right, held):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Callable, Hashable, Iterator, MutableSequence, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
@@ -121,8 +122,22 @@ class EditLog:
     losses: tuple[float, ...] = ()  #: before each update, in evaluation order; empty for editors without one
     seconds: float = 0.0  #: wall clock of the batch the edit was made in, divided by its size
     batch: int = 1  #: how many cases that batch held
-    peak_memory_mib: float = 0.0  #: high-water mark while editing (allocator on CUDA, resident set on CPU)
+    peak_memory_mib: float = (
+        0.0  #: high-water mark while editing (allocator on CUDA, resident set on CPU); NaN if unknown
+    )
     initial_sha256: str = ""  #: hash of a randomly drawn start value, empty when there is none
+
+    def as_json(self) -> dict:
+        """The log as JSON values, which cannot be NaN."""
+        values = asdict(self)
+        return values | {"peak_memory_mib": None if math.isnan(self.peak_memory_mib) else self.peak_memory_mib}
+
+    @classmethod
+    def from_json(cls, values: dict) -> EditLog:
+        """The log that :meth:`as_json` described."""
+        peak = values["peak_memory_mib"]
+        peak = float("nan") if peak is None else peak
+        return cls(**{**values, "losses": tuple(values["losses"]), "peak_memory_mib": peak})
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,7 +240,7 @@ class Edit:
     def describe(self) -> dict:
         """The edit without its tensors, as JSON values."""
         made = {"kind": self.kind, "case_id": self.case_id, "editor": self.editor}
-        return {**made, "log": asdict(self.log), "settings": self.settings()}
+        return {**made, "log": self.log.as_json(), "settings": self.settings()}
 
     @staticmethod
     def restored(description: dict, tensors: dict[str, torch.Tensor]) -> Edit:
@@ -233,8 +248,7 @@ class Edit:
         if (kind := description["kind"]) not in Edit.kinds:
             raise StudyError(f"unknown kind of edit {kind!r}: import the module that defines it first")
         fields = {name: description[name] for name in ("case_id", "editor")} | description["settings"]
-        log = EditLog(**{**description["log"], "losses": tuple(description["log"]["losses"])})
-        return Edit.kinds[kind].from_tensors(tensors, **fields, log=log)
+        return Edit.kinds[kind].from_tensors(tensors, **fields, log=EditLog.from_json(description["log"]))
 
     @property
     def sha256(self) -> str:

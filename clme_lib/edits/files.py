@@ -44,7 +44,7 @@ def read_about(path: str | os.PathLike) -> dict:
 
 
 def load_edits(path: str | os.PathLike, subject: Subject) -> list[Edit]:
-    """Read edits written by :func:`save_edits`.
+    """Read edits written by :func:`save_edits`; their tensors are on the subject's device.
 
     Raises:
         StudyError: the file is not an edits file, has another version, or is for another subject.
@@ -55,9 +55,10 @@ def load_edits(path: str | os.PathLike, subject: Subject) -> list[Edit]:
             f"{path}: the edits were made for {header['subject']} ({header['fingerprint'][:40]}), "
             f"not for {subject.name} ({subject.fingerprint[:40]})"
         )
+    on_device = {name: tensor.to(subject.device) for name, tensor in tensors.items()}
     edits = []
     for entry in header["edits"]:
-        edit = Edit.restored(entry, {name: tensors[stored] for name, stored in entry["tensors"].items()})
+        edit = Edit.restored(entry, {name: on_device[stored] for name, stored in entry["tensors"].items()})
         check_fits(edit, subject.down_proj)
         edits.append(edit)
     return edits

@@ -35,18 +35,22 @@ def simie(
     Raises:
         StudyError: an edit does not update weights.
     """
-    deltas = [edit.deltas() for edit in edits]
-    if strange := next((edit for edit, of_edit in zip(edits, deltas) if of_edit is None), None):
-        raise StudyError(f"SimIE joins updates of weights, but the edits of {strange.editor} do not update weights")
+    keys_of: dict[int, torch.Tensor] = {}
+    needed_of: dict[int, dict[int, torch.Tensor]] = {}  # by layer and edit, what the edit adds at its own key
+    for n, edit in enumerate(edits):
+        if (deltas := edit.deltas()) is None:
+            raise StudyError(f"SimIE joins updates of weights, but the edits of {edit.editor} do not update weights")
+        for layer, delta in deltas.items():
+            if layer not in keys_of:
+                keys_of[layer] = keys(layer).double()
+            needed_of.setdefault(layer, {})[n] = delta.to(keys_of[layer].device).double() @ keys_of[layer][n]
     factors = {}
-    for layer in sorted({layer for of_edit in deltas for layer in of_edit or ()}):
-        written = [n for n, of_edit in enumerate(deltas) if layer in (of_edit or ())]
-        of_layer = keys(layer)[written].double()
+    for layer, needed_by in sorted(needed_of.items()):
+        of_layer = keys_of[layer][list(needed_by)]
         m = initial * float(of_layer[0] @ of_layer[0]) if relative else initial
         lefts: list[torch.Tensor] = []
         rights: list[torch.Tensor] = []
-        for key, n, count in zip(of_layer, written, range(1, len(written) + 1)):
-            needed = (deltas[n] or {})[layer].to(key.device).double() @ key
+        for count, (key, needed) in enumerate(zip(of_layer, needed_by.values()), 1):
             held = sum((left * (right @ key) for left, right in zip(lefts, rights)), torch.zeros_like(needed))
             # (m I + S^T S)^-1 k, S the keys seen so far, this one included
             seen = of_layer[:count]

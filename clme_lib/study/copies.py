@@ -46,6 +46,8 @@ def publish(run: Path, target: Path) -> int:
     failures = [record for records in contents.values() for record in records if record.state == FAILED]
     if failures:
         raise StudyError(f"{run}: case {failures[0].case_id} by {failures[0].editor} failed: {failures[0].error}")
+    if empty := [name for name, records in contents.items() if not records]:
+        raise StudyError(f"{run}: {empty[0]} has no records yet: run the same command again, then publish")
     finished = {name: _largest_finished(run, manifest, records) for name, records in contents.items()}
     library, commit = provenance.library_sha256(), provenance.commit()
 

@@ -110,5 +110,5 @@ def _merged(deltas: dict[int, torch.Tensor], allow_rounding: bool, subject: Subj
         meant += float(delta.double().square().sum())
     subject.model.save_pretrained(folder, state_dict=state, safe_serialization=True)
     subject.tokenizer.save_pretrained(folder)
-    ratio = (kept / meant) ** 0.5
+    ratio = (kept / meant) ** 0.5 if meant else 1.0
     return f"{changed} of {entries} entries in {len(deltas)} matrices changed, by {ratio:.4f} of the update's norm, in {subject.dtype_name}"

@@ -168,15 +168,15 @@ def _perplexity(rows: pd.DataFrame) -> str:
 
 def retention_figure(records: pd.DataFrame) -> Any:
     """Effectiveness, generalization and neighbours unchanged over the number of edits: a line for each editor, a row of panels for each
-    protocol and kind of editor, which updates weights or leaves them as they are."""
+    dataset, protocol and kind of editor, which updates weights or leaves them as they are."""
     from matplotlib.ticker import NullLocator
 
     records = scored(records[~records["held_out"] & (records["editor"] != UNEDITED)])
     markers = dict(zip(records["editor"].unique(), cycle(_MARKERS)))  # some editors have similar colours
     kinds = records["editor"].map(lambda name: _KINDS[name not in EDITORS or EDITORS[name].updates_weights])
-    groups = list(records.groupby([records["protocol"], kinds], sort=False))
+    groups = list(records.groupby([records["dataset"], records["protocol"], kinds], sort=False))
     figure, axes = panels(len(groups), len(SHOWN), 3.0, 2.4, sharex=True)
-    for row, ((protocol, kind), of_group) in enumerate(groups):
+    for row, ((dataset, protocol, kind), of_group) in enumerate(groups):
         names = list(of_group["editor"].unique())
         for place, (editor, rows) in enumerate(of_group.groupby("editor", sort=False)):
             dodged = 1.05 ** (place - (len(names) - 1) / 2)  # so that intervals do not hide each other
@@ -194,13 +194,20 @@ def retention_figure(records: pd.DataFrame) -> Any:
         for axis, name in zip(axes[row], SHOWN):
             axis.set(xscale="log", ylim=(-3, 103), title=get_metric(name).title if row == 0 else "")
             axis.set_xlabel("edits in the model" if row == len(groups) - 1 else "")
-        axes[row][0].set_ylabel(f"{plain(protocol_title(str(protocol)))} (%)")
+        named = way_of(records, str(dataset), str(protocol))
+        axes[row][0].set_ylabel(f"{plain(named)} (%)")
         axes[row][-1].legend(title=kind, loc="center left", bbox_to_anchor=(1.02, 0.5))
     held = sorted(records["position"].unique())
     axes[0][0].set_xticks(held, list(map(str, held)), minor=False)
     axes[0][0].xaxis.set_minor_locator(NullLocator())
     figure.tight_layout()
     return figure
+
+
+def way_of(records: pd.DataFrame, dataset: str, protocol: str) -> str:
+    """A protocol's name in figures and sentences, with the dataset's where the records have several."""
+    title = protocol_title(protocol)
+    return title if records["dataset"].nunique() == 1 else f"{dataset_title(dataset)}, {title}"
 
 
 def findings(records: pd.DataFrame) -> list[dict[str, Any]]:

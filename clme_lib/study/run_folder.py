@@ -129,7 +129,8 @@ def state_file(config: RunConfig, dataset: str, editor: str) -> Path:
 
 def recorded(config: RunConfig, dataset: str, editor: str, cases: Iterable[Case]) -> set[tuple[int, int]]:
     """Position and case id of every record of a dataset and editor that need not be made again: a failed case is tried again
-    when that is asked for, or when the library has changed.
+    when that is asked for, or when the library has changed. Among many edits in one model it is not, since the later edits were made
+    without it.
 
     Args:
         cases: all of the dataset.
@@ -138,7 +139,7 @@ def recorded(config: RunConfig, dataset: str, editor: str, cases: Iterable[Case]
         StudyError: a record is wrong, of another run, or of a case that is not there or has changed since.
     """
     file, hashes = records_file(config, dataset, editor), {case.case_id: case.sha256 for case in cases}
-    library, keys = provenance.library_sha256(), set()
+    library, keys, alone = provenance.library_sha256(), set(), get_protocol(config.protocol).folded
     for record in read_records([file]):
         what = f"{file}: case {record.case_id} of {dataset}"
         if (record.run, record.subject) != (run_name(config), config.subject):
@@ -147,9 +148,14 @@ def recorded(config: RunConfig, dataset: str, editor: str, cases: Iterable[Case]
             raise StudyError(
                 f"{what} does not exist, or has changed since it was recorded; move the run folder away or choose another out="
             )
-        if record.state != FAILED or not (config.retry_failed or record.library != library):
+        if record.state != FAILED or not alone or not (config.retry_failed or record.library != library):
             keys.add((record.position, record.case_id))
     return keys
+
+
+def edited_ids(config: RunConfig, chosen: Sequence[Case]) -> list[int]:
+    """Ids of the edited cases among all that a configuration asks for, in their order; the others are held out."""
+    return [case.case_id for case in chosen[: len(chosen) - config.held_out]]
 
 
 def is_recorded(step: Step, keys: set[tuple[int, int]]) -> bool:
@@ -202,7 +208,7 @@ def check_same_run(
     config: RunConfig,
     data: Mapping[str, str] | None = None,
     model: str | None = None,
-    counts: Mapping[str, int] | None = None,
+    edited: Mapping[str, Sequence[int]] | None = None,
 ) -> None:
     """Raise StudyError if the folder's records were made with anything different from what would be used now; the message names it.
     For a published run, which is only read, only the configuration is compared.
@@ -210,7 +216,7 @@ def check_same_run(
     Args:
         data: SHA-256 of the cases, by dataset.
         model: the subject's fingerprint, if known.
-        counts: number of edited cases, by dataset.
+        edited: ids of the edited cases in their order, by dataset.
     """
     file = config.out / "run.json"
     if not file.is_file():
@@ -234,8 +240,13 @@ def check_same_run(
             trained = any(trains(config, name) for name in set(start["hyperparameters"]) & set(config.editors))
             before_it = start["cases"] if trained else {}
             differing += [
-                (f"cases of {name}", before_it.get(name, count), count) for name, count in (counts or {}).items()
+                (f"cases of {name}", before_it.get(name, len(ids)), len(ids)) for name, ids in (edited or {}).items()
             ]
+            for name, ids in (edited or {}).items():
+                earlier = start.get("edited", {}).get(name, [])
+                differing += [
+                    (f"case {n} of the edits of {name}", *pair) for n, pair in enumerate(zip(earlier, ids), 1)
+                ]
             if trained:
                 differing.append(("held_out", start.get("held_out", 0), config.held_out))
         differing.append(("dtype", start["dtype"], str(torch_dtype(config.dtype)).removeprefix("torch.")))
@@ -315,6 +326,8 @@ def begin(
         "hyperparameters": hyperparameters,
         "setup": setup,
     }
+    if not get_protocol(config.protocol).folded:
+        start["edited"] = {name: edited_ids(config, sample) for name, sample in chosen.items()}
     write_manifest(config, start)
     return start
 

@@ -47,7 +47,10 @@ def run(config: RunConfig) -> pd.DataFrame:
     data = {name: dataset_sha256(load_cases(name, config.source)) for name in config.dataset}
     with only_writer(config.out):
         run_folder.check_same_run(
-            config, data, model, {name: len(cases) - config.held_out for name, cases in chosen.items()}
+            config,
+            data,
+            model,
+            {name: run_folder.edited_ids(config, cases) for name, cases in chosen.items()},
         )
         _complete(config, chosen, data)
     return _of_sample(config, run_folder.load_run(config.out, editors=config.editors), chosen)
@@ -85,7 +88,9 @@ def _complete(config: RunConfig, chosen: dict[str, list[Case]], data: dict[str, 
     for name, cases in chosen.items():
         check_lengths(subject, cases, get_dataset(name).file or config.source)
     editors = {name: make_editor(config, name, subject) for name in dict.fromkeys(name for _, name in pending)}
-    setup = {name: prepared for name, editor in editors.items() if (prepared := editor.setup())}
+    # an editor that must learn first prepares itself when it has (work.py)
+    first = {name: editor.setup() for name, editor in editors.items() if not editor.needs_training}
+    setup = {name: prepared for name, prepared in first.items() if prepared}
     values = {name: provenance.hyperparameters(editor) for name, editor in editors.items()}
     start = run_folder.begin(config, provenance.model(subject), values, setup, chosen)
     rates: dict[str, dict[str, dict[str, float]]] = {}
@@ -113,7 +118,8 @@ def _complete_part(
             alone = edited_alone(config, part.steps, keys)
             walked = work.walk(part.steps, keys | {(1, case.case_id) for case in alone}, state)
             for records in chain(work.alone(work.batches(alone)), walked):
-                append_rows(file, [record.model_dump() for record in records])
+                if records:
+                    append_rows(file, [record.model_dump() for record in records])
                 bar.update(len(records))
                 records_made += len(records)
             seconds += time.perf_counter() - began

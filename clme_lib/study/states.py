@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch.linalg import LinAlgError
@@ -48,16 +48,15 @@ class States:
         self._held: dict[int, State] = {}
         self._made: dict[int, tuple[Edit | None, str | None]] = {}
         self._kept = -1  # number of the state in the file
-        if file.is_file() and (about := read_about(file)).get("identity") in self._identities:
-            (stored,) = load_edits(file, editor.subject)
-            on_device = {name: tensor.to(editor.subject.device) for name, tensor in stored.tensors().items()}
-            edit = Edit.restored(stored.describe(), on_device)
-            logs = {
-                int(case): EditLog(**{**log, "losses": tuple(log["losses"])}) for case, log in about["logs"].items()
-            }
+        about = read_about(file) if file.is_file() else {}
+        if about.get("identity") in self._identities:
+            (edit,) = load_edits(file, editor.subject)
+            logs = {int(case): EditLog.from_json(log) for case, log in about["logs"].items()}
             failed = {int(case): reason for case, reason in about["failed"].items()}
             self._kept = self._identities.index(about["identity"])
             self._held[self._kept] = State(edit, logs, failed)
+        elif about.get("position", 0) > steps[-1].position:
+            self._kept = len(steps)  # of a larger sample, whose state with all edits stays
 
     def __contains__(self, number: int) -> bool:
         return number in self._held
@@ -67,14 +66,19 @@ class States:
         if number not in self._held:
             step = self._steps[number]
             state = self._make(step, None if step.after is None else self._held[step.after])
-            self._held = {earlier: held for earlier, held in self._held.items() if self._is_built_upon(earlier, number)}
+            self._held = {
+                other: held
+                for other, held in self._held.items()
+                if other > number or self._is_built_upon(other, number)  # the file's state may be needed later
+            }
             self._held[number] = state
             kept = number in self._built_upon or number == len(self._steps) - 1
             # a state before the one in the file is only evaluated again
             if kept and number > self._kept:
                 about = {
                     "identity": self._identities[number],
-                    "logs": {str(case): asdict(log) for case, log in state.logs.items()},
+                    "position": self._steps[number].position,
+                    "logs": {str(case): log.as_json() for case, log in state.logs.items()},
                     "failed": {str(case): reason for case, reason in state.failed.items()},
                 }
                 save_edits(self._file, [state.edit], self._editor.subject, about)
@@ -118,10 +122,13 @@ class States:
         try:
             return {edit.case_id: (edit, None) for edit in self._protocol.edit(editor, cases)}
         except CASE_FAULTS as error:
+            reason = f"{type(error).__name__}: {error}"
             if len(cases) == 1:
-                return {cases[0].case_id: (None, f"{type(error).__name__}: {error}")}
+                return {cases[0].case_id: (None, reason)}
         alone = {case.case_id: self._attempt(editor, [case])[case.case_id] for case in cases}
         good = [case for case in cases if alone[case.case_id][1] is None]
         if len(good) == len(cases):
-            raise StudyError(f"{editor.name} can make each edit of the batch, but not all of them together")
+            raise StudyError(
+                f"{editor.name} can make each edit of the batch, but not all {len(cases)} of them together: {reason}"
+            )
         return alone | self._attempt(editor, good)

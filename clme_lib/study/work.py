@@ -6,7 +6,7 @@ records, is :mod:`clme_lib.study.runs` in one process, and :mod:`clme_lib.study.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,13 +21,14 @@ from ..evaluation.records import Record, finite
 from ..subjects.subject import Subject
 from ..support.batching import Batches
 from ..support.errors import CaseError, StudyError
-from ..support.memory import is_out_of_memory
+from ..support.memory import is_out_of_memory, release_memory
 from . import run_folder
 from .config import RunConfig
 from .protocols import Protocol, Step, get_protocol
-from .states import CASE_FAULTS, States
+from .states import CASE_FAULTS, State, States
 
 _EVALUATED_AT_ONCE = 16  # cases, between two records of one state
+_TOO_LARGE = "this case alone does not fit into the device's memory"
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def planned(config: RunConfig, editor: str, cases: Sequence[Case], everything: S
     the protocol says.
 
     Raises:
-        StudyError: nothing is left to learn from, or cases are held out of single edits.
+        StudyError: nothing is left to learn from, cases are held out of single edits, or failed cases are to be tried again among many
+            edits in one model.
     """
     protocol = get_protocol(config.protocol)
     count = len(cases) - config.held_out
@@ -55,6 +57,11 @@ def planned(config: RunConfig, editor: str, cases: Sequence[Case], everything: S
         raise StudyError(
             f"held_out={config.held_out}: protocol={config.protocol} edits each case in the unedited model, whose neighbours show what else "
             "changed; leave it out, or choose a protocol of many edits"
+        )
+    if config.retry_failed and not protocol.folded:
+        raise StudyError(
+            f"retry_failed: protocol={config.protocol} made the later edits without the failed ones; leave it out, or move the run folder "
+            "away to begin again"
         )
     if not run_folder.trains(config, editor):
         return [Part(_with_held_out(protocol.plan(cases), held_out))]
@@ -132,6 +139,7 @@ class Work:
         """Have a trained editor learn, or load what it has learnt, for a part of the plan."""
         if part.learnt_from:
             self.editor.fit(part.learnt_from, edited=part.edited)
+            self.editor.setup()  # here, so that its copies for edited states share what it prepares
 
     def alone(self, batches: Batches[Case]) -> Iterator[list[Record]]:
         """Records of cases that are edited and evaluated each on its own: a batch at a time, each row of it another edited model."""
@@ -144,8 +152,7 @@ class Work:
                 if len(batch) > 1:
                     batches.did_not_fit(batch)
                     continue
-                reason = "this case alone does not fit into the device's memory"
-                yield [self._failed(batch[0], reason)]
+                yield [self._failed(batch[0], _TOO_LARGE)]
 
     def batches(self, cases: Sequence[Case], size: int | None = None) -> Batches[Case]:
         """Cases in batches of like cost, of the run's size or of the ``size`` that others have come to."""
@@ -175,19 +182,32 @@ class Work:
             failed = [case for case in missing if case.case_id in state.failed]
             yield [self._failed(case, state.failed[case.case_id], position) for case in failed]
             left = [case for case in missing if case.case_id not in state.failed]
-            losses = self._losses(state.edit, [case for case in left if case in steps[number].held_out])
-            size = sum(tensor.nbytes for tensor in state.edit.tensors().values()) / 2**20
+            apart = {case.case_id for case in steps[number].held_out}
             for first in range(0, len(left), _EVALUATED_AT_ONCE):
-                part = left[first : first + _EVALUATED_AT_ONCE]
-                records = score(
-                    self.subject, part, [state.edit] * len(part), self.circumstances, position=position, logs=state.logs
-                )
-                apart: dict[int, dict] = {
-                    case_id: {"held_out": True, "target_loss": loss} for case_id, loss in losses.items()
-                }
-                yield [
-                    record.model_copy(update={"edits_mib": size, **apart.get(record.case_id, {})}) for record in records
-                ]
+                yield self._evaluated(state, left[first : first + _EVALUATED_AT_ONCE], position, apart)
+
+    def _evaluated(self, state: State, cases: Sequence[Case], position: int, apart: Set[int]) -> list[Record]:
+        """Records of cases in a state; ``apart``: ids of those that are held out. If they do not fit into memory together, or one of them
+        cannot be evaluated, each half is tried; a case that fails alone is recorded as failed."""
+        held_out = [case for case in cases if case.case_id in apart]
+        try:
+            losses = self._losses(state.edit, held_out)
+            edits = [state.edit] * len(cases)
+            records = score(self.subject, cases, edits, self.circumstances, position=position, logs=state.logs)
+        except Exception as error:
+            too_large = is_out_of_memory(error)
+            if not too_large and not isinstance(error, CASE_FAULTS):
+                raise
+            release_memory(self.subject.device)
+            if (half := len(cases) // 2) > 0:
+                parts = cases[:half], cases[half:]
+                return [record for part in parts for record in self._evaluated(state, part, position, apart)]
+            reason = _TOO_LARGE if too_large else f"{type(error).__name__}: {error}"
+            failed = self._failed(cases[0], f"with {position} edits: {reason}", position)
+            return [failed.model_copy(update={"held_out": cases[0].case_id in apart})]
+        size = sum(tensor.nbytes for tensor in state.edit.tensors().values()) / 2**20
+        more: dict[int, dict] = {case: {"held_out": True, "target_loss": loss} for case, loss in losses.items()}
+        return [record.model_copy(update={"edits_mib": size, **more.get(record.case_id, {})}) for record in records]
 
     def _losses(self, edit: Edit, cases: Sequence[Case]) -> dict[int, float | None]:
         """How unlikely the edited model thinks the targets of cases that are held out, by their ids."""

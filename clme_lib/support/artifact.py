@@ -71,7 +71,7 @@ class Artifact:
         with tempfile.TemporaryDirectory(dir=self.file.parent, prefix=".unfinished-") as scratch:
             unfinished = Path(scratch) / "part"
             on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-            header = json.loads(json.dumps({**self.identity, **more}))
+            header = json.loads(json.dumps({**self.identity, **more}, allow_nan=False))
             header["sha256"] = _sha256(header, ((name, on_cpu[name]) for name in sorted(on_cpu)))
             save_file(on_cpu, unfinished, metadata={"clme": json.dumps(header)})
             os.replace(unfinished, self.file)

@@ -209,7 +209,8 @@ class RewritingEditor(Editor[Hparams]):
         asked = in_seeded_order(cases, "lookup", self.seed, cases[0].dataset)[: self.hparams.lookup_records]
         prompts = [text for case in asked for text in (case.prompt, *case.rephrased)]
         self.lookup_prompts = [up_to_lookup(prompt, self.hparams.lookup) for prompt in dict.fromkeys(prompts)]
-        vars(self).pop("moments", None)  # the moments of the previous dataset
+        for gathered in ("moments", "projections"):  # those of the previous dataset
+            vars(self).pop(gathered, None)
 
     @cached_property
     def contexts(self) -> tuple[str, ...]:
