@@ -32,8 +32,8 @@ class Counted(OneStep):
 # what the tables and figures make of two editors more than the paper has
 TABLES = """
 import sys
-from clme_lib.study import rq1
-from clme_lib.study.config import BenchConfig
+from clme_lib.study import rq1, rq4
+from clme_lib.study.config import BenchConfig, ManyEditsConfig, make_config
 from clme_lib.study.rq2 import measure, tables
 from clme_lib.study.run_folder import load_run
 from clme_lib.study.tables import editor_colour
@@ -50,6 +50,13 @@ costs = tables.cost_table(measured, label="tab").data
 assert set(costs["Editor"]) == {"GRACE", "counted", "One step"}
 floors = tables.floor_table(measured, label="tab").data
 assert set(floors["Editor"]) == {"GRACE", "counted"}, "nobody has counted the other's operations"
+# many edits in one model, by the added editor, dataset and protocol
+asked = make_config(ManyEditsConfig, subject="my-model.yaml", dataset="units", editors="none,one-step,grace", protocols="sequential,pairs", cases=2,
+                    held_out=1, set="grace.steps=3", metrics="effectiveness_em,generalization_em,specificity_rate", device="cpu", out="many")
+many = rq4.run_many(asked)
+for of_grid in (rq4.retention_table(many, label="tab").data, rq4.ability_table(many, label="tab").data):
+    assert set(of_grid["Editor"]) == {"unedited", "GRACE", "One step"} and of_grid["Protocol"].nunique() == 2
+assert len(rq4.findings(many)) == 6 and len(rq4.retention_figure(many).axes) == 4 * 3
 # what was measured of the paper's variants is projected, whatever else is there
 rows = []
 for dataset in ("cnle", "csne"):
