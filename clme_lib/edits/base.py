@@ -122,9 +122,7 @@ class EditLog:
     losses: tuple[float, ...] = ()  #: before each update, in evaluation order; empty for editors without one
     seconds: float = 0.0  #: wall clock of the batch the edit was made in, divided by its size
     batch: int = 1  #: how many cases that batch held
-    peak_memory_mib: float = (
-        0.0  #: high-water mark while editing (allocator on CUDA, resident set on CPU); NaN if unknown
-    )
+    peak_memory_mib: float = 0.0  #: high-water mark (allocator on CUDA, resident set on CPU), or NaN
     initial_sha256: str = ""  #: hash of a randomly drawn start value, empty when there is none
 
     def as_json(self) -> dict:
