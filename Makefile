@@ -14,11 +14,14 @@ BUILDS ?=
 PUBLISHED := results/runs/smollm2-135m
 NAME := $(notdir $(PUBLISHED))
 comma := ,
-MANY_PROTOCOLS := sequential,batch,simie
-# editors of RQ4: all of them, some for a hundred edits (what UltraEdit learns from depends on how many are edited, so its run cannot grow), and those that other protocols join
-MANY_EDITORS := none,in-context,in-context-retrieved,ft-l,rome,memit,grace,grace-tuned,alphaedit,emmet,locft-bf,lora,memit-accumulated,neuraldb,ultraedit
-MANY_FAST := none,in-context-retrieved,grace-tuned
-MANY_JOINTLY := memit,locft-bf,ultraedit
+MANY_PROTOCOLS := sequential,batch,simie,simie-scaled
+# editors of RQ4, by the number of edits that are made one after another, and those of the other protocols; what a trained editor learns from depends on how many cases are edited, so its run cannot grow
+MANY_10 := in-context
+MANY_30 := ft-l,rome,memit,memit-accumulated,pmet,malmen,grace,a-grace,alphaedit,emmet,neuraldb,locft-bf,lora
+MANY_100 := grace-tuned,ultraedit
+MANY_300 := none,in-context-retrieved
+MANY_EDITORS := $(MANY_300),$(MANY_100),$(MANY_30),$(MANY_10)
+MANY_JOINTLY := memit,locft-bf,ultraedit,alphaedit,emmet
 MANY_SIMIE := ft-l,rome
 MANY := results/many/$(NAME)-code
 ALL := none,in-context,in-context-retrieved,ft-l,rome,memit,pmet,malmen,grace
@@ -159,16 +162,16 @@ publish: .venv/.ready
 	many() { $(BIN)/clme run --subject $(NAME)-code --dataset cnle --held-out 20 --protocol $$1 --name $(NAME)-code-$$1-0 --out runs/publish/many/$$1-0 "$${@:2}"; }; \
 	for protocol in $(subst $(comma), ,$(MANY_PROTOCOLS)); do test -d $(MANY)/$$protocol-0 || { \
 	  case $$protocol in \
-	    sequential) many sequential --cases 10 --editor in-context && many sequential --cases 30 --editor $(subst in-context$(comma),,$(MANY_EDITORS)) && \
-	      many sequential --cases 100 --editor $(MANY_FAST);; \
+	    sequential) many sequential --cases 10 --editor $(MANY_10) && many sequential --cases 30 --editor $(MANY_30) && \
+	      many sequential --cases 100 --editor $(MANY_100) && many sequential --cases 300 --editor $(MANY_300);; \
 	    batch) many batch --cases 30 --editor $(MANY_JOINTLY);; \
-	    simie) many simie --cases 30 --editor $(MANY_SIMIE);; \
+	    simie*) many $$protocol --cases 30 --editor $(MANY_SIMIE);; \
 	  esac && \
 	  $(BIN)/clme score runs/publish/many/$$protocol-0 runs/publish/many-run/$$protocol-0 --metrics $(EXECUTED) && \
 	  $(BIN)/clme publish runs/publish/many-run/$$protocol-0 $(MANY)/$$protocol-0; } || exit 1; done
 	test -f results/conflicts/$(NAME)-code.csv || $(BIN)/clme measure conflicts --subject $(NAME)-code --cases 12 --out results/conflicts/$(NAME)-code.csv
 	test -f results/interference/$(NAME)-code.csv || $(BIN)/clme measure interference --subject $(NAME)-code --out results/interference/$(NAME)-code.csv
-	$(BIN)/clme notebook notebooks/rq4_many_edits.py results/notebooks/rq4_many_edits.ipynb -p editors $(MANY_EDITORS) -p cases 100 -p held_out 20 -p protocols $(MANY_PROTOCOLS) -p out $(MANY) \
+	$(BIN)/clme notebook notebooks/rq4_many_edits.py results/notebooks/rq4_many_edits.ipynb -p editors $(MANY_EDITORS) -p cases 300 -p held_out 20 -p protocols $(MANY_PROTOCOLS) -p out $(MANY) \
 	  -p interference results/interference/$(NAME)-code.csv -p conflicts results/conflicts/$(NAME)-code.csv
 	for page in benchmark $(basename $(notdir $(wildcard notebooks/appendix_*.py))); do \
 	  $(BIN)/clme notebook notebooks/$$page.py results/notebooks/$$page.ipynb || exit 1; done

@@ -149,6 +149,16 @@ def test_cases_that_are_held_out_are_shown_apart():
     assert rq4.ability_findings(lost) == []
 
 
+def test_later_edits_may_be_learnt_worse():
+    losses = many(lambda position, turn: True, 30).assign(steps=20)
+    losses["loss"] = losses["turn"] / 10
+    quick = losses.assign(editor="ultraedit", steps=1)
+    few = losses[losses["position"] < 20].assign(editor="ft-l")
+    (row,) = rq4.learning_table(pd.concat([losses, quick, few]), label="tab").data.to_dict("records")
+    assert (row["Editor"], row["Edits"]) == ("GRACE", "30")
+    assert row["Loss, first 10"].startswith("0.45 (") and row["Loss, last 10"].startswith("2.45 (")
+
+
 def test_failed_edits_are_not_counted():
     records = many(lambda position, turn: True, 12)
     records.loc[records["turn"] == 3, "state"] = "failed"

@@ -96,6 +96,36 @@ def retention_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 
 @table
+def learning_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
+    """Whether later edits are learnt as well as the first ones: the loss (nats per token of the target) at which the optimisation of each
+    edit stopped, means over the first ten and over the last ten edits, with 95% intervals over cases and samples.
+
+    Of the state with the most edits, if it holds at least twenty, of editors that make several steps.
+    """
+    largest: dict[tuple[str, str, str], tuple[int, pd.DataFrame]] = {}
+    for (dataset, protocol, editor, held), rows in _states(records):
+        which = dataset, protocol, editor
+        learnt = rows[(rows["steps"] > 1) & rows["loss"].notna()]
+        if held >= 2 * ENDS and len(learnt) and held >= largest.get(which, (0,))[0]:
+            largest[which] = held, learnt
+    for (dataset, protocol, editor), (held, rows) in largest.items():
+        ends = rows[rows["turn"] < ENDS]["loss"], rows[rows["turn"] >= held - ENDS]["loss"]
+        first, last = (interval(losses, False, shares=False) for losses in ends)
+        yield {
+            "Data": dataset_title(dataset),
+            "Protocol": protocol_title(protocol),
+            "Editor": editor_name(editor),
+            "Edits": str(held),
+            f"Loss, first {ENDS}": _loss(first),
+            f"Loss, last {ENDS}": _loss(last),
+        }
+
+
+def _loss(mean: Interval) -> str:
+    return f"{mean.mean:.2f}" + ("" if np.isnan(mean.low) else f" ({mean.low:.2f}–{mean.high:.2f})")
+
+
+@table
 def ability_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
     """What the model can still do: scores on held-out cases as edits accumulate in it.
 
