@@ -91,7 +91,7 @@ def many(right, held):
             rows.append(
                 {"dataset": "cnle", "protocol": "sequential", "editor": "grace", "position": position, "turn": turn, "case_id": turn, "sample": 0,
                  "state": SCORED, "effectiveness_em": score, "generalization_em": 0.0, "specificity_rate": 0.5,
-                 "free_effectiveness_em": None, "edit_seconds": 2.0 + turn, "edits_mib": 0.125 * position, "held_out": False}
+                 "free_effectiveness_em": None, "edit_seconds": 2.0 + turn, "edits_mib": 0.125 * position, "held_out": False, "steps": 20, "loss": turn / 10}
             )  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -150,8 +150,7 @@ def test_cases_that_are_held_out_are_shown_apart():
 
 
 def test_later_edits_may_be_learnt_worse():
-    losses = many(lambda position, turn: True, 30).assign(steps=20)
-    losses["loss"] = losses["turn"] / 10
+    losses = many(lambda position, turn: True, 30)
     quick = losses.assign(editor="ultraedit", steps=1)
     few = losses[losses["position"] < 20].assign(editor="ft-l")
     (row,) = rq4.learning_table(pd.concat([losses, quick, few]), label="tab").data.to_dict("records")
