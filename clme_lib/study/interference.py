@@ -28,7 +28,7 @@ from ..support.seeds import seed_of
 from .protocols import milestones
 from .tables import editor_name, in_order, table, write_csv
 
-EDITORS = ("ft-l", "rome", "memit", "grace-tuned", "locft-bf", "ultraedit")
+EDITORS = ("ft-l", "rome", "emmet", "memit", "memit-accumulated", "alphaedit", "grace-tuned", "locft-bf", "ultraedit")
 # measured for each number of edits; NaN where it does not apply
 MEASURED = {
     "norm": "Norm",
