@@ -171,7 +171,7 @@ rq3.preset_table(records, compat, label="tab-rq3-presets", caption=caption)
 # ## Margin and radius
 #
 # A larger radius includes more rephrased prompts and more neighbours. The curves come from the selection cases, which are in no
-# table above, with encoders trained on all other cases; a dot marks the paper's radius of 1. The figure shows the first subject. The tables above use the margins selected in [](#encoders) for the chat model and in [](#selection) for the code model
+# table above, with encoders trained on all other cases; a dot marks the paper's radius of 1. The figure shows the first subject. The tables above use the margins selected in [](#encoders) for the chat model and in {ref}`selection` for the code model
 # (the values are in [](#sec-hyperparameters)), which need not be the best of this sweep.
 
 # %% tags=["hide-input"] mystnb={"figure": {"caption": "Generalization against unchanged neighbours as the radius grows, for encoders trained with several margins.", "name": "fig-rq3-radius"}}
