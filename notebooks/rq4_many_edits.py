@@ -59,7 +59,7 @@ from clme_lib.support.display import inline
 records = rq4.run_many(config)
 
 held = records["position"].max()
-shown_protocols = ", ".join(protocol_title(name) for name in records["protocol"].unique())
+shown_protocols = "; ".join(protocol_title(name) for name in records["protocol"].unique())
 Markdown(f"**Shown here:** {inline(shown_protocols)}; up to {held} edits in one model; samples: {records['sample'].nunique()}.")
 
 # %% [markdown]
@@ -72,8 +72,7 @@ figure = rq4.retention_figure(records)
 plt.show()
 
 # %% tags=["hide-input"]
-ends = records.groupby(["protocol", "editor"])["position"].max()
-of_ends = records[records["position"].isin(ends)]
+of_ends = rq4.ends(records)
 caption = (
     f"Many edits in {', '.join(records['subject'].unique())}: each row is a state of the model, evaluated on all edits that it holds. Shares in percent, with 95% intervals "
     "over cases and samples; n counts both. MiB: tensors of all edits together."

@@ -149,6 +149,17 @@ def test_cases_that_are_held_out_are_shown_apart():
     assert rq4.ability_findings(lost) == []
 
 
+def test_the_table_of_ends_has_a_common_number_of_edits():
+    usual = [many(lambda position, turn: True, 12).assign(editor=editor) for editor in ("grace", "rome", "ft-l")]
+    short, long = (
+        many(lambda position, turn: True, held).assign(editor=name) for held, name in ((11, "memit"), (30, "pmet"))
+    )
+    more = long.assign(position=long["position"].replace(10, 12))
+    shown = rq4.ends(pd.concat([*usual, short, more]))
+    states = shown.groupby("editor")["position"].unique().map(sorted).to_dict()
+    assert states == {"grace": [12], "rome": [12], "ft-l": [12], "memit": [11], "pmet": [12, 30]}
+
+
 def test_later_edits_may_be_learnt_worse():
     losses = many(lambda position, turn: True, 30)
     quick = losses.assign(editor="ultraedit", steps=1)

@@ -119,7 +119,7 @@ class SimIEEdits(BatchEdits):
     """Each edit is made alone, on the unedited subject; then they are joined as if made one after another (edits/simie.py)."""
 
     name = "simie"
-    title = "made alone, joined by SimIE"
+    title = "joined by SimIE"
     joins_weights = True
     reused = True
     initial: ClassVar[dict[str, Any]] = {}  # the authors' m
@@ -136,7 +136,7 @@ class ScaledSimIEEdits(SimIEEdits):
     edit keeps 99% of what it adds at its own key."""
 
     name = "simie-scaled"
-    title = "made alone, joined by SimIE with scaled m"
+    title = "joined by SimIE, scaled m"
     initial = {"initial": 0.01, "relative": True}
 
 

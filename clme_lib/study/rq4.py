@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import cycle
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -225,7 +226,7 @@ def retention_figure(records: pd.DataFrame) -> Any:
             axis.set(xscale="log", ylim=(-3, 103), title=get_metric(name).title if row == 0 else "")
             axis.set_xlabel("edits in the model" if row == len(groups) - 1 else "")
         named = way_of(records, str(dataset), str(protocol))
-        axes[row][0].set_ylabel(f"{plain(named)} (%)")
+        axes[row][0].set_ylabel(fill(f"{plain(named)} (%)", 20))
         axes[row][-1].legend(title=kind, loc="center left", bbox_to_anchor=(1.02, 0.5))
     held = sorted(records["position"].unique())
     axes[0][0].set_xticks(held, list(map(str, held)), minor=False)
@@ -238,6 +239,14 @@ def way_of(records: pd.DataFrame, dataset: str, protocol: str) -> str:
     """A protocol's name in figures and sentences, with the dataset's where the records have several."""
     title = protocol_title(protocol)
     return title if records["dataset"].nunique() == 1 else f"{dataset_title(dataset)}, {title}"
+
+
+def ends(records: pd.DataFrame) -> pd.DataFrame:
+    """Records of each editor's last state and, to compare editors with, of the states of the number of edits with which most of them end."""
+    editors = ["dataset", "protocol", "editor"]
+    last = records.groupby(editors)["position"].transform("max")
+    usual = records.assign(last=last).drop_duplicates(editors)["last"].mode().max()
+    return records[(records["position"] == usual) | (records["position"] == last)]
 
 
 def findings(records: pd.DataFrame) -> list[dict[str, Any]]:
