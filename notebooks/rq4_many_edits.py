@@ -122,7 +122,7 @@ rq4.learning_table(records, label="tab-rq4-learnt", caption=caption)
 # What explains the published run:
 #
 # - **Updates of weights meet at the token that all prompts share** ([](#weight-editors)). Most of what an edit adds at its own lookup token arrives at the other edits' too (AlphaEdit's projection lets less of it pass), and with thirty edits the later ones together add more there than the
-#   edit itself did. The edits of ROME and of EMMET, which writes as ROME does, do not survive this: two more suffice to lose the first. Their newer edits, and PMET's, are learnt worse as well ({numref}`tab-rq4-learnt`), since the model that has to learn them is already changed. FT-L's bound limits
+#   edit itself did. The edits of ROME and of EMMET, which writes as ROME does, do not survive this: two more suffice to lose the first. Their newer edits, and PMET's, are learnt worse as well ({numref}`tab-rq4-learnt`), since the model that has to learn them is already changed: ROME's edits that are made alone, for SimIE, are learnt equally well at both ends. FT-L's bound limits
 #   one edit's change of a weight, but not the sum.
 # - **MEMIT hardly reaches its targets on this model even alone** ([](#rq1)), so there is nothing to forget. Accumulated statistics do make later edits add less, but cannot change that. AlphaEdit, which writes in a similar way, does little better.
 # - **A codebook's radii shrink** where entries come close to each other ([](#sec-many)). With a selected radius, GRACE changes the neighbours' answers while it has a single entry, and spares nearly all when it has many. It keeps all edits, and reaches none of these
