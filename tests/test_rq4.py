@@ -1,5 +1,6 @@
 """RQ4: the runs of protocols and samples, and what table, figure and findings say of their records."""
 
+import json
 import math
 
 import matplotlib.pyplot as plt
@@ -47,14 +48,24 @@ def test_each_protocol_and_sample_is_a_run_of_its_own(config):
     assert sorted(records["position"].unique()) == [1, 3]
     again = rq4.run_many(config)
     assert list(again["start"]) == list(records["start"]), "nothing was made anew"
-    # a published run's protocols may have different editors
-    published = config.model_copy(update={"out": config.out.parent / "published", "samples": (0,)})
+    # published runs may have different editors, datasets, samples and held-out cases
+    published = config.model_copy(update={"out": config.out.parent / "published", "dataset": ("cnle", "csne")})
     for protocol in config.protocols:
         publish(config.out / f"{protocol}-0", published.out / f"{protocol}-0")
     (published.out / "batch-0" / "records" / "cnle.grace.jsonl").unlink()
+    publish(config.out / "sequential-1", published.out / "sequential-1")
+    for file in (published.out / "sequential-1" / "records").iterdir():
+        lines = [line for line in file.read_text().splitlines(True) if not json.loads(line)["held_out"]]
+        file.write_text("".join(lines))
     of_published = rq4.run_many(published)
-    editors = of_published.groupby("protocol")["editor"].unique().map(set).to_dict()
-    assert editors == {"sequential": {"none", "grace", "rome"}, "batch": {"none", "rome"}, "simie": {"rome"}}
+    assert set(of_published["dataset"]) == {"cnle"}
+    editors = of_published.groupby(["protocol", "sample"])["editor"].unique().map(set).to_dict()
+    everyone = {"none", "grace", "rome"}
+    assert editors == {
+        ("sequential", 0): everyone, ("sequential", 1): everyone, ("batch", 0): {"none", "rome"}, ("simie", 0): {"rome"}
+    }  # fmt: skip
+    assert of_published.groupby("sample")["held_out"].any().to_dict() == {0: True, 1: False}
+    assert not (published.out / "batch-1").exists(), "what was not published is left out, not made"
     with pytest.raises(
         StudyError, match="editors: none of grace has records in .*published, or can be joined by simie"
     ):
@@ -158,6 +169,12 @@ def test_the_table_of_ends_has_a_common_number_of_edits():
     shown = rq4.ends(pd.concat([*usual, short, more]))
     states = shown.groupby("editor")["position"].unique().map(sorted).to_dict()
     assert states == {"grace": [12], "rome": [12], "ft-l": [12], "memit": [11], "pmet": [12, 30]}
+    # a number that a single sample reaches is not it, and datasets need not have the same
+    twelve = [more[more["position"] < 30].assign(sample=sample) for sample in (1, 2)]
+    of_csne = short.assign(dataset="csne")
+    shown = rq4.ends(pd.concat([more, *twelve, of_csne]))
+    states = shown.groupby(["dataset", "sample"])["position"].unique().map(sorted).to_dict()
+    assert states == {("cnle", 0): [12, 30], ("cnle", 1): [12], ("cnle", 2): [12], ("csne", 0): [11]}
 
 
 def test_later_edits_may_be_learnt_worse():

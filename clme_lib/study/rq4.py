@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import cycle
+from pathlib import Path
 from textwrap import fill
 from typing import Any
 
@@ -34,14 +35,14 @@ _KINDS = {True: "weights updated", False: "weights kept"}
 
 def run_many(config: ManyEditsConfig) -> pd.DataFrame:
     """Complete the runs of all protocols and samples and return their records, with columns ``sample`` and ``turn`` (each case's index in its
-    sequence, from 0; held-out cases come after all others). A protocol that joins weight updates leaves out the editors that make none, and a
-    published run those that it has no records of. StudyError if no editor is left."""
+    sequence, from 0; held-out cases come after all others). A protocol that joins weight updates leaves out the editors that make none. Where
+    ``out`` holds published runs, only these are shown, each with what it has of the datasets, editors and held-out cases that are asked for.
+    StudyError if nothing is left."""
     frames = []
-    for protocol in config.protocols:
-        for sample in config.samples:
-            own = _run_of(config, protocol, sample)
-            if own is None:
-                continue
+    keys = [(protocol, sample) for protocol in config.protocols for sample in config.samples]
+    published = any(is_published(_folder(config, *key)) for key in keys)
+    for protocol, sample in keys:
+        for own in (_published_runs if published else _runs)(config, protocol, sample):
             records = run(own)
             turns = {(name, case.case_id): n for name in own.dataset for n, case in enumerate(sampled(own, name))}
             # a published run may have held out other cases than this sample's last
@@ -54,18 +55,35 @@ def run_many(config: ManyEditsConfig) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def _run_of(config: ManyEditsConfig, protocol: str, sample: int) -> RunConfig | None:
+def _folder(config: ManyEditsConfig, protocol: str, sample: int) -> Path:
+    return config.out / f"{protocol}-{sample}"
+
+
+def _runs(config: ManyEditsConfig, protocol: str, sample: int) -> Iterator[RunConfig]:
+    """The run of a protocol and a sample, unless it has no editors."""
     joins = type(get_protocol(protocol)).joins_weights
-    editors = [editor for editor in config.editors if not joins or get_editor(editor).updates_weights]
-    name = f"{protocol}-{sample}"
-    if is_published(config.out / name):  # its protocols may have different editors
-        measured = set(load_run(config.out / name)["editor"])
-        editors = [editor for editor in editors if editor in measured]
-    if not editors:
-        return None
+    if editors := [editor for editor in config.editors if not joins or get_editor(editor).updates_weights]:
+        yield _of_many(config, protocol, sample, editors=tuple(editors))
+
+
+def _published_runs(config: ManyEditsConfig, protocol: str, sample: int) -> Iterator[RunConfig]:
+    """What a published run has of the datasets and editors; neither its editors nor its held-out cases need be the same for all datasets."""
+    folder = _folder(config, protocol, sample)
+    if not is_published(folder):
+        return
+    records = load_run(folder)
+    for name in config.dataset:
+        rows = records[records["dataset"] == name]
+        held_out = config.held_out if rows["held_out"].any() else 0
+        if editors := [editor for editor in config.editors if editor in set(rows["editor"])]:
+            yield _of_many(config, protocol, sample, dataset=(name,), editors=tuple(editors), held_out=held_out)
+
+
+def _of_many(config: ManyEditsConfig, protocol: str, sample: int, **own: Any) -> RunConfig:
     fields = {field: getattr(config, field) for field in RunConfig.model_fields}
-    own = {"editors": tuple(editors), "protocol": protocol, "sample": sample, "out": config.out / name}
-    return make_config(**{**fields, **own, "name": f"{config.name}-{name}" if config.name else None})
+    folder = _folder(config, protocol, sample)
+    name = f"{config.name}-{folder.name}" if config.name else None
+    return make_config(**{**fields, "protocol": protocol, "sample": sample, "out": folder, "name": name, **own})
 
 
 @table
@@ -242,11 +260,13 @@ def way_of(records: pd.DataFrame, dataset: str, protocol: str) -> str:
 
 
 def ends(records: pd.DataFrame) -> pd.DataFrame:
-    """Records of each editor's last state and, to compare editors with, of the states of the number of edits with which most of them end."""
+    """Records of each editor's last state and, to compare editors with, of the states with the number of edits at which most of a dataset's
+    sequences, of all editors and samples, end."""
     editors = ["dataset", "protocol", "editor"]
     last = records.groupby(editors)["position"].transform("max")
-    usual = records.assign(last=last).drop_duplicates(editors)["last"].mode().max()
-    return records[(records["position"] == usual) | (records["position"] == last)]
+    of_samples = records.groupby([*editors, "sample"])["position"].max().reset_index()
+    usual = of_samples.groupby("dataset")["position"].agg(lambda ends: ends.mode().max())
+    return records[(records["position"] == records["dataset"].map(usual)) | (records["position"] == last)]
 
 
 def findings(records: pd.DataFrame) -> list[dict[str, Any]]:
