@@ -14,7 +14,7 @@ from clme_lib.edits.base import EditLog
 from clme_lib.edits.files import load_edits, save_edits
 from clme_lib.edits.weights import DenseUpdate
 from clme_lib.evaluation.records import FAILED
-from clme_lib.study import provenance, run_folder, runs, work
+from clme_lib.study import provenance, run_folder, runs, states, work
 from clme_lib.study.copies import publish
 from clme_lib.study.runs import run
 from clme_lib.support.errors import CaseError, StudyError
@@ -45,6 +45,48 @@ def test_an_earlier_state_is_evaluated_again_beside_the_kept_one(config, tmp_pat
     more = run(config(held_out=2))
     assert Counter(more["position"]) == {1: 3, 3: 5, 5: 7}
     assert texts(more) == texts(run(config(held_out=2, out=tmp_path / "fresh")))
+
+
+def test_each_edit_is_written_once_between_states_that_are_evaluated(config, tiny, tmp_path, monkeypatch):
+    """Not all edits after each edit, whose time and space would grow with the square of their number."""
+    edit, made, written = ROME._edit_batch, [], []
+
+    def killed_at(number):
+        def edits(self, cases, tokenized):
+            if len(made) == number:
+                raise KeyboardInterrupt
+            made.append(cases[0].case_id)
+            return edit(self, cases, tokenized)
+
+        return edits
+
+    def saved(path, edits, subject, about):
+        written.append((path.name, edits[0].factors[1][0].shape[1]))
+        save_edits(path, edits, subject, about)
+
+    whole = texts(run(config(cases=8, out=tmp_path / "whole")))
+    monkeypatch.setattr(states, "save_edits", saved)
+    folder = run_folder.state_file(config(), "cnle", "rome").parent
+    for number in (2, 6):
+        monkeypatch.setattr(ROME, "_edit_batch", killed_at(number))
+        with pytest.raises(KeyboardInterrupt):
+            run(config(cases=8))
+    file, added = "cnle.rome.safetensors", "cnle.rome.{}.safetensors"
+    resumed = [(added.format(1), 1), (file, 2), (file, 3), *((added.format(number), 1) for number in (3, 4, 5))]
+    assert written == [(file, 1), *resumed] and sorted(path.name for path in folder.iterdir()) == sorted(
+        {name for name, _ in written} - {added.format(1)}
+    )
+    # a smaller sequence uses what the larger one has, and leaves it the rest
+    monkeypatch.setattr(ROME, "_edit_batch", edit)
+    fewer = texts(run(config(cases=5)))
+    assert {key: text for key, text in fewer.items() if key[0] < 5}.items() <= whole.items()
+    assert sorted(path.name for path in folder.iterdir()) == [added.format(5), file]
+    monkeypatch.setattr(ROME, "_edit_batch", killed_at(99))
+    assert texts(run(config(cases=8))).items() >= whole.items()
+    assert len(made) == 8 == len(set(made)), "each edit was made once"
+    assert [path.name for path in folder.iterdir()] == [file]
+    (state,) = load_edits(folder / file, tiny)
+    assert state.factors[1][0].shape[1] == 8
 
 
 def test_a_failed_edit_stays_out_of_a_sequence(config, monkeypatch):

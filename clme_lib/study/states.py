@@ -1,7 +1,9 @@
 """States of a model between the steps of a protocol: how they are made, and the file from which a later start resumes.
 
-``states/<dataset>.<editor>.safetensors`` in a run's folder holds the last state that a later step builds on, and in the end the state with
-all edits, as one edits file (read by :func:`~clme_lib.edits.files.load_edits`). Each such state replaces the one before.
+``states/<dataset>.<editor>.safetensors`` in a run's folder holds the last state that was evaluated, and in the end the state with all edits,
+as one edits file (read by :func:`~clme_lib.edits.files.load_edits`). Each such state replaces the one before. Writing all edits after each
+edit would take time and space with the square of their number: what a step adds to the file's state is therefore kept in a file of its own
+beside it until the next state is written.
 """
 
 from __future__ import annotations
@@ -47,16 +49,53 @@ class States:
         self._identities = self._identify()
         self._held: dict[int, State] = {}
         self._made: dict[int, tuple[Edit | None, str | None]] = {}
-        self._kept = -1  # number of the state in the file
-        about = read_about(file) if file.is_file() else {}
-        if about.get("identity") in self._identities:
-            (edit,) = load_edits(file, editor.subject)
-            logs = {int(case): EditLog.from_json(log) for case, log in about["logs"].items()}
-            failed = {int(case): reason for case, reason in about["failed"].items()}
-            self._kept = self._identities.index(about["identity"])
-            self._held[self._kept] = State(edit, logs, failed)
-        elif about.get("position", 0) > steps[-1].position:
-            self._kept = len(steps)  # of a larger sample, whose state with all edits stays
+        self._kept = -1  # number of the last state in the files
+        self._resume()
+
+    def _resume(self) -> None:
+        """Hold the file's state with what was added to it since, which becomes the file's."""
+        about = self._about(self._file)
+        if about.get("position", 0) > self._steps[-1].position:
+            self._kept = len(self._steps)  # of a larger sample, whose state with all edits stays
+            return
+        if about.get("identity") not in self._identities:
+            return
+        self._kept = in_file = self._identities.index(about["identity"])
+        state = self._read(self._file, about)
+        for number in range(in_file + 1, len(self._steps)):
+            about = self._about(self._added_file(number))
+            if self._steps[number].after != self._kept or about.get("identity") != self._identities[number]:
+                break
+            state = self._after(state, self._read(self._added_file(number), about))
+            self._kept = number
+        self._held[self._kept] = state
+        if self._kept > in_file:
+            self._write_whole(self._kept, state)
+
+    def _about(self, file: Path) -> dict:
+        return read_about(file) if file.is_file() else {}
+
+    def _read(self, file: Path, about: dict) -> State:
+        (edit,) = load_edits(file, self._editor.subject)
+        logs = {int(case): EditLog.from_json(log) for case, log in about["logs"].items()}
+        return State(edit, logs, {int(case): reason for case, reason in about["failed"].items()})
+
+    def _write(self, file: Path, number: int, state: State) -> None:
+        about = {
+            "identity": self._identities[number],
+            "position": self._steps[number].position,
+            "logs": {str(case): log.as_json() for case, log in state.logs.items()},
+            "failed": {str(case): reason for case, reason in state.failed.items()},
+        }
+        save_edits(file, [state.edit], self._editor.subject, about)
+
+    def _write_whole(self, number: int, state: State) -> None:
+        self._write(self._file, number, state)
+        for earlier in range(number + 1):  # what was added later may belong to a larger sample
+            self._added_file(earlier).unlink(missing_ok=True)
+
+    def _added_file(self, number: int) -> Path:
+        return self._file.with_suffix(f".{number}{self._file.suffix}")
 
     def __contains__(self, number: int) -> bool:
         return number in self._held
@@ -65,25 +104,34 @@ class States:
         """The state after a step, whose preceding state must be held here; states that no later step builds on are dropped."""
         if number not in self._held:
             step = self._steps[number]
-            state = self._make(step, None if step.after is None else self._held[step.after])
+            before = None if step.after is None else self._held[step.after]
+            added = self._make(step, before)
+            state = added if before is None else self._after(before, added)
             self._held = {
                 other: held
                 for other, held in self._held.items()
                 if other > number or self._is_built_upon(other, number)  # the file's state may be needed later
             }
             self._held[number] = state
-            kept = number in self._built_upon or number == len(self._steps) - 1
             # a state before the one in the file is only evaluated again
-            if kept and number > self._kept:
-                about = {
-                    "identity": self._identities[number],
-                    "position": self._steps[number].position,
-                    "logs": {str(case): log.as_json() for case, log in state.logs.items()},
-                    "failed": {str(case): reason for case, reason in state.failed.items()},
-                }
-                save_edits(self._file, [state.edit], self._editor.subject, about)
-                self._kept = number
+            if number > self._kept:
+                self._keep(number, state, added)
         return self._held[number]
+
+    def _keep(self, number: int, state: State, added: State) -> None:
+        last = number == len(self._steps) - 1
+        if not last and number not in self._built_upon:
+            return
+        step = self._steps[number]
+        if last or step.scored or step.after != self._kept:
+            self._write_whole(number, state)
+        else:
+            self._write(self._added_file(number), number, added)
+        self._kept = number
+
+    @staticmethod
+    def _after(before: State, added: State) -> State:
+        return State(Edit.compose([before.edit, added.edit]), before.logs | added.logs, before.failed | added.failed)
 
     def _is_built_upon(self, earlier: int, number: int) -> bool:
         return any(step.after == earlier for step in self._steps[number + 1 :])
@@ -99,6 +147,7 @@ class States:
         return identities
 
     def _make(self, step: Step, before: State | None) -> State:
+        """What a step adds to the state before it."""
         editor = self._editor if before is None else self._editor.of(self._editor.subject.edited(before.edit))
         if not self._protocol.reused:
             self._made = {}
@@ -111,9 +160,7 @@ class States:
             whole = self._protocol.join(editor.subject.original, list(edits), list(edits.values()))
         logs = {edit.case_id: edit.log for edit in edits.values()}
         failed = {case.case_id: reason for case, (_, reason) in made.items() if reason is not None}
-        if before is None:
-            return State(whole, logs, failed)
-        return State(Edit.compose([before.edit, whole]), before.logs | logs, before.failed | failed)
+        return State(whole, logs, failed)
 
     def _attempt(self, editor: Editor, cases: Sequence[Case]) -> dict[int, tuple[Edit | None, str | None]]:
         """Each case's edit, or why there is none; a case that fails does not affect the other cases' edits."""
