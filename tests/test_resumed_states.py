@@ -1,12 +1,14 @@
 """Sequences of edits that are resumed, retried, shortened or cannot be evaluated: no state is lost, and no two sequences are mixed."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import run_config, write_source
 
 from clme_lib.editors.alphaedit import AlphaEdit
+from clme_lib.editors.grace import GRACE
 from clme_lib.editors.locate_then_edit.second_moments import SecondMoment
 from clme_lib.editors.registry import load_editor
 from clme_lib.editors.rome import ROME
@@ -160,6 +162,56 @@ def test_cases_that_do_not_fit_into_memory_are_evaluated_in_halves(config, tmp_p
     monkeypatch.setattr(work, "score", with_little_memory)
     assert texts(run(config())) == texts(whole)
     assert sizes == [1, 3, 1, 2, 5, 2, 3, 1, 2]
+
+
+@pytest.mark.parametrize(("protocol", "at_once"), [("sequential", 1), ("batch", 5)])
+def test_a_sequence_that_runs_out_of_memory_can_go_on(config, tmp_path, monkeypatch, protocol, at_once):
+    """No edit is left out of the later ones only because memory was short."""
+    edit, many = GRACE.edit_together, GRACE.edit
+    whole = texts(run(config(editors="grace", protocol=protocol, out=tmp_path / "whole")))
+
+    def without_memory(made):
+        def fails(self, cases, *given, **named):
+            if cases[-1].case_id == order[4]:
+                raise torch.OutOfMemoryError
+            return made(self, cases, *given, **named)
+
+        return fails
+
+    order = [case.case_id for case in runs.sampled(config(), "cnle")]
+    monkeypatch.setattr(GRACE, "edit_together", without_memory(edit))
+    monkeypatch.setattr(GRACE, "edit", without_memory(many))
+    asked = config(editors="grace", protocol=protocol)
+    with pytest.raises(
+        StudyError, match=rf"grace: out of memory while editing \(cases at once: {at_once}\); free some"
+    ):
+        run(asked)
+    monkeypatch.setattr(GRACE, "edit_together", edit)
+    monkeypatch.setattr(GRACE, "edit", many)
+    assert texts(run(asked)) == whole
+
+
+def test_cases_that_do_not_fit_into_memory_are_edited_in_halves(llama, cases, monkeypatch):
+    """Unless a batch size was requested: then it is the caller's to change."""
+    edit, sizes = GRACE._edit_batch, []
+    editor = load_editor("grace", llama, layer=2, steps=2)
+    alike = [replace(cases[0], case_id=n) for n in range(5)]
+    whole = editor.edit(alike)
+
+    def with_little_memory(self, cases, tokenized):
+        sizes.append(len(cases))
+        if len(cases) > 2:
+            raise torch.OutOfMemoryError
+        return edit(self, cases, tokenized)
+
+    monkeypatch.setattr(GRACE, "_edit_batch", with_little_memory)
+    parts = editor.edit(alike)
+    assert sizes == [5, 2, 3, 1, 2] and [edit.case_id for edit in parts] == [0, 1, 2, 3, 4]
+    for made, expected in zip(parts, whole):
+        for name, tensor in made.tensors().items():
+            torch.testing.assert_close(tensor, expected.tensors()[name])
+    with pytest.raises(torch.OutOfMemoryError):
+        editor.edit(alike, batch_size=5)
 
 
 def test_statistics_that_are_learnt_are_prepared_once(config, monkeypatch):

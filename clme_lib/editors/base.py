@@ -10,6 +10,7 @@ import copy
 import math
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Generic, TypeVar
@@ -24,7 +25,7 @@ from ..forward.tokens import TokenRow, tokenize
 from ..subjects.subject import Subject
 from ..support.batching import of_like_length
 from ..support.errors import CaseError, StudyError
-from ..support.memory import peak_memory_mib, reset_peak_memory
+from ..support.memory import is_out_of_memory, peak_memory_mib, release_memory, reset_peak_memory
 from ..support.registry import Registry
 from ..support.schema import Schema
 from ..support.seeds import DEFAULT_SEED
@@ -153,17 +154,31 @@ class Editor(ABC, Generic[Hparams]):
 
         Cases of similar length are optimised together. Each has its own loss, stopping point and random draws, so its batch does not matter.
 
+        Args:
+            batch_size: at most this many at once. By default a number that suits the editor; cases that do not fit into the device's memory
+                together are then edited in halves.
+
         Raises:
             CaseError: a case cannot be edited (empty target, loss not finite); the message names it.
         """
         self.setup()
         tokenized = [self._tokenize(case) for case in cases]
         costs = [self._cost(tokens) for tokens in tokenized]
-        batches = of_like_length(costs, ratio=self._max_cost_ratio(), most=batch_size or self.default_batch)
+        batches = deque(of_like_length(costs, ratio=self._max_cost_ratio(), most=batch_size or self.default_batch))
         edits: dict[int, Edit] = {}
         with tqdm(total=len(cases), desc=f"{self.name}: edit", unit="case", disable=not progress) as bar:
-            for batch in batches:
-                made = self._timed([cases[n] for n in batch], [tokenized[n] for n in batch], self._edit_batch)
+            while batches:
+                batch = batches.popleft()
+                try:
+                    made = self._timed([cases[n] for n in batch], [tokenized[n] for n in batch], self._edit_batch)
+                except Exception as error:
+                    if batch_size or len(batch) == 1 or not is_out_of_memory(error):
+                        raise
+                    made = None
+                if made is None:  # outside of the except clause, whose error keeps what the attempt had allocated
+                    release_memory(self.subject.device)
+                    batches.extendleft([batch[len(batch) // 2 :], batch[: len(batch) // 2]])
+                    continue
                 edits.update(zip(batch, made))
                 bar.update(len(batch))
         return [edits[n] for n in range(len(cases))]

@@ -21,6 +21,7 @@ from ..editors.base import Editor
 from ..edits.base import Edit, EditLog, Unedited
 from ..edits.files import load_edits, read_about, save_edits
 from ..support.errors import CaseError, StudyError
+from ..support.memory import is_out_of_memory
 from .protocols import Protocol, Step
 
 # errors caused by a case, not by the environment
@@ -168,7 +169,15 @@ class States:
             return {}
         try:
             return {edit.case_id: (edit, None) for edit in self._protocol.edit(editor, cases)}
-        except CASE_FAULTS as error:
+        except Exception as error:
+            if is_out_of_memory(error):
+                # not a failed case: later edits would be made without it, although it is no fault of its own
+                raise StudyError(
+                    f"{editor.name}: out of memory while editing (cases at once: {len(cases)}); free some of the device's memory and run the "
+                    "same command again, which goes on where this one stopped, or edit fewer cases"
+                ) from error
+            if not isinstance(error, CASE_FAULTS):
+                raise
             reason = f"{type(error).__name__}: {error}"
             if len(cases) == 1:
                 return {cases[0].case_id: (None, reason)}
