@@ -59,8 +59,8 @@ from clme_lib.support.display import inline
 records = rq4.run_many(config)
 
 held = records["position"].max()
-shown_protocols = "; ".join(protocol_title(name) for name in records["protocol"].unique())
-Markdown(f"**Shown here:** {inline(shown_protocols)}; up to {held} edits in one model; samples: {records['sample'].nunique()}.")
+shown_protocols = ", ".join(f"{protocol_title(name)} (samples: {rows['sample'].nunique()})" for name, rows in records.groupby("protocol", sort=False))
+Markdown(f"**Shown here:** {inline(shown_protocols)}; up to {held} edits in one model.")
 
 # %% [markdown]
 # ## Retention as the number of edits grows
@@ -73,11 +73,16 @@ plt.show()
 
 # %% tags=["hide-input"]
 of_ends = rq4.ends(records)
+first = (of_ends[["dataset", "protocol"]] == of_ends[["dataset", "protocol"]].iloc[0]).all(axis=1)
 caption = (
     f"Many edits in {', '.join(records['subject'].unique())}: each row is a state of the model, evaluated on all edits that it holds. Shares in percent, with 95% intervals "
     "over cases and samples; n counts both. MiB: tensors of all edits together."
 )
-rq4.retention_table(of_ends, label="tab-rq4-retention", caption=caption)
+rq4.retention_table(of_ends[first], label="tab-rq4-retention", caption=caption)
+
+# %% tags=["hide-input"]
+caption = "The same for the other protocols and datasets."
+rq4.retention_table(of_ends[~first], label="tab-rq4-others", caption=caption) if not first.all() else None
 
 # %% tags=["hide-input", "hide-output"]
 caption = "The same for every number of edits after which the model was evaluated."
