@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from clme_lib.edits.base import EditLog, Unedited
-from clme_lib.edits.codebooks import Codebook
+from clme_lib.edits.codebooks import AdditiveCodebook, Codebook
 from clme_lib.edits.files import load_edits, save_edits
 from clme_lib.edits.weights import DenseUpdate, LowRankUpdate
 from clme_lib.evaluation.generation import Request, generate
@@ -177,6 +177,32 @@ def test_loading_refuses_what_does_not_fit(llama, subject, tmp_path):
     wrong = DenseUpdate(3, "test", layer=2, delta=torch.zeros(2, 2))
     with pytest.raises(StudyError, match="does not fit"), llama.applying([wrong]):
         pass
+
+
+@pytest.mark.parametrize("kind", [Codebook, AdditiveCodebook])
+def test_a_memory_that_all_rows_share_acts_as_in_each_row(subject, kind):
+    """It is not copied for every row, and beside another memory it is looked up in another way."""
+    ids = torch.tensor([[5, 9, 17], [40, 3, 8], [17, 9, 5]], device=subject.device)
+    seen = []
+    with subject.down_proj(2).register_forward_hook(lambda _module, args, _output: seen.append(args[0])) as hook:
+        subject.model(input_ids=ids)
+        hook.remove()
+    keys = seen[0][:, -1] * torch.tensor([[1.0], [1.001], [-1.0]], device=subject.device)
+    draw = torch.Generator().manual_seed(1)
+    values = torch.randn(3, subject.hidden_size, generator=draw).to(subject.device)
+    entries = {
+        Codebook: {"values": values, "radii": 0.01 * keys.norm(dim=-1)},
+        AdditiveCodebook: {"residuals": values, "gates": torch.full((3,), 0.9999, device=subject.device)},
+    }
+    edit = kind(1, "test", layer=2, keys=keys, **entries[kind])
+    with subject.applying([edit]):
+        shared = subject.model(input_ids=ids).logits
+    with subject.applying([edit, replace(edit, case_id=2)], rows=[0, 1, 0]):
+        apart = subject.model(input_ids=ids).logits
+    unedited = subject.model(input_ids=ids).logits
+    assert torch.allclose(shared, apart, atol=1e-5)
+    changed = [not torch.allclose(shared[row, -1], unedited[row, -1], atol=1e-3) for row in range(3)]
+    assert changed == [True, True, False]
 
 
 def test_an_edit_that_stands_for_several_rows_is_stacked_once(subject, monkeypatch):

@@ -114,7 +114,11 @@ class Codebook(Edit):
                 return outputs
             where, queries = edits[0].asked(inputs, state)
             books = rows[where[0]]
-            distances = (keys[books] - queries.to(keys.dtype)[:, None]).norm(dim=-1)
+            queries = queries.to(keys.dtype)
+            if len(keys) == 1:  # a codebook that all rows share is not copied for each of them: it may be large
+                distances = _distances(queries, keys[0])
+            else:
+                distances = (keys[books] - queries[:, None]).norm(dim=-1)
             nearest = distances.argmin(dim=-1)
             distance = distances[torch.arange(len(queries), device=device), nearest]
             fired = distance <= radii[books, nearest]
@@ -233,7 +237,10 @@ class AdditiveCodebook(Edit):
         def change(inputs, outputs, rows, state):
             queries = inputs.to(directions.dtype)
             queries = queries / queries.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-            cosines = torch.einsum("btf,bnf->btn", queries, directions[rows])
+            if len(directions) == 1:  # as for a codebook
+                cosines = queries @ directions[0].T
+            else:
+                cosines = torch.einsum("btf,bnf->btn", queries, directions[rows])
             # padding is never an entry, however near it is
             cosine, nearest = torch.where(gates[rows][:, None] > 1, -2.0, cosines).max(dim=-1)
             fired = cosine > gates[rows].gather(1, nearest)
@@ -249,7 +256,7 @@ class AdditiveCodebook(Edit):
 
 def _replaced(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """(n,) which of the ``old`` keys (n, d) are also among the ``new`` ones (m, d)."""
-    distances = torch.cdist(old, new.to(old), compute_mode="donot_use_mm_for_euclid_dist")
+    distances = _distances(old, new.to(old))
     return (distances <= _SAME_KEY * old.norm(dim=-1, keepdim=True)).any(dim=-1)
 
 
@@ -267,12 +274,16 @@ def joined_entries(old: Any, new: Any, names: Sequence[str]) -> dict[str, Any]:
     return entries
 
 
+def _distances(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """(Q, n) of queries (Q, d) to keys (n, d), as exact for near keys as for others."""
+    return torch.cdist(queries, keys, compute_mode="donot_use_mm_for_euclid_dist")
+
+
 def nearest_entry(
     queries: torch.Tensor, keys: torch.Tensor, radii: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """For each query (Q, d), the nearest of ``keys`` (n, d): the distance, the key's index, and whether it is within the key's radius (n,)."""
-    distances = torch.cdist(queries, keys, compute_mode="donot_use_mm_for_euclid_dist")
-    distance, nearest = distances.min(dim=-1)
+    distance, nearest = _distances(queries, keys).min(dim=-1)
     return distance, nearest, distance <= radii[nearest]
 
 
