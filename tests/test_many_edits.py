@@ -127,6 +127,15 @@ def test_another_order_or_another_training_is_another_run(config):
     run(config(editors="none", cases=2))
 
 
+def test_another_dataset_of_a_run_may_be_held_out_differently(config):
+    asked = config(editors="a-grace", cases=2, held_out=1)
+    edited = run(asked).drop_duplicates("case_id").query("not held_out")["case_id"].tolist()
+    without = asked.model_copy(update={"held_out": 0})
+    run_folder.check_same_run(without.model_copy(update={"dataset": ("csne",)}), edited={"csne": [1, 2, 3]})
+    with pytest.raises(StudyError, match="held_out=1, but held_out=0 was requested"):
+        run_folder.check_same_run(without, edited={"cnle": edited})
+
+
 def test_a_trained_editor_learns_from_the_cases_that_are_not_edited(config, monkeypatch):
     from clme_lib.editors.a_grace import AGRACE
 
