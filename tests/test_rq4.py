@@ -93,6 +93,10 @@ def test_each_protocol_and_sample_is_a_run_of_its_own(config):
     plt.close(figure)
 
 
+def test_a_sample_that_is_named_twice_is_counted_once():
+    assert make_config(ManyEditsConfig, samples="1,0,1").samples == (1, 0)
+
+
 def many(right, held):
     """Records of a sequence of ``held`` edits, of which case ``turn`` is right where ``right(position, turn)`` says so."""
     rows = []

@@ -35,6 +35,11 @@ def _split(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def _once(values: tuple) -> tuple:
+    """Values in their order, each once."""
+    return tuple(dict.fromkeys(values))
+
+
 def _name_in(registry: str) -> Callable[[str], str]:
     """A function that looks a name up and returns its entry's name; ``registry`` is ``module:function``, imported on use."""
     module, function = registry.split(":")
@@ -47,7 +52,7 @@ def _each(what: str, registry: str) -> Callable[[tuple[str, ...]], tuple[str, ..
     def check(names: tuple[str, ...]) -> tuple[str, ...]:
         if not names:
             raise ValueError(f"at least one {what} is needed; `clme list` shows all")
-        return tuple(dict.fromkeys(map(_name_in(registry), names)))
+        return _once(tuple(map(_name_in(registry), names)))
 
     return check
 
@@ -236,7 +241,7 @@ class ManyEditsConfig(RunConfig):
     protocols: Annotated[_Names, AfterValidator(_each("protocol", "study.protocols:get_protocol"))] = Field(
         ("sequential", "batch", "simie"), description="comma-separated protocols; see clme list"
     )
-    samples: Annotated[tuple[_Seed, ...], BeforeValidator(_split), Field(min_length=1)] = Field(
+    samples: Annotated[tuple[_Seed, ...], BeforeValidator(_split), AfterValidator(_once), Field(min_length=1)] = Field(
         (0,), description="comma-separated numbers of random samples, each with its own order"
     )
     interference: Path | None = Field(None, description="table to show, as clme measure interference writes it")
@@ -318,7 +323,7 @@ class ExportConfig(Schema):
     edits: Path = _argument("file that save_edits wrote")
     to: Path = Field(description="new folder to write the adapter or model to")
     subject: str = _SUBJECT
-    case_ids: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(
+    case_ids: Annotated[tuple[str, ...], BeforeValidator(_split), AfterValidator(_once)] = Field(
         (), description="comma-separated ids of the cases whose edits to export; if not given, all edits together"
     )
     merged: bool = Field(False, description="write the whole model, updates included, instead of an adapter")
