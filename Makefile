@@ -14,13 +14,16 @@ BUILDS ?=
 PUBLISHED := results/runs/smollm2-135m
 NAME := $(notdir $(PUBLISHED))
 comma := ,
-MANY_PROTOCOLS := sequential,batch,simie,simie-scaled
-# editors of RQ4, by the number of edits that are made one after another, and those of the other protocols; what a trained editor learns from depends on how many cases are edited, so its run cannot grow
+# RQ4's runs, each a protocol and a sample
+MANY_RUNS := sequential-0 sequential-1 sequential-2 batch-0 simie-0 simie-scaled-0
+# editors that make CNLE edits one after another, by their number; what a trained editor learns from depends on how many cases are edited, so its run cannot grow
 MANY_10 := in-context
-MANY_30 := ft-l,rome,memit,memit-accumulated,pmet,malmen,grace,a-grace,alphaedit,emmet,neuraldb,locft-bf,lora
-MANY_100 := grace-tuned,ultraedit
-MANY_300 := none,in-context-retrieved
+MANY_30 := pmet,malmen,a-grace
+MANY_100 := ft-l,rome,memit,memit-accumulated,grace,grace-tuned,alphaedit,emmet,neuraldb,locft-bf,lora
+MANY_300 := none,in-context-retrieved,ultraedit
 MANY_EDITORS := $(MANY_300),$(MANY_100),$(MANY_30),$(MANY_10)
+# those that also do so in other orders, and with CSNE; those that make all edits at once; those whose edits SimIE joins
+MANY_REPEATED := $(MANY_300),$(MANY_100),$(MANY_30)
 MANY_JOINTLY := memit,locft-bf,ultraedit,alphaedit,emmet
 MANY_SIMIE := ft-l,rome
 MANY := results/many/$(NAME)-code
@@ -159,19 +162,21 @@ publish: .venv/.ready
 	$(BIN)/clme notebook notebooks/rq2_efficiency.py results/notebooks/rq2_efficiency.ipynb -p show results/efficiency \
 	  -p whole_cases results/whole_case -p plain results/benchmarks/whole_case.csv
 	$(BIN)/clme notebook notebooks/rq3_a_grace.py results/notebooks/rq3_a_grace.ipynb -p cases 100 -p name $(NAME) -p out $(PUBLISHED) -p beside $(PUBLISHED)-code
-	many() { $(BIN)/clme run --subject $(NAME)-code --dataset cnle --held-out 20 --protocol $$1 --name $(NAME)-code-$$1-0 --out runs/publish/many/$$1-0 "$${@:2}"; }; \
-	for protocol in $(subst $(comma), ,$(MANY_PROTOCOLS)); do test -d $(MANY)/$$protocol-0 || { \
-	  case $$protocol in \
-	    sequential) many sequential --cases 10 --editor $(MANY_10) && many sequential --cases 30 --editor $(MANY_30) && \
-	      many sequential --cases 100 --editor $(MANY_100) && many sequential --cases 300 --editor $(MANY_300);; \
-	    batch) many batch --cases 30 --editor $(MANY_JOINTLY);; \
-	    simie*) many $$protocol --cases 30 --editor $(MANY_SIMIE);; \
+	many() { $(BIN)/clme run --subject $(NAME)-code --protocol $$1 --sample $$2 --name $(NAME)-code-$$1-$$2 --out runs/publish/many/$$1-$$2 --dataset $$3 --cases $$4 --editor "$${@:5}"; }; \
+	for made in $(MANY_RUNS); do test -d $(MANY)/$$made || { \
+	  case $$made in \
+	    sequential-0) many sequential 0 cnle 10 $(MANY_10) --held-out 20 && many sequential 0 cnle 30 $(MANY_30) --held-out 20 && \
+	      many sequential 0 cnle 100 $(MANY_100) --held-out 20 && many sequential 0 cnle 300 $(MANY_300) --held-out 20 && many sequential 0 csne 30 $(MANY_REPEATED);; \
+	    sequential-*) many sequential $${made#*-} cnle 30 $(MANY_REPEATED);; \
+	    batch-0) many batch 0 cnle 30 $(MANY_JOINTLY) --held-out 20;; \
+	    simie*) many $${made%-0} 0 cnle 30 $(MANY_SIMIE) --held-out 20;; \
 	  esac && \
-	  $(BIN)/clme score runs/publish/many/$$protocol-0 runs/publish/many-run/$$protocol-0 --metrics $(EXECUTED) && \
-	  $(BIN)/clme publish runs/publish/many-run/$$protocol-0 $(MANY)/$$protocol-0; } || exit 1; done
+	  $(BIN)/clme score runs/publish/many/$$made runs/publish/many-run/$$made --metrics $(EXECUTED) && \
+	  $(BIN)/clme publish runs/publish/many-run/$$made $(MANY)/$$made; } || exit 1; done
 	test -f results/conflicts/$(NAME)-code.csv || $(BIN)/clme measure conflicts --subject $(NAME)-code --cases 12 --out results/conflicts/$(NAME)-code.csv
 	test -f results/interference/$(NAME)-code.csv || $(BIN)/clme measure interference --subject $(NAME)-code --out results/interference/$(NAME)-code.csv
-	$(BIN)/clme notebook notebooks/rq4_many_edits.py results/notebooks/rq4_many_edits.ipynb -p editors $(MANY_EDITORS) -p cases 300 -p held_out 20 -p protocols $(MANY_PROTOCOLS) -p out $(MANY) \
+	$(BIN)/clme notebook notebooks/rq4_many_edits.py results/notebooks/rq4_many_edits.ipynb -p dataset cnle,csne -p editors $(MANY_EDITORS) -p cases 300 -p held_out 20 \
+	  -p protocols sequential,batch,simie,simie-scaled -p samples 0,1,2 -p out $(MANY) \
 	  -p interference results/interference/$(NAME)-code.csv -p conflicts results/conflicts/$(NAME)-code.csv
 	for page in benchmark $(basename $(notdir $(wildcard notebooks/appendix_*.py))); do \
 	  $(BIN)/clme notebook notebooks/$$page.py results/notebooks/$$page.ipynb || exit 1; done

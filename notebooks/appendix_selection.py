@@ -59,10 +59,11 @@ for subject in subjects.split(","):
 # statistics of ten tokens per dimension of the key, a quarter of today's default. MALMEN's learning rate was selected on ten CNLE cases, from the paper's value and three times that. GRACE's tuned radius was taken from RQ3's
 # sweep, and A-GRACE's margins were selected in {ref}`encoders`.
 #
-# On `smollm2-135m-code` the paper's editors and those derived from GRACE have the same budget: eight settings, each on 20 selection cases, the first ten of each dataset. Editors beyond the paper had
-# less: eight settings on the first five cases of CNLE. No radius made the case retrieved in context generalize, so it keeps the default. A-GRACE's
+# On `smollm2-135m-code` the paper's editors and those derived from GRACE have the same budget: eight settings, each on 20 selection cases, the first ten of each dataset. No radius made the case retrieved in context generalize, so it keeps the default. A-GRACE's
 # ablations use its values. No setting of MALMEN both keeps half of the neighbours unchanged and reaches half of the targets; its locality factor trades one for the other.
 # MALMEN has to be trained separately for each dataset, so it takes all its 20 cases from CNLE, and its values are used for CSNE too.
+#
+# Editors beyond the paper had less on either model: eight settings on the first five cases of CNLE. On the chat model no setting of AlphaEdit or NeuralDB makes an edit effective, and none of LoRA keeps any neighbour.
 #
 # MALMEN's networks train on 150 records for 150 iterations of four (the paper: on half the dataset,
 # 1000); {numref}`tab-speed-malmen` gives the minutes. MALMEN's *loss* is that of the unedited subject, whose gradient the network turns into the edit. For the other editors it is the last value of their objective,

@@ -5,8 +5,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from clme_lib.editors.registry import get_editor, resolve_hparams
 from clme_lib.study.appendices import encoder_settings, lookups, selection, statistics, weight_updates
 from clme_lib.study.tables import read_csv
+from clme_lib.subjects.settings import load_settings
 from clme_lib.support.errors import StudyError
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -58,6 +60,23 @@ def test_presets_stand_together_by_dataset():
     assert list(table["Data"][:4]) == ["CNLE", "CNLE", "CSNE", "CSNE"]
     assert list(table["Setting"][:4]) == ["clean", "defects"] * 2
     assert list(table["Eff."][:2]) == ["60.0", "10.0"] and list(table["Eff., released budget"][:2]) == ["30.0", "5.0"]
+
+
+def test_subjects_have_the_values_that_were_selected():
+    """Every chosen setting follows from its table by the stated rule, and is what the subject's file has."""
+    files = sorted((RESULTS / "selection").glob("*.csv"))
+    assert len(files) >= 27
+    for file in files:
+        subject, editor = file.stem.rsplit(".", 1)
+        grid = pd.read_csv(file)
+        values = resolve_hparams(editor, subject, load_settings(subject).subject.blocks)
+        score = "generalization_em" if get_editor(editor).selects_reach else "effectiveness_em"
+        for dataset, rows in grid.groupby("dataset") if "dataset" in grid else [("", grid)]:
+            assert selection.choose(rows, score)["chosen"].tolist() == rows["chosen"].tolist(), (file.name, dataset)
+            (setting,) = rows[rows["chosen"]]["setting"]
+            names = [part.split(" ")[0] for part in setting.split(", ")]
+            now = selection.describe_setting({name: getattr(values, name) for name in names}, dataset)
+            assert now == setting, (file.name, dataset)
 
 
 def test_published_measurements_are_shown_whole():

@@ -26,6 +26,7 @@ def measured(*scores):
 
 def test_the_first_good_enough_is_chosen_else_the_best():
     assert list(selection.choose(measured(0.1, 0.96, 0.99), "effectiveness_em")["chosen"]) == [False, True, False]
+    assert list(selection.choose(measured(0.3, 0.1 + 0.2), "effectiveness_em")["chosen"]) == [True, False], "rounding"
     assert list(selection.choose(measured(0.1, 0.3, 0.2), "effectiveness_em")["chosen"]) == [False, True, False]
     assert selection.criterion(0.0, 0.0) == 0 and selection.criterion(1.0, 0.5) == pytest.approx(2 / 3)
     assert selection.criterion(0.7, 0.0) > selection.criterion(0.1, 0.02)

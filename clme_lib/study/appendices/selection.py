@@ -280,8 +280,8 @@ def choose(measured: pd.DataFrame, score: str) -> pd.DataFrame:
     """A grid in its order, with each setting's criterion, made of ``score`` and specificity, and the chosen setting marked:
     the first that is good enough, else the best."""
     criteria = pd.Series(list(map(criterion, measured[score], measured["specificity_rate"])), measured.index)
-    # idxmax takes the first of equal values
-    best = criteria.clip(upper=GOOD_ENOUGH).idxmax()
+    # idxmax takes the first of equal values; means that differ by rounding alone are equal
+    best = criteria.clip(upper=GOOD_ENOUGH).round(9).idxmax()
     return measured.assign(criterion=criteria, chosen=measured.index == best)
 
 
