@@ -18,12 +18,13 @@ comma := ,
 MANY_RUNS := sequential-0 sequential-1 sequential-2 batch-0 simie-0 simie-scaled-0
 # editors that make CNLE edits one after another, by their number; what a trained editor learns from depends on how many cases are edited, so its run cannot grow
 MANY_10 := in-context
-MANY_30 := pmet,malmen,a-grace
-MANY_100 := ft-l,rome,memit,memit-accumulated,grace,grace-tuned,alphaedit,emmet,neuraldb,locft-bf,lora
+MANY_30 := memit,memit-accumulated,pmet,malmen,a-grace,emmet,neuraldb
+MANY_100 := ft-l,rome,grace,grace-tuned,alphaedit,locft-bf,lora
 MANY_300 := none,in-context-retrieved,ultraedit
 MANY_EDITORS := $(MANY_300),$(MANY_100),$(MANY_30),$(MANY_10)
-# those that also do so in other orders, and with CSNE; those that make all edits at once; those whose edits SimIE joins
-MANY_REPEATED := $(MANY_300),$(MANY_100),$(MANY_30)
+# thirty edits in other orders, and of CSNE; those that make all edits at once; those whose edits SimIE joins
+MANY_REPEATED := $(MANY_300),$(MANY_100),memit,malmen,a-grace,emmet,neuraldb
+MANY_CSNE := none,in-context-retrieved,ultraedit,ft-l,rome,grace,grace-tuned,locft-bf,lora,a-grace
 MANY_JOINTLY := memit,locft-bf,ultraedit,alphaedit,emmet
 MANY_SIMIE := ft-l,rome
 MANY := results/many/$(NAME)-code
@@ -166,7 +167,7 @@ publish: .venv/.ready
 	for made in $(MANY_RUNS); do test -d $(MANY)/$$made || { \
 	  case $$made in \
 	    sequential-0) many sequential 0 cnle 10 $(MANY_10) --held-out 20 && many sequential 0 cnle 30 $(MANY_30) --held-out 20 && \
-	      many sequential 0 cnle 100 $(MANY_100) --held-out 20 && many sequential 0 cnle 300 $(MANY_300) --held-out 20 && many sequential 0 csne 30 $(MANY_REPEATED);; \
+	      many sequential 0 cnle 100 $(MANY_100) --held-out 20 && many sequential 0 cnle 300 $(MANY_300) --held-out 20 && many sequential 0 csne 30 $(MANY_CSNE);; \
 	    sequential-*) many sequential $${made#*-} cnle 30 $(MANY_REPEATED);; \
 	    batch-0) many batch 0 cnle 30 $(MANY_JOINTLY) --held-out 20;; \
 	    simie*) many $${made%-0} 0 cnle 30 $(MANY_SIMIE) --held-out 20;; \

@@ -84,8 +84,12 @@ rq4.retention_table(of_ends[first], label="tab-rq4-retention", caption=caption)
 caption = "The same for the other protocols and datasets."
 rq4.retention_table(of_ends[~first], label="tab-rq4-others", caption=caption) if not first.all() else None
 
+# %% tags=["hide-input"]
+caption = "The samples beside each other: each has its own cases and order. Percent of the edits in the model that are right, and of the neighbours' answers that are unchanged."
+rq4.orders_table(records, label="tab-rq4-orders", caption=caption) if records.groupby(["dataset", "protocol", "editor"])["sample"].nunique().max() > 1 else None
+
 # %% tags=["hide-input", "hide-output"]
-caption = "The same for every number of edits after which the model was evaluated."
+caption = "As above, for every number of edits after which the model was evaluated."
 rq4.retention_table(records, label="tab-rq4-states", caption=caption)
 
 # %% tags=["hide-input"]
@@ -130,8 +134,10 @@ rq4.learning_table(records, label="tab-rq4-learnt", caption=caption)
 #   edit itself did. The edits of ROME and of EMMET, which writes as ROME does, do not survive this: two more suffice to lose the first. Their newer edits, and PMET's, are learnt worse as well ({numref}`tab-rq4-learnt`), since the model that has to learn them is already changed: ROME's edits that are made alone, for SimIE, are learnt equally well at both ends. FT-L's bound limits
 #   one edit's change of a weight, but not the sum.
 # - **MEMIT hardly reaches its targets on this model even alone** ([](#rq1)), so there is nothing to forget. Accumulated statistics do make later edits add less, but cannot change that. AlphaEdit, which writes in a similar way, does little better.
-# - **A codebook's radii shrink** where entries come close to each other ([](#sec-many)). With a selected radius, GRACE changes the neighbours' answers while it has a single entry, and spares nearly all when it has many. It keeps all edits, and reaches none of these
-#   rephrased prompts, whether it is almost empty or full. A-GRACE keeps all edits as well, but the share of rephrased prompts that reach them shrinks with the radii: what its encoder gains for single edits is soon lost.
+# - **Fine-tuned weights forget gradually.** FT-L, LocFT-BF and LoRA still have most of the newest edits when the first ones are lost, and the more edits the model holds, the fewer are right. How many depends on the cases and their order ({numref}`tab-rq4-orders`). None of the three
+#   spares the neighbours, not even with ten edits.
+# - **A codebook's radii shrink** where entries come close to each other ([](#sec-many)). With a selected radius, GRACE changes the neighbours' answers while it has a single entry, and spares nearly all when it has many. It keeps nearly all edits. On CNLE it
+#   reaches none of the rephrased prompts, whether it is almost empty or full; on CSNE, whose rephrased prompts are nearer ([](#rq3)), most of them. A-GRACE keeps nearly all edits as well, but on CNLE the share of rephrased prompts that reach them shrinks with the radii: what its encoder gains for single edits is soon lost.
 # - **A case that is retrieved into the prompt is not forgotten.** The share of right answers is about that of single edits ([](#rq1)), because every prompt reads at most the nearest case. Without retrieval every prompt reads all cases, which was measured for few edits only.
 # - **SimIE keeps almost nothing of an edit with its authors' constant.** Of the first edit's update it keeps the share $\lVert k\rVert^2/(m+\lVert k\rVert^2)$ at its own key ({eq}`eq-simie`). Their $m=10^4$ is far larger than the squared norm of this model's keys (*Key*), so the neighbours are
 #   spared because hardly anything is written. With $m$ in proportion to the keys (`simie-scaled`), ROME's first edits hold, but soon none does: the keys of prompts that end in the same token nearly coincide, and telling many of them apart takes coefficients so large that they disturb everything else. FT-L's
@@ -183,7 +189,7 @@ else:
 shown
 
 # %% [markdown]
-# **Threats.** The case in the prompt without retrieval was evaluated with fewer edits than the others, because thirty cases before every prompt make an evaluation many times longer. The edits follow the order of one random sample unless several samples are named above; an interval over cases in one order does not show what another order would give. All edits use one template and are unrelated to
+# **Threats.** The case in the prompt without retrieval was evaluated with fewer edits than the others, because thirty cases before every prompt make an evaluation many times longer. States with more than thirty edits, held-out cases and the ways other than *one after another* are of one sample in one order; an interval over cases in one order does not show what another order would give. All edits use one template and are unrelated to
 # each other, whereas a user's edits would often concern the same library. What the model can do otherwise is measured on cases of the same kind only ([](#sec-threats)).
 
 # %% [markdown]

@@ -181,6 +181,16 @@ def test_the_table_of_ends_has_a_common_number_of_edits():
     assert states == {("cnle", 0): [12, 30], ("cnle", 1): [12], ("cnle", 2): [12], ("csne", 0): [11]}
 
 
+def test_samples_are_shown_beside_each_other():
+    first = many(lambda position, turn: turn < 3, 12).assign(sample=0)
+    second = many(lambda position, turn: turn < 9, 12).assign(sample=2)
+    alone = first.assign(editor="rome")
+    longer = pd.concat([first, first[first["position"] == 12].assign(position=30), second, alone])
+    (row,) = rq4.orders_table(longer, label="tab").data.to_dict("records")
+    assert (row["Editor"], row["Edits"]) == ("GRACE", "12"), "ROME has one sample; only one has thirty edits"
+    assert (row["Eff. EM, sample 0"], row["Eff. EM, sample 2"]) == ("25.0", "75.0")
+
+
 def test_later_edits_may_be_learnt_worse():
     losses = many(lambda position, turn: True, 30)
     quick = losses.assign(editor="ultraedit", steps=1)

@@ -195,6 +195,7 @@ def tables_of(text: str, records: pd.DataFrame) -> dict[str, tuple[Table, list[s
         "reach": (rq1.reach_table(named.assign(fires=1.0, right_where_fired=0.0), **options), [text]),
         "transfer": (rq1.transfer_table(edited, **options), [upper]),
         "retention": (rq4.retention_table(named.assign(protocol=text, turn=0), **options), [text]),
+        "orders": (rq4.orders_table(pd.concat([named.assign(protocol=text, sample=n) for n in (0, 1)]), **options), [text]),
         "learning": (rq4.learning_table(named.assign(protocol=text, turn=0, position=20, steps=5, loss=0.5), **options), [text]),
         "ability": (rq4.ability_table(named.assign(protocol=text, held_out=True, target_loss=1.0, target_tokens=4), **options), [text]),
         "conflicts": (conflicts.conflict_table(pd.DataFrame([{"dataset": text, "editor": text, **dict.fromkeys(conflicts.SHARES, 1.0)}]), **options),

@@ -115,6 +115,30 @@ def retention_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 
 @table
+def orders_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
+    """What other cases, in another order, give: mean effectiveness and share of neighbours unchanged of each sample, in percent, for the
+    editors that have several samples, with the largest number of edits that all of these have."""
+    samples = sorted(records["sample"].unique())
+    edited = scored(records[~records["held_out"] & (records["editor"] != UNEDITED)])
+    for (dataset, protocol, editor), rows in edited.groupby(["dataset", "protocol", "editor"], sort=False):
+        reached = [set(of_sample["position"]) for _, of_sample in rows.groupby("sample")]
+        if len(reached) < 2:
+            continue
+        held = max(set.intersection(*reached))
+        row = {
+            "Data": dataset_title(str(dataset)),
+            "Protocol": protocol_title(str(protocol)),
+            "Editor": editor_name(str(editor)),
+            "Edits": str(held),
+        }
+        for name in ("effectiveness_em", "specificity_rate"):
+            means = rows[rows["position"] == held].groupby("sample")[name].mean()
+            titles = {sample: f"{get_metric(name).title}, sample {sample}" for sample in samples}
+            row |= {title: percent(means[n]) if n in means else "–" for n, title in titles.items()}
+        yield row
+
+
+@table
 def learning_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
     """Whether later edits are learnt as well as the first ones: the loss (nats per token of the target) at which the optimisation of each
     edit stopped, means over the first ten and over the last ten edits, with 95% intervals over cases and samples.
