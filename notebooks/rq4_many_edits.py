@@ -133,9 +133,10 @@ rq4.learning_table(records, label="tab-rq4-learnt", caption=caption)
 # - **Updates of weights meet at the token that all prompts share** ([](#weight-editors)). Most of what an edit adds at its own lookup token arrives at the other edits' too (AlphaEdit's projection lets less of it pass), and with thirty edits the later ones together add more there than the
 #   edit itself did. The edits of ROME and of EMMET, which writes as ROME does, do not survive this: two more suffice to lose the first. Their newer edits, and PMET's, are learnt worse as well ({numref}`tab-rq4-learnt`), since the model that has to learn them is already changed: ROME's edits that are made alone, for SimIE, are learnt equally well at both ends. FT-L's bound limits
 #   one edit's change of a weight, but not the sum.
-# - **MEMIT hardly reaches its targets on this model even alone** ([](#rq1)), so there is nothing to forget. Accumulated statistics do make later edits add less, but cannot change that. AlphaEdit, which writes in a similar way, does little better.
+# - **MEMIT hardly reaches its targets on this model even alone** ([](#rq1)), so there is nothing to forget. Accumulated statistics do make later edits add less, but cannot change that. AlphaEdit, which writes in a similar way, does no better in a sequence.
 # - **Fine-tuned weights forget gradually.** FT-L, LocFT-BF and LoRA still have most of the newest edits when the first ones are lost, and the more edits the model holds, the fewer are right. How many depends on the cases and their order ({numref}`tab-rq4-orders`). None of the three
-#   spares the neighbours, not even with ten edits.
+#   spares many neighbours, not even with ten edits, and of CSNE's edits they keep fewer.
+# - **UltraEdit collapses.** With three hundred edits nothing is right any more, and the held-out targets are beyond all likelihood ({numref}`tab-rq4-ability`). Each edit is a single step of a fixed size: no loss says when to stop, or that the model has left the region in which its gradient means anything.
 # - **A codebook's radii shrink** where entries come close to each other ([](#sec-many)). With a selected radius, GRACE changes the neighbours' answers while it has a single entry, and spares nearly all when it has many. It keeps nearly all edits. On CNLE it
 #   reaches none of the rephrased prompts, whether it is almost empty or full; on CSNE, whose rephrased prompts are nearer ([](#rq3)), most of them. A-GRACE keeps nearly all edits as well, but on CNLE the share of rephrased prompts that reach them shrinks with the radii: what its encoder gains for single edits is soon lost.
 # - **A case that is retrieved into the prompt is not forgotten.** The share of right answers is about that of single edits ([](#rq1)), because every prompt reads at most the nearest case. Without retrieval every prompt reads all cases, which was measured for few edits only.
@@ -168,7 +169,10 @@ lost = pd.DataFrame(rq4.ability_findings(records))
 sentences = []
 for (dataset, protocol), shown in lost.groupby(["dataset", "protocol"], sort=False) if len(lost) else ():
     ratios = shown.loc[shown["ratio"].str[0].sort_values(kind="stable").index, ["editor", "held", "ratio"]]
-    parts = [f"{inline(editor_name(editor))} {mean:.2f} ({low:.2f}–{high:.2f}; {held} edits)" for editor, held, (mean, low, high) in ratios.itertuples(index=False)]
+    parts = []
+    for editor, held, bounds in ratios.itertuples(index=False):
+        mean, low, high = (f"{bound:.2f}" if bound < 1000 else f"{bound:.3g}" for bound in bounds)
+        parts.append(f"{inline(editor_name(editor))} {mean} ({low}–{high}; {held} edits)")
     sentences.append(f"**{inline(rq4.way_of(records, dataset, protocol))}**: {'; '.join(parts)}.")
 text = "> **Findings.** Perplexity of the held-out targets with all edits, relative to the unedited model's on the same cases, with the 95% interval of the ratio.\n>\n"
 Markdown(text + "\n".join(f"> - {sentence}" for sentence in sentences)) if sentences else None
