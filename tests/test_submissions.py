@@ -190,7 +190,11 @@ def test_the_leaderboard_leaves_out_cases_that_were_held_out(tmp_path):
     counts = Counter(row["position"] for row in rows if not row["held_out"])
     assert counts[3] == 2
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shown = {row["edits"]: row["n"] for row, _ in leaderboard.board(results) if row["editor"] == "FT-L"}
+    shown = {
+        row["edits"]: row["n"]
+        for row, _ in leaderboard.board(results)
+        if (row["editor"], row["dataset"]) == ("FT-L", "CNLE")
+    }
     assert shown == counts
 
 
