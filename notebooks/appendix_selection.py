@@ -63,7 +63,7 @@ for subject in subjects.split(","):
 # ablations use its values. No setting of MALMEN both keeps half of the neighbours unchanged and reaches half of the targets; its locality factor trades one for the other.
 # MALMEN has to be trained separately for each dataset, so it takes all its 20 cases from CNLE, and its values are used for CSNE too.
 #
-# Editors beyond the paper had less on either model: eight settings on the first five cases of CNLE. On the chat model no setting of AlphaEdit or NeuralDB makes an edit effective, and none of LoRA keeps any neighbour.
+# Editors beyond the paper had a smaller budget on either model: eight settings on the first five cases of CNLE. On the chat model no setting of AlphaEdit or NeuralDB makes an edit effective, and none of LoRA keeps any neighbour.
 #
 # MALMEN's networks train on 150 records for 150 iterations of four (the paper: on half the dataset,
 # 1000); {numref}`tab-speed-malmen` gives the minutes. MALMEN's *loss* is that of the unedited subject, whose gradient the network turns into the edit. For the other editors it is the last value of their objective,

@@ -1,6 +1,7 @@
 """Tiny random subjects of the three architectures, hand-made cases, and the real small subject."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,18 @@ def run_config(source: Path, out: Path, **changes) -> RunConfig:
     """A run of three cases of ``source`` by a tiny subject, two a batch."""
     fields = dict(subject="tiny-llama", dataset="cnle", editors="none,grace", cases=3, source=str(source), out=out, batch_size=2)  # fmt: skip
     return make_config(**{**fields, **changes})
+
+
+def killed_at(edit_batch: Callable, made: list[int], number: int) -> Callable:
+    """An editor's ``_edit_batch`` that keeps the ids of the cases it edits in ``made``, and is interrupted once these are ``number``."""
+
+    def edited(self, cases, tokenized):
+        if len(made) == number:
+            raise KeyboardInterrupt
+        made.append(cases[0].case_id)
+        return edit_batch(self, cases, tokenized)
+
+    return edited
 
 
 @pytest.fixture(scope="session", params=ARCHITECTURES)

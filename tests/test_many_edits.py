@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import run_config, write_source
+from conftest import killed_at, run_config, write_source
 
 from clme_lib.datasets.cases import sample_cases
 from clme_lib.datasets.registry import load_cases
@@ -84,20 +84,11 @@ def test_a_killed_sequence_goes_on_with_the_edit_in_flight(tiny, config, tmp_pat
     whole = run(config(out=tmp_path / "whole"))
     edit, made = ROME._edit_batch, []
 
-    def killed_at(number):
-        def edited(self, cases, tokenized):
-            if len(made) == number:
-                raise KeyboardInterrupt
-            made.append(cases[0].case_id)
-            return edit(self, cases, tokenized)
-
-        return edited
-
     for number in (2, 4):
-        monkeypatch.setattr(ROME, "_edit_batch", killed_at(number))
+        monkeypatch.setattr(ROME, "_edit_batch", killed_at(edit, made, number))
         with pytest.raises(KeyboardInterrupt):
             run(config())
-    monkeypatch.setattr(ROME, "_edit_batch", killed_at(99))
+    monkeypatch.setattr(ROME, "_edit_batch", killed_at(edit, made, 99))
     records = run(config())
     assert made == [case.case_id for case in ordered(config())], "each edit was made once, in the sample's order"
     assert texts(records) == texts(whole)

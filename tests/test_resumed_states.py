@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import run_config, write_source
+from conftest import killed_at, run_config, write_source
 
 from clme_lib.editors.alphaedit import AlphaEdit
 from clme_lib.editors.grace import GRACE
@@ -53,15 +53,6 @@ def test_each_edit_is_written_once_between_states_that_are_evaluated(config, tin
     """Not all edits after each edit, whose time and space would grow with the square of their number."""
     edit, made, written = ROME._edit_batch, [], []
 
-    def killed_at(number):
-        def edits(self, cases, tokenized):
-            if len(made) == number:
-                raise KeyboardInterrupt
-            made.append(cases[0].case_id)
-            return edit(self, cases, tokenized)
-
-        return edits
-
     def saved(path, edits, subject, about):
         written.append((path.name, edits[0].factors[1][0].shape[1]))
         save_edits(path, edits, subject, about)
@@ -70,7 +61,7 @@ def test_each_edit_is_written_once_between_states_that_are_evaluated(config, tin
     monkeypatch.setattr(states, "save_edits", saved)
     folder = run_folder.state_file(config(), "cnle", "rome").parent
     for number in (2, 6):
-        monkeypatch.setattr(ROME, "_edit_batch", killed_at(number))
+        monkeypatch.setattr(ROME, "_edit_batch", killed_at(edit, made, number))
         with pytest.raises(KeyboardInterrupt):
             run(config(cases=8))
     file, added = "cnle.rome.safetensors", "cnle.rome.{}.safetensors"
@@ -83,7 +74,7 @@ def test_each_edit_is_written_once_between_states_that_are_evaluated(config, tin
     fewer = texts(run(config(cases=5)))
     assert {key: text for key, text in fewer.items() if key[0] < 5}.items() <= whole.items()
     assert sorted(path.name for path in folder.iterdir()) == [added.format(5), file]
-    monkeypatch.setattr(ROME, "_edit_batch", killed_at(99))
+    monkeypatch.setattr(ROME, "_edit_batch", killed_at(edit, made, 99))
     assert texts(run(config(cases=8))).items() >= whole.items()
     assert len(made) == 8 == len(set(made)), "each edit was made once"
     assert [path.name for path in folder.iterdir()] == [file]

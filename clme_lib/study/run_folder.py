@@ -247,9 +247,8 @@ def check_same_run(
                 differing += [
                     (f"case {n} of the edits of {name}", *pair) for n, pair in enumerate(zip(earlier, ids), 1)
                 ]
-            if trained and set(start["cases"]) & set(
-                edited or {}
-            ):  # a run's datasets may have been held out differently
+            # a run's datasets may have been held out differently
+            if trained and set(start["cases"]) & set(edited or {}):
                 differing.append(("held_out", start.get("held_out", 0), config.held_out))
         differing.append(("dtype", start["dtype"], str(torch_dtype(config.dtype)).removeprefix("torch.")))
         differing.append(("model", start["model"], model or start["model"]))
