@@ -67,9 +67,12 @@ def test_each_protocol_and_sample_is_a_run_of_its_own(config):
     assert of_published.groupby("sample")["held_out"].any().to_dict() == {0: True, 1: False}
     assert not (published.out / "batch-1").exists(), "what was not published is left out, not made"
     with pytest.raises(
-        StudyError, match="editors: none of grace has records in .*published, or can be joined by simie"
+        StudyError, match="none of grace has records of samples 0, 1 in .*published, or can be joined by simie"
     ):
         rq4.run_many(published.model_copy(update={"editors": ("grace",), "protocols": ("simie",)}))
+    with pytest.raises(StudyError, match="records of samples 9 in .*published"):
+        rq4.run_many(published.model_copy(update={"samples": (9,)}))
+    assert not list(published.out.glob("*-9"))
     # every row of table and figure is there
     shown = rq4.retention_table(records, label="tab").data
     assert len(shown) == 2 * (3 + 3 + 1) and set(shown["n"]) == {"2", "6"}

@@ -40,7 +40,7 @@ def run_many(config: ManyEditsConfig) -> pd.DataFrame:
     StudyError if nothing is left."""
     frames = []
     keys = [(protocol, sample) for protocol in config.protocols for sample in config.samples]
-    published = any(is_published(_folder(config, *key)) for key in keys)
+    published = any(map(is_published, config.out.glob("*-*")))  # nothing is made beside published runs
     for protocol, sample in keys:
         for own in (_published_runs if published else _runs)(config, protocol, sample):
             records = run(own)
@@ -50,7 +50,8 @@ def run_many(config: ManyEditsConfig) -> pd.DataFrame:
             frames.append(records.assign(sample=sample, turn=turn))
     if not frames:
         raise StudyError(
-            f"editors: none of {', '.join(config.editors)} has records in {config.out}, or can be joined by {', '.join(config.protocols)}"
+            f"editors: none of {', '.join(config.editors)} has records of samples {', '.join(map(str, config.samples))} in {config.out}, or can be "
+            f"joined by {', '.join(config.protocols)}"
         )
     return pd.concat(frames, ignore_index=True)
 
