@@ -1,6 +1,6 @@
 """Where the time of a batch of whole cases goes, beside its floor: products with matrices, attention, and everything else.
 
-Seconds are of a run without the profiler; the profiler, in a second run, says which share of the time each kind of operation takes.
+Seconds are medians of three runs without the profiler; the profiler, in another run, says which share of the time each kind of operation takes.
 *Floor / products* is the share of the floor that would be reached if everything but the products cost nothing.
 
 usage: python benchmarks/whole_case_parts.py [--subject smollm2-135m] [--cases 16] [--editors ft-l,grace] [--threads 2] [--out FILE.csv]
@@ -8,6 +8,7 @@ usage: python benchmarks/whole_case_parts.py [--subject smollm2-135m] [--cases 1
 
 import argparse
 import os
+import statistics
 import time
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from clme_lib.study.provenance import processor
 from clme_lib.study.rq2.floor import measure_ceilings
 from clme_lib.study.rq2.measure import phases_of_edits, phases_of_evaluation, ready
 
+ROUNDS = 3
 PRODUCTS = ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 ATTENTION = "aten::_scaled_dot_product"
 
@@ -40,9 +42,13 @@ def shares(act):
 
 
 def seconds(act):
-    started = time.perf_counter()
-    act()
-    return time.perf_counter() - started
+    """The median of a few rounds."""
+    taken = []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        act()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
 
 
 def main():

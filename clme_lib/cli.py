@@ -297,12 +297,12 @@ def _data_labels(config: Any) -> None:
 
 
 def _export(config: Any) -> None:
-    from .edits.files import load_edits, read_about
+    from .edits.files import load_edits, read_subject
     from .evaluation.loading import load_subject
     from .study.export import export_edits
 
-    read_about(config.edits)  # what is wrong with the file is said before a model is loaded
-    subject = load_subject(config.subject, config.device, config.dtype)
+    made_for = read_subject(config.edits)  # what is wrong with the file is said before a model is loaded
+    subject = load_subject(config.subject or made_for, config.device, config.dtype)
     edits = load_edits(config.edits, subject)
     if unknown := set(config.case_ids) - {str(edit.case_id) for edit in edits}:
         known = ", ".join(str(edit.case_id) for edit in edits)

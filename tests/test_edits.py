@@ -168,6 +168,9 @@ def test_loading_refuses_what_does_not_fit(llama, subject, tmp_path):
     stranger = type(llama)("other", llama.model, llama.tokenizer, llama.settings, "another fingerprint")
     with pytest.raises(StudyError, match="were made for tiny-llama"):
         load_edits(path, stranger)
+    save_edits(path, [dense(llama, 2)], llama.edited(low_rank(llama, 1)))
+    with pytest.raises(StudyError, match="made for tiny-llama with another edit in it, and do not include that"):
+        load_edits(path, llama)
     save_file({"x": torch.zeros(1)}, path, metadata={"clme": json.dumps({"format": "else"})})
     with pytest.raises(StudyError, match="not a clme-edits file"):
         load_edits(path, llama)

@@ -2,6 +2,9 @@
 
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ LEARNT = {
     "ft-l": {"layer": 2, "steps": 20, "bound": 0.5, "lr": 0.1},
 }
 TOKENS = 12
+PAGE = Path(__file__).resolve().parent.parent / "book" / "new_experiments.md"
 
 
 @pytest.fixture
@@ -56,7 +60,7 @@ def test_an_export_writes_what_the_edited_subject_writes(base, cases, name, tmp_
     together = base.edited(Edit.compose(edits))
     save_edits(tmp_path / "edits.safetensors", edits, base)
     before = {key: tensor.clone() for key, tensor in base.model.state_dict().items()}
-    options = ["--subject", str(tmp_path / "base"), "--device", "cpu"]
+    options = ["--device", "cpu"]  # the subject is the one that the file names
     assert (
         cli.main(
             ["export", str(tmp_path / "edits.safetensors"), "--to", str(tmp_path / "merged"), "--merged", *options]
@@ -134,3 +138,25 @@ def test_an_edit_of_the_embedded_subject_is_exported(smollm2, cases, tmp_path):
     (expected,) = generate(smollm2.edited(edits[0]), [Request(cases[0].prompt, TOKENS)])
     (unedited,) = generate(smollm2, [Request(cases[0].prompt, TOKENS)])
     assert written(model, smollm2.tokenizer, cases[0].prompt) == expected.text != unedited.text
+
+
+@pytest.mark.slow
+def test_the_page_exports_an_edit_and_uses_it_without_this_library(tmp_path, monkeypatch, capsys):
+    section = PAGE.read_text(encoding="utf-8").partition("(sec-elsewhere)=")[2].partition("\n## Edit")[0]
+    makes, uses = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    (command,) = re.findall(r"^    clme (.*)", section, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(makes, str(PAGE), "exec"), made := {})
+    assert cli.main(command.split()) == 0
+    assert "1 edit in an adapter: adapter; rank 1 in 1 layers" in capsys.readouterr().out
+    # the page's prompt, in the first case's words, so that the edit shows
+    (case,) = made["clme"].load_cases("cnle")[:1]
+    alone, count = re.subn(r'"Intent: .*?Code:"', lambda _: repr(case.prompt), uses)
+    assert count == 1
+    script = f"import sys\nsys.modules['clme_lib'] = None\n{alone}"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    edited = made["subject"].edited(made["edits"][0])
+    for subject, same in ((edited, True), (made["subject"], False)):
+        (expected,) = generate(subject, [Request(case.prompt, 16)])
+        assert (repr(expected.text)[1:-1] in done.stdout) is same

@@ -43,6 +43,12 @@ def read_about(path: str | os.PathLike) -> dict:
     return header.get("about", {})
 
 
+def read_subject(path: str | os.PathLike) -> str:
+    """The name of the subject that the edits in a file were made for; StudyError if it is not an edits file."""
+    header, _ = _read(path, with_tensors=False)
+    return header["subject"]
+
+
 def load_edits(path: str | os.PathLike, subject: Subject) -> list[Edit]:
     """Read edits written by :func:`save_edits`; their tensors are on the subject's device.
 
@@ -51,6 +57,11 @@ def load_edits(path: str | os.PathLike, subject: Subject) -> list[Edit]:
     """
     header, tensors = _read(path)
     if header["fingerprint"] != subject.fingerprint:
+        if header["subject"] == subject.name and header["fingerprint"].startswith(subject.fingerprint):
+            raise StudyError(
+                f"{path}: the edits were made for {subject.name} with another edit in it, and do not include that: save what both make "
+                "together, save_edits(path, [subject.edited(first).edited(second).edit], subject)"
+            )
         raise StudyError(
             f"{path}: the edits were made for {header['subject']} ({header['fingerprint'][:40]}), "
             f"not for {subject.name} ({subject.fingerprint[:40]})"

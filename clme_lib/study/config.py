@@ -322,7 +322,9 @@ class SubmitConfig(Schema):
 class ExportConfig(Schema):
     edits: Path = _argument("file that save_edits wrote")
     to: Path = Field(description="new folder to write the adapter or model to")
-    subject: str = _SUBJECT
+    subject: str | None = Field(
+        None, min_length=1, description="registered name, Hugging Face id or folder (default: what the file names)"
+    )
     case_ids: Annotated[tuple[str, ...], BeforeValidator(_split), AfterValidator(_once)] = Field(
         (), description="comma-separated ids of the cases whose edits to export; if not given, all edits together"
     )
