@@ -107,6 +107,35 @@ if config.beside:
     display(report.proficiency_table(beside, label="tab-rq1-beside", caption=caption))
 
 # %% [markdown]
+# ## Prompt or edit?
+#
+# Without any editing, the case can be put into the prompt (*in context*). It costs tokens at every prompt ([](#rq2)) and changes nothing in the model. Does editing do better?
+
+# %% tags=["hide-input"]
+runs = {"": both[both["subject"] == records["subject"].iloc[0]], "-beside": beside} if config.beside else {"": records}
+metrics = {"effectiveness_em": "After the edit prompt", "generalization_em": "After the rephrased prompt", "specificity_rate": "In neighbours left unchanged"}
+paragraphs = []
+for rows in runs.values():
+    for data, compared in report.prompt_findings(rows).items():
+        sentences = []
+        for name, words in metrics.items():
+            better, worse = (inline(", ".join(compared["metrics"][name][direction]) or "none") for direction in ("better", "worse"))
+            sentences.append(f"{words}, better: {better}; worse: {worse}.")
+        ahead = inline(", ".join(compared["ahead"]) or "none")
+        paragraphs.append(
+            f"> **Finding** ({inline(data)}, {inline(rows['subject'].iloc[0])}). Compared with *in context*: {' '.join(sentences)} Significantly better in at least one of the three and worse in none: **{ahead}**."
+        )
+Markdown("\n\n".join(paragraphs) or "_The case in the prompt is not among these records' editors._")
+
+# %% tags=["hide-input", "hide-output"]
+for label, rows in runs.items():
+    caption = (
+        f"Differences from the case in the prompt ({rows['subject'].iloc[0]}), in points, on the n cases that both edited, with 95% intervals; p of McNemar's exact test or Wilcoxon's signed-rank "
+        "test, with Holm's correction over the table. With few cases hardly any difference is significant."
+    )
+    display(report.prompt_table(rows, label=f"tab-rq1-prompt{label}", caption=caption))
+
+# %% [markdown]
 # ## Task sensitivity: CSNE against CNLE
 #
 # The paper's Table V asks whether an editor is as effective on code targets as on natural-language ones.
@@ -147,20 +176,26 @@ Markdown(text)
 # before the free scores existed contain no such texts, and CSNE records contain no texts at all. The tables show what can be computed from each record.
 
 # %% tags=["hide-input"]
+def show_runs(table_of, name, caption, nothing):
+    """A table for each subject's records, or a sentence if they are all empty."""
+    tables = [table_of(rows, label=f"tab-rq1-{name}{label}", caption=f"{caption} Subject: {rows['subject'].iloc[0]}.") for label, rows in runs.items()]
+    for table in [table for table in tables if len(table.data)] or [Markdown(f"_{nothing}_")]:
+        display(table)
+
+
 caption = (
-    "Scores beyond the paper's, times 100 with 95% intervals below; intervals and bold as in the table above. Scores that no record has are left out, "
+    "Scores beyond the paper's, times 100 with 95% intervals below; intervals and bold as in the first table. Scores that no record has are left out, "
     "and so are rows without any score."
 )
-report.free_table(records, label="tab-rq1-free", caption=caption)
+show_runs(report.free_table, "free", caption, "These records have no such scores.")
 
 # %% tags=["hide-input"]
-caption = Markup(
+caption = (
     "The paper's score → the free or executed score of the same cases, and below the change in points with its 95% interval (McNemar's exact "
-    "test or Wilcoxon's signed-rank test, with Holm's correction over the table). <em>Spec. kept</em> counts a new or missing code fence as a change of the "
-    "neighbour; <em>no fence</em> does not."
+    "test or Wilcoxon's signed-rank test, with Holm's correction over the table). Spec. kept counts a new or missing code fence as a change of the "
+    "neighbour; no fence does not."
 )
-changes = report.protocol_table(records, label="tab-rq1-protocol", caption=caption)
-changes if len(changes.data) else Markdown("_These records have no free scores in addition to the paper's._")
+show_runs(report.protocol_table, "protocol", caption, "These records have no free scores in addition to the paper's.")
 
 # %% [markdown]
 # A codebook's generalization has two factors. The first is whether the codebook fires on a rephrased prompt, which depends on the encoder and the radius. The second is
@@ -168,13 +203,11 @@ changes if len(changes.data) else Markdown("_These records have no free scores i
 
 # %% tags=["hide-input"]
 caption = "Generalization of the codebooks by factor: shares of the rephrased prompts with 95% intervals; the second share is of those where the codebook fired."
-reach = report.reach_table(records, label="tab-rq1-reach", caption=caption)
-reach if len(reach.data) else Markdown("_No codebook was queried in these records._")
+show_runs(report.reach_table, "reach", caption, "No codebook was queried in these records.")
 
 # %% tags=["hide-input"]
 caption = "What happens when the snippets written after the edit prompt are run, in percent of the cases that have a check."
-failures = report.failure_table(records, label="tab-rq1-failures", caption=caption)
-failures if len(failures.data) else Markdown("_No code from these records was run._")
+show_runs(report.failure_table, "failures", caption, "No code from these records was run.")
 
 # %% [markdown]
 # ## Example outputs

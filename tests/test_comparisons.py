@@ -11,7 +11,7 @@ from clme_lib.evaluation.records import SCORED
 from clme_lib.metrics.base import get_metric
 from clme_lib.metrics.paper import PAPER_METRICS
 from clme_lib.study.comparisons import SIGNIFICANT, as_good_as_the_best, holm, paired_p
-from clme_lib.study.rq1 import protocol_table, reach_table, transfer_findings
+from clme_lib.study.rq1 import prompt_findings, prompt_table, protocol_table, reach_table, transfer_findings
 from clme_lib.study.tables import score_rows
 
 
@@ -113,6 +113,40 @@ def test_a_metric_that_a_record_lacks_is_not_measured():
     shown = {row["Editor"]: row for row in score_rows(records, ["free_effectiveness_em", "stops"])}
     assert shown["ROME"]["Eff. free EM"] == "–" and "n = 2" in shown["GRACE"]["Eff. free EM"]
     assert shown["GRACE"]["Stops"] == "–" and shown["GRACE"]["n"] == "3"
+
+
+def beside_the_prompt(**effectiveness) -> pd.DataFrame:
+    """Records whose three measures are all given by ``effectiveness``, but for a memory, which keeps the neighbours and nothing else."""
+    made = rows(**effectiveness)
+    same = made["effectiveness_em"]
+    kept = same.where(made["editor"] != "grace", 1.0)
+    return made.assign(generalization_em=same, specificity_rate=kept)
+
+
+def test_editors_beside_the_case_in_the_prompt_by_hand():
+    half = [1] * 10 + [0] * 10
+    worse, better = [0] * 20, [1] * 20
+    made = beside_the_prompt(
+        **{
+            "none": worse,
+            "in_context": half,
+            "rome": better,
+            "grace": worse,
+            "memit": half,
+            "lora": [1] * 5 + [None] * 15,
+        }
+    )
+    (of_dataset,) = prompt_findings(made).values()
+    assert of_dataset["metrics"]["effectiveness_em"] == {"better": ["ROME"], "worse": ["GRACE"]}
+    assert of_dataset["metrics"]["specificity_rate"] == {"better": ["ROME", "GRACE"], "worse": []}
+    assert of_dataset["ahead"] == ["ROME"], "neither the one that is also worse nor the one with few cases"
+    shown = {row["Editor"]: row for row in prompt_table(made, label="tab").data.to_dict("records")}
+    assert list(shown) == ["ROME", "MEMIT", "GRACE", "LoRA"]
+    # ten of ten cases won: 2 / 2^10, and Holm over the twelve comparisons of the table
+    assert shown["ROME"]["Eff. EM"].startswith("+50.00") and f"p = {12 * 2 / 2**10:.3f}" in shown["ROME"]["Eff. EM"]
+    assert "the same" in shown["MEMIT"]["Gen. EM"] and shown["LoRA"]["n"] == "5"
+    without = made[made["editor"] != "in-context"]
+    assert prompt_findings(without) == {} and prompt_table(without, label="tab").data.empty
 
 
 def protocol_records() -> pd.DataFrame:

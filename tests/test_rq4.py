@@ -81,7 +81,7 @@ def test_each_protocol_and_sample_is_a_run_of_its_own(config):
     panels = [
         (axis.get_legend().get_title().get_text(), axis.get_legend_handles_labels()[1]) for axis in figure.axes[2::3]
     ]
-    updated, kept = ("weights updated", ["ROME"]), ("weights kept", ["GRACE"])
+    updated, kept = ("weights updated", ["ROME"]), ("weights unchanged", ["GRACE"])
     assert panels == [updated, kept, updated, kept, updated] and len(figure.axes) == 15
     drawn = [axis.get_legend_handles_labels() for axis in figure.axes]
     markers = {label: bars[0].get_marker() for handles, labels in drawn for bars, label in zip(handles, labels)}

@@ -123,7 +123,7 @@ def test_the_leaderboard_sorts_filters_and_opens_cases(tmp_path):
         "A-GRACE w/o CL",
         "A-GRACE w/o Mean",
         "in context",
-        "in context, retrieved",
+        "in context (retrieved)",
     ]
     assert seen["filtered"] == names
     assert seen["sorted"][0] == "MALMEN" and sorted(seen["sorted"]) == sorted(names) and seen["order"] == "descending"

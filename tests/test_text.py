@@ -191,6 +191,7 @@ def tables_of(text: str, records: pd.DataFrame) -> dict[str, tuple[Table, list[s
         "free": (rq1.free_table(named.assign(stops=1.0), **options), [text]),
         "failures": (rq1.failure_table(named.assign(**dict.fromkeys(FAILING, 0.0)), **options), [text]),
         "subjects": (rq1.subjects_table(named.assign(subject=text), **options), [text, f"Eff. EM, {text}"]),
+        "prompt": (rq1.prompt_table(pd.concat([named, named.assign(editor="in-context")]), **options), [text]),
         "protocol": (rq1.protocol_table(edited.assign(free_effectiveness_em=0.5), **options), [upper]),
         "reach": (rq1.reach_table(named.assign(fires=1.0, right_where_fired=0.0), **options), [text]),
         "transfer": (rq1.transfer_table(edited, **options), [upper]),

@@ -20,7 +20,7 @@ class GRACETunedHyperparameters(GRACEHyperparameters):
 class GRACETuned(CodebookEditor[GRACETunedHyperparameters]):
     """GRACE with a radius that was selected for each dataset."""
 
-    name, title, order = "grace-tuned", "GRACE, tuned radius", 6
+    name, title, order = "grace-tuned", "GRACE (tuned radius)", 6
     Hyperparameters = GRACETunedHyperparameters
     selection_grid: ClassVar = [{"radii": dict.fromkeys(PAPER_DATASET_NAMES, radius)} for radius in REACHES]
     selects_reach = True

@@ -33,7 +33,7 @@ class InContextRetrievedHyperparameters(Schema):
 class InContextRetrieved(Editor[InContextRetrievedHyperparameters]):
     """The nearest case's prompt and target, before prompts that are near it."""
 
-    name, title, order = "in-context-retrieved", "in context, retrieved", 11
+    name, title, order = "in-context-retrieved", "in context (retrieved)", 11
     Hyperparameters = InContextRetrievedHyperparameters
     updates_weights = False
     reads_given_prompts = False

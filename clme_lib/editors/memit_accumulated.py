@@ -17,5 +17,5 @@ class MEMITAccumulatedHyperparameters(MEMITHyperparameters):
 class MEMITAccumulated(MEMIT):
     """MEMIT with accumulated statistics."""
 
-    name, title = "memit-accumulated", "MEMIT, accumulated"
+    name, title = "memit-accumulated", "MEMIT (accumulated)"
     Hyperparameters = MEMITAccumulatedHyperparameters

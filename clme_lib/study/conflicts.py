@@ -37,9 +37,9 @@ SHARES = {
     "second": "Second target written",
     "still_first": "First target still written",
     "restored": "Original answer restored",
-    "neighbours_first": "Neighbours unchanged by the first edit",
-    "neighbours_second": "Neighbours unchanged by two targets",
-    "neighbours_restored": "Neighbours unchanged when edited back",
+    "neighbours_first": "Neighbours unchanged: after the first edit",
+    "neighbours_second": "Neighbours unchanged: after the second target",
+    "neighbours_restored": "Neighbours unchanged: after editing back",
 }
 
 

@@ -21,6 +21,7 @@ from ..support.display import Markup, inline_code
 from ..support.journal import write_text
 from .appendices.selection import all_values, differing_values
 from .paper import UNEDITED
+from .rq1 import prompt_findings
 from .run_folder import load_manifest, load_run
 from .scorecard import CLAIMS, counts, load_evidence
 from .tables import cells, editor_name, in_order, interval, percent, to_markdown
@@ -58,6 +59,9 @@ def prose_numbers(results: Path) -> dict[str, str]:
             shares["kept"] = interval(rows["specificity_rate"], binary=False).mean
             for name, share in shares.items():
                 numbers[f"{prefix}{dataset}_{editor.replace('-', '_')}_{name}"] = f"{percent(share)}%"
+        compared = prompt_findings(of_subject[~of_subject["editor"].str.contains("-wo-")])
+        for dataset, shown in compared.items():
+            numbers[f"{prefix}{dataset.lower()}_ahead_of_prompt"] = ", ".join(shown["ahead"]) or "no editor"
     return numbers
 
 

@@ -65,6 +65,81 @@ def failure_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 
 _BESIDE = ("effectiveness_em", "generalization_em", "specificity_rate")
+PROMPT = "in-context"  # the editor that puts the case into the prompt
+
+
+@table
+def prompt_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
+    """Whether editing does better than the case in the prompt: each editor's differences from it on the cases that both edited.
+
+    Means in points with 95% bootstrap intervals over cases; p of McNemar's exact test or, for neighbours, Wilcoxon's signed-rank test,
+    with Holm's correction over the table. ``records`` are of one subject.
+    """
+    differences = _differences_from_prompt(records)
+    for dataset, editor in dict.fromkeys(key[:2] for key in differences):
+        row = {"Data": dataset_title(dataset), "Editor": editor_name(editor)}
+        for name in _BESIDE:
+            if (dataset, editor, name) in differences:
+                difference, p = differences[dataset, editor, name]
+                row["n"] = str(len(difference))
+                row[get_metric(name).title] = difference_cell(difference, p)
+        yield row
+
+
+def prompt_findings(records: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """Which editors do significantly better or worse than the case in the prompt.
+
+    Returns:
+        For each dataset ``metrics``: for each metric, the editors that are ``better`` and ``worse``; and ``ahead``: the editors that are
+        better by some metric and worse by none, among those with the most cases (with few cases hardly any difference is significant).
+    """
+    differences = _differences_from_prompt(records)
+    findings: dict[str, dict[str, Any]] = {}
+    for dataset in dict.fromkeys(key[0] for key in differences):
+        of_dataset = {key[1:]: both for key, both in differences.items() if key[0] == dataset}
+        signs = {
+            key: 0 if p >= SIGNIFICANT else int(np.sign(difference.sum()))
+            for key, (difference, p) in of_dataset.items()
+        }
+        most = max(len(difference) for difference, _ in of_dataset.values())
+        compared = [
+            editor for editor, name in of_dataset if name == _BESIDE[0] and len(of_dataset[editor, name][0]) == most
+        ]
+        of_editors = {
+            editor: [signs[editor, name] for name in _BESIDE if (editor, name) in signs] for editor in compared
+        }
+        findings[dataset_title(dataset)] = {
+            "metrics": {
+                name: {
+                    direction: [
+                        editor_name(editor) for (editor, metric), s in signs.items() if (metric, s) == (name, sign)
+                    ]
+                    for direction, sign in (("better", 1), ("worse", -1))
+                }
+                for name in _BESIDE
+            },
+            "ahead": [
+                editor_name(editor) for editor, of_editor in of_editors.items() if max(of_editor) > 0 <= min(of_editor)
+            ],
+        }
+    return findings
+
+
+def _differences_from_prompt(records: pd.DataFrame) -> dict[tuple[str, str, str], tuple[np.ndarray, float]]:
+    """By dataset, editor and metric: differences from the case in the prompt (cases,), and their p after Holm's correction."""
+    edited = scored(records)[lambda rows: rows["editor"] != UNEDITED]
+    differences = {}
+    for dataset, rows in edited.groupby("dataset", sort=False):
+        by_case = rows.set_index(["editor", "position", "case_id"])
+        present = list(rows["editor"].unique())
+        for editor in in_order(name for name in present if name != PROMPT and PROMPT in present):
+            for name in _BESIDE:
+                values = by_case[name].astype(float)
+                difference = (values[editor] - values[PROMPT]).dropna().to_numpy()
+                if len(difference):
+                    differences[str(dataset), str(editor), name] = difference
+    p_values = holm({key: paired_p(difference) for key, difference in differences.items()})
+    return {key: (difference, p_values[key]) for key, difference in differences.items()}
 
 
 @table

@@ -30,7 +30,7 @@ from .tables import Interval, editor_colour, editor_name, interval, mean_over_to
 ENDS = 10  # number of first and of last edits of a sequence that are also shown separately
 SHOWN = ("effectiveness_em", "generalization_em", "specificity_rate")
 _MARKERS = "os^DvPX*<>"
-_KINDS = {True: "weights updated", False: "weights kept"}
+_KINDS = {True: "weights updated", False: "weights unchanged"}
 
 
 def run_many(config: ManyEditsConfig) -> pd.DataFrame:
