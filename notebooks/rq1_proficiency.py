@@ -102,7 +102,7 @@ if config.beside:
     display(report.subjects_table(both, label="tab-rq1-subjects", caption=caption))
     caption = (
         f"Proficiency on {', '.join(beside['subject'].unique())}, as in the first table, of all editors with records of it; n says on how many cases. Rows with different n are compared "
-        "on the cases that both have."
+        "on the cases that both have; with few cases hardly any difference is significant, so bold there often means that there are too few to tell."
     )
     display(report.proficiency_table(beside, label="tab-rq1-beside", caption=caption))
 

@@ -20,7 +20,7 @@
 # The paper edits one case, evaluates it, and then removes the edit. Users of an edited model, however, keep their edits. How many can one model hold before the
 # early ones are lost, or the answers to everything else change?
 #
-# Four ways to insert them can be compared ([](#sec-many)): one after another, all at once, and made alone and then joined by SimIE, with its authors' constant or with a scaled one. Whenever the model holds 1, 3, 10, 30, 100, … edits, and at the
+# Edits can be inserted in four ways ([](#sec-many)): one after another; all at once; or each alone, and then joined by SimIE, a method that combines separate updates, with its authors' constant or with one adapted to this model. Whenever the model holds 1, 3, 10, 30, 100, … edits, and at the
 # end, *all* of them are evaluated; the neighbours' answers are compared with those of the original model.
 
 # %% tags=["parameters", "hide-input"]
@@ -67,7 +67,7 @@ Markdown(f"**Shown here:** {inline(shown_protocols)}; up to {held} edits in one 
 #
 # Seconds per edit were measured during the run, under whatever other load the machine had; {numref}`tab-speed-many` compares times within one process.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] mystnb={"figure": {"caption": "Shares of the edits in the model that are right, of their rephrased prompts that are right, and of the neighbours' answers that are unchanged, by the number of edits (logarithmic scale); lines are 95% intervals, and states with few edits have few cases.", "name": "fig-rq4-retention"}}
 figure = rq4.retention_figure(records)
 plt.show()
 
@@ -75,8 +75,9 @@ plt.show()
 of_ends = rq4.ends(records)
 first = (of_ends[["dataset", "protocol"]] == of_ends[["dataset", "protocol"]].iloc[0]).all(axis=1)
 caption = (
-    f"Many edits in {', '.join(records['subject'].unique())}: each row is a state of the model, evaluated on all edits that it holds. Shares in percent, with 95% intervals "
-    "over cases and samples; n counts both. MiB: tensors of all edits together."
+    f"Many edits in {', '.join(records['subject'].unique())}: each editor with the number of edits at which most sequences end, to compare editors, and with the most edits that it was given; the other states are "
+    "in the folded table below. Shares in percent of all edits in the model, and of the first and the last ten made, with 95% intervals over cases and samples; n is edits times samples. Free EM: the model writes as much as it likes "
+    "(section on free scores, in the method). MiB: tensors of all edits together."
 )
 rq4.retention_table(of_ends[first], label="tab-rq4-retention", caption=caption)
 
@@ -108,7 +109,7 @@ Markdown(text + "\n".join(f"> - {sentence}" for sentence in sentences) if senten
 # %% [markdown]
 # ## What the edits do to each other
 #
-# An update of a weight acts on every prompt. This table says how much, for edits made one after another on the selection cases: *Norm* is the Frobenius norm of the sum of all updates, relative to that of the
+# An update of a weight acts on every prompt. This table says how much, for edits made one after another on the selection cases, which are used for nothing else but choosing hyperparameters. The *lookup token* of a prompt is the one at which an editor writes, the final colon for most. *Norm* is the Frobenius norm of the sum of all updates, relative to that of the
 # edited matrices; *Arrives at others* is what an edit adds at the lookup token of another edit's prompt, relative to what it adds at its own; *Later edits add* is what all later edits together add at an edit's own
 # lookup token, relative to what the edit itself added there. All are medians over layers and edits, with keys of the original model. *Radius* is the median radius in a codebook, relative to the first edit's, and *Key* the squared norm of a key.
 
@@ -121,25 +122,29 @@ else:
 shown
 
 # %% [markdown]
-# An edit is learnt in the model that the earlier ones have changed. The next table says how well: the loss at which its optimisation stopped.
+# An edit is learnt in the model that the earlier ones have changed. The next table says how well: the value of the editor's objective at which its optimisation stopped.
 
 # %% tags=["hide-input"]
-caption = f"Loss (nats per token of the target) at which an edit's optimisation stopped: means over the first and the last {rq4.ENDS} edits."
+caption = (
+    f"Objective at which an edit's optimisation stopped: means over the first and the last {rq4.ENDS} edits. Editors' objectives differ (loss of the target in nats per token; for ROME, EMMET, MEMIT, PMET, AlphaEdit "
+    "and NeuralDB also their other terms, before the weights are written), so compare the first with the last, not editors with each other."
+)
 rq4.learning_table(records, label="tab-rq4-learnt", caption=caption)
 
 # %% [markdown]
 # What explains the published run:
 #
-# - **Updates of weights meet at the token that all prompts share** ([](#weight-editors)). Most of what an edit adds at its own lookup token arrives at the other edits' too (AlphaEdit's projection lets less of it pass), and with thirty edits the later ones together add more there than the
-#   edit itself did. The edits of ROME and of EMMET, which writes as ROME does, do not survive this: two more suffice to lose the first. Their newer edits, and PMET's, are learnt worse as well ({numref}`tab-rq4-learnt`), since the model that has to learn them is already changed: ROME's edits that are made alone, for SimIE, are learnt equally well at both ends. FT-L's bound limits
+# - **Updates of weights meet at the token that all prompts share** ([](#weight-editors)). Most of what an edit adds at its own lookup token arrives at the other edits' too (for AlphaEdit, and for MEMIT with accumulated statistics, less of it the more edits the model holds), and with thirty edits the later ones together add more there than the
+#   edit itself did. The edits of ROME and of EMMET, which writes as ROME does, do not survive this. Their newer edits, and PMET's, are learnt worse as well ({numref}`tab-rq4-learnt`), since the model that has to learn them is already changed: ROME's edits that are made alone, for SimIE, are learnt equally well at both ends. FT-L's bound limits
 #   one edit's change of a weight, but not the sum.
-# - **MEMIT hardly reaches its targets on this model even alone** ([](#rq1)), so there is nothing to forget. Accumulated statistics do make later edits add less, but cannot change that. AlphaEdit, which writes in a similar way, does no better in a sequence.
-# - **Fine-tuned weights forget gradually.** FT-L, LocFT-BF and LoRA still have most of the newest edits when the first ones are lost, and the more edits the model holds, the fewer are right. How many depends on the cases and their order ({numref}`tab-rq4-orders`). None of the three
-#   spares many neighbours, not even with ten edits, and of CSNE's edits they keep fewer.
+# - **MEMIT hardly reaches its targets on this model even alone** ([](#rq1)), so there is nothing to forget. Accumulated statistics do make later edits add less, but cannot change that.
+# - **AlphaEdit keeps no more edits than MEMIT**, because its edits do not reach their targets alone either, and so this is no strong test of what its projection retains. It does harm held-out text less ({numref}`tab-rq4-ability`).
+# - **Fine-tuned weights forget gradually.** On CNLE, FT-L, LocFT-BF and LoRA still have most of the newest edits when most of the first ones are lost, and the share that is right falls as edits are added. How many depends on the cases and their order ({numref}`tab-rq4-orders`). None of the three
+#   spares many neighbours, not even with ten edits. On CSNE they lose most of the newest edits too.
 # - **UltraEdit collapses.** With three hundred edits nothing is right any more, and the model gives the held-out targets practically no probability ({numref}`tab-rq4-ability`). Each edit is a single step of a fixed size: no loss says when to stop, or that the model has left the region in which its gradient means anything.
-# - **A codebook's radii shrink** where entries come close to each other ([](#sec-many)). With a selected radius, GRACE changes the neighbours' answers while it has a single entry, and spares nearly all when it has many. It keeps nearly all edits. On CNLE it
-#   reaches none of the rephrased prompts, whether it is almost empty or full; on CSNE, whose rephrased prompts are nearer ([](#rq3)), most of them. A-GRACE keeps nearly all edits as well, but on CNLE the share of rephrased prompts that reach them shrinks with the radii: what its encoder gains for single edits is soon lost.
-# - **A case that is retrieved into the prompt is not forgotten.** The share of right answers is about that of single edits ([](#rq1)), because every prompt reads at most the nearest case. Without retrieval every prompt reads all cases, which was measured for few edits only.
+# - **A codebook's radii shrink** where entries come close to each other ([](#sec-many)). With a selected radius, GRACE changes the neighbours' answers while it has a single entry, and spares nearly all when it has many. It keeps nearly all edits. On CNLE hardly
+#   any rephrased prompt reaches them as soon as there are several, though a single edit with the selected radius reaches about a quarter ([](#rq1)); on CSNE, whose rephrased prompts are nearer ([](#rq3)), most of them. A-GRACE keeps nearly all edits as well, but on CNLE the share of rephrased prompts that reach them shrinks with the radii: what its encoder gains for single edits is soon lost.
+# - **A case that is retrieved into the prompt is not forgotten.** The share of right answers is about that of single edits ([](#rq1)), because every prompt reads at most the nearest case. Rephrased CNLE prompts hardly ever retrieve it. Without retrieval every prompt reads all cases, which was measured for few edits only.
 # - **SimIE keeps almost nothing of an edit with its authors' constant.** Of the first edit's update it keeps the share $\lVert k\rVert^2/(m+\lVert k\rVert^2)$ at its own key ({eq}`eq-simie`). Their $m=10^4$ is far larger than the squared norm of this model's keys (*Key*), so the neighbours are
 #   spared because hardly anything is written. With $m$ in proportion to the keys (`simie-scaled`), ROME's first edits hold, but soon none does: the keys of prompts that end in the same token nearly coincide, and telling many of them apart takes coefficients so large that they disturb everything else. FT-L's
 #   edits do not even hold alone, because SimIE keeps only what an update adds at the lookup token's key, and FT-L's acts at other tokens too.
@@ -193,7 +198,10 @@ else:
 shown
 
 # %% [markdown]
-# **Threats.** The case in the prompt without retrieval was evaluated with fewer edits than the others, because thirty cases before every prompt make an evaluation many times longer. States with more than thirty edits, held-out cases and the ways other than *one after another* are of one sample in one order; an interval over cases in one order does not show what another order would give. All edits use one template and are unrelated to
+# In the published run, editing back restores the original answer in every case with every editor but the case in the prompt: there both cases stand before the prompt, and the model may follow either. The neighbours
+# that a weight update has changed are not restored with it. ROME writes a second target much less often than without the first edit, although the first target is gone as well.
+#
+# **Threats.** The case in the prompt without retrieval was evaluated with fewer edits than the others, because thirty cases before every prompt make an evaluation many times longer. Only one sample, in one order, was used for held-out cases and for all ways except *one after another*; an interval over cases in one order does not show what another order would give. All edits use one template and are unrelated to
 # each other, whereas a user's edits would often concern the same library. What the model can do otherwise is measured on cases of the same kind only ([](#sec-threats)).
 
 # %% [markdown]
