@@ -8,7 +8,8 @@ import torch
 from clme_lib.editors.malmen.gradients import Cached, edit_row
 from clme_lib.editors.malmen.hypernetwork import Hypernetwork, normal_equation
 from clme_lib.editors.malmen.training import Training
-from clme_lib.editors.registry import load_editor
+from clme_lib.editors.registry import get_editor, load_editor
+from clme_lib.edits.base import Edit
 from clme_lib.forward.label_losses import divergences
 from clme_lib.forward.partial import PartialForward
 from clme_lib.forward.tokens import tokenize
@@ -114,6 +115,22 @@ def test_released_cache_takes_the_prompts_first_columns(llama, cases):
     assert count < len(tokenize(llama.tokenizer, case.prompt, case.target).prompt_ids)
     assert cached.gradients[3].abs().max() == 0, "nothing reads the last block there"
     assert cached.gradients[2].abs().max() > 0
+
+
+def test_edits_made_together_are_one_dense_formula(subject, cases, monkeypatch):
+    monkeypatch.setattr(get_editor("malmen"), "default_batch", 2)
+    editor = trained(subject, cases)
+    rows = [edit_row(subject, case.prompt, case.target, "in-context") for case in cases[:3]]
+    parts = [Cached(PartialForward(subject, [row], 2, from_lookup=False), [2, 3], "target") for row in rows]
+    whole = Edit.compose(editor.edit_together(cases[:3]))
+    for n, layer in enumerate((2, 3)):
+        keys = torch.cat([part.keys[layer] for part in parts])
+        values = editor.network(keys, torch.cat([part.gradients[layer] for part in parts]), n).double()
+        keys = keys.double()
+        damping = editor.network.log_damping[n].double().exp()
+        system = keys.T @ keys + damping * torch.eye(subject.inner_size, device=subject.device)
+        dense = torch.linalg.solve(system, keys.T @ values).T.float()
+        assert torch.allclose(whole.delta(layer), dense, rtol=1e-3, atol=1e-6)
 
 
 def test_edit_is_the_dense_formula(subject, cases):

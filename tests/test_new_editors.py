@@ -8,7 +8,7 @@ import torch
 from conftest import run_config, write_source
 
 from clme_lib.editors.neuraldb import NeuralDB
-from clme_lib.editors.registry import load_editor
+from clme_lib.editors.registry import get_editor, load_editor
 from clme_lib.edits.base import Edit
 from clme_lib.edits.files import load_edits, save_edits
 from clme_lib.edits.weights import DenseUpdate
@@ -57,6 +57,31 @@ def test_ultraedit_equals_the_plain_loop(subject, cases):
             wishes = -1e-2 * near.norm(dim=-1, keepdim=True) ** 2 * far
             dense = keys.T @ keys + torch.eye(keys.shape[1])
             assert close(edit.delta(layer), torch.linalg.solve(dense, keys.T @ wishes).T)
+
+
+def test_ultraedit_of_several_cases_is_one_system(llama, cases, monkeypatch):
+    monkeypatch.setattr(get_editor("ultraedit"), "default_batch", 2)  # three cases are read in two passes
+    editor = load_editor("ultraedit", llama, layers=(1, 2), step_size=1e-2)
+    editor.fit(cases[:2])
+    together = cases[2:]
+    whole, alone = editor.edit_together(together), editor.edit(together)
+    assert [edit.case_id for edit in whole] == [case.case_id for case in together]
+    assert [edit.log.losses for edit in whole] == [pytest.approx(edit.log.losses, rel=1e-4) for edit in alone]
+    for layer in (1, 2):
+        own = [plain.keys_and_gradients(llama, case, (1, 2))[0][layer] for case in together]
+        keys, gradients = (torch.cat([of_case[side] for of_case in own]) for side in (0, 1))
+        normalised = (
+            (rows - mean) / spread for rows, (mean, spread) in zip((keys, gradients), editor.normalisers[layer])
+        )
+        near, far = normalised
+        wishes = -1e-2 * near.norm(dim=-1, keepdim=True) ** 2 * far
+        dense = torch.linalg.solve(keys.T @ keys + torch.eye(keys.shape[1]), keys.T @ wishes).T
+        assert close(Edit.compose(whole).delta(layer), dense)
+        # made alone and added up, the edits overshoot what they were to change
+        missed = [(keys @ Edit.compose(edits).delta(layer).T - wishes).norm() for edits in (whole, alone)]
+        assert missed[0] < missed[1]
+    (single,) = editor.edit_together(together[:1])
+    assert close(single.delta(1), alone[0].delta(1))
 
 
 def test_ultraedit_lowers_the_loss(llama, cases):

@@ -6,6 +6,8 @@ and deviation 1 in each dimension (``k~``, ``g~``)::
     v = -step_size |k~|^2 g~        the desired change of W_l k
     W_l <- W_l + V^T (K K^T + I)^-1 K
 
+Cases that are edited together share one such system, with the rows of all of them in ``K`` and ``V``.
+
 The authors update the normaliser with every edit, so an edit depends on earlier edits. Here it is gathered from other cases and then
 stays fixed, so that a case's edit depends only on the case.
 """
@@ -13,6 +15,7 @@ stays fixed, so that a case's edit depends only on the case.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -24,11 +27,12 @@ from ..edits.weights import LowRankUpdate
 from ..forward.partial import PartialForward
 from ..forward.tokens import TokenRow
 from ..subjects.subject import Subject
+from ..support.batching import in_parts
 from ..support.errors import StudyError
 from ..support.schema import Layers
 from .base import Editor, TargetHyperparameters
 from .malmen.gradients import Cached
-from .malmen.hypernetwork import normal_equation
+from .malmen.hypernetwork import case_factors
 from .operations import Phase, Sizes
 
 _GATHERED_AT_ONCE = 8  # cases
@@ -60,8 +64,7 @@ class UltraEdit(Editor[UltraEditHyperparameters]):
             raise StudyError("ultraedit gathers its normaliser from cases that are not edited, and needs at least one")
         chosen = in_seeded_order(cases, "ultraedit", self.seed, cases[0].dataset)[: self.hparams.records]
         gathered: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {layer: [] for layer in self.layers}
-        for first in range(0, len(chosen), _GATHERED_AT_ONCE):
-            part = chosen[first : first + _GATHERED_AT_ONCE]
+        for part in in_parts(chosen, _GATHERED_AT_ONCE):
             cached = self._cached(self.subject.original, [self._tokenize(case) for case in part])
             for layer in self.layers:
                 gathered[layer].append((cached.keys[layer], cached.gradients[layer]))
@@ -86,21 +89,24 @@ class UltraEdit(Editor[UltraEditHyperparameters]):
         forward = PartialForward(subject, tokenized, self.layers[0], from_lookup=False)
         return Cached(forward, self.layers, "target")
 
+    def edit_together(self, cases):
+        return self._together(cases, partial(self._edit_batch, jointly=True))
+
     @torch.no_grad()
-    def _edit_batch(self, cases, tokenized):
+    def _edit_batch(self, cases, tokenized, jointly=False):
         if self.normalisers is None:
             raise StudyError("ultraedit has no normaliser: call fit(cases) with cases that will not be edited")
-        cached = self._cached(self.subject, tokenized)
+        parts = in_parts(tokenized, self.default_batch) if jointly else [tokenized]
+        cached = Cached.joined([self._cached(self.subject, part) for part in parts])
         none = torch.zeros((), device=self.subject.device)  # a damping of 1 has the logarithm 0
         factors: list[dict[int, tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in cases]
         for layer in self.layers:
             pairs = zip((cached.keys[layer], cached.gradients[layer]), self.normalisers[layer])
             keys, gradients = ((rows - mean) / (spread + 1e-8) for rows, (mean, spread) in pairs)
             changes = -self.hparams.step_size * keys.square().sum(dim=-1, keepdim=True) * gradients
-            for case, of_case in enumerate(factors):
-                own = cached.owner == case
-                coefficients = normal_equation(cached.keys[layer][own], changes[own], none)
-                of_case[layer] = coefficients.T.contiguous(), cached.keys[layer][own]
+            solved = case_factors(cached.keys[layer], changes, cached.owner, len(cases), none, jointly)
+            for of_case, pair in zip(factors, solved):
+                of_case[layer] = pair
         return [
             LowRankUpdate(case.case_id, self.name, factors=of_case, log=EditLog(steps=1, losses=(loss,)))
             for case, of_case, loss in zip(cases, factors, cached.losses.tolist())

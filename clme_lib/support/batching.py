@@ -18,6 +18,11 @@ _LARGEST_SIZE = {"cpu": 16, "cuda": 256}  # larger batches are not faster
 _LARGEST_SHARE = 0.4
 
 
+def in_parts(rows: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """Consecutive parts of at most ``size`` rows."""
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
 def of_like_length(
     lengths: Sequence[int],
     *,

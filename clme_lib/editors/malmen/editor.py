@@ -6,6 +6,8 @@ Algorithm, for one case::
     K, G: inputs of W_l, and gradients at its outputs, at the columns that predict the target's tokens
     V = network(K, G);  U = (K K^T + e^theta I)^-1 V;  W_l <- W_l + U^T K        in each of six layers (hypernetwork.py)
 
+Cases that are edited together share one normal equation, with the rows of all of them in ``K`` and ``V``.
+
 ``fit`` trains the network on other cases (training.py), once per subject, dataset and fold.
 
 The released program caches the first tokens of the prompt instead, because it reads a mask made for the target
@@ -14,6 +16,7 @@ alone; and it tokenises the target alone. ``cached="released"`` and ``targets="a
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 from typing import ClassVar
 
@@ -22,11 +25,12 @@ import torch
 from ...edits.base import EditLog
 from ...edits.weights import LowRankUpdate
 from ...forward.partial import PartialForward
+from ...support.batching import in_parts
 from ...support.errors import StudyError
 from ..base import Editor
 from ..operations import Phase, Sizes
 from .gradients import Cached, edit_row
-from .hypernetwork import Hypernetwork, normal_equation
+from .hypernetwork import Hypernetwork, case_factors
 from .training import MALMENHyperparameters, Training, trained
 
 
@@ -63,24 +67,28 @@ class MALMEN(Editor[MALMENHyperparameters]):
             Phase("network", 2 * target * len(layers) * weights, 4 * weights),
         ]
 
+    def edit_together(self, cases):
+        return self._together(cases, partial(self._edit_batch, jointly=True))
+
     @torch.no_grad()
-    def _edit_batch(self, cases, tokenized):
+    def _edit_batch(self, cases, tokenized, jointly=False):
         network, hparams = self.network, self.hparams
         if network is None:
             raise StudyError("malmen has not been trained: call fit(cases) with cases that will not be edited")
         rows = [
             edit_row(self.subject, case.prompt, case.target, hparams.targets, hparams.end_of_target) for case in cases
         ]
-        forward = PartialForward(self.subject, rows, hparams.layers[0], from_lookup=False)
-        cached = Cached(forward, hparams.layers, hparams.cached)
+        parts = in_parts(rows, self.default_batch) if jointly else [rows]
+        forwards = (PartialForward(self.subject, part, hparams.layers[0], from_lookup=False) for part in parts)
+        cached = Cached.joined([Cached(forward, hparams.layers, hparams.cached) for forward in forwards])
         factors: list[dict[int, tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in cases]
         for n, layer in enumerate(hparams.layers):
             changes = network(cached.keys[layer], cached.gradients[layer], n)
-            for case, of_case in enumerate(factors):
-                own = cached.owner == case
-                keys = cached.keys[layer][own]
-                coefficients = normal_equation(keys, changes[own], network.log_damping[n])
-                of_case[layer] = coefficients.T.contiguous(), keys
+            solved = case_factors(
+                cached.keys[layer], changes, cached.owner, len(cases), network.log_damping[n], jointly
+            )
+            for of_case, pair in zip(factors, solved):
+                of_case[layer] = pair
         return [
             LowRankUpdate(case.case_id, self.name, factors=of_case, log=EditLog(steps=1, losses=(loss,)))
             for case, of_case, loss in zip(cases, factors, cached.losses.tolist())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -61,3 +62,16 @@ class Cached:
             gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
         self.losses = losses.detach()
         self.gradients = {layer: part[self.owner, columns].float() for layer, part in zip(layers, gradients)}
+
+    @classmethod
+    def joined(cls, parts: Sequence[Cached]) -> Cached:
+        """What several batches' columns hold, as of one batch."""
+        whole = cls.__new__(cls)
+        rows = [0, *accumulate(len(part.losses) for part in parts)]
+        whole.owner = torch.cat([part.owner + before for part, before in zip(parts, rows)])
+        whole.losses = torch.cat([part.losses for part in parts])
+        whole.keys, whole.gradients = (
+            {layer: torch.cat([getattr(part, name)[layer] for part in parts]) for layer in parts[0].keys}
+            for name in ("keys", "gradients")
+        )
+        return whole

@@ -45,6 +45,21 @@ def normal_equation(keys: torch.Tensor, values: torch.Tensor, log_damping: torch
     return _NormalEquation.apply(keys, values, log_damping)
 
 
+def case_factors(
+    keys: torch.Tensor, values: torch.Tensor, owner: torch.Tensor, cases: int, log_damping: torch.Tensor, jointly: bool
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each case's factors (d, r) and (r, d_f) of its update of one layer, from keys (n, d_f) and values (n, d) of the cases ``owner`` (n,).
+
+    Every case is solved for alone or, ``jointly``, all are one normal equation, and a case's update is its share of the solution.
+    """
+    own = [owner == case for case in range(cases)]
+    if jointly:
+        coefficients = normal_equation(keys, values, log_damping)
+        return [(coefficients[rows].T.contiguous(), keys[rows]) for rows in own]
+    alone = ((normal_equation(keys[rows], values[rows], log_damping), keys[rows]) for rows in own)
+    return [(coefficients.T.contiguous(), of_case) for coefficients, of_case in alone]
+
+
 class Hypernetwork(nn.Module):
     """Maps keys and gradients (of the ``sizes`` d_f and d) to desired changes, for all edited layers.
 
