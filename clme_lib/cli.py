@@ -108,16 +108,24 @@ def _list(_config: Any) -> None:
     def first_sentence(name: str) -> str:
         return (get_editor(name).__doc__ or get_editor(name).title).splitlines()[0]
 
+    def each(names: Sequence[str], describe: Callable[[str], str]) -> dict[str, str]:
+        """Descriptions by name; of a name that two packages define, what is wrong with it."""
+        described = {}
+        for name in names:
+            try:
+                described[name] = describe(name)
+            except StudyError as error:
+                described[name] = str(error)
+        return described
+
     sections: dict[str, dict[str, str]] = {
         "subjects": {name: weights(name) for name in list_subjects()}
         | {"any": "Hugging Face id or folder laid out like Llama, Qwen2 or StableLM"},
-        "datasets (for the paper's two, --source is embedded, published, or a file)": {
-            name: template(name) for name in list_datasets()
-        }
+        "datasets (for the paper's two, --source is embedded, published, or a file)": each(list_datasets(), template)
         | {"any": "JSON file that describes a dataset"},
-        "editors": {name: first_sentence(name) for name in list_editors()},
-        "metrics": {name: get_metric(name).title for name in list_metrics()},
-        "protocols": {name: get_protocol(name).title for name in list_protocols()},
+        "editors": each(list_editors(), first_sentence),
+        "metrics": each(list_metrics(), lambda name: get_metric(name).title),
+        "protocols": each(list_protocols(), lambda name: get_protocol(name).title),
     }
     for heading, entries in sections.items():
         print(heading, *(f"  {name:22} {what}" for name, what in entries.items()), sep="\n")
@@ -297,11 +305,13 @@ def _data_labels(config: Any) -> None:
 
 
 def _export(config: Any) -> None:
+    from .editors.registry import list_editors
     from .edits.files import load_edits, read_subject
     from .evaluation.loading import load_subject
     from .study.export import export_edits
 
     made_for = read_subject(config.edits)  # what is wrong with the file is said before a model is loaded
+    list_editors()  # packages that add editors may add kinds of edits as well
     subject = load_subject(config.subject or made_for, config.device, config.dtype)
     edits = load_edits(config.edits, subject)
     if unknown := set(config.case_ids) - {str(edit.case_id) for edit in edits}:

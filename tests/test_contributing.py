@@ -83,12 +83,14 @@ def elsewhere(tmp_path_factory):
     for name, code in zip(("one_step", "first_word", "units", "pairs"), blocks("python"), strict=True):
         (package / f"{name}.py").write_text(code)
     (package / "counted.py").write_text(COUNTED)
+    (package / "again.py").write_text(COUNTED.replace("Counted", "LoRA").replace('"counted"', '"lora"'))
     info = folder / "site" / "clme_examples-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: clme-examples\nVersion: 1.0\n")
     groups = tomllib.loads(blocks("toml")[0])["project"]["entry-points"]
     groups["clme_lib.editors"]["counted"] = "clme_examples.counted:Counted"
     groups["clme_lib.editors"]["broken"] = "clme_examples.nothing:Nothing"
+    groups["clme_lib.editors"]["lora"] = "clme_examples.again:LoRA"
     lines = [
         f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in named.items())
         for group, named in groups.items()
@@ -134,6 +136,7 @@ SEASONS = [
 COMMANDS = {
     "list": ["list"],
     "broken": ["run", "--editor", "broken", "--out", "broken"],
+    "ambiguous": ["run", "--editor", "lora", "--out", "ambiguous"],
     "all five": [*ALL_FIVE, "grace.steps=3"],
     "again": [*ALL_FIVE, "grace.steps=3"],
     "other": [*ALL_FIVE, "grace.steps=4"],
@@ -173,6 +176,10 @@ def test_what_others_add_is_listed_and_a_broken_package_spoils_nothing_else(answ
         assert re.search(rf"^  {name} ", listed["out"], re.M), name
     assert refused["status"] == 2
     assert "package 'clme-examples' does not load (clme_examples.nothing:Nothing)" in refused["err"]
+    ambiguous = answers["ambiguous"]
+    assert ambiguous["status"] == 2, "the run would be of the library's editor, and may be meant to be of the package's"
+    message = "two definitions of editor 'lora', in clme_lib.editors.lora and clme_examples.again: rename one"
+    assert message in ambiguous["err"] and re.search("^  lora ", listed["out"], re.M)
 
 
 def test_all_five_run_together(elsewhere, answers):

@@ -78,6 +78,19 @@ def test_updates_equal_products_written_out(llama, small, tmp_path, name):
         assert table.loc[count, "norm"] == pytest.approx((sum(summed) / whole).sqrt().item(), rel=1e-3)
 
 
+def test_an_edit_that_adds_nothing_has_no_ratio(llama, small, tmp_path, monkeypatch):
+    """Where a case's loss is low enough already, FT-L changes nothing."""
+    make = interference._one_after_another
+
+    def second_is_zero(*given):
+        edits = make(*given)
+        return [edits[0], replace(edits[1], delta=torch.zeros_like(edits[1].delta)), edits[2]]
+
+    monkeypatch.setattr(interference, "_one_after_another", second_is_zero)
+    table = interference.measure_interference(llama, tmp_path / "t.csv", ["ft-l"]).set_index("edits")
+    assert table.loc[3, ["norm", "reach", "later", "key"]].notna().all()
+
+
 def test_a_codebook_has_radii_only(llama, small, tmp_path):
     table = interference.measure_interference(llama, tmp_path / "t.csv", ["grace"]).set_index("edits")
     assert table[["norm", "reach", "later", "key"]].isna().all(axis=None)

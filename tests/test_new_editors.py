@@ -84,6 +84,14 @@ def test_ultraedit_of_several_cases_is_one_system(llama, cases, monkeypatch):
     assert close(single.delta(1), alone[0].delta(1))
 
 
+def test_an_editor_returns_its_edits_in_the_cases_order(llama, cases, monkeypatch):
+    editor = load_editor("none", llama)
+    in_order = type(editor)._edit_batch
+    monkeypatch.setattr(type(editor), "_edit_batch", lambda self, *given: in_order(self, *given)[::-1])
+    with pytest.raises(StudyError, match=r"none must return one edit for each case, in the cases\' order: for cases"):
+        editor.edit(cases[:2])
+
+
 def test_ultraedit_lowers_the_loss(llama, cases):
     editor = load_editor("ultraedit", llama, layers=(1, 2, 3), step_size=1e-3)
     editor.fit(cases[:2])

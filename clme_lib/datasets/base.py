@@ -75,7 +75,7 @@ class Dataset:
 
 
 _DATASETS: Registry[Dataset] = Registry("dataset", "clme_lib.datasets", "clme_lib.datasets.paper")
-register_dataset, get_dataset, list_datasets = _DATASETS.register, _DATASETS.__getitem__, _DATASETS.names
+register_dataset, get_dataset, list_datasets = _DATASETS.register, _DATASETS.get, _DATASETS.names
 
 
 def dataset_title(name: str) -> str:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ..datasets.cases import Case
 from ..edits.base import Edit
 from ..forward.partial import longest_above
+from ..forward.prompt_keys import prompt_queries
 from ..forward.tokens import TokenRow, tokenize
 from ..subjects.subject import Subject
 from ..support.batching import of_like_length
@@ -193,6 +194,14 @@ class Editor(ABC, Generic[Hparams]):
         """
         return self.edit(cases)
 
+    def lookup_prompt(self, case: Case) -> str:
+        """A case's prompt up to its lookup token, at which the edit is written: the last, unless the editor writes elsewhere."""
+        return case.prompt
+
+    def lookup_keys(self, cases: Sequence[Case], layer: int) -> torch.Tensor:
+        """The input of ``W_l`` at each case's lookup token in the unedited subject, (N, d_f) float32, on its device."""
+        return prompt_queries(self.subject.original, [self.lookup_prompt(case) for case in cases], layer)["last"]
+
     def cost(self, case: Case) -> int:
         """Positions that every optimisation step processes; cases of equal cost make batches without padding."""
         return self._cost(self._tokenize(case))
@@ -237,6 +246,11 @@ class Editor(ABC, Generic[Hparams]):
         synchronize(device)
         seconds = (time.perf_counter() - started) / len(cases)
         measured: dict[str, Any] = {"seconds": seconds, "batch": len(cases), "peak_memory_mib": peak_memory_mib(device)}
+        if (made := [edit.case_id for edit in edits]) != [case.case_id for case in cases]:
+            raise StudyError(
+                f"{self.name} must return one edit for each case, in the cases' order: for cases {[case.case_id for case in cases]} it returned "
+                f"edits of {made}"
+            )
         for edit in edits:
             if not all(map(math.isfinite, edit.log.losses)):
                 raise CaseError(

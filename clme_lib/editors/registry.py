@@ -19,7 +19,7 @@ from ..support.schema import Schema, parse
 from ..support.seeds import DEFAULT_SEED
 from .base import EDITORS, Editor
 
-list_editors, get_editor = EDITORS.names, EDITORS.__getitem__
+list_editors, get_editor = EDITORS.names, EDITORS.get
 
 
 def resolve_hparams(

@@ -72,7 +72,9 @@ class Codebook(Edit):
             return replace(new, **joined_entries(self, new, (*_ENTRIES, "targets")))
         same = bool(self.targets[nearest] == new.targets[0])  # type: ignore[index]
         radii = self.radii.clone()
-        radii[nearest] = torch.maximum(radii[nearest], distance) if same else distance / 2
+        # a key is computed anew, in another batch, when it is looked up: its rounding must not put it outside
+        reaching = distance + _SAME_KEY * new.keys[0].norm()
+        radii[nearest] = torch.maximum(radii[nearest], reaching) if same else distance / 2
         old = replace(self, radii=radii)
         added = replace(new, **new._rows(slice(0))) if same else replace(new, radii=distance[None] / 2)
         return replace(new, **joined_entries(old, added, (*_ENTRIES, "targets")))

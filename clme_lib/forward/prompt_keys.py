@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
-from ..datasets.cases import Case
 from ..edits.codebooks import Query, masked_mean
 from ..subjects.subject import Subject
 from ..support.artifact import Artifact
@@ -38,11 +37,6 @@ def prompt_queries(subject: Subject, prompts: Sequence[str], layer: int) -> dict
         queries["mean"][group] = masked_mean(keys, walk.mask)
         queries["last"][group] = keys[:, -1].float()
     return queries
-
-
-def edit_keys(subject: Subject, cases: Sequence[Case], layer: int) -> torch.Tensor:
-    """The input of ``W_l`` at each case's lookup token, (N, d_f) float32, on the subject's device."""
-    return prompt_queries(subject, [case.prompt for case in cases], layer)["last"]
 
 
 def stored_queries(subject: Subject, prompts: Sequence[str], layer: int, query: Query) -> torch.Tensor:

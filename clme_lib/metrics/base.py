@@ -50,7 +50,7 @@ class Metric:
 
 
 _METRICS: Registry[Metric] = Registry("metric", "clme_lib.metrics", "clme_lib.metrics")
-register_metric, get_metric, list_metrics = _METRICS.register, _METRICS.__getitem__, _METRICS.names
+register_metric, get_metric, list_metrics = _METRICS.register, _METRICS.get, _METRICS.names
 
 
 def scores_of(evaluated: Evaluated, names: Iterable[str]) -> dict[str, float | None]:

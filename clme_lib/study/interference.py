@@ -21,7 +21,6 @@ from ..datasets.registry import selection_cases
 from ..editors.base import Editor
 from ..editors.registry import load_editor
 from ..edits.base import Edit
-from ..forward.prompt_keys import edit_keys
 from ..subjects.subject import Subject
 from ..support.journal import journal_beside
 from ..support.seeds import seed_of
@@ -75,7 +74,7 @@ def measure_interference(
                     if editor.needs_training:
                         editor.fit(others, edited=chosen)
                     edits = _one_after_another(editor, chosen, f"{dataset} {name}")
-                    done.append({**row, "measured": list(_measured(subject, chosen, edits))})
+                    done.append({**row, "measured": list(_measured(editor, chosen, edits))})
                 rows += [{"editor": name, "dataset": dataset, **measured} for measured in done[row]["measured"]]
         return write_csv(pd.DataFrame(rows, columns=["editor", "dataset", "edits", *MEASURED]), file, digits=6)
 
@@ -89,7 +88,7 @@ def _one_after_another(editor: Editor, cases: Sequence[Case], what: str) -> list
 
 
 @torch.no_grad()
-def _measured(subject: Subject, cases: Sequence[Case], edits: Sequence[Edit]) -> Iterator[dict[str, float | None]]:
+def _measured(editor: Editor, cases: Sequence[Case], edits: Sequence[Edit]) -> Iterator[dict[str, float | None]]:
     """For each number of edits, what they do; ``reach``, ``later`` and ``key`` are medians over layers and edits (pairs of them)."""
     counts = milestones(len(edits))
     squares = dict.fromkeys(counts, 0.0)
@@ -98,9 +97,9 @@ def _measured(subject: Subject, cases: Sequence[Case], edits: Sequence[Edit]) ->
     later = {count: list[torch.Tensor]() for count in counts}
     lengths = []  # of each layer (N,): the squares of the keys' norms
     for layer in sorted({layer for edit in edits if edit.deltas() is not None for layer in edit.layers}):
-        keys = edit_keys(subject, cases, layer)
+        keys = editor.lookup_keys(cases, layer)
         lengths.append(keys.square().sum(dim=-1))
-        weight = subject.down_proj(layer).weight
+        weight = editor.subject.down_proj(layer).weight
         whole += float(weight.double().square().sum())
         total = torch.zeros_like(weight, dtype=torch.float64)
         added = torch.zeros(len(edits), len(cases), weight.shape[0], device=keys.device)
@@ -117,10 +116,11 @@ def _measured(subject: Subject, cases: Sequence[Case], edits: Sequence[Edit]) ->
             # at prompt i: the sum over the edits after i, against what edit i added
             after = added[:count].flip(0).cumsum(0).flip(0)[1:]
             of_later = torch.stack([after[n, n] for n in range(count - 1)]) if count > 1 else added[0, :0]
-            later[count].append(of_later.norm(dim=-1) / norms.diagonal()[: count - 1])
+            later[count].append(_ratios(of_later.norm(dim=-1), norms.diagonal()[: count - 1]))
     for count in counts:
         apart = ~torch.eye(count, dtype=torch.bool)
-        reach = [(norms[:count, :count] / norms.diagonal()[:count, None])[apart.to(norms.device)] for norms in written]
+        pairs = [(norms[:count, :count], norms.diagonal()[:count, None].expand(count, count)) for norms in written]
+        reach = [_ratios(*(part[apart.to(part.device)] for part in pair)) for pair in pairs]
         books = Edit.compose(edits[:count]).lookups or ()
         first = edits[0].lookups or ()
         radii = [float(book.radii.median() / start.radii.median()) for book, start in zip(books, first)]
@@ -132,6 +132,11 @@ def _measured(subject: Subject, cases: Sequence[Case], edits: Sequence[Edit]) ->
             "radius": radii[0] if radii else None,
             "key": _median([of_layer[:count] for of_layer in lengths]),
         }
+
+
+def _ratios(norms: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """``norms`` relative to what an edit adds ``own``; edits that add nothing there are left out."""
+    return norms[own > 0] / own[own > 0]
 
 
 def _median(values: Sequence[torch.Tensor]) -> float | None:

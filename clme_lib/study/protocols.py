@@ -17,8 +17,6 @@ from ..editors.base import Editor
 from ..edits.base import Edit
 from ..edits.simie import simie
 from ..evaluation.evaluate import SINGLE
-from ..forward.prompt_keys import edit_keys
-from ..subjects.subject import Subject
 from ..support.registry import Registry
 
 
@@ -70,8 +68,8 @@ class Protocol(ABC):
         """The edits of a step's cases, made by an editor for the state that the step builds on."""
         return editor.edit(cases)
 
-    def join(self, subject: Subject, cases: Sequence[Case], edits: Sequence[Edit]) -> Edit:
-        """One edit that joins the edits of a step's cases."""
+    def join(self, editor: Editor, cases: Sequence[Case], edits: Sequence[Edit]) -> Edit:
+        """One edit of the unedited subject that joins the edits of a step's cases, which ``editor`` has made."""
         return Edit.compose(edits)
 
 
@@ -127,8 +125,8 @@ class SimIEEdits(BatchEdits):
     def edit(self, editor, cases):
         return editor.edit(cases)
 
-    def join(self, subject, cases, edits):
-        return simie(edits, lambda layer: edit_keys(subject, cases, layer), **self.initial)
+    def join(self, editor, cases, edits):
+        return simie(edits, lambda layer: editor.lookup_keys(cases, layer), **self.initial)
 
 
 class ScaledSimIEEdits(SimIEEdits):
@@ -147,7 +145,7 @@ def milestones(count: int) -> list[int]:
 
 
 _PROTOCOLS: Registry[Protocol] = Registry("protocol", "clme_lib.protocols", __name__)
-register_protocol, get_protocol, list_protocols = _PROTOCOLS.register, _PROTOCOLS.__getitem__, _PROTOCOLS.names
+register_protocol, get_protocol, list_protocols = _PROTOCOLS.register, _PROTOCOLS.get, _PROTOCOLS.names
 
 
 def protocol_title(name: str) -> str:

@@ -158,7 +158,7 @@ class States:
         edits = {case: edit for case, (edit, _) in made.items() if edit is not None}
         whole: Edit = Unedited(step.edited[-1].case_id, editor.name)
         if edits:
-            whole = self._protocol.join(editor.subject.original, list(edits), list(edits.values()))
+            whole = self._protocol.join(editor, list(edits), list(edits.values()))
         logs = {edit.case_id: edit.log for edit in edits.values()}
         failed = {case.case_id: reason for case, (_, reason) in made.items() if reason is not None}
         return State(whole, logs, failed)

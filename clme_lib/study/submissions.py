@@ -162,12 +162,12 @@ def _edit_again(copy: Path, fields: dict, cases: int, folder: Path) -> Checked:
 
 
 def _packages(copy: Path) -> dict[str, str]:
-    """By editor, the installed package that registers it."""
-    points = {point.name: point for point in importlib.metadata.entry_points(group="clme_lib.editors")}
+    """By editor, the installed package that registers it, or the library."""
+    points = importlib.metadata.entry_points(group="clme_lib.editors")
+    by_module = {point.value.partition(":")[0].partition(".")[0]: point.dist for point in points if point.dist}
     packages = {}
     for editor in sorted(set(load_run(copy)["editor"])):
-        module = get_editor(editor).__module__
-        distribution = points[editor].dist if editor in points and not module.startswith("clme_lib.") else None
+        distribution = by_module.get(get_editor(editor).__module__.partition(".")[0])
         packages[editor] = (
             f"{distribution.name} {distribution.version}"
             if distribution

@@ -30,6 +30,7 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
         self._own: frozenset[str] = frozenset()
         self._broken: dict[str, str] = {}
+        self._ambiguous: dict[str, str] = {}
         self._loading = self._loaded = False
 
     def register(self, entry: T) -> T:
@@ -40,9 +41,12 @@ class Registry(Generic[T]):
         name = entry.name  # type: ignore[attr-defined]
         known = self._entries.get(name, entry)
         if (name in self._own and known is not entry) or known.__module__ != entry.__module__:
-            raise StudyError(
+            message = (
                 f"two definitions of {self.what} {name!r}, in {known.__module__} and {entry.__module__}: rename one"
             )
+            if self._loading:  # a package's error, which is not raised
+                self._ambiguous[name] = message
+            raise StudyError(message)
         self._entries[name] = entry
         return entry
 
@@ -57,6 +61,14 @@ class Registry(Generic[T]):
     def __contains__(self, name: object) -> bool:
         self._load()
         return name in self._entries
+
+    def get(self, name: str) -> T:
+        """The entry that a user asks for by name. Unlike ``registry[name]``, which describes what there is, it raises StudyError if an
+        installed package defines the name too, since it may be the package's that the user means."""
+        self._load()
+        if name in self._ambiguous:
+            raise StudyError(self._ambiguous[name])
+        return self[name]
 
     def __getitem__(self, name: str) -> T:
         """The entry of a name; StudyError if there is none, or the package that adds it could not be loaded."""

@@ -248,6 +248,13 @@ class RewritingEditor(Editor[Hparams]):
         row = super()._tokenize(case)
         return row if self.hparams.lookup == "colon" else _at_content(self.subject, row, case.prompt)
 
+    def lookup_prompt(self, case):
+        if self.hparams.padding == "released":
+            raise StudyError(
+                f"{self.name}: with padding: released the token at which an edit is written is not the prompt's; use aligned"
+            )
+        return up_to_lookup(case.prompt, self.hparams.lookup)
+
     def _lookup_tokens(self, case: Case, context: str) -> list[int]:
         """Token ids of a context and a prompt, up to the lookup token."""
         return encode(self.subject.tokenizer, up_to_lookup(context + case.prompt, self.hparams.lookup))
