@@ -109,7 +109,7 @@ if config.beside:
 # %% [markdown]
 # ## Prompt or edit?
 #
-# Without any editing, the case can be put into the prompt (*in context*). It costs tokens at every prompt ([](#rq2)) and changes nothing in the model. Does editing do better?
+# Without any editing, the case can be put into the prompt (*in context*). It costs tokens at every prompt (RQ2 counts them) and changes nothing in the model. Does editing do better?
 
 # %% tags=["hide-input"]
 runs = {"": both[both["subject"] == records["subject"].iloc[0]], "-beside": beside} if config.beside else {"": records}

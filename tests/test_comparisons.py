@@ -12,7 +12,7 @@ from clme_lib.metrics.base import get_metric
 from clme_lib.metrics.paper import PAPER_METRICS
 from clme_lib.study.comparisons import SIGNIFICANT, as_good_as_the_best, holm, paired_p
 from clme_lib.study.rq1 import prompt_findings, prompt_table, protocol_table, reach_table, transfer_findings
-from clme_lib.study.tables import score_rows
+from clme_lib.study.tables import interval, mean_over_tokens, score_rows
 
 
 def test_paired_tests_are_exact_for_shares_and_ranks_else():
@@ -205,3 +205,26 @@ def test_the_order_of_the_tasks_is_tested_by_editor():
     )  # fmt: skip
     assert transfer_findings(records) == {"more": ["FT-L"], "less": ["ROME"], "alike": ["GRACE"]}
     assert transfer_findings(records[records["dataset"] == "cnle"]) == {"more": [], "less": [], "alike": []}
+
+
+def test_cases_of_one_model_are_not_independent():
+    """Three models, of which one holds none of its edits: the cases alone would say that the share is known well."""
+    samples = np.repeat([0, 1, 2], 30)
+    values = np.where(samples == 2, 0.0, 1.0)
+    pooled, of_samples = interval(values, binary=True), interval(values, binary=True, samples=samples)
+    assert of_samples.mean == pooled.mean == pytest.approx(2 / 3) and of_samples.n == 90
+    # the mean of three draws from 1, 1 and 0: one draw in 27 is all zeros, eight are all ones
+    assert (of_samples.low, of_samples.high) == (0.0, 1.0) and pooled.high - pooled.low < 0.2
+    alike = np.tile([0.0, 1.0], 45)
+    spread, free = (interval(alike, binary=False, samples=of) for of in (samples, None))
+    assert spread.high - spread.low == pytest.approx(free.high - free.low, rel=0.2), (
+        "where samples agree it is the cases'"
+    )
+    assert interval(values, True, samples=np.zeros(90)) == pooled
+    assert interval(np.ones(90), True, samples=samples) == interval(np.ones(90), True)
+    gaps = np.where(np.arange(90) % 3 == 0, np.nan, values)
+    assert interval(gaps, True, samples=samples).n == 60
+    # sizes may differ, and a loss counts by its tokens
+    unequal = mean_over_tokens([1.0, 1.0, 3.0], [1, 1, 2], [0, 0, 1])
+    assert (unequal.mean, unequal.low, unequal.high) == (2.0, 1.0, 3.0)
+    assert mean_over_tokens([1.0, 2.0], [1, 1], [5, 5]) == mean_over_tokens([1.0, 2.0], [1, 1])

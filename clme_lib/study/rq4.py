@@ -103,13 +103,13 @@ def retention_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
             "n": str(len(rows)),
         }
         for name in SHOWN:
-            row[get_metric(name).title] = _share(rows[name], get_metric(name).binary)
+            row[get_metric(name).title] = _share(rows, rows[name], get_metric(name).binary)
         early, late = rows[rows["turn"] < ENDS], rows[rows["turn"] >= held - ENDS]
         whole = held > ENDS
-        row[f"Eff. EM, first {ENDS}"] = _share(early["effectiveness_em"], True) if whole else "–"
-        row[f"Eff. EM, last {ENDS}"] = _share(late["effectiveness_em"], True) if whole else "–"
+        row[f"Eff. EM, first {ENDS}"] = _share(early, early["effectiveness_em"], True) if whole else "–"
+        row[f"Eff. EM, last {ENDS}"] = _share(late, late["effectiveness_em"], True) if whole else "–"
         if "free_effectiveness_em" in rows and rows["free_effectiveness_em"].notna().any():
-            row[get_metric("free_effectiveness_em").title] = _share(rows["free_effectiveness_em"], True)
+            row[get_metric("free_effectiveness_em").title] = _share(rows, rows["free_effectiveness_em"], True)
         row["s / edit"] = f"{rows['edit_seconds'].mean():.2f}"
         row["MiB"] = f"{rows['edits_mib'].mean():.3g}" if rows["edits_mib"].notna().any() else "–"
         yield row
@@ -153,8 +153,8 @@ def learning_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
         if held >= 2 * ENDS and len(learnt) and held >= largest.get(which, (0,))[0]:
             largest[which] = held, learnt
     for (dataset, protocol, editor), (held, rows) in largest.items():
-        ends = rows[rows["turn"] < ENDS]["loss"], rows[rows["turn"] >= held - ENDS]["loss"]
-        first, last = (interval(losses, False, shares=False) for losses in ends)
+        ends = rows[rows["turn"] < ENDS], rows[rows["turn"] >= held - ENDS]
+        first, last = (interval(end["loss"], False, shares=False, samples=end["sample"]) for end in ends)
         yield {
             "Data": dataset_title(dataset),
             "Protocol": protocol_title(protocol),
@@ -188,10 +188,10 @@ def ability_table(records: pd.DataFrame) -> Iterator[dict[str, str]]:
             "Edits": str(held),
             "n": str(len(rows)),
             "Perplexity": _perplexity(rows),
-            get_metric("effectiveness_em").title: _share(rows["effectiveness_em"], True),
-            "Runs": _share(executes + wrong, True),
-            "Executes": _share(executes, True),
-            get_metric("specificity_rate").title: _share(rows["specificity_rate"], False),
+            get_metric("effectiveness_em").title: _share(rows, rows["effectiveness_em"], True),
+            "Runs": _share(rows, executes + wrong, True),
+            "Executes": _share(rows, executes, True),
+            get_metric("specificity_rate").title: _share(rows, rows["specificity_rate"], False),
         }
 
 
@@ -214,9 +214,8 @@ def ability_findings(records: pd.DataFrame) -> list[dict[str, Any]]:
         if dataset not in unedited:
             continue
         pairs = rows.merge(unedited[dataset], on=cases, suffixes=("", "_unedited"))
-        tokens = list(pairs["target_tokens"])
-        before, after = _mean_loss(pairs["target_loss_unedited"], tokens), _mean_loss(pairs["target_loss"], tokens)
-        change = _mean_loss(pairs["target_loss"] - pairs["target_loss_unedited"], tokens)
+        losses = pairs["target_loss_unedited"], pairs["target_loss"]
+        before, after, change = (_mean_loss(pairs, of) for of in (*losses, losses[1] - losses[0]))
         if np.isfinite([before.mean, after.mean]).all():
             ratio = [float(np.exp(bound)) for bound in (change.mean, change.low, change.high)]
             perplexity = [float(np.exp(loss.mean)) for loss in (after, before)]
@@ -225,15 +224,15 @@ def ability_findings(records: pd.DataFrame) -> list[dict[str, Any]]:
     return rows_of_findings
 
 
-def _mean_loss(losses: pd.Series, tokens: Sequence[int]) -> Interval:
-    """Mean over tokens; infinite if a case's loss is, which its record has as null."""
+def _mean_loss(rows: pd.DataFrame, losses: pd.Series) -> Interval:
+    """Mean of the rows' ``losses`` over tokens; infinite if a case's loss is, which its record has as null."""
     if losses.isna().any():
         return Interval(float("inf"), float("nan"), float("nan"), len(losses))
-    return mean_over_tokens(list(losses), list(tokens))
+    return mean_over_tokens(list(losses), list(rows["target_tokens"]), list(rows["sample"]))
 
 
 def _perplexity(rows: pd.DataFrame) -> str:
-    loss = _mean_loss(rows["target_loss"], rows["target_tokens"])
+    loss = _mean_loss(rows, rows["target_loss"])
     if np.isinf(loss.mean):
         return "∞"
     bounds = "" if np.isnan(loss.low) else f" ({np.exp(loss.low):.3g}–{np.exp(loss.high):.3g})"
@@ -255,8 +254,10 @@ def retention_figure(records: pd.DataFrame) -> Any:
         for place, (editor, rows) in enumerate(of_group.groupby("editor", sort=False)):
             dodged = 1.05 ** (place - (len(names) - 1) / 2)  # so that intervals do not hide each other
             for axis, name in zip(axes[row], SHOWN):
-                by_position = rows.groupby("position")[name]
-                shares = {held: interval(scores, get_metric(name).binary) for held, scores in by_position}
+                shares = {
+                    held: interval(of_state[name], get_metric(name).binary, samples=of_state["sample"])
+                    for held, of_state in rows.groupby("position")
+                }
                 middle, low, high = (
                     np.array([100 * getattr(share, bound) for share in shares.values()])
                     for bound in ("mean", "low", "high")
@@ -314,8 +315,9 @@ def _states(records: pd.DataFrame, held_out: bool = False) -> Iterator[tuple[tup
         yield (str(dataset), str(protocol), str(editor), int(held)), rows
 
 
-def _share(values: pd.Series, binary: bool) -> str:
-    share = interval(values, binary)
+def _share(rows: pd.DataFrame, values: pd.Series, binary: bool) -> str:
+    """The mean of ``values``, which belong to ``rows`` or are empty, with its interval."""
+    share = interval(values, binary, samples=rows["sample"].loc[values.index])
     if not share.n:
         return "–"
     bounds = "" if np.isnan(share.low) else f" ({percent(share.low)}–{percent(share.high)})"

@@ -43,31 +43,48 @@ class Interval:
         return f"{percent(self.mean)}% ({percent(self.low)}–{percent(self.high)})"
 
 
-def interval(values: Sequence[float] | np.ndarray, binary: bool, shares: bool = True) -> Interval:
+def interval(
+    values: Sequence[float] | np.ndarray,
+    binary: bool,
+    shares: bool = True,
+    samples: Sequence[int] | np.ndarray | None = None,
+) -> Interval:
     """Mean of per-case values, without NaN: Wilson's interval for ``binary`` values, else a percentile bootstrap over cases.
 
     ``shares`` that are all 0 or all 1 also get Wilson's interval, because the bootstrap's would have zero width. Other values that are
     all equal have no interval.
+
+    Args:
+        samples: by value, the sample that its case belongs to. The cases of a sample that were edited in one model are not independent:
+            with several samples, the bootstrap draws samples, and then cases of each.
     """
     data = np.asarray(values, dtype=float)
+    groups = np.zeros(len(data)) if samples is None else np.asarray(samples)[~np.isnan(data)]
     data = data[~np.isnan(data)]
     low, high = float("nan"), float("nan")
     if len(data) == 0:
         return Interval(low, low, high, 0)
-    if np.isin(data, (0, 1)).all() and (binary or (shares and len(set(data)) == 1)):
+    if len(set(data)) > 1 and len(set(groups)) > 1:
+        low, high = _over_samples(data, np.ones(len(data)), groups)
+    elif np.isin(data, (0, 1)).all() and (binary or (shares and len(set(data)) == 1)):
         low, high = stats.binomtest(round(data.sum()), len(data)).proportion_ci(_LEVEL, method="wilson")
     elif len(set(data)) > 1:
         low, high = _resampled((data,), np.mean)
     return Interval(float(data.mean()), float(low), float(high), len(data))
 
 
-def mean_over_tokens(losses: Sequence[float], tokens: Sequence[float]) -> Interval:
-    """Mean loss over all tokens, from each case's mean loss and number of tokens; the bootstrap resamples whole cases."""
+def mean_over_tokens(
+    losses: Sequence[float], tokens: Sequence[float], samples: Sequence[int] | np.ndarray | None = None
+) -> Interval:
+    """Mean loss over all tokens, from each case's mean loss and number of tokens; the bootstrap draws whole cases and, like
+    :func:`interval`, samples."""
     sums, counts = np.multiply(losses, tokens), np.asarray(tokens, dtype=float)
     low, high = float("nan"), float("nan")
     if len(sums) == 0:
         return Interval(low, low, high, 0)
-    if len(sums) > 1:
+    if samples is not None and len(set(samples)) > 1:
+        low, high = _over_samples(sums, counts, np.asarray(samples))
+    elif len(sums) > 1:
         low, high = _resampled((sums, counts), lambda nats, of, axis=-1: nats.sum(axis) / of.sum(axis))
     return Interval(float(sums.sum() / counts.sum()), low, high, len(sums))
 
@@ -78,6 +95,22 @@ def _resampled(columns: tuple[np.ndarray, ...], statistic: Callable[..., Any]) -
     paired = len(columns) > 1
     drawn = stats.bootstrap(columns, statistic, paired=paired, confidence_level=_LEVEL, method="percentile", **seeded)
     low, high = drawn.confidence_interval
+    return float(low), float(high)
+
+
+def _over_samples(sums: np.ndarray, counts: np.ndarray, samples: np.ndarray) -> tuple[float, float]:
+    """A percentile bootstrap interval of a ratio of sums (cases,): as many samples as there are are drawn, and as many cases of each."""
+    draw = np.random.default_rng(0)
+    rows_of = [np.flatnonzero(samples == sample) for sample in np.unique(samples)]
+    sizes = np.array(list(map(len, rows_of)))
+    padded = np.array([np.pad(rows, (0, sizes.max() - len(rows))) for rows in rows_of])
+    drawn = draw.integers(len(rows_of), size=(_RESAMPLES, len(rows_of)))
+    size = sizes[drawn][..., None]
+    cases = (draw.random((*drawn.shape, sizes.max())) * size).astype(int)
+    rows = padded[drawn[..., None], cases]
+    kept = np.arange(sizes.max()) < size
+    ratios = (sums[rows] * kept).sum((1, 2)) / (counts[rows] * kept).sum((1, 2))
+    low, high = np.quantile(ratios, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     return float(low), float(high)
 
 
