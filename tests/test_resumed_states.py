@@ -1,5 +1,6 @@
 """Sequences of edits that are resumed, retried, shortened or cannot be evaluated: no state is lost, and no two sequences are mixed."""
 
+import importlib
 from collections import Counter
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import torch
 from conftest import killed_at, run_config, write_source
 
 from clme_lib.editors.alphaedit import AlphaEdit
+from clme_lib.editors.base import EDITORS
 from clme_lib.editors.grace import GRACE
 from clme_lib.editors.locate_then_edit.second_moments import SecondMoment
 from clme_lib.editors.registry import load_editor
@@ -249,3 +251,40 @@ def test_a_run_without_records_is_not_published(config, tmp_path, monkeypatch):
         StudyError, match=r"cnle.rome.jsonl has no records yet: run the same command again, then publish"
     ):
         publish(config().out, tmp_path / "published")
+
+
+def test_a_sequence_does_not_go_on_with_other_statistics(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLME_CACHE", str(tmp_path / "cache"))
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for n in range(8):
+        (texts / f"{n}.txt").write_text(f"a text of number {n}, and some more words for the model to read. " * 4)
+    changes = {"editors": "none,memit", "set": f"{SMALL},memit.corpus={texts}"}
+    run(config(cases=1, **changes))
+    assert len(run(config(cases=2, **changes))) == 2 * (1 + 2), "the same texts"
+    (texts / "3.txt").write_text("other words " * 40)
+    with pytest.raises(StudyError, match="memit gathered its statistics from other texts when the run started"):
+        run(config(cases=3, **changes))
+    assert run(config(cases=3, editors="none"))["position"].max() == 3, "an editor without statistics goes on"
+
+
+def test_a_run_does_not_go_on_with_another_packages_changed_code(config, tmp_path, monkeypatch):
+    package = tmp_path / "site" / "slight_package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    source = (
+        "from clme_lib.editors.rome import ROME\n\n\n"
+        "class Slight(ROME):\n    name, title = 'slight', 'Slight'\n"
+    )
+    (package / "editor.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    slight = importlib.import_module("slight_package.editor").Slight
+    try:
+        own = {"editors": "slight", "set": "slight.layer=1,slight.steps=3"}
+        run(config(cases=1, **own))
+        (package / "editor.py").write_text(f"{source}    default_batch = 2\n")
+        with pytest.raises(StudyError, match="holds a run with code of slight=.*or pass --accept library if"):
+            run(config(cases=2, **own))
+        assert len(run(config(cases=2, accept="library", **own))) == 1 + 2
+    finally:
+        EDITORS._entries.pop(slight.name)

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -71,10 +72,27 @@ def library_sha256() -> str:
     return digest.hexdigest()
 
 
+def code_sha256(editor: type[Editor]) -> str | None:
+    """Hash of the package, or of the single file, that defines an editor; None for the library's own editors (whose code
+    :func:`library_sha256` identifies) and for those defined in a notebook."""
+    top = editor.__module__.partition(".")[0]
+    file = getattr(sys.modules.get(top), "__file__", None)
+    if top == _LIBRARY.name or top == "__main__" or file is None:
+        return None
+    source = Path(file)
+    files = sorted(source.parent.rglob("*.py")) if source.name == "__init__.py" else [source]
+    digest = hashlib.sha256()
+    for part in files:
+        digest.update(part.relative_to(source.parent).as_posix().encode() + b"\0" + part.read_bytes())
+    return digest.hexdigest()
+
+
 def hyperparameters(editor: Editor) -> dict:
-    """An editor's values and their hash."""
+    """An editor's values and their hash, and the hash of its code if another package defines it."""
     values = editor.hparams.model_dump()
-    return {"values": values, "sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}
+    described = {"values": values, "sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}
+    code = code_sha256(type(editor))
+    return described if code is None else {**described, "code": code}
 
 
 def now() -> str:

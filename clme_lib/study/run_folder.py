@@ -254,6 +254,9 @@ def check_same_run(
         differing.append(("model", start["model"], model or start["model"]))
         for editor in set(start["hyperparameters"]) & set(config.editors):
             differing.append((f"set {editor}", start.get("set", {}).get(editor, {}), now["set"].get(editor, {})))
+            if config.accept != "library" and "code" in start["hyperparameters"][editor]:
+                code = start["hyperparameters"][editor]["code"]
+                differing.append((f"code of {editor}", code, provenance.code_sha256(get_editor(editor))))
             hparams = _comparable_hparams(config, editor)
             made_with = start["hyperparameters"][editor].get("values", {})
             # A hyperparameter that did not exist at the time had its default.
@@ -266,11 +269,25 @@ def check_same_run(
         differing += [("library", start["library"], provenance.library_sha256()) for start in manifest["starts"][-1:]]
     for name, old, new in differing:
         if json.dumps(old) != json.dumps(new):
-            if name == "library":
+            if name == "library" or name.startswith("code of "):
                 remedy += ", or pass --accept library if its changes cannot affect results"
             raise StudyError(
                 f"{file}: {config.out} holds a run with {name}={old!r}, but {name}={new!r} was requested: {remedy}"
             )
+
+
+def check_statistics(config: RunConfig, setup: Mapping[str, dict]) -> None:
+    """Raise StudyError if an editor's second moments (``statistics`` of what it prepared, by editor) are not those of the run's earlier
+    starts: a folder of texts or a dataset on the hub may have changed."""
+    file = config.out / "run.json"
+    for start in load_manifest(config.out)["starts"] if file.is_file() else ():
+        for editor, prepared in setup.items():
+            now = json.loads(json.dumps(prepared))  # layers are text in JSON
+            if start.get("setup", {}).get(editor, now).get("statistics") != now.get("statistics"):
+                raise StudyError(
+                    f"{file}: {editor} gathered its statistics from other texts when the run started ({start['started']}) than are there now: "
+                    "restore the corpus, or choose another out="
+                )
 
 
 def hparams_of(config: RunConfig, editor: str) -> Schema:

@@ -91,6 +91,7 @@ def _complete(config: RunConfig, chosen: dict[str, list[Case]], data: dict[str, 
     # an editor that must learn first prepares itself when it has (work.py)
     first = {name: editor.setup() for name, editor in editors.items() if not editor.needs_training}
     setup = {name: prepared for name, prepared in first.items() if prepared}
+    run_folder.check_statistics(config, setup)
     values = {name: provenance.hyperparameters(editor) for name, editor in editors.items()}
     start = run_folder.begin(config, provenance.model(subject), values, setup, chosen)
     rates: dict[str, dict[str, dict[str, float]]] = {}

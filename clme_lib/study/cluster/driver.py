@@ -214,6 +214,7 @@ class Driver:
 
     def _prepared(self, unit: Unit, prepared: dict[str, Any]) -> None:
         editor = unit.place[1]
+        run_folder.check_statistics(self._config, {editor: prepared["setup"]})
         values = {**self._start["hyperparameters"], editor: prepared["hyperparameters"]}
         setup = {**self._start["setup"], **({editor: prepared["setup"]} if prepared["setup"] else {})}
         overrides = {name: self._config.set[name] for name in values if name in self._config.set}
