@@ -21,6 +21,7 @@ from conftest import make_subject, run_config, write_source
 from clme_lib.cli import main
 from clme_lib.datasets.cases import dataset_sha256
 from clme_lib.datasets.registry import load_cases
+from clme_lib.editors.grace import GRACE
 from clme_lib.evaluation.records import FAILED, SCORED
 from clme_lib.metrics.base import TEXTS
 from clme_lib.study import run_folder, runs
@@ -263,6 +264,29 @@ def test_workers_make_the_records_of_one_process(folder, tmp_path, protocol, mon
     assert (start["model"], start["dtype"]) == tuple(
         run_folder.load_manifest(tmp_path / "alone")["starts"][0][name] for name in ("model", "dtype")
     )
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_between_two_states_loses_the_edit_in_flight(folder, tmp_path, monkeypatch):
+    """The model is evaluated with 1, 3 and 5 edits; the worker dies when it has made four."""
+    monkeypatch.setenv("CLME_CACHE", str(tmp_path / "cache"))
+    alone = runs.run(config(folder, tmp_path / "alone", protocol="sequential", editors="grace"))
+    edited, died, make = [], [], GRACE._edit_batch
+    monkeypatch.setattr(
+        GRACE, "_edit_batch", lambda self, cases, *given: edited.extend(cases) or make(self, cases, *given)
+    )
+
+    class DiesOnce(Worker):
+        def go_on(self, unit):
+            if len(edited) == 4 and not died:
+                died.append(unit)
+                raise Dead("gone")
+            return super().go_on(unit)
+
+    together = drive(config(folder, tmp_path / "run", protocol="sequential", editors="grace"), DiesOnce)
+    assert died and len({case.case_id for case in edited}) == len(edited) == 5, "no edit is made again"
+    assert len(together) == len(alone) and texts(tmp_path / "alone").equals(texts(tmp_path / "run"))
+    assert [file.name for file in (tmp_path / "run" / "states").iterdir()] == ["cnle.grace.safetensors"]
 
 
 class Dies(Worker):

@@ -272,10 +272,7 @@ def test_a_run_does_not_go_on_with_another_packages_changed_code(config, tmp_pat
     package = tmp_path / "site" / "slight_package"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
-    source = (
-        "from clme_lib.editors.rome import ROME\n\n\n"
-        "class Slight(ROME):\n    name, title = 'slight', 'Slight'\n"
-    )
+    source = "from clme_lib.editors.rome import ROME\n\n\nclass Slight(ROME):\n    name, title = 'slight', 'Slight'\n"
     (package / "editor.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     slight = importlib.import_module("slight_package.editor").Slight

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from ..editors.base import Editor
 from ..edits.base import Edit, EditLog, Unedited
 from ..edits.files import load_edits, read_about, save_edits
 from ..support.errors import CaseError, StudyError
+from ..support.journal import write_bytes
 from ..support.memory import is_out_of_memory
 from .protocols import Protocol, Step
 
@@ -35,6 +36,24 @@ class State:
     edit: Edit
     logs: dict[int, EditLog] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
+
+
+def state_files(file: Path) -> dict[str, Path]:
+    """The files that keep a walk's last state, by what their names add to the stem of ``file``: that of the state, and those of the edits
+    added since."""
+    files = sorted(path for path in file.parent.glob(f"*{file.suffix}") if path.name.startswith(f"{file.stem}."))
+    return {path.name.removeprefix(file.stem): path for path in files}
+
+
+def write_state(file: Path, contents: Mapping[str, bytes]) -> None:
+    """Write some of a state's files, by suffix; the file of the whole state supersedes those of edits added before."""
+    if file.suffix in contents:
+        write_bytes(file, contents[file.suffix])
+        for suffix, path in state_files(file).items():
+            if suffix not in contents:
+                path.unlink()
+    for suffix in contents.keys() - {file.suffix}:
+        write_bytes(file.with_name(f"{file.stem}{suffix}"), contents[suffix])
 
 
 class States:

@@ -18,9 +18,10 @@ from ...datasets.base import get_dataset
 from ...datasets.cases import Case
 from ...datasets.registry import load_cases
 from ...support.errors import StudyError
-from ...support.journal import append_rows, write_bytes
+from ...support.journal import append_rows
 from .. import provenance, run_folder
 from ..config import RunConfig
+from ..states import state_files, write_state
 from ..work import circumstances_of
 from .connection import connected, resources_of, room
 from .crew import Crew, Member
@@ -160,8 +161,7 @@ class Driver:
                 texts = [row for rows in {id(rows): rows for rows in known}.values() for row in rows]
             self._crew.ask(member, "edit", unit, made_by, texts)
         else:
-            file = self._state_file(unit)
-            state = file.read_bytes() if file.is_file() else None
+            state = {suffix: path.read_bytes() for suffix, path in state_files(self._state_file(unit)).items()}
             self._crew.ask(member, "begin_walk", unit, made_by, self._keys[unit.place[:2]], state)
 
     def _hear(self, member: Member, unit: Unit | None, answer: Any) -> None:
@@ -222,8 +222,7 @@ class Driver:
         run_folder.write_manifest(self._config, self._start)
 
     def _came(self, member: Member, unit: Unit, result: Result) -> None:
-        if result.state is not None:
-            write_bytes(self._state_file(unit), result.state)
+        write_state(self._state_file(unit), result.state)
         self._keep(unit, result.records)
         self._queue.came(unit, len(result.records), result.seconds)
         member.records, member.busy = member.records + len(result.records), member.busy + result.seconds

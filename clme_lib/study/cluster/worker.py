@@ -22,6 +22,7 @@ from ...support.artifact import shared_by
 from ...support.errors import StudyError
 from .. import provenance
 from ..config import RunConfig
+from ..states import state_files, write_state
 from ..work import Part, Work, circumstances_of, make_editor, planned
 from .queue import Place, Unit
 from .sharing import Sharing
@@ -48,7 +49,7 @@ class Result:
         seconds: the time that the worker spent.
         finished: whether the unit is complete.
         size: how many cases the worker takes at once from now on.
-        state: for a walk, the bytes of the last state's file; None if it has not changed.
+        state: for a walk, the contents of the last state's files that have changed, by suffix (states.py).
         texts: texts that the unedited subject newly generated, for other caches.
     """
 
@@ -56,7 +57,7 @@ class Result:
     seconds: float = 0.0
     finished: bool = True
     size: int | None = None
-    state: bytes | None = None
+    state: dict[str, bytes] = field(default_factory=dict)
     texts: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -124,7 +125,7 @@ class Worker:
         return Result(records, time.perf_counter() - began, size=self._size, texts=new)
 
     def begin_walk(
-        self, unit: Unit, start: Mapping[str, str], keys: set[tuple[int, int]], state: bytes | None
+        self, unit: Unit, start: Mapping[str, str], keys: set[tuple[int, int]], state: Mapping[str, bytes]
     ) -> Result:
         """Begin the steps at a place that build on each other, from the last kept state; returns the first records, like :meth:`go_on`."""
         self._walked = unit, self._walk(unit, start, keys, state)
@@ -136,21 +137,21 @@ class Worker:
         return next(self._walked[1], Result())
 
     def _walk(
-        self, unit: Unit, start: Mapping[str, str], keys: set[tuple[int, int]], state: bytes | None
+        self, unit: Unit, start: Mapping[str, str], keys: set[tuple[int, int]], state: Mapping[str, bytes]
     ) -> Iterator[Result]:
         part = self._part(unit.place)
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "state.safetensors"
-            if state is not None:
-                file.write_bytes(state)
-            written = file.stat().st_mtime_ns if state is not None else None
+            write_state(file, state)
+            written = _times(file)
             for records in self._work(unit.place, start).walk(part.steps, keys, file):
-                changed = file.is_file() and file.stat().st_mtime_ns != written
-                written = file.stat().st_mtime_ns if changed else written
+                before, written = written, _times(file)
+                files = state_files(file).items()
+                changed = {suffix: path.read_bytes() for suffix, path in files if before.get(suffix) != written[suffix]}
                 seconds, began = time.perf_counter() - began, time.perf_counter()
                 rows = [record.model_dump() for record in records]
-                yield Result(rows, seconds, finished=False, state=file.read_bytes() if changed else None)
+                yield Result(rows, seconds, finished=False, state=changed)
 
     def _edited(self) -> dict[str, list[Case]]:
         job = self._job
@@ -182,3 +183,8 @@ class Worker:
                 work.editor.setup()
             self._prepared[name] = place
         return work
+
+
+def _times(file: Path) -> dict[str, int]:
+    """When the files of a state were written."""
+    return {suffix: path.stat().st_mtime_ns for suffix, path in state_files(file).items()}
