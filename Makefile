@@ -18,14 +18,14 @@ comma := ,
 MANY_RUNS := sequential-0 sequential-1 sequential-2 batch-0 simie-0 simie-scaled-0
 # editors that make CNLE edits one after another, by their number; what a trained editor learns from depends on how many cases are edited, so its run cannot grow
 MANY_10 := in-context
-MANY_30 := memit,memit-accumulated,pmet,malmen,a-grace,emmet,neuraldb
-MANY_100 := ft-l,rome,grace,grace-tuned,alphaedit,locft-bf,lora
+MANY_100 := ft-l,rome,memit,memit-accumulated,pmet,malmen,grace,grace-tuned,a-grace,alphaedit,emmet,neuraldb,locft-bf,lora
 MANY_300 := none,in-context-retrieved,ultraedit
-MANY_EDITORS := $(MANY_300),$(MANY_100),$(MANY_30),$(MANY_10)
-# thirty edits in other orders, and of CSNE; those that make all edits at once; those whose edits SimIE joins
-MANY_REPEATED := $(MANY_300),$(MANY_100),memit,malmen,a-grace,emmet,neuraldb
-MANY_CSNE := none,in-context-retrieved,ultraedit,ft-l,rome,grace,grace-tuned,locft-bf,lora,a-grace
-MANY_JOINTLY := memit,locft-bf,ultraedit,alphaedit,emmet
+MANY_EDITORS := $(MANY_300),$(MANY_100),$(MANY_10)
+# the same in other orders; thirty edits of CSNE; those that make all edits at once; those whose edits SimIE joins
+MANY_REPEATED_100 := none,in-context-retrieved,grace,locft-bf,lora
+MANY_REPEATED_30 := ft-l,rome,memit,memit-accumulated,pmet,malmen,grace-tuned,a-grace,alphaedit,emmet,neuraldb,ultraedit
+MANY_CSNE := none,in-context-retrieved,ft-l,rome,memit,memit-accumulated,pmet,grace,grace-tuned,a-grace,alphaedit,emmet,neuraldb,ultraedit,locft-bf,lora
+MANY_JOINTLY := memit,locft-bf,ultraedit,alphaedit,emmet,malmen
 MANY_SIMIE := ft-l,rome
 MANY := results/many/$(NAME)-code
 ALL := none,in-context,in-context-retrieved,ft-l,rome,memit,pmet,malmen,grace
@@ -166,9 +166,9 @@ publish: .venv/.ready
 	many() { $(BIN)/clme run --subject $(NAME)-code --protocol $$1 --sample $$2 --name $(NAME)-code-$$1-$$2 --out runs/publish/many/$$1-$$2 --dataset $$3 --cases $$4 --editor "$${@:5}"; }; \
 	for made in $(MANY_RUNS); do test -d $(MANY)/$$made || { \
 	  case $$made in \
-	    sequential-0) many sequential 0 cnle 10 $(MANY_10) --held-out 20 && many sequential 0 cnle 30 $(MANY_30) --held-out 20 && \
+	    sequential-0) many sequential 0 cnle 10 $(MANY_10) --held-out 20 && \
 	      many sequential 0 cnle 100 $(MANY_100) --held-out 20 && many sequential 0 cnle 300 $(MANY_300) --held-out 20 && many sequential 0 csne 30 $(MANY_CSNE);; \
-	    sequential-*) many sequential $${made#*-} cnle 30 $(MANY_REPEATED);; \
+	    sequential-*) many sequential $${made#*-} cnle 30 $(MANY_REPEATED_30) && many sequential $${made#*-} cnle 100 $(MANY_REPEATED_100);; \
 	    batch-0) many batch 0 cnle 30 $(MANY_JOINTLY) --held-out 20;; \
 	    simie*) many $${made%-0} 0 cnle 30 $(MANY_SIMIE) --held-out 20;; \
 	  esac && \
