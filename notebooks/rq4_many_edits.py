@@ -149,7 +149,7 @@ rq4.learning_table(records, label="tab-rq4-learnt", caption=caption)
 #   spared because hardly anything is written. With $m$ in proportion to the keys (`simie-scaled`), ROME's first edits hold, but soon none does: the keys of prompts that end in the same token nearly coincide, and telling many of them apart takes coefficients so large that they disturb everything else. FT-L's
 #   edits do not even hold alone, because SimIE keeps only what an update adds at the lookup token's key, and FT-L's acts at other tokens too.
 # - **What is solved together interferes less.** All at once, UltraEdit and MALMEN solve one system with the keys of all cases ({eq}`eq-malmen`), so that each update takes account of where the others act. They then hold most of thirty
-#   edits, several times as many as in a sequence of the same cases, and barely change the perplexity of held-out text; MALMEN also spares many neighbours. MEMIT, AlphaEdit and EMMET solve for all keys too, which does not help them here: AlphaEdit spares about half of the neighbours because it writes little.
+#   edits, more than twice as many as in a sequence of the same cases. MALMEN also leaves the perplexity of held-out text as it was and spares many neighbours; UltraEdit spares few. MEMIT, AlphaEdit and EMMET solve for all keys too, which does not help them here: AlphaEdit spares about half of the neighbours because it writes little.
 # - **All at once, LocFT-BF takes no more steps for thirty cases** than it takes for a single case alone, since all of them fit into one of its mini-batches. Few of them are then learnt.
 #
 # ## What else the model can do
